@@ -1,0 +1,1 @@
+"""Every Ideogram 4 file layout in, canonical names out."""

@@ -1,0 +1,1 @@
+"""The diffusers engine: demo, generate and tests run on it, without ComfyUI."""

@@ -1,0 +1,1 @@
+"""ComfyUI nodes: the only folder that imports the host."""

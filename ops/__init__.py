@@ -1,0 +1,1 @@
+"""Quantized tensor formats and arithmetic: block formats, layouts, reference formulas, kernels, dispatch."""

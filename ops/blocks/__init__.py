@@ -1,0 +1,1 @@
+"""GGUF block formats: decoding and encoding, one class a format."""

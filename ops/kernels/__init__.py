@@ -1,0 +1,1 @@
+"""Triton kernels; each copies the name and the signature of its formula in ``ops.reference``."""

@@ -1,0 +1,1 @@
+"""The reference's schedule and guidance, as pure functions."""
