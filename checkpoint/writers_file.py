@@ -1,0 +1,159 @@
+"""A file appears under its name whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import RawIOBase
+from pathlib import Path
+
+from ..ops.errors import CheckpointError
+
+
+class WriteError(CheckpointError):
+    """A file that cannot be written as asked; nothing was left under its name."""
+
+
+class OutputExistsError(WriteError):
+    """The output exists already and overwriting was not asked for."""
+
+
+_HINTS = {
+    errno.ENOSPC: "The disk is full: free space, or write to another one.",
+    errno.EDQUOT: "The disk quota is used up: free space, or write to another disk.",
+    errno.EFBIG: "This file system cannot hold a file of that size (FAT32 ends at 4 GiB).",
+    errno.EACCES: "Choose a folder you may write to.",
+    errno.EPERM: "Choose a folder you may write to.",
+    errno.EROFS: "The file system is read-only: choose another folder.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+
+
+@contextmanager
+def _as_write_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError as error:
+        raise OutputExistsError("appeared while it was being written", file=target) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        hint = _HINTS.get(error.errno or 0)
+        raise WriteError(f"cannot be written: {reason}", file=target, hint=hint) from error
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The real path that will be written, links followed; creates nothing.
+
+    Raises OutputExistsError if there is a file and ``overwrite`` is false, WriteError if the path
+    is a folder or its folder does not exist. Long work asks this before it starts.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise WriteError("is a folder", file=target, needed="a file name")
+    if not target.parent.is_dir():
+        raise WriteError(
+            "its folder does not exist", file=target, hint=f"Create {target.parent} first."
+        )
+    if target.exists() and not overwrite:
+        raise OutputExistsError(
+            "exists already and is not overwritten unasked",
+            file=target,
+            hint="Choose another name, or ask for overwriting (--overwrite).",
+        )
+    return target
+
+
+def _check_space(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise WriteError(
+            "not enough free space on the disk",
+            file=target,
+            found=f"{free:,} bytes",
+            needed=f"{size:,} bytes",
+            hint="Free space, or write to another disk.",
+        )
+
+
+def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    """Rename; without ``overwrite`` a file that appeared meanwhile wins and an error says so."""
+    if overwrite:
+        os.replace(temporary, target)
+    elif os.name == "nt":
+        os.rename(temporary, target)  # refuses an existing target by itself
+    else:
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links (exFAT, some network shares)
+            check_output(target)
+            os.rename(temporary, target)
+        else:
+            os.unlink(temporary)
+    if os.name != "nt":  # the directory entry must survive a power cut as well
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # some network file systems cannot sync a folder
+                os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+class NewFile:
+    """The file being written: :meth:`write_at` fills any place of it, in any order."""
+
+    def __init__(self, file: RawIOBase, target: Path) -> None:
+        self._file = file
+        self._target = target
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of ``data`` at ``offset``; WriteError where the system refuses."""
+        rest = memoryview(data)
+        with _as_write_errors(self._target):
+            self._file.seek(offset)
+            while rest:  # one call may take only a part: Linux stops at 2 GiB
+                rest = rest[self._file.write(rest) :]
+
+
+@contextmanager
+def new_file(
+    path: str | os.PathLike[str], size: int, *, overwrite: bool = False
+) -> Iterator[NewFile]:
+    """A binary file of exactly ``size`` bytes to fill; on success it is at ``path``, else not.
+
+    Written under a temporary name in the same folder, flushed to the disk, then renamed. Leaving
+    the block by any exception, Ctrl-C too, removes the temporary file. Raises WriteError (a full
+    disk, no permission) and what :func:`check_output` raises.
+    """
+    target = check_output(path, overwrite=overwrite)
+    _check_space(target, size)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with _as_write_errors(target):
+            # a plain open: a name of our own, with the permissions that the user's umask gives;
+            # unbuffered, so that no failed write is tried again when the file is closed
+            file = open(temporary, "xb", buffering=0)  # noqa: SIM115
+        with file:
+            with _as_write_errors(target):
+                file.truncate(size)
+            yield NewFile(file, target)
+            with _as_write_errors(target):
+                written = os.fstat(file.fileno()).st_size
+                os.fsync(file.fileno())
+        if written != size:
+            raise WriteError(
+                "the written length differs from the planned one",
+                file=target,
+                found=f"{written} bytes",
+                needed=f"{size} bytes",
+            )
+        with _as_write_errors(target):
+            _publish(temporary, target, overwrite)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
