@@ -1,0 +1,120 @@
+"""What is compared: cases (a prompt, a seed, a size) and systems (the files that render them)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...ops.errors import Ideogram4QuantError
+from .metrics import text_asked
+
+
+class CompareError(Ideogram4QuantError, ValueError):
+    """Cases, systems or folders that cannot be compared."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to make with every system: prompt, seed, width and height in pixels.
+
+    ``text`` is what the picture should say; ``None`` leaves the text metrics out.
+    """
+
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    text: str | None = None
+
+    @property
+    def prompt_id(self) -> str:
+        """Twelve hex digits that name the prompt and the size, the unit of resampling."""
+        material = json.dumps([self.prompt, self.width, self.height])
+        return hashlib.sha256(material.encode()).hexdigest()[:12]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The pairing key: the same in every system."""
+        return self.prompt_id, self.seed
+
+    @property
+    def file_stem(self) -> str:
+        """Name of the picture without its suffix."""
+        return f"{self.prompt_id}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class System:
+    """One row of the table: a label and the files it loads.
+
+    ``options`` are keyword arguments of ``ops.linear.LinearOptions``.
+    """
+
+    name: str
+    conditional: Path
+    unconditional: Path | None = None
+    base: Path | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files whose content makes the pictures."""
+        return tuple(p for p in (self.conditional, self.unconditional, self.base) if p is not None)
+
+
+def read_cases(
+    path: Path, *, seeds: Sequence[int], width: int, height: int, limit: int | None = None
+) -> list[Case]:
+    """Cases from a text file (a prompt a line) or JSON lines (``prompt``, and optionally ``text``,
+    ``seed``, ``width``, ``height``). Raises CompareError naming the line."""
+    if not path.is_file():
+        raise CompareError("no such prompt file", file=path, hint="Give a .txt or a .jsonl file.")
+    cases: list[Case] = []
+    rows = _prompt_rows(path)
+    for row in rows[:limit]:
+        prompt = row["prompt"]
+        text = row.get("text", text_asked(prompt))
+        for seed in [int(row["seed"])] if "seed" in row else seeds:
+            size = int(row.get("width", width)), int(row.get("height", height))
+            cases.append(Case(prompt, int(seed), *size, text=text))
+    if not cases:
+        raise CompareError("the prompt file holds no prompt", file=path)
+    return unique(cases)
+
+
+def _prompt_rows(path: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            rows.append({"prompt": line})
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CompareError(f"line {number} is no JSON: {error}", file=path) from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise CompareError(f'line {number} has no "prompt"', file=path, found=line[:80])
+        rows.append(row)
+    return rows
+
+
+def unique(cases: Iterable[Case]) -> list[Case]:
+    """The cases in order, each (prompt, size, seed) once."""
+    return list({case.key: case for case in cases}.values())
+
+
+def check_systems(systems: Sequence[System]) -> None:
+    """Every name once, every file there. Raises CompareError."""
+    names = [system.name for system in systems]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise CompareError(f"two systems share the name {sorted(repeated)[0]!r}")
+    for system in systems:
+        for file in system.files:
+            if not file.exists():
+                raise CompareError(f"system {system.name!r}: no such file", file=file)

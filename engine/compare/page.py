@@ -1,0 +1,144 @@
+"""One self-contained HTML page: table, plots and pictures, opens from disk without a network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from .cases import Case
+from .metrics import METRICS
+from .results import Cell, Comparison, totals
+from .tables import cell_text
+
+Picture = Callable[[str, Case], "Image.Image | None"]
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
+  max-width: 1200px; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; } th, td { padding: .3rem .6rem; text-align: right;
+  border-bottom: 1px solid var(--line); white-space: nowrap; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+td.worse { color: #c0392b; } td.better { color: #1e8449; } td.gap { opacity: .5; }
+tr.reference td { background: var(--soft); font-weight: 600; }
+.pictures td { vertical-align: top; text-align: center; }
+.pictures img { image-rendering: pixelated; max-width: 256px; border-radius: 3px; }
+.pictures .score { font-size: .8rem; opacity: .75; }
+.prompt { max-width: 22rem; white-space: normal; overflow-wrap: anywhere; font-size: .8rem; }
+img.plot { max-width: 100%; background: #fff; border-radius: 4px; }
+"""
+
+
+def write_page(
+    comparison: Comparison,
+    path: Path,
+    picture: Picture,
+    *,
+    plots: list[Path],
+    title: str = "Levels side by side",
+    most_cases: int = 24,
+) -> None:
+    """Write the page; ``picture(system, case)`` gives a picture or ``None`` (a marked gap)."""
+    count = totals(comparison)
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        "<meta name=viewport content='width=device-width, initial-scale=1'>",
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p>{count['systems']} systems, {count['prompts']} prompts x {count['seeds']} seeds; "
+        f"reference: <b>{html.escape(comparison.reference)}</b>. Means with 95 % bootstrap "
+        "intervals over prompts. Red and green: the paired difference to the reference excludes "
+        "zero.</p>",
+        _table(comparison),
+        *(_plot(file) for file in plots),
+        _pictures(comparison, picture, most_cases),
+        _settings(comparison),
+        "</html>",
+    ]
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _table(comparison: Comparison) -> str:
+    metrics = comparison.metrics()
+    head = "".join(f"<th>{html.escape(METRICS[m].label)}</th>" for m in metrics)
+    rows = []
+    for system in comparison.systems:
+        cells = [(comparison.cell(system, m), METRICS[m].digits) for m in metrics]
+        marked = " class=reference" if system.name == comparison.reference else ""
+        size = f"{system.bytes / 1e6:.1f}" if system.bytes else ""
+        rows.append(
+            f"<tr{marked}><td>{html.escape(system.name)}</td><td>{html.escape(system.level)}</td>"
+            f"<td>{size}</td>{''.join(_cell(*cell) for cell in cells)}</tr>"
+        )
+    gaps = "".join(f"<li>{html.escape(gap)}</li>" for gap in comparison.gaps)
+    return (
+        f"<h2>Table</h2><div class=scroll><table><tr><th>system</th><th>level</th><th>MB</th>{head}"
+        f"</tr>{''.join(rows)}</table></div>" + (f"<p>Gaps:</p><ul>{gaps}</ul>" if gaps else "")
+    )
+
+
+def _cell(cell: Cell | None, digits: int) -> str:
+    if cell is None:
+        return "<td class=gap>n/a</td>"
+    kind = cell.verdict if cell.verdict in ("better", "worse") else ""
+    return f"<td class='{kind}'>{html.escape(cell_text(cell, digits))}</td>"
+
+
+def _plot(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f"<p><img class=plot alt='{html.escape(path.stem)}' src='data:image/png;base64,{data}'></p>"
+    )
+
+
+def _pictures(comparison: Comparison, picture: Picture, most: int) -> str:
+    names = [system.name for system in comparison.systems]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    rows = []
+    for case in comparison.cases[:most]:
+        cells = "".join(_thumbnail(comparison, name, case, picture) for name in names)
+        asked = f"<b>{html.escape(case.text)}</b><br>" if case.text else ""
+        rows.append(
+            f"<tr><td class=prompt>{asked}seed {case.seed}<details><summary>prompt</summary>"
+            f"{html.escape(case.prompt)}</details></td>{cells}</tr>"
+        )
+    left = len(comparison.cases) - most
+    more = f"<p>{left} more cases are in the picture folders.</p>" if left > 0 else ""
+    return (
+        f"<h2>Pictures</h2><div class=scroll><table class=pictures><tr><th>case</th>{head}</tr>"
+        f"{''.join(rows)}</table></div>{more}"
+    )
+
+
+def _thumbnail(comparison: Comparison, name: str, case: Case, picture: Picture) -> str:
+    image = picture(name, case)
+    if image is None:
+        return "<td class=gap>no picture</td>"
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    values = comparison.system(name).values
+    scores = []
+    if case.key in values.get("psnr", {}):
+        scores.append(f"{values['psnr'][case.key]:.1f} dB")
+    if case.key in values.get("ocr_exact", {}):
+        scores.append("read" if values["ocr_exact"][case.key] else "not read")
+    size = f"width={image.width} height={image.height}"
+    return (
+        f"<td><img {size} alt='' src='data:image/png;base64,{data}'>"
+        f"<div class=score>{' | '.join(scores)}</div></td>"
+    )
+
+
+def _settings(comparison: Comparison) -> str:
+    text = html.escape(json.dumps(comparison.settings, indent=1, default=str))
+    summary = "<summary>what made this page</summary>"
+    return f"<h2>Settings</h2><details>{summary}<pre>{text}</pre></details>"

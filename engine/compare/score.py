@@ -1,0 +1,170 @@
+"""Scores of pictures: the same function for pictures just rendered and for folders of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ...ops.errors import OpError
+from .cases import Case, CompareError
+from .metrics import PAIR_FUNCTIONS, latent_sqnr, ocr_scores
+from .results import Comparison, SystemScores
+
+#: A scorer that the user's own weights make possible: (reference, picture, case) -> value or None.
+Scorer = Callable[[Image.Image, Image.Image, Case], "float | None"]
+
+_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One system's pictures: a loader by case (``None`` where there is none), and trajectories.
+
+    ``read`` holds what OCR read, by case key; ``latents`` loads ``[steps, ...]`` or ``None``.
+    """
+
+    scores: SystemScores
+    picture: Callable[[Case], Image.Image | None]
+    latents: Callable[[Case], object | None] = lambda case: None
+    read: Mapping[tuple[str, int], str] | None = None
+
+
+def score(
+    reference: str,
+    rendered: Sequence[Rendered],
+    cases: Sequence[Case],
+    *,
+    reader: Callable[[Image.Image], str] | None = None,
+    scorers: Mapping[str, Scorer] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Comparison:
+    """Score every system on every case against the system called ``reference``.
+
+    Missing pictures and metrics become gaps with a reason. Raises CompareError when the reference
+    has no picture at all, and OpError when two pictures of one case differ in size.
+    """
+    base = next((r for r in rendered if r.scores.name == reference), None)
+    if base is None:
+        names = ", ".join(r.scores.name for r in rendered)
+        raise CompareError("the reference is none of the systems", found=names, needed=reference)
+    result = Comparison(reference, list(cases), [r.scores for r in rendered])
+    if all(base.picture(case) is None for case in cases):
+        raise CompareError(f"the reference {reference!r} has no picture of any case")
+    for item in rendered:
+        _score_system(result, base, item, reader, scorers or {}, progress)
+    if not any(case.text for case in cases):
+        result.gaps.append("text metrics: no prompt asks for text")
+    return result
+
+
+def _score_system(
+    result: Comparison,
+    base: Rendered,
+    item: Rendered,
+    reader: Callable[[Image.Image], str] | None,
+    scorers: Mapping[str, Scorer],
+    progress: Callable[[int], None] | None,
+) -> None:
+    missing = 0
+    trajectories = []
+    for case in result.cases:
+        picture, wanted = item.picture(case), base.picture(case)
+        if picture is None or wanted is None:
+            missing += 1
+            continue
+        _score_picture(item, base, case, picture, wanted, reader, scorers)
+        steps = _trajectory(item, base, case)
+        if steps is not None:
+            trajectories.append(steps)
+            item.scores.set("latent_sqnr", case.key, steps[-1])
+        if progress is not None:
+            progress(1)
+    if missing:
+        result.gaps.append(f"{item.scores.name}: {missing} of {len(result.cases)} pictures missing")
+    lengths = {len(steps) for steps in trajectories}
+    if len(lengths) == 1:
+        columns = zip(*trajectories, strict=True)
+        item.scores.steps = [sum(column) / len(trajectories) for column in columns]
+
+
+def _score_picture(item, base, case, picture, wanted, reader, scorers) -> None:
+    scores = item.scores
+    if item is not base:
+        for name, function in PAIR_FUNCTIONS.items():
+            try:
+                scores.set(name, case.key, function(wanted, picture))
+            except OpError as error:
+                raise CompareError(f"{scores.name}, {case.file_stem}: {error}") from error
+    read = (item.read or {}).get(case.key)
+    if case.text and (read is not None or reader is not None):
+        read = reader(picture) if read is None else read
+        for name, value in ocr_scores(case.text, read).items():
+            scores.set(name, case.key, value)
+    for name, scorer in scorers.items():
+        value = scorer(wanted, picture, case)
+        if value is not None:
+            scores.set(name, case.key, value)
+
+
+def _trajectory(item: Rendered, base: Rendered, case: Case) -> list[float] | None:
+    if item is base:
+        return None
+    ours, theirs = item.latents(case), base.latents(case)
+    return None if ours is None or theirs is None else latent_sqnr(theirs, ours)
+
+
+def from_folder(name: str, folder: Path, cases: Sequence[Case]) -> Rendered:
+    """A system whose pictures lie in ``folder``, one a case, matched by :attr:`Case.file_stem`."""
+    return Rendered(
+        SystemScores(name, "pictures", 0), lambda case: open_picture(folder, case.file_stem)
+    )
+
+
+def open_picture(folder: Path, stem: str) -> Image.Image | None:
+    """The picture called ``stem`` with any picture suffix, loaded; ``None`` if there is none."""
+    for suffix in _SUFFIXES:
+        file = folder / f"{stem}{suffix}"
+        if file.is_file():
+            with Image.open(file) as picture:
+                return picture.convert("RGB")
+    return None
+
+
+def cases_from_folders(
+    folders: Sequence[Path], prompts: Mapping[str, str]
+) -> list[tuple[str, Case]]:
+    """(file stem, case) for every picture name that all folders share.
+
+    ``prompts`` maps a file stem to its prompt; a picture without one has no text metrics. Raises
+    CompareError for an empty folder and for folders that share no name.
+    """
+    from .metrics import text_asked
+
+    names = []
+    for folder in folders:
+        stems = {f.stem for f in sorted(folder.glob("*")) if f.suffix.lower() in _SUFFIXES}
+        if not stems:
+            raise CompareError("no picture in the folder", file=folder, needed="PNG, WebP or JPEG")
+        names.append(stems)
+    shared = set.intersection(*names)
+    if not shared:
+        raise CompareError(
+            "the folders share no file name",
+            found=", ".join(sorted(min(names, key=len))[:3]),
+            hint="Give the pictures of one prompt and seed the same name in every folder.",
+        )
+    cases = []
+    for stem in sorted(shared):
+        picture = open_picture(folders[0], stem)
+        prompt = prompts.get(stem, stem)
+        size = picture.size
+        cases.append(
+            (
+                stem,
+                Case(prompt, 0, *size, text=text_asked(prompts[stem]) if stem in prompts else None),
+            )
+        )
+    return cases
