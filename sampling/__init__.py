@@ -1,1 +1,21 @@
-"""The reference's schedule and guidance, as pure functions."""
+"""Presets, sigmas, guidance, the plan of every step: pure, shared by nodes and engine."""
+
+from .presets import PRESETS, Preset, guidance_schedule, preset
+from .schedule import check_size, grid_size, sigmas, start_latents
+from .steps import StepPlan, combine, euler_step, plan, step_at
+
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "StepPlan",
+    "check_size",
+    "combine",
+    "euler_step",
+    "grid_size",
+    "guidance_schedule",
+    "plan",
+    "preset",
+    "sigmas",
+    "start_latents",
+    "step_at",
+]

@@ -1,0 +1,73 @@
+"""The reference's three presets and the guidance they apply, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..ops.errors import OpError
+
+MAIN_GUIDANCE = 7.0
+POLISH_GUIDANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A step count, the logit-normal's mu and std, and how many last steps polish."""
+
+    name: str
+    steps: int
+    polish: int
+    mu: float
+    std: float
+
+    @property
+    def guidance(self) -> tuple[float, ...]:
+        """One factor a step, in sampling order: 7 for the main steps, 3 for the polish steps."""
+        return _main_then_polish(self.steps, self.polish)
+
+
+PRESETS: dict[str, Preset] = {
+    "quality": Preset("quality", steps=48, polish=3, mu=0.0, std=1.5),
+    "default": Preset("default", steps=20, polish=2, mu=0.0, std=1.75),
+    "turbo": Preset("turbo", steps=12, polish=1, mu=0.5, std=1.75),
+}
+
+
+def _main_then_polish(steps: int, polish: int) -> tuple[float, ...]:
+    # The first step, which decides the composition, is never a polish step.
+    polish = min(polish, steps - 1)
+    return (MAIN_GUIDANCE,) * (steps - polish) + (POLISH_GUIDANCE,) * polish
+
+
+def preset(name: str | Preset) -> Preset:
+    """The preset of that name; OpError names the three there are."""
+    if isinstance(name, Preset):
+        return name
+    if name not in PRESETS:
+        raise OpError("no such preset", found=repr(name), needed=", ".join(PRESETS))
+    return PRESETS[name]
+
+
+def guidance_schedule(
+    preset_name: str | Preset = "default",
+    steps: int | None = None,
+    guidance: float | Sequence[float] | None = None,
+) -> tuple[float, ...]:
+    """The guidance factor of every step, in sampling order (largest sigma first).
+
+    Without ``guidance``: the preset's 7s and 3s. Another step count keeps the preset's *number* of
+    polish steps, because these follow the count in the reference, not a sigma. With a number: that
+    number at every step. With a sequence: the sequence, whose length must be the step count.
+    """
+    chosen = preset(preset_name)
+    count = chosen.steps if steps is None else steps
+    if count < 1:
+        raise OpError("too few steps", found=count, needed="at least 1")
+    if guidance is None:
+        return _main_then_polish(count, chosen.polish)
+    if isinstance(guidance, (int, float)):
+        return (float(guidance),) * count
+    if len(guidance) != count:
+        raise OpError("wrong number of guidance factors", found=len(guidance), needed=count)
+    return tuple(float(g) for g in guidance)
