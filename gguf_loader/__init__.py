@@ -1,1 +1,22 @@
 """The GGUF container: bounded header parsing and writing. Block formats live in ``ops.blocks``."""
+
+from .metadata import ArrayRef
+from .reader import GGUFHeader, GGUFTensor, read_header
+from .types import TENSOR_TYPES, TYPE_NUMBERS, TensorType, ValueType
+from .writer import GGUFExistsError, GGUFSpec, GGUFWriteError, Typed, write_gguf
+
+__all__ = [
+    "TENSOR_TYPES",
+    "TYPE_NUMBERS",
+    "ArrayRef",
+    "GGUFExistsError",
+    "GGUFHeader",
+    "GGUFSpec",
+    "GGUFTensor",
+    "GGUFWriteError",
+    "TensorType",
+    "Typed",
+    "ValueType",
+    "read_header",
+    "write_gguf",
+]
