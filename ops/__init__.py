@@ -1,1 +1,1 @@
-"""Quantized tensor formats and arithmetic: block formats, layouts, reference formulas, kernels, dispatch."""
+"""Quantized tensor formats and arithmetic, from block formats to kernels; imports no sibling."""

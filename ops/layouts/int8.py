@@ -1,0 +1,287 @@
+"""INT8, one scale an output channel, with optional smoothing and rotation of the input channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_kitchen.tensor.base import QuantizedTensor
+from torch import Tensor
+
+from .. import dispatch, reference
+from ..errors import OpError
+from ..linear import LinearOptions, int8_linear
+from ..rotation import check_group, rotate
+from .base import (
+    BaseParams,
+    Layout,
+    check_dtype,
+    check_matrix,
+    check_same_device,
+    generator_for,
+    row_chunks,
+    uniform,
+)
+
+
+class Int8Layout(Layout):
+    """``W = R(qdata * scale) / smooth``: int8 ``[N, K]``, symmetric, its own inverse rotation."""
+
+    NAME = "Ideogram4QuantInt8"
+    ROW_FIELDS = ("scale",)
+
+    @dataclass(frozen=True, eq=False, kw_only=True)
+    class Params(BaseParams):
+        """``scale fp32 [N, 1]``, ``smooth fp32 [K]`` or None, ``rotation`` a group or None."""
+
+        scale: Tensor
+        smooth: Tensor | None = None
+        rotation: int | None = None
+
+    @classmethod
+    def quantize(
+        cls,
+        tensor: Tensor,
+        scale: Tensor | float | str | None = None,
+        stochastic_rounding: int | None = 0,
+        inplace_ops: bool = False,
+        smooth: Tensor | None = None,
+        rotation: int | None = None,
+        **_: object,
+    ) -> tuple[Tensor, Any]:
+        """``round(R(W * smooth) / scale)``, ``scale = absmax / 127`` of each row unless given.
+
+        ``stochastic_rounding`` is a seed (0 or None: to nearest even). The host's other keywords
+        are accepted; ``tensor`` is never written to.
+        """
+        check_matrix(tensor, "int8")
+        if rotation is not None:
+            check_group(tensor.shape[1], rotation)
+        n, device = tensor.shape[0], tensor.device
+        given = None
+        if scale is not None and not isinstance(scale, str):
+            given = torch.as_tensor(scale, dtype=torch.float32, device=device)
+            given = given.reshape(-1, 1).expand(n, 1).contiguous()
+        smooth = None if smooth is None else smooth.to(device, torch.float32)
+        generator = generator_for(stochastic_rounding, device)
+        qdata = torch.empty(tuple(tensor.shape), dtype=torch.int8, device=device)
+        scales = torch.empty((n, 1), dtype=torch.float32, device=device)
+        for rows in row_chunks(tuple(tensor.shape), device):
+            values = tensor[rows].float()
+            values = values if smooth is None else values * smooth
+            values = values if rotation is None else rotate(values, rotation)
+            part = None if given is None else given[rows]
+            qdata[rows], scales[rows] = _quantize(values, part, generator)
+        return qdata, cls.Params(
+            orig_dtype=tensor.dtype,
+            orig_shape=tuple(tensor.shape),
+            scale=scales,
+            smooth=smooth,
+            rotation=rotation,
+        )
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+        """``R(qdata * scale) / smooth``: the weight in original coordinates, in ``orig_dtype``."""
+        out = torch.empty(qdata.shape, dtype=params.orig_dtype, device=qdata.device)
+        for rows in row_chunks(tuple(qdata.shape), qdata.device):
+            values = qdata[rows].float() * params.scale[rows]
+            if params.rotation is not None:
+                values = rotate(values, params.rotation)
+            if params.smooth is not None:
+                values = values / params.smooth
+            out[rows] = values
+        return out
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
+        """Keep smoothing and rotation when a patched weight is quantized again."""
+        return {"smooth": qtensor._params.smooth, "rotation": qtensor._params.rotation}
+
+    @classmethod
+    def linear(
+        cls, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, options: LinearOptions
+    ) -> Tensor:
+        """Dynamic W8A8: see ``ops.linear.int8_linear``."""
+        params = weight._params
+        return int8_linear(
+            x,
+            weight._qdata,
+            params.scale,
+            bias,
+            smooth=params.smooth,
+            rotation=params.rotation,
+            backend=options.backend,
+        )
+
+    @classmethod
+    def linear_input_act(
+        cls,
+        weight: QuantizedTensor,
+        x: Tensor,
+        bias: Tensor | None = None,
+        input_act: str | None = None,
+        input_act_weight: Tensor | None = None,
+        input_act_eps: float = 0.0,
+        residual: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+    ) -> Any:
+        """``residual + residual_scale * linear(act(x))`` with the activation in the quantizer.
+
+        A hook of comfy-kitchen 0.2.40. ``input_act``: None, ``"swiglu"`` (x holds gate and up side
+        by side) or ``"rms_norm"``; NotImplemented for others, and the caller does the parts.
+        """
+        params = weight._params
+        if params.transposed or x.dim() == 0 or not x.numel():
+            return NotImplemented
+        tail = (params.smooth, params.rotation)
+        if input_act in (None, "none"):
+            q, scale = _run("smooth_rotate_quantize_rows", weight, x, *tail)
+        elif input_act == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            q, scale = _run("swiglu_quantize_rows", weight, gate, up, *tail)
+        elif input_act == "rms_norm" and input_act_weight is not None:
+            one = torch.ones((), device=x.device).expand(x.shape[-1])
+            q, scale = _run(
+                "rmsnorm_scale_quantize_rows",
+                weight,
+                x,
+                input_act_weight,
+                one,
+                input_act_eps,
+                *tail,
+            )
+        else:
+            return NotImplemented
+        out = _gemm(q, scale, weight, bias, x)
+        if residual is None:
+            return out
+        return torch.addcmul(residual.to(out.dtype), out, residual_scale.to(out.dtype))
+
+    @classmethod
+    def fused_rms_modulated(
+        cls,
+        x: Tensor,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        norm_weight: Tensor,
+        norm_eps: float,
+        modulation_scale: Tensor,
+    ) -> Any:
+        """``linear(RMSNorm(x) * norm_weight * (1 + modulation_scale))``, normed in the quantizer.
+
+        A hook of comfy-kitchen 0.2.40; ``modulation_scale`` is one row for all tokens, else
+        NotImplemented.
+        """
+        params, k = weight._params, x.shape[-1]
+        if params.transposed or modulation_scale.numel() != k or norm_weight.numel() != k:
+            return NotImplemented
+        factor = 1.0 + modulation_scale.reshape(k).float()
+        q, scale = _run(
+            "rmsnorm_scale_quantize_rows",
+            weight,
+            x,
+            norm_weight.reshape(k),
+            factor,
+            norm_eps,
+            params.smooth,
+            params.rotation,
+        )
+        return _gemm(q, scale, weight, bias, x)
+
+
+def int8_tensor(
+    q: Tensor,
+    scale: Tensor,
+    *,
+    dtype: torch.dtype,
+    smooth: Tensor | None = None,
+    rotation: int | None = None,
+    validate: bool = False,
+) -> QuantizedTensor:
+    """A weight from int8 values: ``q = round(R(W * smooth) / scale)``.
+
+    ``q int8 [N, K]``; ``scale`` floating point ``[N]``, ``[N, 1]`` or one value; ``smooth [K]``;
+    ``dtype`` what it dequantizes to. ``validate`` also looks at the values, once: a scale that is
+    not finite, or zero in a row that is not, raises OpError naming the row; in a row of zeros a
+    zero scale becomes 1. Raises OpError for shapes, dtypes and devices that do not fit.
+    """
+    check_dtype(dtype)
+    if q.dtype != torch.int8 or q.dim() != 2:
+        raise OpError(
+            "an int8 weight is an int8 matrix", found=f"{q.dtype} {tuple(q.shape)}", needed="[N, K]"
+        )
+    n, k = q.shape
+    check_same_device(q, scale=scale, smooth=smooth)
+    if not scale.is_floating_point() or scale.numel() not in (1, n):
+        raise OpError(
+            "the scales do not fit the int8 weight",
+            found=f"{scale.dtype} {tuple(scale.shape)}",
+            needed=f"floating point [{n}], [{n}, 1] or one value",
+        )
+    if smooth is not None and (smooth.numel() != k or not smooth.is_floating_point()):
+        raise OpError(
+            "the smoothing does not fit the int8 weight",
+            found=f"{smooth.dtype} {tuple(smooth.shape)}",
+            needed=f"floating point [{k}]",
+        )
+    if rotation is not None:
+        check_group(k, rotation)
+    scale = scale.float().reshape(-1, 1).expand(n, 1).contiguous()
+    smooth = None if smooth is None else smooth.float().reshape(k).contiguous()
+    if validate:
+        scale = _validated(q, scale)
+        if smooth is not None and not (smooth.isfinite() & (smooth != 0)).all():
+            channel = int((~smooth.isfinite() | (smooth == 0)).nonzero()[0])
+            raise OpError("bad smoothing", found=f"{smooth[channel].item()} in channel {channel}")
+    params = Int8Layout.Params(
+        orig_dtype=dtype, orig_shape=(n, k), scale=scale, smooth=smooth, rotation=rotation
+    )
+    return QuantizedTensor(q.contiguous(), Int8Layout.NAME, params)
+
+
+def _validated(q: Tensor, scale: Tensor) -> Tensor:
+    zero = scale == 0
+    if bool(zero.any()):
+        silent = ~(q != 0).any(dim=1, keepdim=True)
+        scale = torch.where(zero & silent, 1.0, scale)
+    bad = ~scale.isfinite() | (scale == 0)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0, 0])
+        raise OpError(
+            "bad scale in an int8 weight",
+            found=f"{scale[row].item()} in row {row}",
+            needed="finite and not zero",
+        )
+    return scale
+
+
+def _quantize(
+    values: Tensor, scale: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    if scale is None and generator is None:
+        q, scale = reference.quantize_rows(values)
+        return q, scale[:, None]
+    if scale is None:
+        scale = (values.abs().amax(dim=1, keepdim=True) / 127).clamp_min(reference.SCALE_FLOOR)
+    scaled = values / torch.where(scale == 0, reference.SCALE_FLOOR, scale)
+    rounded = scaled.round() if generator is None else (scaled + uniform(scaled, generator)).floor()
+    return rounded.nan_to_num(nan=0.0).clamp(-127, 127).to(torch.int8), scale
+
+
+def _run(op: str, weight: QuantizedTensor, *args: Any) -> Any:
+    x = args[0]
+    shape = (x.numel() // x.shape[-1], *weight._params.matrix_shape)
+    return dispatch.choose(op, shape, x.device).get(op)(*args)
+
+
+def _gemm(
+    q: Tensor, scale: Tensor, weight: QuantizedTensor, bias: Tensor | None, x: Tensor
+) -> Tensor:
+    shape = (q.shape[0], *weight._params.matrix_shape)
+    gemm = dispatch.choose("int8_gemm", shape, x.device).get("int8_gemm")
+    out = gemm(
+        q, scale, weight._qdata.contiguous(), weight._params.scale.reshape(-1), bias, x.dtype
+    )
+    return out.reshape(*x.shape[:-1], shape[1])

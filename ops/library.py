@@ -1,0 +1,44 @@
+"""Custom ops for torch.compile, defined once a process.
+
+The same package may be imported twice under two names: by ComfyUI by path, and installed. Both
+define the same ops, so whoever comes second uses what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "ideogram4_quant"
+
+# Registrations last as long as this object.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(name: str, schema: str, implementation: Callable, fake: Callable) -> Callable:
+    """The op ``ideogram4_quant::name`` with ``schema``, such as ``"(Tensor x, int n) -> Tensor"``.
+
+    ``implementation`` computes on real tensors, ``fake`` makes an empty result of the right shape.
+    Another version of the package may have defined the name with another schema: then this one
+    becomes ``name_2``, and so on.
+    """
+    candidate, number = name, 1
+    while True:
+        wanted = torch._C.parse_schema(f"{NAMESPACE}::{candidate}{schema}")
+        found = _find(candidate)
+        if found is None:
+            break
+        if found._schema == wanted:
+            return found
+        number += 1
+        candidate = f"{name}_{number}"
+    _library.define(f"{candidate}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(candidate, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{candidate}", fake, lib=_library)
+    return _find(candidate)
+
+
+def _find(name: str) -> torch._ops.OpOverload | None:
+    packet = getattr(getattr(torch.ops, NAMESPACE), name, None)
+    return None if packet is None else packet.default

@@ -1,0 +1,298 @@
+"""Linear layers on quantized weights: checked entry points over ``ops.dispatch``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch
+from .errors import OpError
+from .library import define
+from .rotation import check_group, largest_group
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+W8A8_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K")
+"""GGUF formats that ``"auto"`` runs through int8: their own error hides that of the activations."""
+
+# Weights of a GGUF layer that a CPU decodes at a time: they stay in its cache.
+_CPU_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """How ``linear`` computes.
+
+    ``backend``: ``"auto"`` or a name of ``dispatch.reports``. ``gguf_compute``: ``"w8a8"`` (int8
+    tensor cores), ``"dense"`` (decode to the dtype of the activations) or ``"auto"`` (w8a8 for the
+    4- and 5-bit formats with in_features a multiple of 256, else dense).
+    """
+
+    backend: str = dispatch.AUTO
+    gguf_compute: str = "auto"
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    options: LinearOptions = LinearOptions(),
+) -> Tensor:
+    """``x @ weight.T + bias`` for a weight of any layout, or a plain one, in the dtype of ``x``.
+
+    ``x [..., K]``, ``weight [N, K]`` a Tensor or a QuantizedTensor -> ``[..., N]``. Where ``x``
+    needs a gradient it gets the one of the dequantized weight. Raises OpError for arguments that do
+    not fit each other, BackendUnavailableError for a backend that is not there.
+    """
+    own = getattr(getattr(weight, "layout_cls", None), "linear", None)
+    if own is not None and not (x.requires_grad and torch.is_grad_enabled()):
+        return own(x, weight, bias, options)
+    if own is None and not hasattr(weight, "layout_cls"):
+        weight = weight.to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    smooth: Tensor | None = None,
+    rotation: int | None = None,
+    backend: str = dispatch.AUTO,
+) -> Tensor:
+    """``quantize(R(x / smooth)) @ weight.T * scales + bias``: see ``reference.int8_linear``.
+
+    ``x [..., K]`` bf16, fp16 or fp32; ``weight int8 [N, K]``; ``weight_scale fp32 [N]`` or
+    ``[N, 1]``; ``bias [N]``; ``smooth [K]`` -> ``[..., N]`` in the dtype of ``x``. Raises OpError
+    for what does not fit; the *values* of scales are checked when a weight is made
+    (``layouts.int8_tensor(..., validate=True)``), since looking at them waits for the device.
+    """
+    _check_activations(x, weight)
+    n, k = weight.shape
+    if weight.dtype != torch.int8:
+        raise OpError("the weight is not int8", found=weight.dtype, needed=torch.int8)
+    _check_in_features(x, k)
+    _check_vector("weight_scale", weight_scale, n, x)
+    _check_vector("bias", bias, n, x)
+    _check_vector("smooth", smooth, k, x)
+    if rotation is not None:
+        check_group(k, rotation)
+    if backend != dispatch.AUTO and not torch.compiler.is_compiling():
+        dispatch.choose("int8_linear", (x.numel() // k, n, k), x.device, backend)
+    scale = weight_scale.reshape(n).float()
+    return _int8_linear_op(x, weight, scale, bias, smooth, rotation or 0, backend)
+
+
+def gguf_linear(
+    x: Tensor,
+    blocks: Tensor,
+    qtype: str,
+    shape: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    compute: str = "auto",
+    rotation: int | None = None,
+    backend: str = dispatch.AUTO,
+) -> Tensor:
+    """``x @ dequantize(blocks).T + bias`` with the weight kept packed: see ``reference``.
+
+    ``x [..., K]``, ``blocks uint8 [N, row_bytes]`` of format ``qtype``, ``shape (N, K)``, ``bias
+    [N]`` -> ``[..., N]`` in the dtype of ``x``. ``compute`` as ``LinearOptions.gguf_compute``;
+    ``rotation`` None takes the largest group up to 256 that divides K. Raises OpError for what does
+    not fit. Decoded weights live for one call: on a GPU in memory that its caching allocator hands
+    to the next layer, on a CPU a few rows at a time.
+    """
+    from .blocks import FORMATS
+
+    _check_activations(x, blocks)
+    n, k = shape
+    _check_in_features(x, k)
+    fmt = FORMATS.get(qtype)
+    if fmt is None:
+        raise OpError("unknown GGUF format", found=repr(qtype), needed=f"one of {list(FORMATS)}")
+    row_bytes = k // fmt.block_size * fmt.type_size
+    if blocks.dtype != torch.uint8 or tuple(blocks.shape) != (n, row_bytes):
+        raise OpError(
+            f"the {qtype} blocks do not fit a weight of shape {(n, k)}",
+            found=f"{blocks.dtype} {tuple(blocks.shape)}",
+            needed=f"torch.uint8 {(n, row_bytes)}",
+        )
+    _check_vector("bias", bias, n, x)
+    compute = resolve_compute(compute, qtype, k)
+    if rotation is not None:
+        check_group(k, rotation)
+    elif compute == "w8a8":
+        rotation = largest_group(k)
+    if backend != dispatch.AUTO and not torch.compiler.is_compiling():
+        dispatch.choose("int8_linear", (x.numel() // k, n, k), x.device, backend)
+    return _gguf_linear_op(x, blocks, qtype, bias, compute, rotation or 0, backend)
+
+
+def resolve_compute(compute: str, qtype: str, in_features: int) -> str:
+    """``"w8a8"`` or ``"dense"`` for ``LinearOptions.gguf_compute``; OpError for another word."""
+    if compute == "auto":
+        through_int8 = qtype in W8A8_FORMATS and in_features % 256 == 0
+        return "w8a8" if through_int8 else "dense"
+    if compute not in ("w8a8", "dense"):
+        raise OpError(
+            "unknown compute mode", found=repr(compute), needed="'auto', 'w8a8' or 'dense'"
+        )
+    return compute
+
+
+# ---- checks
+
+
+def _check_activations(x: Tensor, weight: Tensor) -> None:
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise OpError("x has a dtype that is not computed", found=x.dtype, needed=ACTIVATION_DTYPES)
+    if x.dim() == 0 or x.shape[-1] == 0 or weight.dim() != 2:
+        raise OpError(
+            "a linear layer needs x [..., K] and a weight [N, K], K > 0",
+            found=f"x {tuple(x.shape)}, weight {tuple(weight.shape)}",
+        )
+    if weight.device != x.device:
+        raise OpError("x and weight lie on different devices", found=weight.device, needed=x.device)
+
+
+def _check_in_features(x: Tensor, k: int) -> None:
+    if x.shape[-1] != k:
+        raise OpError(
+            "in_features of x and weight differ", found=f"x {tuple(x.shape)}", needed=f"[..., {k}]"
+        )
+
+
+def _check_vector(name: str, values: Tensor | None, size: int, x: Tensor) -> None:
+    if values is None:
+        return
+    if values.numel() != size or not values.is_floating_point():
+        raise OpError(
+            f"{name} does not fit",
+            found=f"{values.dtype} {tuple(values.shape)}",
+            needed=f"floating point [{size}]",
+        )
+    if values.device != x.device:
+        raise OpError(f"{name} lies on another device", found=values.device, needed=x.device)
+
+
+# ---- implementations behind the custom ops
+
+
+def _int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    smooth: Tensor | None,
+    rotation: int,
+    backend: str,
+) -> Tensor:
+    n, k = weight.shape
+    rows = x.reshape(-1, k).contiguous()
+    weight = weight.contiguous()
+    if not rows.numel() or not n:
+        return x.new_empty((*x.shape[:-1], n))
+    # A backend that only has the whole layer would have to smooth outside its quantizer.
+    wanted = "int8_linear" if smooth is None else "int8_gemm"
+    chosen = dispatch.choose(wanted, (rows.shape[0], n, k), x.device, backend)
+    whole = chosen.ops.get("int8_linear")
+    if whole is not None:
+        out = whole(rows, weight, weight_scale, bias, smooth=smooth, rotation=rotation or None)
+    else:
+        quantize = chosen.get("smooth_rotate_quantize_rows")
+        q, scale_x = quantize(rows, smooth, rotation or None)
+        out = chosen.get("int8_gemm")(q, scale_x, weight, weight_scale, bias, x.dtype)
+    return out.reshape(*x.shape[:-1], n)
+
+
+def _gguf_linear(
+    x: Tensor,
+    blocks: Tensor,
+    qtype: str,
+    bias: Tensor | None,
+    compute: str,
+    rotation: int,
+    backend: str,
+) -> Tensor:
+    n, k = blocks.shape[0], x.shape[-1]
+    rows = x.reshape(-1, k)
+    if not rows.numel() or not n:
+        return x.new_empty((*x.shape[:-1], n))
+    if compute == "dense":
+        out = _gguf_dense(rows, blocks, qtype, bias)
+    else:
+        out = _gguf_w8a8(rows, blocks, qtype, bias, rotation or None, backend)
+    return out.reshape(*x.shape[:-1], n)
+
+
+def _gguf_w8a8(
+    x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None, rotation: int | None, backend: str
+) -> Tensor:
+    """``x [M, K]`` through int8: on a CPU a few output channels at a time, else in one go."""
+    n, (m, k) = blocks.shape[0], x.shape
+    op = "dequantize_rotate_quantize"
+    if x.device.type != "cpu":
+        # comfy-kitchen multiplies but does not decode: ask for the decoder by itself.
+        decode = dispatch.choose(op, (m, n, k), x.device).get(op)
+        q, scale = decode(blocks, qtype, (n, k), rotation)
+        return _int8_linear(x, q, scale, bias, None, rotation or 0, backend)
+    chosen = dispatch.choose("int8_gemm", (m, n, k), x.device, backend)
+    decode, gemm = chosen.get(op), chosen.get("int8_gemm")
+    q, scale_x = chosen.get("smooth_rotate_quantize_rows")(x, None, rotation)
+    out = torch.empty((m, n), dtype=x.dtype)
+    for rows in _chunks(n, k):
+        w, w_scale = decode(blocks[rows], qtype, (rows.stop - rows.start, k), rotation)
+        part = None if bias is None else bias[rows]
+        out[:, rows] = gemm(q, scale_x, w, w_scale, part, x.dtype)
+    return out
+
+
+def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None) -> Tensor:
+    """``x [M, K]`` against the decoded weight in x's dtype; on a CPU in fp32, faster there."""
+    from .blocks import dequantize
+
+    n, (m, k) = blocks.shape[0], x.shape
+    if x.device.type != "cpu":
+        weight = dequantize(blocks, qtype, (n, k), x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    values = x.float()
+    out = torch.empty((m, n), dtype=x.dtype)
+    for rows in _chunks(n, k):
+        weight = dequantize(blocks[rows], qtype, (rows.stop - rows.start, k))
+        out[:, rows] = F.linear(values, weight, None if bias is None else bias[rows].float())
+    return out
+
+
+def _chunks(n: int, k: int) -> Iterator[slice]:
+    step = max(1, _CPU_CHUNK // k)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def _int8_linear_fake(x, weight, weight_scale, bias, smooth, rotation, backend):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _gguf_linear_fake(x, blocks, qtype, bias, compute, rotation, backend):
+    return x.new_empty((*x.shape[:-1], blocks.shape[0]))
+
+
+_int8_linear_op = define(
+    "int8_linear",
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? smooth, int rotation,"
+    " str backend) -> Tensor",
+    _int8_linear,
+    _int8_linear_fake,
+)
+_gguf_linear_op = define(
+    "gguf_linear",
+    "(Tensor x, Tensor blocks, str qtype, Tensor? bias, str compute, int rotation, str backend)"
+    " -> Tensor",
+    _gguf_linear,
+    _gguf_linear_fake,
+)
