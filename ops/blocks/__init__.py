@@ -1,1 +1,97 @@
 """GGUF block formats: decoding and encoding, one class a format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import OpError
+from .base import BlockFormat
+from .floats import BF16, F16, F32
+from .kquants import Q4_K, Q5_K, Q6_K
+from .legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+
+__all__ = ["FORMATS", "BlockFormat", "dequantize", "format_of", "quantize"]
+
+FORMATS: dict[str, BlockFormat] = {
+    each.name: each() for each in (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K)
+}
+_BY_TYPE = {each.ggml_type: each for each in FORMATS.values()}
+
+# The other types of ggml, for messages only. Source: enum ggml_type in ggml.h.
+_UNSUPPORTED = {
+    4: "Q4_2 (removed from ggml)",
+    5: "Q4_3 (removed from ggml)",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    31: "Q4_0_4_4 (removed from ggml)",
+    32: "Q4_0_4_8 (removed from ggml)",
+    33: "Q4_0_8_8 (removed from ggml)",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    36: "IQ4_NL_4_4 (removed from ggml)",
+    37: "IQ4_NL_4_8 (removed from ggml)",
+    38: "IQ4_NL_8_8 (removed from ggml)",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
+}
+
+
+def format_of(ggml_type: int | str) -> BlockFormat:
+    """The format of a ggml type number or of a format's name. Raises OpError if there is none."""
+    table = FORMATS if isinstance(ggml_type, str) else _BY_TYPE
+    if ggml_type in table:
+        return table[ggml_type]
+    name = "" if isinstance(ggml_type, str) else _UNSUPPORTED.get(ggml_type, "unknown to ggml")
+    raise OpError(
+        "unsupported GGUF block format",
+        found=f"{ggml_type} {name}".rstrip(),
+        needed=f"one of {', '.join(FORMATS)}",
+        hint="Use a file in one of these formats.",
+    )
+
+
+def dequantize(
+    data: Tensor,
+    qtype: int | str,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Weights ``[*shape]`` of packed blocks, bit for bit those of gguf-py.
+
+    data: uint8, any shape, the bytes of a tensor of ``shape`` (the last dimension is the packed
+    one); qtype: a name of ``FORMATS`` or a ggml type number; dtype: decoded in float32, then
+    rounded once. The result lies on data's device. Raises OpError for bytes that do not match.
+    """
+    return format_of(qtype).dequantize(data, shape, dtype)
+
+
+def quantize(weight: Tensor, qtype: int | str, importance: Tensor | None = None) -> Tensor:
+    """Packed blocks of ``weight``: float [..., K] -> uint8 [..., K // block_size * type_size].
+
+    importance: [K], at or above zero, weighs the squared error of each column in the searches of
+    the K formats (an importance matrix: the mean square of the input). The bytes are those of
+    ggml's C code; they depend on nothing but the arguments, not on threads or chunks.
+    Raises OpError for NaN and infinity (with their count), for K that blocks do not fill, and for
+    weights too large for the format's float16 scales.
+    """
+    return format_of(qtype).quantize(weight, importance)

@@ -1,0 +1,222 @@
+"""The shape logic of every block format, written once; the formats see only rows of blocks."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+from math import prod
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import OpError
+
+log = logging.getLogger(__name__)
+
+DECODE_CHUNK = 1 << 20  # weights: the temporaries of one chunk stay in the cache
+ACCELERATOR_CHUNK = 1 << 24  # weights: launches cost more than memory there
+HUGE_PAGES_FROM = 1 << 22  # bytes: numpy asks for huge pages from here on
+
+
+class BlockFormat(ABC):
+    """One GGUF block format: ``block_size`` weights of a row packed into ``type_size`` bytes."""
+
+    name: ClassVar[str]
+    ggml_type: ClassVar[int]
+    block_size: ClassVar[int]
+    type_size: ClassVar[int]
+    encode_chunk: ClassVar[int] = 1 << 20  # weights encoded at a time on a CPU
+    uses_importance: ClassVar[bool] = False
+
+    @abstractmethod
+    def decode(self, blocks: Tensor, out: Tensor) -> None:
+        """Write the weights of ``blocks`` uint8 [n, type_size] to ``out`` float32 [n, block_size].
+
+        ``out`` is contiguous and holds anything; ``blocks`` may start at any even address.
+        """
+
+    @abstractmethod
+    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        """Blocks uint8 [n, type_size] of ``weights`` float32 [n, block_size], all finite.
+
+        ``importance`` float32 [n, block_size] weighs each squared error; formats with
+        ``uses_importance`` get it, the others always get None.
+        """
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of a row of ``k`` weights. Raises OpError when blocks do not fill the row."""
+        if k % self.block_size:
+            raise OpError(
+                f"{self.name} packs rows in blocks of {self.block_size} weights",
+                found=f"a row of {k}",
+                needed=f"a multiple of {self.block_size}",
+                hint="Keep such a tensor in F16 or BF16, or choose a format with smaller blocks.",
+            )
+        return k // self.block_size * self.type_size
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor of ``shape``. Raises OpError when blocks do not fill its rows."""
+        if not shape or min(shape) < 0:
+            raise OpError(f"not the shape of a {self.name} tensor", found=tuple(shape))
+        return prod(shape[:-1]) * self.row_bytes(shape[-1])
+
+    @torch.no_grad()
+    def dequantize(self, data: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Weights of ``data`` as [*shape] ``dtype``; see :func:`dequantize` of this package."""
+        shape = tuple(shape)
+        needed = self.nbytes(shape)
+        if not dtype.is_floating_point:
+            raise OpError(f"{self.name} decodes to a float dtype", found=dtype)
+        if data.dtype != torch.uint8:
+            raise OpError(f"{self.name} data", found=data.dtype, needed=torch.uint8)
+        if data.numel() != needed:
+            raise OpError(
+                f"{self.name} data of shape {list(shape)}",
+                found=f"{data.numel()} bytes",
+                needed=f"{needed} bytes",
+            )
+        blocks = data.reshape(needed // self.type_size, self.type_size)
+        if blocks.storage_offset() % 4:
+            blocks = blocks.clone()  # the fields are read in place, as float16 and as float32
+        return self._decode_chunks(blocks, dtype).view(shape)
+
+    def _decode_chunks(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+        """[n_blocks, block_size] in ``dtype``, decoded in float32 a chunk at a time."""
+        out = _empty((len(blocks), self.block_size), dtype, blocks.device)
+        step = _chunk(blocks.device, DECODE_CHUNK) // self.block_size
+        if torch.compiler.is_compiling():
+            step = max(1, len(blocks))  # the compiler fuses and tiles by itself
+        scratch = None
+        if dtype != torch.float32:
+            scratch = out.new_empty((min(step, len(blocks)), self.block_size), dtype=torch.float32)
+        for start in range(0, len(blocks), step):
+            chunk, target = blocks[start : start + step], out[start : start + step]
+            if scratch is None:
+                self.decode(chunk, target)
+            else:
+                self.decode(chunk, scratch[: len(chunk)])
+                target.copy_(scratch[: len(chunk)])
+        return out
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package."""
+        if not weight.is_floating_point() or weight.ndim == 0:
+            raise OpError(
+                f"{self.name} encodes float tensors of at least one dimension",
+                found=f"{weight.dtype} {list(weight.shape)}",
+            )
+        row_bytes = self.row_bytes(weight.shape[-1])
+        blocks = weight.reshape(weight.numel() // self.block_size, self.block_size)
+        importance = self._importance_blocks(importance, weight)
+        out = blocks.new_empty((len(blocks), self.type_size), dtype=torch.uint8)
+        step = max(1, _chunk(weight.device, self.encode_chunk) // self.block_size)
+        for start in range(0, len(blocks), step):
+            chunk = blocks[start : start + step].to(torch.float32)
+            if not torch.isfinite(chunk).all():
+                raise _not_finite(self.name, weight)
+            rows = None
+            if importance is not None:
+                numbers = torch.arange(start, start + len(chunk), device=chunk.device)
+                rows = importance[numbers % len(importance)]
+            out[start : start + step] = self.encode(chunk, rows)
+        return out.view(*weight.shape[:-1], row_bytes)
+
+    def _importance_blocks(self, importance: Tensor | None, weight: Tensor) -> Tensor | None:
+        """Importance [K] as float32 [K // block_size, block_size], or None where it has no use."""
+        if importance is None:
+            return None
+        if importance.shape != weight.shape[-1:]:
+            raise OpError(
+                f"{self.name} importance holds one value a column",
+                found=list(importance.shape),
+                needed=list(weight.shape[-1:]),
+            )
+        importance = importance.to(weight.device, torch.float32)
+        if not (torch.isfinite(importance) & (importance >= 0)).all():
+            raise OpError(f"{self.name} importance", needed="finite values, none below zero")
+        if not self.uses_importance:
+            _warn_unused(self.name)
+            return None
+        return importance.reshape(-1, self.block_size)
+
+
+def half_field(blocks: Tensor, index: int) -> Tensor:
+    """The ``index``-th float16 of every block, as float32 [n, 1]."""
+    return blocks.view(torch.float16)[:, index : index + 1].to(torch.float32)
+
+
+def half_bytes(values: Tensor) -> Tensor:
+    """Float32 [n] as the two bytes of float16, [n, 2]. Raises OpError beyond float16's range."""
+    half = values.to(torch.float16)
+    overflow = int(half.isinf().sum())
+    if overflow:
+        raise OpError(
+            f"{overflow} block scales are too large for float16",
+            found=float(values.abs().max()),
+            needed="at most 65504",
+            hint="Store this tensor as F32 or BF16.",
+        )
+    return half.view(-1, 1).view(torch.uint8)
+
+
+def divide(numerator: Tensor | float, denominator: Tensor | float) -> Tensor:
+    """Correctly rounded ``numerator / denominator``; a plain number becomes a tensor first.
+
+    PyTorch multiplies by a rounded reciprocal for ``number / tensor`` (everywhere) and for
+    ``tensor / number`` (on CUDA); either may be off by an ulp and so change a code.
+    """
+    if not isinstance(numerator, Tensor):
+        numerator = denominator.new_full((), numerator)
+    if not isinstance(denominator, Tensor):
+        denominator = numerator.new_full((), denominator)
+    return torch.div(numerator, denominator)
+
+
+def signed_peak(values: Tensor, dim: int) -> Tensor:
+    """The entry of largest magnitude along ``dim`` with its sign; the first one where two tie."""
+    high, low = values.amax(dim), values.amin(dim)
+    peak = torch.where(high > -low, high, low)
+    tied = high == -low
+    if tied.any():  # rare, and argmax is twenty times slower than amax
+        rows = values.movedim(dim, -1)[tied]
+        peak[tied] = rows.gather(-1, rows.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    return peak
+
+
+def _chunk(device: torch.device, on_cpu: int) -> int:
+    return on_cpu if device.type == "cpu" else ACCELERATOR_CHUNK
+
+
+def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory, in huge pages where a large CPU tensor can have them.
+
+    numpy advises the kernel to back large buffers by huge pages and PyTorch does not; page faults
+    on fresh memory then take two thirds of the decoding time.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < HUGE_PAGES_FROM or torch.compiler.is_compiling():
+        return torch.empty(shape, dtype=dtype, device=device)
+    buffer = np.empty(nbytes + 64, dtype=np.uint8)
+    start = -buffer.ctypes.data % 64  # PyTorch's own alignment
+    return torch.from_numpy(buffer[start : start + nbytes]).view(dtype).view(shape)
+
+
+def _not_finite(name: str, weight: Tensor) -> OpError:
+    count = sum(int((~torch.isfinite(row.to(torch.float32))).sum()) for row in weight.split(4096))
+    return OpError(
+        f"{name} cannot encode NaN or infinity",
+        found=f"{count} non-finite weights of {weight.numel()}",
+        needed="finite weights",
+        hint="The source file is damaged, or the weights overflow float32.",
+    )
+
+
+@cache
+def _warn_unused(name: str) -> None:
+    """Logged once a format."""
+    log.warning("importance has no effect on %s: only the K formats search with it", name)

@@ -1,0 +1,250 @@
+"""Q4_K, Q5_K, Q6_K: blocks of 256 weights in groups that share a six- or eight-bit scale.
+
+    byte    0     2      4            16        48          144  176
+    Q4_K    d     dmin   scales[12]   qs[128]               |
+    Q5_K    d     dmin   scales[12]   qh[32]    qs[128]          |
+
+    byte    0        128       192              208  210
+    Q6_K    ql[128]  qh[64]    scales[16]       d    |
+
+d and dmin are float16. Weight i of group s is ``d * sc[s] * q - dmin * m[s]`` in Q4_K and Q5_K
+(8 groups of 32) and ``d * sc[s] * (q - 32)`` in Q6_K (16 groups of 16, sc in int8).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import BlockFormat, divide, half_bytes, half_field, signed_peak
+from .search import (
+    NEGLIGIBLE,
+    AffineFit,
+    fit_affine,
+    fit_positive,
+    fit_symmetric,
+    grid,
+    ordered_sum,
+    square_root,
+)
+
+SCALE_TOP = 63  # six bits
+
+
+class _KQuant(BlockFormat):
+    block_size = 256
+    encode_chunk = 1 << 19
+    uses_importance = True
+
+
+class _AffineK(_KQuant):
+    """``d * sc * q - dmin * m``: 8 groups of 32 weights, six bits for each sc and m."""
+
+    bits: ClassVar[int]
+    plain_ranges: ClassVar[Tensor]  # what the search tries without importance
+
+    def decode(self, blocks: Tensor, out: Tensor) -> None:
+        scale, minimum = _unpack_scales(blocks[:, 4:16])
+        scale, minimum = half_field(blocks, 0) * scale, half_field(blocks, 1) * minimum
+        groups = out.view(-1, 8, 32)
+        groups.copy_(self._unpack_codes(blocks))
+        groups.mul_(scale[:, :, None]).sub_(minimum[:, :, None])
+
+    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        x = _columns(weights, 32)  # [32, 8, n]
+        top = (1 << self.bits) - 1
+        if importance is None:
+            fit = self._fit(x, _plain_weights(x), top, self.plain_ranges)
+            d, scale = _six_bits(fit.scale)
+            dmin, minimum = _six_bits(fit.offset)
+        else:
+            weight = _importance_weights(x, _columns(importance, 32))
+            fit = self._fit(x, weight, top, grid(37, -0.9, 0.05, top))
+            group_weight = ordered_sum(weight)
+            d, scale = fit_positive(fit.scale, group_weight, SCALE_TOP)
+            dmin, minimum = fit_positive(fit.offset, group_weight, SCALE_TOP)
+        header = torch.cat([half_bytes(d), half_bytes(dmin), _pack_scales(scale, minimum)], 1)
+        step, shift = _as_stored(d) * scale, _as_stored(dmin) * minimum  # [8, n]
+        codes = torch.where(step != 0, (x + shift).div_(step), (x - fit.base).mul_(fit.inverse))
+        codes = _rows(codes.round_().clamp_(0, top).to(torch.uint8))  # [n, 8, 32]
+        return torch.cat([header, *self._pack_codes(codes)], 1)
+
+    @staticmethod
+    def _fit(x: Tensor, weight: Tensor, top: int, ranges: Tensor) -> AffineFit:
+        """``fit_affine`` over the groups of [32, 8, n]; every field is [8, n]."""
+        fit = fit_affine(x.view(32, -1), weight.view(32, -1), top, ranges)
+        return AffineFit(*(field.view(x.shape[1:]) for field in fit))
+
+    def _unpack_codes(self, blocks: Tensor) -> Tensor:
+        """uint8 [n, 8, 32]."""
+        raise NotImplementedError
+
+    def _pack_codes(self, codes: Tensor) -> list[Tensor]:
+        """uint8 [n, 8, 32] -> the fields after the scales."""
+        raise NotImplementedError
+
+
+class Q4_K(_AffineK):
+    """Byte l of the j-th 32 bytes of qs: the low nibble is of group 2 j, the high of 2 j + 1."""
+
+    name, ggml_type, type_size, bits = "Q4_K", 12, 144, 4
+    plain_ranges = grid(21, -1.0, 0.1, 15)
+
+    def _unpack_codes(self, blocks: Tensor) -> Tensor:
+        return _unpack_nibbles(blocks[:, 16:])
+
+    def _pack_codes(self, codes: Tensor) -> list[Tensor]:
+        return [_pack_nibbles(codes)]
+
+
+class Q5_K(_AffineK):
+    """As Q4_K; bit s of qh[l] is the fifth bit of weight l in group s."""
+
+    name, ggml_type, type_size, bits = "Q5_K", 13, 176, 5
+    plain_ranges = grid(16, -0.5, 0.1, 31)
+
+    def _unpack_codes(self, blocks: Tensor) -> Tensor:
+        codes = _unpack_nibbles(blocks[:, 48:])
+        high = blocks[:, 16:48].contiguous().view(torch.int32)  # four bytes at a time
+        words = codes.view(torch.int32)
+        for group in range(8):
+            words[:, group] |= ((high >> group) & 0x01010101) << 4
+        return codes
+
+    def _pack_codes(self, codes: Tensor) -> list[Tensor]:
+        high = codes >> 4
+        packed = high[:, 0].clone()
+        for group in range(1, 8):
+            packed |= high[:, group] << group
+        return [packed, _pack_nibbles(codes)]
+
+
+class Q6_K(_KQuant):
+    """Each half of 128 weights holds four runs of 32, g = 0 .. 3, in 64 bytes ql and 32 bytes qh.
+
+    ql[l] = 22220000, ql[l + 32] = 33331111, qh[l] = 33221100: the digit is the run g whose
+    weight l owns the bits; ql holds the low four, qh the high two.
+    """
+
+    name, ggml_type, type_size = "Q6_K", 14, 210
+
+    def decode(self, blocks: Tensor, out: Tensor) -> None:
+        n = len(blocks)
+        low = blocks[:, :128].unflatten(1, (2, 2, 32))
+        high = blocks[:, 128:192].unflatten(1, (2, 32))
+        codes = blocks.new_empty((n, 2, 4, 32))
+        torch.bitwise_and(low, 0x0F, out=codes[:, :, :2])
+        torch.bitwise_right_shift(low, 4, out=codes[:, :, 2:])
+        for run in range(4):
+            codes[:, :, run] |= ((high >> (2 * run)) & 3) << 4
+        scale = half_field(blocks, 104) * blocks[:, 192:208].view(torch.int8)
+        groups = out.view(n, 16, 16)
+        groups.copy_(codes.sub_(32).view(torch.int8).view(n, 16, 16))  # wraps to two's complement
+        groups.mul_(scale[:, :, None])
+
+    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        x = _columns(weights, 16)  # [16, 16, n]
+        weight = x * x if importance is None else _columns(importance, 16)
+        fit = fit_symmetric(x.view(16, -1), weight.view(16, -1), 32)
+        group_scale, group_inverse, negligible = (field.view(x.shape[1:]) for field in fit)
+        peak = signed_peak(group_scale, 0)
+        inverse = divide(-128.0, peak)
+        empty = peak.abs() < NEGLIGIBLE
+        d = inverse.reciprocal().masked_fill_(empty, 0)
+        scale = (group_scale * inverse).round_().clamp_(max=127).masked_fill_(empty, 0)
+        step = _as_stored(d) * scale  # [16, n]
+        codes = (
+            torch.where(step != 0, x / step, x * group_inverse).round_().clamp_(-32, 31).add_(32)
+        )
+        codes = _rows(codes.masked_fill_(negligible | empty, 0).to(torch.uint8))
+        packed = self._pack_codes(codes.view(-1, 2, 4, 32))
+        scale = scale.t().to(torch.int8).view(torch.uint8)
+        return torch.cat([*packed, scale, half_bytes(d)], 1)
+
+    @staticmethod
+    def _pack_codes(codes: Tensor) -> list[Tensor]:
+        """uint8 [n, 2, 4, 32] -> ql [n, 128], qh [n, 64]."""
+        low = (codes[:, :, :2] & 0x0F) | (codes[:, :, 2:] << 4)
+        high = codes >> 4
+        packed = high[:, :, 0].clone()
+        for run in range(1, 4):
+            packed |= high[:, :, run] << (2 * run)
+        return [low.flatten(1), packed.flatten(1)]
+
+
+def _columns(blocks: Tensor, group: int) -> Tensor:
+    """[n, 256] -> [group, 256 // group, n] contiguous; two plain copies beat one permutation."""
+    by_weight = blocks.t().contiguous().view(256 // group, group, len(blocks))
+    return by_weight.transpose(0, 1).contiguous()
+
+
+def _rows(codes: Tensor) -> Tensor:
+    """[group, groups, n] -> [n, groups, group] contiguous: the inverse of ``_columns``."""
+    group, groups, n = codes.shape
+    by_weight = codes.transpose(0, 1).reshape(groups * group, n)
+    return by_weight.t().contiguous().view(n, groups, group)
+
+
+def _plain_weights(x: Tensor) -> Tensor:
+    """``rms(group) + |x|``: large weights count more."""
+    return x.abs().add_(square_root(divide(ordered_sum(x * x), 32.0)))
+
+
+def _importance_weights(x: Tensor, importance: Tensor) -> Tensor:
+    """``importance * sqrt(2 * mean_square(block) + x^2)``."""
+    square = x * x
+    total = ordered_sum(square.transpose(0, 1).reshape(256, -1))  # in the block's own order
+    return square_root(square + divide(2 * total, 256.0)).mul_(importance)
+
+
+def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
+    """values [8, n] >= 0 -> step [n] = max / 63 and round(values / step) in float32 [8, n]."""
+    high = values.amax(0)
+    positive = high > 0
+    inverse = torch.where(positive, divide(float(SCALE_TOP), high), 0)
+    codes = (values * inverse).round_().clamp_(max=SCALE_TOP)
+    return divide(torch.where(positive, high, 0), float(SCALE_TOP)), codes
+
+
+def _as_stored(values: Tensor) -> Tensor:
+    """What a decoder reads back: rounded to float16."""
+    return values.to(torch.float16).to(torch.float32)
+
+
+# The six-bit scales and minima of groups 0 to 7, letters A to H, in 12 bytes:
+#     bytes 0-3    EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD    scales; high bits of E to H
+#     bytes 4-7    eeaaaaaa ffbbbbbb ggcccccc hhdddddd    minima; high bits of e to h
+#     bytes 8-11   eeeeEEEE ffffFFFF ggggGGGG hhhhHHHH    low bits of both
+
+
+def _unpack_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [n, 12] -> scales, minima float32 [n, 8]."""
+    scale, minimum, low = packed.unflatten(1, (3, 4)).unbind(1)
+    scales = torch.cat([scale & 63, (low & 15) | ((scale >> 2) & 48)], 1)
+    minima = torch.cat([minimum & 63, (low >> 4) | ((minimum >> 2) & 48)], 1)
+    return scales.to(torch.float32), minima.to(torch.float32)
+
+
+def _pack_scales(scales: Tensor, minima: Tensor) -> Tensor:
+    """float32 [8, n] each -> uint8 [n, 12]."""
+    scales, minima = scales.t().to(torch.uint8), minima.t().to(torch.uint8)
+    first = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
+    second = minima[:, :4] | ((minima[:, 4:] >> 4) << 6)
+    third = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
+    return torch.cat([first, second, third], 1)
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    """[n, 128] -> uint8 [n, 8, 32]."""
+    packed = packed.unflatten(1, (4, 32))
+    codes = packed.new_empty((len(packed), 4, 2, 32))
+    torch.bitwise_and(packed, 0x0F, out=codes[:, :, 0])
+    torch.bitwise_right_shift(packed, 4, out=codes[:, :, 1])
+    return codes.view(-1, 8, 32)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """The low four bits of uint8 [n, 8, 32] -> [n, 128]."""
+    return ((codes[:, 0::2] & 0x0F) | (codes[:, 1::2] << 4)).flatten(1)

@@ -1,0 +1,138 @@
+"""Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: 32 weights, one float16 scale, with ``_1`` one float16 minimum.
+
+    byte    0     2     4                        Weight i of a block is
+    Q8_0    d     q0 ... q31 (int8)              d * q
+    Q4_0    d     qs[16]                         d * (q - 8)
+    Q4_1    d     m     qs[16]                   d * q + m
+    Q5_0    d     qh[4]       qs[16]             d * (q - 16)
+    Q5_1    d     m     qh[4]       qs[16]       d * q + m
+
+    qs[j] = qqqqQQQQ    Q: low four bits of code j, q: of code j + 16
+    qh    = bit i of the little-endian 32-bit word is the fifth bit of code i
+
+Encoding gives the bytes of ggml's reference quantizers and of gguf-py. One difference: a block
+scale beyond float16 is refused here and becomes infinity there.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import BlockFormat, divide, half_bytes, half_field, signed_peak
+
+
+class _Legacy(BlockFormat):
+    block_size = 32
+
+
+class Q8_0(_Legacy):
+    """``d * q`` with q = round(w / d), d = absmax / 127."""
+
+    name, ggml_type, type_size = "Q8_0", 8, 34
+
+    def decode(self, blocks: Tensor, out: Tensor) -> None:
+        out.copy_(blocks[:, 2:].view(torch.int8))
+        out.mul_(half_field(blocks, 0))
+
+    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        scale = divide(weights.abs().amax(1), 127.0)
+        value = weights * _inverse(scale)
+        code = value.trunc()
+        code += (value - code).mul_(2).trunc_()  # rounds halves away from zero, exactly
+        return torch.cat([half_bytes(scale), code.to(torch.int8).view(torch.uint8)], 1)
+
+
+class _Packed(_Legacy):
+    """Four or five bits a code, centred (``_0``) or above a minimum (``_1``)."""
+
+    bits: ClassVar[int]
+    has_minimum: ClassVar[bool]
+
+    def decode(self, blocks: Tensor, out: Tensor) -> None:
+        high_at = 4 if self.has_minimum else 2
+        low_at = high_at if self.bits == 4 else high_at + 4
+        codes = _unpack_nibbles(blocks[:, low_at:])
+        if self.bits == 5:
+            codes |= _unpack_fifth_bits(blocks[:, high_at:low_at])
+        if not self.has_minimum:
+            codes = codes.sub_(1 << (self.bits - 1)).view(torch.int8)  # wraps to two's complement
+        out.copy_(codes)
+        out.mul_(half_field(blocks, 0))
+        if self.has_minimum:
+            out.add_(half_field(blocks, 1))
+
+    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        top = (1 << self.bits) - 1
+        if self.has_minimum:
+            low = weights.amin(1)
+            scale = divide(weights.amax(1) - low, float(top))
+            value = (weights - low[:, None]).mul_(_inverse(scale)).add_(0.5)
+            fields = [half_bytes(scale), half_bytes(low)]
+        else:
+            middle = 1 << (self.bits - 1)
+            scale = divide(signed_peak(weights, 1), float(-middle))  # the peak gets code 0
+            value = (weights * _inverse(scale)).add_(middle + 0.5)
+            fields = [half_bytes(scale)]
+        codes = value.clamp_(0, top).to(torch.uint8)
+        if self.bits == 5:
+            fields.append(_pack_fifth_bits(codes))
+        return torch.cat([*fields, _pack_nibbles(codes)], 1)
+
+
+class Q4_0(_Packed):
+    name, ggml_type, type_size, bits, has_minimum = "Q4_0", 2, 18, 4, False
+
+
+class Q4_1(_Packed):
+    name, ggml_type, type_size, bits, has_minimum = "Q4_1", 3, 20, 4, True
+
+
+class Q5_0(_Packed):
+    name, ggml_type, type_size, bits, has_minimum = "Q5_0", 6, 22, 5, False
+
+
+class Q5_1(_Packed):
+    name, ggml_type, type_size, bits, has_minimum = "Q5_1", 7, 24, 5, True
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """``1 / scale`` [n, 1]; zero where the scale is zero or so small that 1 / scale overflows.
+
+    Such blocks decode to a constant whatever their codes are: their float16 scale is zero.
+    """
+    inverse = scale.reciprocal()
+    return torch.where(inverse.isinf(), 0.0, inverse)[:, None]
+
+
+def _unpack_nibbles(packed: Tensor) -> Tensor:
+    """[n, 16] -> uint8 [n, 32]."""
+    codes = packed.new_empty((len(packed), 32))
+    torch.bitwise_and(packed, 0x0F, out=codes[:, :16])
+    torch.bitwise_right_shift(packed, 4, out=codes[:, 16:])
+    return codes
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    """The low four bits of uint8 [n, 32] -> [n, 16]."""
+    return (codes[:, :16] & 0x0F) | (codes[:, 16:] << 4)
+
+
+def _unpack_fifth_bits(packed: Tensor) -> Tensor:
+    """[n, 4] -> uint8 [n, 32] of 0 or 16: a table gives the eight bytes of eight bits at once."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    values = torch.arange(256, device=packed.device).to(torch.uint8)
+    table = (((values[:, None] >> bits) & 1) << 4).view(torch.int64).view(256)
+    words = table.index_select(0, packed.reshape(-1).to(torch.int32))
+    return words.view(torch.uint8).view(len(packed), 32)
+
+
+def _pack_fifth_bits(codes: Tensor) -> Tensor:
+    """Bit 4 of uint8 [n, 32] -> [n, 4]."""
+    bits = (codes >> 4).view(len(codes), 4, 8)
+    packed = bits[..., 0].clone()
+    for position in range(1, 8):
+        packed |= bits[..., position] << position
+    return packed

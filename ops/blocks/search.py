@@ -1,0 +1,179 @@
+"""Searches for the scales of K-quant blocks: ggml's algorithms over many blocks at a time.
+
+Every function works on columns: dimension 0 runs over the weights of one group (16 or 32) or over
+the groups of one block (8), the other dimension over independent problems, so that each step is
+one elementwise operation over contiguous memory. Only +, -, *, /, sqrt and rounding are used, in
+float32 and in ggml's order, sums included: the result is the same on every machine and equal to
+that of ggml's C code compiled without fused multiply-add (as its base library is).
+Source: make_qkx2_quants, make_qkx3_quants, make_qx_quants, make_qp_quants in ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import divide, signed_peak
+
+NEGLIGIBLE = 1e-15  # groups whose largest magnitude is below are zero
+
+
+class AffineFit(NamedTuple):
+    """``x ~ scale * code - offset``; the search's code is round((x - base) * inverse), clamped."""
+
+    scale: Tensor
+    offset: Tensor
+    inverse: Tensor
+    base: Tensor
+
+
+class SymmetricFit(NamedTuple):
+    """``x ~ scale * code``; the search's code is round(x * inverse), clamped."""
+
+    scale: Tensor
+    inverse: Tensor
+    negligible: Tensor  # bool: all weights of the group are as good as zero
+
+
+def ordered_sum(terms: Tensor) -> Tensor:
+    """Sum over dimension 0 from first to last: torch.sum's order depends on shape and threads."""
+    first, *rest = terms.unbind(0)
+    total = first.clone()
+    for term in rest:
+        total += term
+    return total
+
+
+def square_root(values: Tensor) -> Tensor:
+    """Correctly rounded float32 root, by way of float64: torch.sqrt may be off by an ulp."""
+    return values.to(torch.float64).sqrt_().to(torch.float32)
+
+
+def grid(count: int, first: float, step: float, top: int) -> Tensor:
+    """``step * i + first + top`` for i < count, each operation rounded to float32."""
+    return torch.arange(count, dtype=torch.float32) * step + first + top
+
+
+def fit_affine(x: Tensor, weight: Tensor, top: int, ranges: Tensor) -> AffineFit:
+    """argmin over scale >= 0, offset >= 0 of sum weight * (scale * code - offset - x)^2.
+
+    x, weight: [32, n]; codes 0 .. top; the fit is [n]. Each entry of ``ranges`` spreads the codes
+    over that many steps between the group's minimum and maximum, solves the weighted least
+    squares for scale and minimum, and is kept where the error falls. Later entries start from the
+    minimum kept so far.
+    """
+    high, low = x.amax(0), x.amin(0).clamp_(max=0)
+    flat = high <= low
+    code, residual = torch.empty_like(x), torch.empty_like(x)
+    products = x.new_empty((x.shape[0], 3, x.shape[1]))  # weight * code * (1, code, x)
+    sum_w, sum_x = ordered_sum(weight), ordered_sum(weight * x)
+
+    def round_codes(inverse: Tensor, base: Tensor) -> None:
+        torch.sub(x, base, out=code).mul_(inverse).round_().clamp_(0, top)
+
+    def error(scale: Tensor, base: Tensor) -> Tensor:
+        torch.mul(code, scale, out=residual).add_(base).sub_(x)
+        return ordered_sum(residual.mul_(residual).mul_(weight))
+
+    inverse, base = divide(float(top), high - low), low
+    scale, start = inverse.reciprocal(), low  # codes are counted from start, x ~ scale*code + base
+    round_codes(inverse, base)
+    best = error(scale, base)
+    for codes_wide in ranges.to(x.device).unbind(0):
+        trial_inverse = codes_wide / (high - base)
+        round_codes(trial_inverse, base)
+        weighted = torch.mul(weight, code, out=products[:, 0])
+        torch.mul(weighted, code, out=products[:, 1])
+        torch.mul(weighted, x, out=products[:, 2])
+        sum_l, sum_l2, sum_xl = ordered_sum(products).unbind(0)
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        trial_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
+        trial_base = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        above = trial_base > 0
+        trial_base = trial_base.masked_fill_(above, 0)
+        trial_scale = torch.where(above, sum_xl / sum_l2, trial_scale)
+        trial_error = error(trial_scale, trial_base)
+        better = (determinant > 0) & (trial_error < best)
+        best = torch.where(better, trial_error, best)
+        scale = torch.where(better, trial_scale, scale)
+        inverse = torch.where(better, trial_inverse, inverse)
+        start = torch.where(better, base, start)
+        base = torch.where(better, trial_base, base)
+    scale, inverse = scale.masked_fill_(flat, 0), inverse.masked_fill_(flat, 0)
+    return AffineFit(scale, -torch.where(flat, low, base), inverse, start)
+
+
+def fit_symmetric(x: Tensor, weight: Tensor, half: int) -> SymmetricFit:
+    """argmax over scale of (sum weight * x * code)^2 / sum weight * code^2: the least error.
+
+    x, weight: [16, n]; codes -half .. half - 1, the peak near -half; the fit is [n]. Nineteen
+    steps, half +- 0.1 * i to the peak, are tried.
+    """
+    peak = signed_peak(x, 0)
+    negligible = peak.abs() < NEGLIGIBLE
+    code = torch.empty_like(x)
+    weighted = weight * x
+    products = x.new_empty((x.shape[0], 2, x.shape[1]))
+
+    def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
+        torch.mul(x, inverse, out=code).round_().clamp_(-half, half - 1)
+        torch.mul(weighted, code, out=products[:, 0])
+        torch.mul(weight, code, out=products[:, 1]).mul_(code)
+        sum_xl, sum_l2 = ordered_sum(products).unbind(0)
+        return sum_xl, sum_l2
+
+    inverse = divide(float(-half), peak)
+    sum_xl, sum_l2 = sums(inverse)
+    scale = torch.where(sum_l2 != 0, sum_xl / sum_l2, 0)
+    best = scale * sum_xl
+    steps = torch.arange(-9, 10, dtype=torch.float32) * 0.1 + half
+    for number, codes_wide in enumerate(steps.neg().to(x.device).unbind(0), start=-9):
+        if number == 0:
+            continue
+        trial_inverse = codes_wide / peak
+        sum_xl, sum_l2 = sums(trial_inverse)
+        better = (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2)
+        trial_scale = sum_xl / sum_l2
+        best = torch.where(better, trial_scale * sum_xl, best)
+        scale = torch.where(better, trial_scale, scale)
+        inverse = torch.where(better, trial_inverse, inverse)
+    return SymmetricFit(scale.masked_fill_(negligible, 0), inverse, negligible)
+
+
+def fit_positive(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """``x ~ scale * code`` for x >= 0: scale [n] and codes 0 .. top float32 [8, n].
+
+    x, weight: [8, n]. The best of nine steps, then five rounds of coordinate descent: a code
+    moves where that raises (sum weight * x * code)^2 / sum weight * code^2.
+    """
+    high = x.amax(0).clamp_(min=0)
+    negligible = high < NEGLIGIBLE
+    best = inverse = None
+    for number in (0, -4, -3, -2, -1, 1, 2, 3, 4):
+        trial = divide(torch.tensor(0.1) * number + top, high)
+        codes = (x * trial).round_()
+        if number != 0:
+            codes.clamp_(max=top)
+        residual = x - codes * trial.reciprocal()
+        error = ordered_sum(weight * residual * residual)
+        if best is None:
+            best, inverse = error, trial
+            continue
+        better = error < best
+        best, inverse = torch.where(better, error, best), torch.where(better, trial, inverse)
+    codes = (x * inverse).round_().clamp_(max=top)
+    sum_xl, sum_l2 = ordered_sum(weight * x * codes), ordered_sum(weight * codes * codes)
+    for _ in range(5):
+        for value, w, code in zip(x, weight, codes, strict=True):
+            rest_xl, rest_l2 = sum_xl - w * value * code, sum_l2 - w * code * code
+            moved = (value * rest_l2 / rest_xl).round_().clamp_(max=top)
+            moved_xl, moved_l2 = rest_xl + w * value * moved, rest_l2 + w * moved * moved
+            better = (rest_xl > 0) & (rest_l2 > 0) & (moved != code)
+            better &= moved_xl * moved_xl * sum_l2 > sum_xl * sum_xl * moved_l2
+            code.copy_(torch.where(better, moved, code))
+            sum_xl = torch.where(better, moved_xl, sum_xl)
+            sum_l2 = torch.where(better, moved_l2, sum_l2)
+    scale = torch.where(sum_l2 > 0, sum_xl / sum_l2, 0).masked_fill_(negligible, 0)
+    return scale, codes.masked_fill_(negligible, 0)
