@@ -1,0 +1,145 @@
+"""``ideogram4-quant``: demo, generate, and the commands of the other folders.
+
+Importing this module and showing ``--help`` imports neither torch nor any other heavy package; a
+command's own code is imported when it is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import __version__
+from .ops.errors import Ideogram4QuantError
+
+PROG = "ideogram4-quant"
+PRESET_NAMES = ("quality", "default", "turbo")
+# Commands that other modules define by ``add_parsers(subparsers)``: name -> module, help.
+DELEGATED = {
+    "quantize": (".quant.cli", "write a model at another level"),
+    "inspect": (".quant.cli", "say what a model file is"),
+    "verify": (".quant.cli", "compare the weights of two files"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 1 for an error, 130 for Ctrl-C.
+
+    Usage errors leave by SystemExit with 2, as argparse has it.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        return args.func(args)
+    except (Ideogram4QuantError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed. pip install 'ideogram4-quant[demo]'",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands with their one line of help; only the chosen one's module is imported."""
+    parser = argparse.ArgumentParser(
+        PROG, description="Ideogram 4.0 at 8 and 4 bits.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(subparsers)
+    _add_generate(subparsers)
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    module = DELEGATED[chosen][0] if chosen in DELEGATED else None
+    if module is not None:
+        importlib.import_module(module, __package__).add_parsers(subparsers)
+    for name, (where, text) in DELEGATED.items():
+        if where != module:
+            subparsers.add_parser(name, help=text)
+    return parser
+
+
+def _handler(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function of `engine.commands`, imported when it is called."""
+
+    def handle(args: argparse.Namespace) -> int:
+        commands = importlib.import_module(".engine.commands", __package__)
+        return getattr(commands, name)(args)
+
+    return handle
+
+
+def _add_demo(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="the main job on the pocket model: files, pictures, words read",
+        description="Quantize the pocket model to every level, paint held-out prompts with each, "
+        "read the words, and write a contact sheet and a report.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
+    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--preset", choices=PRESET_NAMES, default="default")
+    parser.set_defaults(func=_handler("run_demo"))
+
+
+def _add_generate(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "generate",
+        help="paint one picture with files of your own",
+        description="One picture with diffusers' Ideogram 4 transformer on files of any layout.",
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--model", required=True, metavar="F", help="the conditional copy, or a file with both"
+    )
+    files.add_argument("--uncond", metavar="F", help="the unconditional copy")
+    files.add_argument("--base", metavar="F", help="gives a linears-only file its other tensors")
+    files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
+    files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
+    files.add_argument("--vae", required=True, metavar="DIR|F", help="the FLUX.2 VAE")
+    files.add_argument("--out", type=Path, required=True, metavar="PNG")
+    files.add_argument("--overwrite", action="store_true", help="replace PNG if it exists")
+
+    picture = parser.add_argument_group("picture")
+    prompt = picture.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="P", help="best a JSON caption, as in training")
+    prompt.add_argument("--prompt-file", type=Path, metavar="F", help="the prompt in a text file")
+    picture.add_argument("--width", type=int, default=1024, help="multiple of 16 (default: 1024)")
+    picture.add_argument("--height", type=int, default=1024, help="multiple of 16 (default: 1024)")
+    picture.add_argument("--seed", type=int, default=0, help="default: 0")
+    picture.add_argument("--init-image", type=Path, metavar="F", help="a picture to start from")
+    picture.add_argument(
+        "--denoise", type=float, default=1.0, help="how much of it to repaint, above 0, at most 1"
+    )
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--preset", choices=PRESET_NAMES, default="default")
+    sampling.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
+    sampling.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
+    sampling.add_argument(
+        "--copies",
+        choices=("both", "conditional"),
+        default="both",
+        help="conditional: one copy, half the time, no guidance",
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
+    machine.add_argument("--backend", default="auto", help="of the int8 kernels (default: auto)")
+    machine.add_argument(
+        "--gguf-compute",
+        choices=("auto", "w8a8", "dense"),
+        default="auto",
+        help="how GGUF weights are multiplied (default: auto)",
+    )
+    parser.set_defaults(func=_handler("run_generate"))

@@ -1,0 +1,127 @@
+"""What ``ideogram4-quant demo`` and ``... generate`` do once their arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from ..ops.errors import CheckpointError, Ideogram4QuantError, OpError
+from ..ops.linear import LinearOptions
+from ..sampling import check_size
+from .encoder import load_encoder
+from .generate import GenerateRequest, generate
+from .loading import load_pair, open_pair
+from .vae import load_vae
+
+_log = logging.getLogger(__name__)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """``ideogram4-quant demo``: see `demo.run`."""
+    from . import demo
+
+    demo.run(args.out, demo.pocket_inputs(args.prompts), preset=args.preset)
+    return 0
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    """``ideogram4-quant generate``: everything that can be wrong is checked before a weight loads.
+
+    The encoder is gone before the transformers come: the three do not fit 24 GB together.
+    """
+    request = _request(args)
+    plan = request.plan()
+    for warning in check_size(request.width, request.height):
+        _log.warning("%s: expect a worse picture", warning)
+    _check_out(args.out, args.overwrite)
+    init_image = None if args.init_image is None else _read_picture(args.init_image)
+    pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
+    options = LinearOptions(args.backend, args.gguf_compute)
+    place = {"device": args.device, "options": options}
+
+    features = _encode(args, request.prompt, place)
+    vae = load_vae(args.vae, device=args.device)
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+
+        def loaded(copy: str, done: int, total: int) -> None:
+            bar.set_description(copy, refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        models = load_pair(pair, None, vae, progress=loaded, **place)
+    with tqdm(desc=pair[0].level, total=len(plan), unit="step", dynamic_ncols=True) as bar:
+        result = generate(
+            request,
+            models,
+            lambda done, total: bar.update(1),
+            features=features,
+            init_image=init_image,
+        )
+
+    _save(result.image, args.out, _settings(request, args))
+    seconds = sum(result.seconds.values())
+    print(
+        f"{args.out}: {request.width}x{request.height}, {pair[0].level}, {len(plan)} steps, "
+        f"{seconds:.1f} s"
+    )
+    return 0
+
+
+def _request(args: argparse.Namespace) -> GenerateRequest:
+    prompt = args.prompt
+    if args.prompt_file is not None:
+        prompt = args.prompt_file.read_text(encoding="utf-8").strip()
+    if args.denoise < 1.0 and args.init_image is None:
+        raise OpError("--denoise needs --init-image", found=args.denoise)
+    return GenerateRequest(
+        prompt,
+        args.width,
+        args.height,
+        args.seed,
+        args.preset,
+        args.steps,
+        args.guidance,
+        args.denoise,
+    )
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.suffix.lower() != ".png":
+        raise Ideogram4QuantError("the picture is written as PNG", file=out, needed="*.png")
+    if out.exists() and not overwrite:
+        raise Ideogram4QuantError("the file exists", file=out, hint="--overwrite replaces it.")
+    if not out.parent.is_dir():
+        raise Ideogram4QuantError("no such folder", file=out.parent)
+
+
+def _read_picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise CheckpointError("not a picture", file=path) from error
+
+
+def _encode(args: argparse.Namespace, prompt: str, place: dict) -> Tensor:
+    encoder = load_encoder(args.encoder, tokenizer=args.tokenizer, **place)
+    return encoder.encode([prompt])[0]
+
+
+def _settings(request: GenerateRequest, args: argparse.Namespace) -> dict:
+    """What it takes to make the picture again."""
+    names = ("prompt", "width", "height", "seed", "preset", "steps", "guidance", "denoise")
+    settings = {name: getattr(request, name) for name in names}
+    files = {name: getattr(args, name) for name in ("model", "uncond", "encoder", "vae")}
+    return settings | {name: Path(f).name for name, f in files.items() if f is not None}
+
+
+def _save(image: Image.Image, out: Path, settings: dict) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("ideogram4_quant", json.dumps(settings))
+    image.save(out, pnginfo=info)

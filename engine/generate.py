@@ -1,0 +1,195 @@
+"""One prompt, one seed, one picture: encode, sample with both copies, decode."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import Ideogram4Transformer2DModel
+from PIL import Image
+from torch import Tensor
+
+from ..ops.errors import OpError
+from ..sampling import (
+    StepPlan,
+    combine,
+    euler_step,
+    grid_size,
+    guidance_schedule,
+    plan,
+    preset,
+    sigmas,
+    start_latents,
+)
+from .encoder import TextEncoder
+from .transformer import Prepared, prepare, velocity
+from .vae import Vae
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+Callback = Callable[[StepPlan, Tensor], None]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What to paint. ``steps`` and ``guidance`` override the preset's.
+
+    ``denoise`` < 1 needs a picture to start from. ``interval`` and ``reuse`` save unconditional
+    passes and change the picture: see `sampling.plan`. ``keep_latents`` keeps every step's latents.
+    """
+
+    prompt: str
+    width: int = 1024
+    height: int = 1024
+    seed: int = 0
+    preset: str = "default"
+    steps: int | None = None
+    guidance: float | tuple[float, ...] | None = None
+    denoise: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    reuse: int = 1
+    keep_latents: bool = False
+
+    def plan(self) -> tuple[StepPlan, ...]:
+        """The steps of this request; OpError for settings that do not fit."""
+        chosen = preset(self.preset)
+        factors = guidance_schedule(chosen, self.steps, self.guidance)
+        schedule = sigmas(
+            len(factors), self.width, self.height, chosen.mu, chosen.std, self.denoise
+        )
+        return plan(schedule, factors, interval=self.interval, reuse=self.reuse)
+
+
+@dataclass(frozen=True)
+class Models:
+    """What makes a picture. Without ``unconditional`` there is no guidance; ``encoder`` may be
+    None where features are given."""
+
+    conditional: Ideogram4Transformer2DModel
+    unconditional: Ideogram4Transformer2DModel | None
+    encoder: TextEncoder | None
+    vae: Vae
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """A picture, its final latents [N, C] (fp32, CPU), and how long each stage took in seconds.
+
+    ``trajectory`` holds the latents after every step where the request asked for them.
+    """
+
+    image: Image.Image
+    latents: Tensor
+    steps: tuple[StepPlan, ...]
+    seconds: dict[str, float]
+    trajectory: tuple[Tensor, ...] = field(default=())
+
+
+def initial_noise(seed: int, tokens: int, channels: int) -> Tensor:
+    """Standard normal [1, N, C], fp32, drawn on the CPU: the same for a seed on every device.
+
+    diffusers' pipeline draws the same with ``torch.Generator().manual_seed(seed)``.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, tokens, channels), generator=generator, dtype=torch.float32)
+
+
+@torch.no_grad()
+def sample(
+    models: Models,
+    steps: Sequence[StepPlan],
+    x: Tensor,
+    conditional: Prepared,
+    unconditional: Prepared | None,
+) -> Iterator[tuple[StepPlan, Tensor]]:
+    """Euler along ``steps`` from x [B, N, C] fp32; yields every step with the latents after it."""
+    v_uncond = None
+    for step in steps:
+        v = velocity(models.conditional, x, step.time, conditional)
+        if step.unconditional != "skip" and models.unconditional is not None:
+            if step.unconditional == "run":
+                v_uncond = velocity(models.unconditional, x, step.time, unconditional)
+            v = combine(v, v_uncond, step.guidance)
+        x = euler_step(x, v, step.sigma, step.sigma_next)
+        yield step, x
+
+
+def generate(
+    request: GenerateRequest,
+    models: Models,
+    progress: Progress | None = None,
+    callback: Callback | None = None,
+    *,
+    features: Tensor | None = None,
+    noise: Tensor | None = None,
+    init_image: Image.Image | None = None,
+) -> GenerateResult:
+    """The picture of one request; the same request gives the same picture.
+
+    ``progress(steps done, steps)`` and ``callback(step, latents)`` are called after every step.
+    ``features`` [L, llm_features_dim] stand in for the encoder, ``noise`` [1, N, C] for the seed;
+    ``init_image`` is resized to the request's size. OpError for settings that do not fit, a warning
+    where there is nothing to guide away from. `sampling.check_size` says which sizes were trained.
+    """
+    steps = request.plan()
+    if request.denoise < 1.0 and init_image is None:
+        raise OpError("denoise below 1 needs a picture to start from", found=request.denoise)
+    if models.unconditional is None and any(s.unconditional != "skip" for s in steps):
+        _log.warning("no unconditional copy: sampling without guidance")
+    rows, columns = grid_size(request.width, request.height)
+    weight = models.conditional.embed_image_indicator.weight
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "encode", weight.device):
+        if features is None:
+            if models.encoder is None:
+                raise OpError("neither an encoder nor features are given")
+            features = models.encoder.encode([request.prompt])[0]
+        conditional = prepare(models.conditional, rows, columns, features[None].to(weight.device))
+        unconditional = None
+        if models.unconditional is not None:
+            unconditional = prepare(models.unconditional, rows, columns)
+        clean = None if init_image is None else _clean_latents(init_image, request, models.vae)
+
+    with _timed(seconds, "sample", weight.device):
+        shape = (rows * columns, models.conditional.config.in_channels)
+        x = initial_noise(request.seed, *shape) if noise is None else noise
+        if x.shape != (1, *shape):
+            raise OpError("noise of the wrong shape", found=list(x.shape), needed=[1, *shape])
+        x = start_latents(x.to(weight.device, torch.float32), clean, steps[0].sigma)
+        latents, trajectory = x, []
+        for step, latents in sample(models, steps, x, conditional, unconditional):
+            if request.keep_latents:
+                trajectory.append(latents[0].cpu())
+            if callback is not None:
+                callback(step, latents)
+            if progress is not None:
+                progress(step.index + 1, len(steps))
+
+    with _timed(seconds, "decode", weight.device):
+        image = models.vae.decode(latents, rows, columns)[0]
+    return GenerateResult(image, latents[0].cpu(), steps, seconds, tuple(trajectory))
+
+
+def _clean_latents(image: Image.Image, request: GenerateRequest, vae: Vae) -> Tensor:
+    size = (request.width, request.height)
+    if image.size != size:
+        image = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    return vae.encode(image)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str, device: torch.device) -> Iterator[None]:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    started = now()
+    yield
+    seconds[stage] = now() - started
