@@ -96,9 +96,13 @@ def ssim(reference: Image.Image, picture: Image.Image) -> float:
 
 
 def ms_ssim_scales(width: int, height: int) -> int:
-    """How many of MS-SSIM's five scales fit: the window must fit the smallest one."""
+    """How many of MS-SSIM's five scales fit: the window must fit the smallest one.
+
+    torchmetrics asks for more: the side over the square of the number of halvings.
+    """
+    side = min(width, height)
     scales = 1
-    while scales < 5 and min(width, height) // 2**scales > _MS_SSIM_KERNEL:
+    while scales < 5 and min(side // 2**scales, side // scales**2) >= _MS_SSIM_KERNEL:
         scales += 1
     return scales
 

@@ -30,7 +30,7 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 td.worse { color: #c0392b; } td.better { color: #1e8449; } td.gap { opacity: .5; }
 tr.reference td { background: var(--soft); font-weight: 600; }
 .pictures td { vertical-align: top; text-align: center; }
-.pictures img { image-rendering: pixelated; max-width: 256px; border-radius: 3px; }
+.pictures img { image-rendering: pixelated; width: 256px; height: auto; border-radius: 3px; }
 .pictures .score { font-size: .8rem; opacity: .75; }
 .prompt { max-width: 22rem; white-space: normal; overflow-wrap: anywhere; font-size: .8rem; }
 img.plot { max-width: 100%; background: #fff; border-radius: 4px; }

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...ops.errors import OpError
 from .cases import Case, CompareError
-from .metrics import PAIR_FUNCTIONS, latent_sqnr, ocr_scores
+from .metrics import PAIR_FUNCTIONS, latent_sqnr, ocr_scores, text_asked
 from .results import Comparison, SystemScores
 
 #: A scorer that the user's own weights make possible: (reference, picture, case) -> value or None.
@@ -116,13 +116,6 @@ def _trajectory(item: Rendered, base: Rendered, case: Case) -> list[float] | Non
     return None if ours is None or theirs is None else latent_sqnr(theirs, ours)
 
 
-def from_folder(name: str, folder: Path, cases: Sequence[Case]) -> Rendered:
-    """A system whose pictures lie in ``folder``, one a case, matched by :attr:`Case.file_stem`."""
-    return Rendered(
-        SystemScores(name, "pictures", 0), lambda case: open_picture(folder, case.file_stem)
-    )
-
-
 def open_picture(folder: Path, stem: str) -> Image.Image | None:
     """The picture called ``stem`` with any picture suffix, loaded; ``None`` if there is none."""
     for suffix in _SUFFIXES:
@@ -141,8 +134,6 @@ def cases_from_folders(
     ``prompts`` maps a file stem to its prompt; a picture without one has no text metrics. Raises
     CompareError for an empty folder and for folders that share no name.
     """
-    from .metrics import text_asked
-
     names = []
     for folder in folders:
         stems = {f.stem for f in sorted(folder.glob("*")) if f.suffix.lower() in _SUFFIXES}
@@ -156,15 +147,11 @@ def cases_from_folders(
             found=", ".join(sorted(min(names, key=len))[:3]),
             hint="Give the pictures of one prompt and seed the same name in every folder.",
         )
-    cases = []
-    for stem in sorted(shared):
-        picture = open_picture(folders[0], stem)
-        prompt = prompts.get(stem, stem)
-        size = picture.size
-        cases.append(
-            (
-                stem,
-                Case(prompt, 0, *size, text=text_asked(prompts[stem]) if stem in prompts else None),
-            )
-        )
-    return cases
+    return [(stem, _folder_case(folders[0], stem, prompts.get(stem))) for stem in sorted(shared)]
+
+
+def _folder_case(folder: Path, stem: str, prompt: str | None) -> Case:
+    width, height = open_picture(folder, stem).size
+    text = None if prompt is None else text_asked(prompt)
+    # The stem is part of the case, so that two seeds of one prompt stay two cases.
+    return Case(f"{stem}: {prompt or ''}", 0, width, height, text=text)

@@ -1,0 +1,214 @@
+"""``compare`` and ``compare-merge``: the instrument from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Register both commands; nothing heavy is imported until one runs."""
+    _add_compare(subparsers)
+    merge = subparsers.add_parser(
+        "compare-merge", help="collect the pictures that shards made into one cache"
+    )
+    merge.add_argument("into", type=Path, metavar="CACHE")
+    merge.add_argument("shards", type=Path, nargs="+", metavar="SHARD_CACHE")
+    merge.set_defaults(func=run_merge)
+
+
+def _add_compare(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "compare",
+        help="fidelity and text of several levels at the same seeds, with intervals",
+        description="Render the same prompts and seeds with several files, or take pictures that "
+        "are already rendered, and compare all with a reference.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--reference", metavar="NAME", help="default: the first system")
+    files = parser.add_argument_group("rendering files")
+    files.add_argument(
+        "--system", action="append", default=[], metavar="NAME=COND[,UNCOND]",
+        help="a row of the table; repeat",
+    )  # fmt: skip
+    files.add_argument("--base", type=Path, help="rest of the weights for files of linears only")
+    files.add_argument("--encoder", type=Path, metavar="DIR|F")
+    files.add_argument("--vae", type=Path, metavar="DIR|F")
+    files.add_argument("--prompts", type=Path, metavar="F", help=".txt or .jsonl")
+    files.add_argument("--limit", type=int, help="only the first prompts of the file")
+    files.add_argument("--seeds", type=int, nargs="+", default=[0])
+    files.add_argument("--width", type=int, default=1024)
+    files.add_argument("--height", type=int, default=1024)
+    files.add_argument("--preset", choices=("quality", "default", "turbo"), default="default")
+    files.add_argument("--steps", type=int)
+    files.add_argument("--guidance", type=float)
+    files.add_argument("--device")
+    files.add_argument("--cache", type=Path, help="default: OUT/cache")
+    files.add_argument(
+        "--trajectories", action=argparse.BooleanOptionalAction, default=True,
+        help="keep latents of every step (2 MB a step at 1024 px)",
+    )  # fmt: skip
+    files.add_argument("--jobs", type=int, default=1, help="processes on this machine")
+    files.add_argument("--shard", default="0/1", metavar="I/N", help="make only this share")
+    files.add_argument("--ray", action="store_true", help="make the pictures on a Ray cluster")
+    folders = parser.add_argument_group("pictures already rendered")
+    folders.add_argument(
+        "--pictures", action="append", default=[], metavar="NAME=DIR",
+        help="one picture a prompt and seed, the same file names in every folder; repeat",
+    )  # fmt: skip
+    folders.add_argument(
+        "--captions", type=Path, metavar="F", help='JSON: {"file name": "prompt"}, for text metrics'
+    )
+    extra = parser.add_argument_group("more")
+    extra.add_argument("--differences", action="store_true", help="difference maps as well")
+    for name in ("clip", "pickscore", "hpsv2"):
+        extra.add_argument(f"--{name}", type=Path, metavar="DIR")
+    extra.add_argument("--lpips", type=Path, metavar="F")
+    parser.set_defaults(func=run_compare)
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Handler of ``compare``: the exit code."""
+    from .cases import CompareError
+
+    if bool(args.system) == bool(args.pictures):
+        raise CompareError("give either --system (files) or --pictures (folders), at least two")
+    scorers, notes = _scorers(args)
+    if args.pictures:
+        return _compare_folders(args, scorers, notes)
+    return _compare_files(args, scorers, notes)
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Handler of ``compare-merge``: the exit code."""
+    from .store import Store
+
+    store = Store(args.into)
+    for shard in args.shards:
+        print(f"{shard}: {store.merge(shard)} pictures")
+    return 0
+
+
+def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
+    from .cases import CompareError, System, check_systems, read_cases
+
+    for name in ("encoder", "vae", "prompts"):
+        if getattr(args, name) is None:
+            raise CompareError(f"rendering needs --{name}")
+
+    from tqdm import tqdm
+
+    from .render import Plan, Settings, render
+    from .store import Store
+
+    systems = []
+    for name, value in map(_named, args.system):
+        paths = [Path(p) for p in value.split(",")]
+        systems.append(System(name, paths[0], paths[1] if len(paths) > 1 else None, args.base))
+    check_systems(systems)
+    cases = read_cases(
+        args.prompts, seeds=args.seeds, width=args.width, height=args.height, limit=args.limit
+    )
+    settings = Settings(
+        args.encoder, args.vae, args.preset, args.steps, args.guidance, args.trajectories,
+        device=args.device, threads=1 if args.jobs > 1 else None,
+    )  # fmt: skip
+    store = Store(args.cache or args.out / "cache")
+    plan = Plan(systems, cases, settings, store)
+    shard = _shard(args.shard)
+    with tqdm(total=len(plan.missing(shard)), unit="picture", desc="rendering") as bar:
+        made = render(plan, jobs=args.jobs, shard=shard, ray=args.ray, progress=bar.update)
+    left = len(plan.missing())
+    if shard != (0, 1) and left:
+        print(f"shard {args.shard}: {made} pictures made; {left} are left to other shards")
+        return 0
+    rendered = [plan.rendered(system) for system in systems]
+    return _finish(args, rendered, cases, scorers, notes, {**settings.painting(), "shard": None})
+
+
+def _compare_folders(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
+    from .cases import CompareError
+    from .results import SystemScores
+    from .score import Rendered, cases_from_folders, open_picture
+
+    folders = {name: Path(value) for name, value in map(_named, args.pictures)}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise CompareError(f"no folder of pictures for {name!r}", file=folder)
+    prompts = {}
+    if args.captions is not None:
+        prompts = json.loads(args.captions.read_text(encoding="utf-8"))
+    pairs = cases_from_folders(list(folders.values()), prompts)
+    stems = {case.key: stem for stem, case in pairs}
+
+    def system(name: str, folder: Path) -> Rendered:
+        scores = SystemScores(name, "pictures", 0)
+        return Rendered(scores, lambda case: open_picture(folder, stems[case.key]))
+
+    rendered = [system(name, folder) for name, folder in folders.items()]
+    cases = [case for _, case in pairs]
+    return _finish(args, rendered, cases, scorers, notes, {"folders": [str(f) for f in folders]})
+
+
+def _finish(args, rendered, cases, scorers, notes, settings) -> int:
+    from tqdm import tqdm
+
+    from .output import write_output
+    from .score import score
+    from .tables import markdown
+
+    with tqdm(total=len(rendered) * len(cases), unit="picture", desc="scoring") as bar:
+        comparison = score(
+            args.reference or rendered[0].scores.name, rendered, cases,
+            reader=_reader(notes), scorers=scorers, progress=bar.update,
+        )  # fmt: skip
+    comparison.gaps.extend(notes)
+    comparison.settings.update(settings)
+    by_name = {item.scores.name: item for item in rendered}
+    files = write_output(
+        comparison, args.out, lambda name, case: by_name[name].picture(case),
+        differences=args.differences,
+    )  # fmt: skip
+    print(markdown(comparison))
+    print("\n".join(str(file) for file in files))
+    return 0
+
+
+def _reader(notes):
+    try:
+        from ..ocr import WordReader
+
+        return WordReader().read
+    except ImportError as error:
+        notes.append(f"text metrics: {error}")
+        return None
+
+
+def _scorers(args: argparse.Namespace) -> tuple[dict, list[str]]:
+    names = ("clip", "pickscore", "hpsv2", "lpips")
+    if not any(getattr(args, name) for name in names):
+        return {}, [f"{', '.join(names)}: no weights given"]
+    from .scorers import load_scorers
+
+    return load_scorers({name: getattr(args, name) for name in names})
+
+
+def _named(text: str) -> tuple[str, str]:
+    from .cases import CompareError
+
+    name, separator, value = text.partition("=")
+    if not (name and separator and value):
+        raise CompareError("not of the form NAME=PATH", found=text)
+    return name, value
+
+
+def _shard(text: str) -> tuple[int, int]:
+    from .cases import CompareError
+
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError as error:
+        raise CompareError("not of the form I/N", found=text) from error
+    return index, count

@@ -1,0 +1,165 @@
+"""Pictures already made, kept by the hash of everything that made them.
+
+A picture's key covers the content of the model files, the encoder, the VAE, the settings and the
+case, so a changed file or setting is never answered with an old picture, and a broken run goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ...quant.provenance import hash_files
+from .cases import Case, CompareError
+
+#: Part of every key; raised when the engine starts to make other pictures from the same inputs.
+VERSION = 1
+
+_PICTURE, _RECORD, _LATENTS = ".png", ".json", ".safetensors"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept beside a picture: seconds to sample, and what OCR read (``None``: not asked)."""
+
+    seconds: float
+    read: str | None
+
+
+class Store:
+    """A folder of pictures by key; safe for several processes, which write whole files only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _file(self, key: str, suffix: str) -> Path:
+        return self.folder / key[:2] / f"{key}{suffix}"
+
+    def has(self, key: str, *, trajectory: bool) -> bool:
+        """Whether the picture is there; with its latents where they are wanted."""
+        kept = self._file(key, _RECORD).is_file()  # written last
+        return kept and (not trajectory or self._file(key, _LATENTS).is_file())
+
+    def save(
+        self, key: str, picture: Image.Image, record: Record, latents: torch.Tensor | None
+    ) -> None:
+        """Keep a picture; its record comes last, so a half-kept one is made anew."""
+        self._file(key, _PICTURE).parent.mkdir(exist_ok=True)
+        self._write(key, _PICTURE, lambda file: picture.save(file, format="PNG"))
+        if latents is not None:
+            from safetensors.torch import save_file
+
+            self._write(key, _LATENTS, lambda file: save_file({"latents": latents}, file))
+        text = json.dumps({"seconds": record.seconds, "read": record.read})
+        self._write(key, _RECORD, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def _write(self, key: str, suffix: str, write) -> None:
+        target = self._file(key, suffix)
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            write(part)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def picture(self, key: str) -> Image.Image | None:
+        """The picture, or ``None``."""
+        file = self._file(key, _PICTURE)
+        if not self.has(key, trajectory=False) or not file.is_file():
+            return None
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+
+    def record(self, key: str) -> Record | None:
+        """Its record, or ``None``; CompareError for one that is damaged."""
+        file = self._file(key, _RECORD)
+        if not file.is_file():
+            return None
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            return Record(float(data["seconds"]), data["read"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CompareError(f"damaged record: {error}", file=file, hint="Delete it.") from error
+
+    def latents(self, key: str) -> torch.Tensor | None:
+        """Latents after every step ``[steps, N, C]``, or ``None``."""
+        file = self._file(key, _LATENTS)
+        if not file.is_file():
+            return None
+        from safetensors.torch import load_file
+
+        return load_file(file)["latents"]
+
+    def merge(self, other: Path) -> int:
+        """Copy what another store has and this one lacks; returns the number of pictures."""
+        if not other.is_dir():
+            raise CompareError("no such cache folder", file=other)
+        copied = 0
+        for record in sorted(other.glob(f"*/*{_RECORD}")):
+            key = record.stem
+            if self.has(key, trajectory=False):
+                continue
+            self._file(key, _RECORD).parent.mkdir(exist_ok=True)
+            for suffix in (_PICTURE, _LATENTS, _RECORD):  # the record last, as in save
+                source = record.with_suffix(suffix)
+                if source.is_file():
+                    self._write(key, suffix, lambda part, source=source: shutil.copy(source, part))
+            copied += 1
+        return copied
+
+
+class Fingerprints:
+    """SHA-256 of files and folders, remembered by path, size and modification time."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            self._known: dict[str, list] = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._known = {}  # a missing or damaged cache is only slower
+
+    def of(self, path: Path) -> str:
+        """Hash of a file's bytes, or of a folder's model files with their names."""
+        if path.is_file():
+            return self._of_file(path)
+        names = [
+            p for p in sorted(path.rglob("*")) if p.suffix in (".safetensors", ".json", ".txt")
+        ]
+        if not names:
+            raise CompareError("no model file in the folder", file=path)
+        material = [[p.relative_to(path).as_posix(), self._of_file(p)] for p in names]
+        return hashlib.sha256(json.dumps(material).encode()).hexdigest()
+
+    def _of_file(self, path: Path) -> str:
+        stat = path.stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+        name = str(path.resolve())
+        known = self._known.get(name)
+        if isinstance(known, list) and known[:2] == stamp:
+            return known[2]
+        digest = hash_files([path])[0].sha256
+        self._known[name] = [*stamp, digest]
+        return digest
+
+    def keep(self) -> None:
+        """Write the memory back, whole or not at all."""
+        part = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(self._known), encoding="utf-8")
+        os.replace(part, self._file)
+
+
+def picture_key(system: Mapping[str, object], settings: Mapping[str, object], case: Case) -> str:
+    """SHA-256 over the fingerprints of a system, the settings and the case."""
+    what = [case.prompt, case.seed, case.width, case.height]
+    text = json.dumps([VERSION, system, settings, what], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
