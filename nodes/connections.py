@@ -1,0 +1,36 @@
+"""Whether an output of a node leads anywhere in the graph that is being run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def leads_anywhere(graph: Mapping | None, node_id: str | None, output: int) -> bool:
+    """True if some input in `graph` (API format) is linked to that output of that node.
+
+    Also true where it cannot be known: no graph, or a node that another one expanded into it.
+    """
+    if not graph or node_id is None or str(node_id) not in graph:
+        return True
+    link = [str(node_id), output]
+    return any(
+        isinstance(value, list) and len(value) == 2 and [str(value[0]), value[1]] == link
+        for node in graph.values()
+        for value in node.get("inputs", {}).values()
+    )
+
+
+def running_graph(node_id: str | None) -> Mapping | None:
+    """The graph being run now that has this node; None where the host does not say.
+
+    The host asks for a node's fingerprint without its graph, yet what the node has to load depends
+    on which of its outputs are connected.
+    """
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None or node_id is None:
+        return None
+    running, _ = server.prompt_queue.get_current_queue_volatile()
+    graphs = (item[2] for item in running)
+    return next((graph for graph in graphs if str(node_id) in graph), None)

@@ -1,0 +1,147 @@
+"""The Qwen3-VL text model as the host's CLIP, without its vision tower and its final norm.
+
+The transformer reads the raw hidden states after 13 decoder layers. The host's own loader takes a
+different class for files that bring a vision tower along, and that class normalizes the last tap.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.text_encoders.ideogram4 as host_encoder
+import comfy.utils
+import folder_paths
+import torch
+from transformers import AutoTokenizer
+
+from ..checkpoint import open_encoder
+from ..checkpoint.encoders import EncoderCheckpoint
+from ..ops.errors import CheckpointError, NotIdeogram4Error
+from .host_ops import make_ops
+
+MAX_TOKENS = 2048
+HEAD_DIM = 128  # fixed in the host's Qwen3
+LAYERS = 36
+HOST_VOCABULARY = 151936  # the embedding rows of every released Qwen3-VL-8B
+# HF's name -> the host's, where a smaller model may differ
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+)
+
+
+def load_encoder(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A text encoder file or folder as the host's CLIP; weights stay as the file has them.
+
+    Weights are dequantized layer by layer when they are used, as the host does for its own
+    encoders. Raises CheckpointError and its kinds.
+    """
+    encoder = open_encoder(path)
+    sizes = _sizes(encoder, path)
+    dtype = torch.bfloat16
+    progress = comfy.utils.ProgressBar(100)
+    state = encoder.load(
+        dtype=dtype,
+        progress=lambda done, total: progress.update_absolute(round(100 * done / max(total, 1))),
+    )
+    state.pop("norm.weight", None)
+    state = {f"model.{name}": tensor for name, tensor in state.items()}
+    target = _Target(host_encoder.te(dtype_llama=dtype), _Tokenizer)
+    options = {
+        "custom_operations": make_ops(dtype),
+        "qwen3vl_8b_model_config": {**sizes, "final_norm": False, "lm_head": False},
+    }
+    clip = comfy.sd.CLIP(
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        tokenizer_data=_tokenizer_data(encoder, path),
+        parameters=comfy.utils.calculate_parameters(state),
+        state_dict=[state],
+        model_options=options,
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (_load_patcher, (path,))
+    return clip
+
+
+def _load_patcher(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_encoder(path, disable_dynamic).patcher
+
+
+class _Target:
+    """What the host's CLIP asks of a model description."""
+
+    def __init__(self, clip: type, tokenizer: type):
+        self.params: dict = {}
+        self.clip = clip
+        self.tokenizer = tokenizer
+
+
+def _sizes(encoder: EncoderCheckpoint, path: Path) -> dict:
+    config = encoder.config
+    for key, needed in (("head_dim", HEAD_DIM), ("num_hidden_layers", LAYERS)):
+        if config[key] != needed:
+            raise NotIdeogram4Error(
+                f"this is not the text encoder of Ideogram 4: {key} differs",
+                file=path,
+                found=config[key],
+                needed=needed,
+                hint="Pick a Qwen3-VL-8B file.",
+            )
+    sizes = {key: config[key] for key in _SIZES}
+    sizes["rope_theta"] = float(config.get("rope_theta", 5_000_000.0))
+    return sizes
+
+
+def _tokenizer_data(encoder: EncoderCheckpoint, path: Path) -> dict:
+    """Nothing for the released vocabulary, whose tokenizer the host has; else the folder's own."""
+    if encoder.config["vocab_size"] == HOST_VOCABULARY:
+        return {}
+    if encoder.tokenizer_dir is None:
+        raise CheckpointError(
+            "an encoder with its own vocabulary needs its tokenizer",
+            file=path,
+            found=f"{encoder.config['vocab_size']} tokens and no tokenizer.json beside the weights",
+            needed=f"tokenizer.json, or the {HOST_VOCABULARY} tokens of Qwen3-VL",
+            hint="Copy the whole folder of the encoder, not only its weights.",
+        )
+    # the settings of the host's Qwen3VLTokenizer, on another folder
+    tokenizer = partial(
+        comfy.sd1_clip.SDTokenizer,
+        str(encoder.tokenizer_dir),
+        pad_with_end=False,
+        embedding_size=encoder.config["hidden_size"],
+        embedding_key="qwen3vl_8b",
+        tokenizer_class=AutoTokenizer,
+        has_start_token=False,
+        has_end_token=False,
+        pad_to_max_length=False,
+        max_length=99999999,
+        min_length=1,
+        pad_token=0,
+    )
+    return {"qwen3vl_8b_tokenizer_class": tokenizer}
+
+
+class _Tokenizer(host_encoder.Ideogram4Tokenizer):
+    """The host's tokenizer, for which a caption beyond the trained length is an error."""
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs):
+        tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
+        found = sum(len(chunk) for chunk in tokens[self.clip_name])
+        if found > MAX_TOKENS:
+            raise CheckpointError(
+                "the caption is too long",
+                found=f"{found} tokens",
+                needed=f"at most {MAX_TOKENS}",
+                hint="Shorten the descriptions, or describe fewer elements.",
+            )
+        return tokens

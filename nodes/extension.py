@@ -1,0 +1,25 @@
+"""The pack as ComfyUI sees it: one extension, one explicit list of nodes."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .node_encoder import LoadEncoder
+from .node_guider import DualCopyCFG, SamplingPreset
+from .node_model import LoadIdeogram4
+from .node_vae import LoadVAE
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadIdeogram4,
+    LoadEncoder,
+    LoadVAE,
+    DualCopyCFG,
+    SamplingPreset,
+]
+
+
+class Ideogram4QuantExtension(ComfyExtension):
+    """Ideogram 4.0 at 8 and 4 bits."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

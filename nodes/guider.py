@@ -1,0 +1,206 @@
+"""Classifier-free guidance with a separate-weight unconditional copy, as the reference does it.
+
+``v = g * v_cond + (1 - g) * v_uncond`` in float32. The unconditional copy sees image tokens only;
+g follows the step, in sampling order. Denoised pictures are ``x - sigma * v``, so the host's
+combination of denoised pictures is the same thing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+from torch import Tensor
+
+from ..ops.errors import NotIdeogram4Error, OpError, PairMismatchError
+from ..sampling import StepPlan, step_at
+from .encoder_loading import MAX_TOKENS
+from .guidance import Guidance
+from .model_loading import info_of
+
+logger = logging.getLogger(__name__)
+IMAGE_ONLY = [[None, {}]]  # a conditioning without text: the model then runs image tokens alone
+
+
+class DualCopyGuider(comfy.samplers.CFGGuider):
+    """A host guider over a conditional and an optional unconditional model.
+
+    Both are loaded by one request. Each runs with its own model options, so that a patch on one
+    never acts on the other. Without an unconditional model there is nothing to guide away from:
+    the conditional prediction is the result.
+    """
+
+    def __init__(
+        self,
+        conditional: comfy.model_patcher.ModelPatcher,
+        unconditional: comfy.model_patcher.ModelPatcher | None,
+        positive: list,
+        guidance: Guidance,
+    ):
+        check_pair(conditional, unconditional)
+        check_conditioning(conditional, positive)
+        if unconditional is not None:
+            conditional = conditional.clone()
+            conditional.set_additional_models("ideogram4_quant_unconditional", [unconditional])
+        super().__init__(conditional)
+        self.unconditional = unconditional
+        self.guidance = guidance
+        self.inner_set_conds({"positive": positive})
+        self._steps: tuple[StepPlan, ...] = ()
+        self._negative: list = []
+        self._unconditional_options: dict = {}
+        self._last_velocity: Tensor | None = None
+
+    def outer_sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        self._steps = self.guidance.plan(sigmas.tolist())
+        self._last_velocity = None
+        if self.unconditional is None:
+            return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        self._negative = comfy.sampler_helpers.convert_cond(IMAGE_ONLY)
+        self._unconditional_options = self._own_options(sigmas)
+        try:
+            return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            # the host cleans additional models up after a good run only
+            if self.unconditional.model.current_patcher is not None:
+                self.unconditional.cleanup()
+            self._last_velocity = None
+
+    def inner_sample(
+        self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs
+    ):
+        if self.unconditional is not None:
+            self.unconditional.pre_run()
+            model = self.unconditional.model
+            model.latent_shapes = kwargs.get("latent_shapes")
+            self._negative = comfy.samplers.process_conds(
+                model,
+                noise,
+                {"negative": self._negative},
+                device,
+                latent_image,
+                denoise_mask,
+                latent_shapes=kwargs.get("latent_shapes"),
+            )["negative"]
+        return super().inner_sample(
+            noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs
+        )
+
+    def outer_predict_noise(self, x, timestep, model_options=None, seed=None):
+        # set before the host's wrappers run, so that one that overrides the cfg has its way
+        self.cfg = step_at(self._steps, float(timestep.flatten()[0])).guidance
+        return super().outer_predict_noise(x, timestep, model_options or {}, seed)
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        model_options = model_options or {}
+        positive = self.conds["positive"]
+        conditional = comfy.samplers.calc_cond_batch(
+            self.inner_model, [positive], x, timestep, model_options
+        )[0]
+        skippable = not model_options.get("disable_cfg1_optimization", False)
+        if self.unconditional is None or (math.isclose(self.cfg, 1.0) and skippable):
+            return conditional
+        return comfy.samplers.cfg_function(
+            self.inner_model,
+            conditional,
+            self._predict_unconditional(x, timestep),
+            self.cfg,
+            x,
+            timestep,
+            model_options=model_options,
+            cond=positive,
+            uncond=self._negative,
+        )
+
+    def _predict_unconditional(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """The unconditional copy's denoised latents [B, C, H, W]; a velocity is kept for reuse."""
+        sigma = timestep.reshape(-1, *[1] * (x.ndim - 1))
+        step = step_at(self._steps, float(timestep.flatten()[0]))
+        if step.unconditional == "reuse" and self._last_velocity is not None:
+            return x - sigma * self._last_velocity
+        # second in the list, so that patches that ask see it marked as the unconditional one
+        denoised = comfy.samplers.calc_cond_batch(
+            self.unconditional.model,
+            [None, self._negative],
+            x,
+            timestep,
+            self._unconditional_options,
+        )[1]
+        if self.guidance.reuse > 1:
+            self._last_velocity = (x - denoised) / sigma
+        return denoised
+
+    def _own_options(self, sigmas: Tensor) -> dict:
+        """The unconditional copy's model options, prepared as the host prepares the other's."""
+        options = comfy.model_patcher.create_model_options_clone(self.unconditional.model_options)
+        comfy.sampler_helpers.prepare_model_patcher(
+            self.unconditional, {"negative": self._negative}, options
+        )
+        options["transformer_options"]["sample_sigmas"] = sigmas
+        return options
+
+
+def check_pair(
+    conditional: comfy.model_patcher.ModelPatcher,
+    unconditional: comfy.model_patcher.ModelPatcher | None,
+) -> None:
+    """The two are Ideogram 4, of one size, and neither takes the other's place."""
+    for patcher, role in ((conditional, "conditional"), (unconditional, "unconditional")):
+        if patcher is None:
+            continue
+        if not isinstance(patcher.model, comfy.model_base.Ideogram4):
+            raise NotIdeogram4Error(
+                f"the {role} model is not Ideogram 4",
+                found=type(patcher.model).__name__,
+                hint="Connect a model from a loader of Ideogram 4.",
+            )
+        info = info_of(patcher)
+        if info is not None and info.source.copy != role:
+            raise PairMismatchError(
+                f"the model on the {role} input is the {info.source.copy} copy",
+                file=info.source.path,
+                hint="Swap the two connections, or pick the other file in the loader.",
+            )
+    if unconditional is None:
+        return
+    left, right = _dimensions(conditional), _dimensions(unconditional)
+    if left != right:
+        name = next(k for k in left if left[k] != right.get(k))
+        raise PairMismatchError(
+            f"the two copies are of different sizes: {name} differs",
+            found=f"{left[name]} and {right.get(name)}",
+            needed="the same in both",
+            hint="Pick two files of one model.",
+        )
+
+
+def check_conditioning(model: comfy.model_patcher.ModelPatcher, positive: list) -> None:
+    """The text features are as wide as this model reads, and no longer than it was trained on."""
+    width = _dimensions(model)["llm_features_dim"]
+    for features, _ in positive:
+        if features is None:
+            continue
+        if features.shape[-1] != width:
+            raise OpError(
+                "this conditioning comes from another text encoder",
+                found=f"{features.shape[-1]} features a token",
+                needed=width,
+                hint="Encode the caption with the Qwen3-VL encoder that belongs to Ideogram 4.",
+            )
+        if features.shape[1] > MAX_TOKENS:
+            raise OpError(
+                "the caption is too long",
+                found=f"{features.shape[1]} tokens",
+                needed=f"at most {MAX_TOKENS}",
+                hint="Shorten the descriptions, or describe fewer elements.",
+            )
+
+
+def _dimensions(patcher: comfy.model_patcher.ModelPatcher) -> dict:
+    config = patcher.model.model_config.unet_config
+    keys = ("num_layers", "num_attention_heads", "attention_head_dim", "intermediate_size")
+    return {key: config[key] for key in (*keys, "llm_features_dim")}

@@ -1,0 +1,95 @@
+"""The host's operations with linears that keep, and run on, this pack's quantized layouts.
+
+The host's own loader of quantized linears knows a fixed list of formats. A file reader that puts
+``QuantizedTensor`` objects straight into the state dict needs a linear that leaves them alone;
+everything else (casts, offload, low-rank patches, dynamic memory) stays the host's.
+"""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+from torch import Tensor
+
+from ..ops import layouts as _layouts  # noqa: F401  (registers the layouts with comfy-kitchen)
+from ..ops.linear import LinearOptions, linear
+
+# layout name -> the name under which the host's saver and its forward look the format up
+FORMATS = {
+    "Ideogram4QuantInt8": "ideogram4_quant_int8",
+    "Ideogram4QuantGGUF": "ideogram4_quant_gguf",
+    "Ideogram4QuantFP8": "ideogram4_quant_fp8",
+    "Ideogram4QuantNF4": "ideogram4_quant_nf4",
+}
+_STORAGE = {
+    "Ideogram4QuantInt8": torch.int8,
+    "Ideogram4QuantGGUF": torch.uint8,
+    "Ideogram4QuantFP8": torch.float8_e4m3fn,
+    "Ideogram4QuantNF4": torch.uint8,
+}
+for _layout, _format in FORMATS.items():
+    QUANT_ALGOS.setdefault(
+        _format,
+        {
+            "storage_t": _STORAGE[_layout],
+            "parameters": set(),
+            "comfy_tensor_layout": _layout,
+            # the kernels quantize the activations themselves, fused with smoothing and rotation
+            "quantize_input": False,
+        },
+    )
+
+
+def is_ours(weight: object) -> bool:
+    """True for a quantized weight in one of this pack's layouts."""
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls in FORMATS
+
+
+def make_ops(compute_dtype: torch.dtype, options: LinearOptions | None = None) -> type:
+    """The host's mixed-precision operations with a linear that runs this pack's layouts.
+
+    compute_dtype: what dense weights are stored in and patches are computed in. options: how a
+    quantized linear is run; None dequantizes the weight and multiplies densely, which is what a
+    text encoder gets (its activations stay unquantized).
+    """
+    base = comfy.ops.mixed_precision_ops({}, compute_dtype)
+
+    class Operations(base):
+        class Linear(base.Linear):
+            def _load_from_state_dict(
+                self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            ):
+                key = prefix + "weight"
+                weight = state_dict.get(key)
+                if not is_ours(weight):
+                    super()._load_from_state_dict(
+                        state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+                    )
+                    return
+                if tuple(weight.shape) != (self.out_features, self.in_features):
+                    errors.append(
+                        f"{key}: found {tuple(weight.shape)}, "
+                        f"needed {(self.out_features, self.in_features)}"
+                    )
+                    return
+                state_dict.pop(key)
+                self.layout_type = weight._layout_cls
+                self.quant_format = FORMATS[weight._layout_cls]
+                weight = weight.to(device=self.factory_kwargs["device"], dtype=compute_dtype)
+                self.weight = torch.nn.Parameter(weight, requires_grad=False)
+                # the bias the plain way, past the host's handling of quantized weights
+                torch.nn.Module._load_from_state_dict(
+                    self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+                )
+                if key in missing:
+                    missing.remove(key)
+
+            def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                if not is_ours(weight) or isinstance(x, QuantizedTensor):
+                    return super()._forward(x, weight, bias)
+                if options is None:
+                    return torch.nn.functional.linear(x, weight.dequantize().to(x.dtype), bias)
+                return linear(x, weight, bias, options)
+
+    return Operations

@@ -1,0 +1,172 @@
+"""Which files a quantization level stands for on this machine, and what ``auto`` means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from ..checkpoint import Checkpoint
+from ..ops.errors import CheckpointError, NotIdeogram4Error
+from .model_files import Listing
+
+AUTO = "auto"
+LEVELS = (
+    "BF16",
+    "FP8",
+    "INT8 W8A8 rotated",
+    "INT8 W8A8",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q5_1",
+    "Q5_0",
+    "Q4_K",
+    "Q4_1",
+    "Q4_0",
+    "NF4",
+)
+_GGUF = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
+# What auto tries first, by what the device computes fast. Where there are int8 matrix units (NVIDIA
+# from Turing on, CPUs with VNNI), int8 is the fastest; elsewhere every level costs a dense product,
+# so the most faithful comes first.
+AUTO_ORDER = {
+    "int8": ("INT8 W8A8 rotated", "INT8 W8A8", *_GGUF, "NF4", "FP8", "BF16"),
+    "dense": ("BF16", "Q8_0", "FP8", *_GGUF[1:], "NF4", "INT8 W8A8 rotated", "INT8 W8A8"),
+}
+# Activations, attention and the VAE's decoder at 1024 px, beside the weights.
+WORKING_MEMORY = 1_900_000_000
+_COPY_WORDS = re.compile(r"un?cond(itional)?|transformer|model", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file among the host's models that holds one or both copies."""
+
+    name: str
+    path: Path
+    header: Checkpoint
+
+    def copy_bytes(self) -> int:
+        """Bytes of one copy's weights, as stored."""
+        return self.header.size // len(self.header.copies)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The files of one level: a conditional copy, and an unconditional one if there is any."""
+
+    level: str
+    conditional: Candidate
+    unconditional: Candidate | None
+    notes: tuple[str, ...] = ()
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """(conditional, unconditional) bytes."""
+        second = self.unconditional
+        return self.conditional.copy_bytes(), 0 if second is None else second.copy_bytes()
+
+
+@dataclass
+class Catalogue:
+    """The Ideogram 4 files found, and those that look like it and cannot be read."""
+
+    listing: Listing
+    candidates: list[Candidate] = field(default_factory=list)
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def read_catalogue(listing: Listing, open_file: Callable[[Path], Checkpoint]) -> Catalogue:
+    """Opens every file's header; other models are passed over, broken files are noted."""
+    catalogue = Catalogue(listing)
+    for name in listing.names:
+        try:
+            header = open_file(listing.paths[name])
+        except NotIdeogram4Error:
+            continue
+        except (CheckpointError, OSError) as error:
+            catalogue.broken[name] = str(error)
+            continue
+        catalogue.candidates.append(Candidate(name, listing.paths[name], header))
+    return catalogue
+
+
+def resolve(level: str, catalogue: Catalogue, order: Sequence[str], memory: int) -> Pair:
+    """The files of `level`; for ``auto`` the first level of `order` that is there and fits.
+
+    memory: bytes of the device. Fits, from best to worst: both copies and the working memory, one
+    copy and the working memory, neither (then the smallest). CheckpointError says what is missing.
+    """
+    if level != AUTO:
+        pair = find_pair(level, catalogue.candidates)
+        if pair is None:
+            raise _nothing_found(level, catalogue)
+        return pair
+    pairs = [p for p in (find_pair(lv, catalogue.candidates) for lv in order) if p is not None]
+    if not pairs:
+        raise _nothing_found(level, catalogue)
+    for fits in (sum, max):
+        for pair in pairs:
+            if fits(pair.weight_bytes()) + WORKING_MEMORY <= memory:
+                return pair
+    return min(pairs, key=lambda pair: sum(pair.weight_bytes()))
+
+
+def find_pair(level: str, candidates: Iterable[Candidate]) -> Pair | None:
+    """The pair of that level whose file names fit best; None without a conditional copy.
+
+    A file with both copies wins over two files; of two files, the names must differ least once the
+    words for the copy are taken out, and the models must be of one size.
+    """
+    there = [c for c in candidates if c.header.level == level]
+    conditional = [c for c in there if "conditional" in c.header.copies]
+    if not conditional:
+        return None
+    both = [c for c in conditional if "unconditional" in c.header.copies]
+    pairs = [(c, c) for c in both] or [(c, partner_of(c, there)) for c in conditional]
+    pairs.sort(key=lambda pair: (pair[1] is None, -_likeness(*pair), pair[0].name.casefold()))
+    first, second = pairs[0]
+    chosen = {first.name, second.name if second else first.name}
+    others = sorted(c.name for c in there if c.name not in chosen)
+    notes = (f"other files of this level: {', '.join(others)}",) if others else ()
+    return Pair(level, first, second, notes)
+
+
+def partner_of(conditional: Candidate, candidates: Iterable[Candidate]) -> Candidate | None:
+    """The unconditional copy that goes best with a conditional one, by size and then by name."""
+    fitting = [
+        c
+        for c in candidates
+        if "unconditional" in c.header.copies and c.header.config == conditional.header.config
+    ]
+    return max(fitting, key=lambda c: _likeness(conditional, c), default=None)
+
+
+def _likeness(first: Candidate, second: Candidate | None) -> float:
+    if second is None:
+        return 0.0
+    return SequenceMatcher(None, _bare(first.name), _bare(second.name), autojunk=False).ratio()
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"[-_. ]+", " ", _COPY_WORDS.sub("", name.casefold())).strip()
+
+
+def _nothing_found(level: str, catalogue: Catalogue) -> CheckpointError:
+    there = sorted({c.header.level for c in catalogue.candidates}, key=_rank)
+    wanted = "Ideogram 4 file" if level == AUTO else f"{level} file of Ideogram 4"
+    broken = "".join(f" {why}" for why in catalogue.broken.values())
+    folders = " or ".join(catalogue.listing.roots) or "the diffusion_models folder"
+    choice = "" if level == AUTO or not there else f"Pick one of: {', '.join(there)}. Or "
+    advice = f"put the files into {folders} and press R."
+    return CheckpointError(
+        f"there is no {wanted}",
+        found=", ".join(there) if there else "none",
+        hint=(choice + advice if choice else advice.capitalize()) + broken,
+    )
+
+
+def _rank(level: str) -> int:
+    return LEVELS.index(level) if level in LEVELS else len(LEVELS)

@@ -1,0 +1,64 @@
+"""Load Qwen3-VL encoder (quantized)."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .encoder_loading import load_encoder
+from .model_files import host_listing, stamp
+from .schema import CATEGORY
+
+FOLDERS = "text_encoders"
+
+
+class LoadEncoder(io.ComfyNode):
+    """An encoder file -> CLIP for the host's text nodes."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Ideogram4QuantLoadEncoder",
+            display_name="Load Qwen3-VL encoder (quantized)",
+            category=CATEGORY,
+            description=(
+                "Loads the text encoder of Ideogram 4 from models/text_encoders: bf16, FP8, INT8 "
+                "or GGUF. Vision weights in the file are ignored."
+            ),
+            search_aliases=[
+                "qwen3vl",
+                "clip loader gguf",
+                "load clip",
+                "text encoder",
+                "ideogram encoder",
+            ],
+            inputs=[
+                io.Combo.Input(
+                    "encoder",
+                    options=host_listing(FOLDERS).names,
+                    tooltip="A Qwen3-VL-8B file in models/text_encoders: .safetensors or .gguf.",
+                )
+            ],
+            outputs=[
+                io.Clip.Output(
+                    id="clip",
+                    display_name="clip",
+                    tooltip="Connect it to CLIP Text Encode; the caption goes in there.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, encoder: str = "") -> bool | str:
+        listing = host_listing(FOLDERS)
+        if encoder in listing.paths:
+            return True
+        return f"{encoder!r} is not in {' or '.join(listing.roots)}: pick another file"
+
+    @classmethod
+    def fingerprint_inputs(cls, encoder: str) -> str:
+        path = host_listing(FOLDERS).paths.get(encoder)
+        return repr(path and stamp(path))
+
+    @classmethod
+    def execute(cls, encoder: str) -> io.NodeOutput:
+        return io.NodeOutput(load_encoder(host_listing(FOLDERS).path(encoder)))

@@ -1,0 +1,237 @@
+"""Load Ideogram 4 (quantized)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management as management
+from comfy_api.latest import io
+
+from ..ops import dispatch
+from ..ops.errors import Ideogram4QuantError
+from ..ops.linear import LinearOptions
+from . import report
+from .connections import leads_anywhere, running_graph
+from .headers import open_header
+from .levels import AUTO, AUTO_ORDER, LEVELS, Candidate, Pair, partner_of, read_catalogue, resolve
+from .model_files import host_listing, stamp
+from .model_loading import ModelSource, compute_dtype, load_model
+from .schema import CATEGORY
+
+BY_LEVEL = "by level"
+NONE = "none"
+FOLDERS = "diffusion_models"
+BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
+COPIES = ("conditional", "unconditional")
+_FILE_INPUTS = ("conditional_file", "unconditional_file", "base_file")
+GGUF_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
+
+
+class LoadIdeogram4(io.ComfyNode):
+    """A quantization level, or files by name -> both copies as MODELs, and a report."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Ideogram4QuantLoad",
+            display_name="Load Ideogram 4 (quantized)",
+            category=CATEGORY,
+            description=(
+                "Loads Ideogram 4 from the files in models/diffusion_models, at the quantization "
+                "level you pick: INT8, GGUF, FP8, NF4 or BF16. Both copies are found by level; "
+                "the report says which files and why."
+            ),
+            search_aliases=[
+                "ideogram",
+                "gguf",
+                "unet loader gguf",
+                "load diffusion model",
+                "int8",
+                "w8a8",
+                "q4_k",
+                "q8_0",
+                "nf4",
+                "fp8",
+            ],
+            inputs=_inputs(),
+            outputs=[
+                io.Model.Output(
+                    id="conditional",
+                    display_name="conditional",
+                    tooltip="The copy that reads the caption.",
+                ),
+                io.Model.Output(
+                    id="unconditional",
+                    display_name="unconditional",
+                    tooltip="The copy that guidance moves away from. Read from disk only if this "
+                    "output is connected.",
+                ),
+                io.String.Output(
+                    id="report",
+                    display_name="report",
+                    tooltip="Level, files, sizes, protected layers, backend and why, memory.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, conditional_file=BY_LEVEL, unconditional_file=BY_LEVEL, base_file=NONE
+    ) -> bool | str:
+        # Named here, these inputs skip the host's own check, whose message lists every file.
+        listing = host_listing(FOLDERS)
+        for name in (conditional_file, unconditional_file, base_file):
+            if name not in (BY_LEVEL, NONE) and name not in listing.paths:
+                return f"{name} is not in {' or '.join(listing.roots)}: pick another file"
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs) -> str:
+        connected = _connected(running_graph(cls.hidden.unique_id), cls.hidden.unique_id)
+        chosen = {k: inputs[k] for k in ("level", *_FILE_INPUTS) if k in inputs}
+        try:
+            pair, base = choose_files(**chosen)
+            files = [stamp(c.path) for c in (pair.conditional, pair.unconditional) if c]
+            return repr((connected, files, base and stamp(base)))
+        except (Ideogram4QuantError, OSError) as error:
+            return repr(error)  # execute raises it again, where the host shows it
+
+    @classmethod
+    def execute(
+        cls,
+        level: str,
+        conditional_file: str = BY_LEVEL,
+        unconditional_file: str = BY_LEVEL,
+        base_file: str = NONE,
+        backend: str = AUTO,
+        gguf_compute: str = "auto",
+    ) -> io.NodeOutput:
+        pair, base = choose_files(level, conditional_file, unconditional_file, base_file)
+        options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
+        wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
+        models = []
+        for copy, connected in zip(COPIES, wanted, strict=True):
+            candidate = getattr(pair, copy)
+            if candidate is None or not connected:
+                models.append(None)
+                continue
+            models.append(load_model(ModelSource(candidate.path, copy, base, options)))
+        here = machine()
+        if cls.hidden.extra_pnginfo is not None:  # what SaveImage writes into the file
+            note = report.summary(pair, level, options, here)
+            cls.hidden.extra_pnginfo["ideogram4_quant"] = note
+        return io.NodeOutput(*models, report.text(pair, level, options, here))
+
+
+def choose_files(
+    level: str,
+    conditional_file: str = BY_LEVEL,
+    unconditional_file: str = BY_LEVEL,
+    base_file: str = NONE,
+) -> tuple[Pair, Path | None]:
+    """The files to load and the base file; CheckpointError and its kinds say what is wrong.
+
+    A file picked by name goes before the level, and the other copy is then looked for at the level
+    of that file.
+    """
+    listing = host_listing(FOLDERS)
+    base = None if base_file == NONE else listing.path(base_file)
+
+    def candidate(name: str) -> Candidate:
+        path = listing.path(name)
+        return Candidate(name, path, open_header(path, base))
+
+    catalogue = read_catalogue(listing, lambda path: open_header(path, base))
+    if conditional_file == BY_LEVEL:
+        here = machine()
+        pair = resolve(level, catalogue, AUTO_ORDER[_capability(here)], here.memory)
+    else:
+        first = candidate(conditional_file)
+        peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
+        second = first if "unconditional" in first.header.copies else partner_of(first, peers)
+        pair = Pair(first.header.level, first, second)
+    if unconditional_file != BY_LEVEL:
+        pair = replace(pair, unconditional=candidate(unconditional_file))
+    return pair, base
+
+
+def machine() -> report.Machine:
+    """The device that the host computes on."""
+    device = management.get_torch_device()
+    return report.Machine(
+        device=management.get_torch_device_name(device),
+        memory=management.get_total_memory(device),
+        dtype=str(compute_dtype(device)).removeprefix("torch."),
+        backends=dispatch.reports(device),
+    )
+
+
+def _capability(here: report.Machine) -> str:
+    fast = any(b.available and b.name != "reference" for b in here.backends)
+    return "int8" if fast else "dense"
+
+
+def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
+    return tuple(leads_anywhere(graph, node_id, index) for index in range(len(COPIES)))
+
+
+def _inputs() -> list:
+    names = host_listing(FOLDERS).names
+    return [
+        io.Combo.Input(
+            "level",
+            options=[AUTO, *LEVELS],
+            default=AUTO,
+            tooltip="How the weights are quantized. auto picks the fastest level among your files "
+            "that fits this device; the report says which. The same workflow then works on any "
+            "machine that has any Ideogram 4 file.",
+        ),
+        io.Combo.Input(
+            "conditional_file",
+            options=[BY_LEVEL, *names],
+            default=BY_LEVEL,
+            optional=True,
+            advanced=True,
+            tooltip="The file of the conditional copy, where you want a certain one. It goes "
+            "before the level.",
+        ),
+        io.Combo.Input(
+            "unconditional_file",
+            options=[BY_LEVEL, *names],
+            default=BY_LEVEL,
+            optional=True,
+            advanced=True,
+            tooltip="The file of the unconditional copy, where you want a certain one.",
+        ),
+        io.Combo.Input(
+            "base_file",
+            options=[NONE, *names],
+            default=NONE,
+            optional=True,
+            advanced=True,
+            tooltip="For files that hold linears only (Transformer Lab's INT8): a complete file "
+            "of the same model, which gives the norms and embeddings.",
+        ),
+        io.Combo.Input(
+            "backend",
+            options=list(BACKENDS),
+            default=AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="What multiplies int8 matrices. auto takes the fastest that works here; "
+            "the report says which and why the others do not.",
+        ),
+        io.Combo.Input(
+            "gguf_compute",
+            options=list(GGUF_COMPUTE),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="How GGUF weights are multiplied: W8A8 on int8 matrix units (faster, a little "
+            "less exact), or 16-bit after decoding. auto: W8A8 for the 4- and 5-bit types, 16-bit "
+            "for Q8_0 and Q6_K.",
+        ),
+    ]

@@ -1,0 +1,144 @@
+"""What a loader found, chose and will use, as text for people and as data for the picture."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..ops.dispatch import BackendReport
+from ..ops.linear import LinearOptions
+from .levels import AUTO, WORKING_MEMORY, Candidate, Pair
+
+_INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
+_SAMPLE = 1 << 16
+_SAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device that will compute: its name, memory, compute dtype, int8 backends."""
+
+    device: str
+    memory: int
+    dtype: str
+    backends: tuple[BackendReport, ...]
+
+
+def summary(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> dict:
+    """The choice as plain data; goes into the PNG of a picture made with it."""
+    return {
+        "level": pair.level,
+        "asked": asked,
+        "backend": _backend(pair.level, options, machine),
+        "files": {
+            copy: {
+                "name": candidate.name,
+                "bytes": candidate.header.size,
+                "fingerprint": fingerprint(candidate.path),
+            }
+            for copy, candidate in _copies(pair)
+        },
+    }
+
+
+def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> str:
+    """The same for people, one fact a line."""
+    lines = [_level_line(pair, asked)]
+    for copy, candidate in _copies(pair):
+        lines.append(_file_line(copy, candidate))
+    if pair.unconditional is None:
+        lines.append("unconditional: no file of this level, so there is no guidance without one")
+    lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
+    lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
+    lines.append(_memory_line(pair, machine))
+    if machine.dtype == "float32":
+        lines.append(
+            f"compute: float32, because {machine.device} has no bfloat16 and float16 overflows in "
+            "this model: slow"
+        )
+    return "\n".join([*lines, *pair.notes])
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over the size and 16 evenly spread 64 KiB samples of a file.
+
+    It tells apart files that differ in more than a few weights, in milliseconds instead of the ten
+    seconds of a whole one. A folder's is that of its files' fingerprints.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*.safetensors") if p.is_file()):
+            digest.update(fingerprint(file).encode())
+        return digest.hexdigest()
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    last = max(size - _SAMPLE, 0)
+    with path.open("rb") as file:
+        for i in range(_SAMPLES):
+            file.seek(last * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _copies(pair: Pair) -> list[tuple[str, Candidate]]:
+    both = [("conditional", pair.conditional), ("unconditional", pair.unconditional)]
+    return [(copy, candidate) for copy, candidate in both if candidate is not None]
+
+
+def _level_line(pair: Pair, asked: str) -> str:
+    how = " (auto: the first level here that fits this device)" if asked == AUTO else ""
+    return f"level: {pair.level}{how}"
+
+
+def _file_line(copy: str, candidate: Candidate) -> str:
+    header = candidate.header
+    return (
+        f"{copy}: {candidate.name}, {_gb(header.size)}, {header.layout}; "
+        f"which copy it is: {header.copy_reason}"
+    )
+
+
+def _protected_line(pair: Pair) -> str:
+    protected: Sequence[str] = pair.conditional.header.protected
+    if not protected:
+        return "kept in 16 bits: no linear"
+    shown = ", ".join(list(protected)[:4]) + (", ..." if len(protected) > 4 else "")
+    return f"kept in 16 bits: {len(protected)} linears ({shown})"
+
+
+def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
+    """Which GEMM runs, and why; ``dense`` where weights are decoded first."""
+    if level in _INT8_LEVELS:
+        through_int8 = True
+    elif level.startswith("Q"):
+        from ..ops.linear import resolve_compute
+
+        through_int8 = resolve_compute(options.gguf_compute, level, 256) == "w8a8"
+    else:
+        through_int8 = False
+    if not through_int8:
+        return f"dense {machine.dtype}, weights decoded layer by layer"
+    if options.backend != AUTO:
+        return f"{options.backend}, as asked"
+    first: BackendReport | None = next((b for b in machine.backends if b.available), None)
+    return "reference" if first is None else f"{first.name} ({first.reason})"
+
+
+def _memory_line(pair: Pair, machine: Machine) -> str:
+    weights = pair.weight_bytes()
+    need = sum(weights) + WORKING_MEMORY
+    line = (
+        f"memory: {_gb(sum(weights))} of weights and about {_gb(WORKING_MEMORY)} at 1024 px; "
+        f"{machine.device} has {_gb(machine.memory)}"
+    )
+    if need <= machine.memory:
+        return f"{line}: everything stays there"
+    if max(weights) + WORKING_MEMORY <= machine.memory:
+        return f"{line}: one copy at a time, the other waits in RAM"
+    return f"{line}: weights are streamed from RAM, slow; pick a smaller level"
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2f} MB"

@@ -1,0 +1,3 @@
+"""What the nodes' schemas share."""
+
+CATEGORY = "Ideogram 4 Quant"

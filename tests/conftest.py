@@ -1,0 +1,94 @@
+"""Fixtures that more than one test file needs: the real ComfyUI, and models to run in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ideogram4_quant.tests.host.locate import Host, find_host
+from ideogram4_quant.tests.host.server import PACK_FOLDER, Server, environment, make_base
+
+SCRIPTS = Path(__file__).resolve().parent / "host" / "scripts"
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """A real ComfyUI; tests that need one skip with the reason where there is none."""
+    found = find_host()
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def base(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of a ComfyUI of its own, with the pack in custom_nodes."""
+    return make_base(tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory):
+    """A small random Ideogram 4: files, and diffusers' models with the same weights."""
+    from ideogram4_quant.tests.tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def models(base: Path, tiny) -> Path:
+    """`base`'s models folder with the small random model's files in it."""
+    folder = base / "models"
+    for source, kind in (
+        (tiny.conditional_file, "diffusion_models"),
+        (tiny.unconditional_file, "diffusion_models"),
+        (tiny.vae_file, "vae"),
+    ):
+        shutil.copy(source, folder / kind / source.name)
+    shutil.copytree(tiny.encoder_dir, folder / "text_encoders" / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(host: Host, base: Path, models: Path) -> Iterator[Server]:
+    """A running ComfyUI with the pack and the small model; one for the whole session."""
+    running = Server(host, base)
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def in_host(host: Host, base: Path) -> Callable[..., dict]:
+    """Runs a script of tests/host/scripts in the host's Python; returns what it reports."""
+
+    def run(script: str, *arguments: str | Path, seconds: float = 600) -> dict:
+        pack = base / "custom_nodes" / PACK_FOLDER
+        command = [host.python, SCRIPTS / script, host.root, pack, base, *arguments]
+        done = subprocess.run(
+            [str(part) for part in command],
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            env=environment(),
+            cwd=base,
+        )
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if done.returncode or not found:
+            pytest.fail(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-5000:]}")
+        return json.loads(found[-1].removeprefix("RESULT "))
+
+    return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """Beside a failure of a test that used the server: the end of the server's log."""
+    report = yield
+    used = item.funcargs.get("server") if isinstance(item, pytest.Function) else None
+    if report.failed and used is not None:
+        report.sections.append(("ComfyUI", used.log[-5000:]))
+    return report
