@@ -31,33 +31,34 @@ def rotate(x: Tensor, group: int) -> Tensor:
         raise OpError("only floating point values can be rotated", found=x.dtype)
     work = x.dtype if x.dtype == torch.float64 else torch.float32
     grouped = x.to(work).reshape(-1, group)
+    # H256 = H16 (x) H16: two products 16 wide take an eighth of the arithmetic of one 256 wide.
+    order = 16 if group == 256 else group
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        h = hadamard(order, x.device, work)
+    else:  # A tracer's stand-in cannot be multiplied by a matrix from outside the trace.
+        h = _kronecker_power(x.new_tensor(_H4, dtype=work), order)
+    turned = grouped.view(-1, order) @ h
     if group == 256:
-        # H256 = H16 (x) H16: two products 16 wide take an eighth of the arithmetic of one 256 wide.
-        h16 = hadamard(16, x.device, work)
-        grouped = h16 @ (grouped.view(-1, 16) @ h16).view(-1, 16, 16)
-    else:
-        grouped = grouped @ hadamard(group, x.device, work)
-    return grouped.reshape(x.shape).to(x.dtype)
+        turned = h @ turned.view(-1, 16, 16)
+    return turned.reshape(x.shape).to(x.dtype)
 
 
 def hadamard(group: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """The normalized regular Hadamard matrix ``[group, group]``, kept per device and dtype."""
-    device = torch.device(device)
-    key = (group, device, dtype)
-    found = _matrices.get(key)
-    if found is not None:
-        return found
-    # An inference tensor could not be saved for a backward pass later on.
-    with torch.inference_mode(False):
-        h4 = torch.tensor(_H4, dtype=torch.float64, device="cpu")
-        matrix = h4
-        while matrix.shape[0] < group:
-            matrix = torch.kron(matrix, h4)
-        matrix = (matrix / group**0.5).to(device=device, dtype=dtype)
-    # A tracer's stand-in must not outlive its trace.
-    if type(matrix) is Tensor and not torch.compiler.is_compiling():
-        _matrices[key] = matrix
-    return matrix
+    key = (group, torch.device(device), dtype)
+    if key not in _matrices:
+        # An inference tensor could not be saved for a backward pass later on.
+        with torch.inference_mode(False):
+            h4 = torch.tensor(_H4, dtype=torch.float64)
+            _matrices[key] = _kronecker_power(h4, group).to(device=device, dtype=dtype)
+    return _matrices[key]
+
+
+def _kronecker_power(h4: Tensor, order: int) -> Tensor:
+    matrix = h4
+    while matrix.shape[0] < order:
+        matrix = torch.kron(matrix, h4)
+    return matrix / order**0.5
 
 
 def check_group(in_features: int, group: int) -> None:

@@ -1,7 +1,9 @@
 """How the layouts answer torch's own operations: linear, matmul, transposes, row slices.
 
 Everything else falls back to the dequantized weight, as comfy-kitchen arranges. In inference mode
-``F.linear`` arrives as ``aten.linear``; outside it as a transpose and a ``mm`` or ``addmm``.
+``F.linear`` arrives as ``aten.linear``; outside it as a transpose and a ``mm`` or ``addmm``, except
+for batches of strided activations, which torch turns into a batched product: those are computed
+with the dequantized weight. ``ops.linear.linear`` knows no such exception.
 """
 
 from __future__ import annotations
@@ -65,13 +67,12 @@ def _addmm(_: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     return out
 
 
-def _transpose(qt: QuantizedTensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    dims = args[1:]
-    if len(dims) == 1:  # permute
-        dims = dims[0]
-    if dims and dims[0] % 2 == dims[1] % 2:
-        return qt._copy_with()
-    return qt.layout_cls.transpose(qt)
+def _transpose(qt: QuantizedTensor, dim0: int = 0, dim1: int = 1) -> Any:
+    return qt._copy_with() if dim0 % 2 == dim1 % 2 else qt.layout_cls.transpose(qt)
+
+
+def _permute(qt: QuantizedTensor, dims: Sequence[int]) -> Any:
+    return _transpose(qt, 0, dims[0])
 
 
 def _rows(qt: QuantizedTensor, dim: int, rows: slice) -> Any:
@@ -98,7 +99,9 @@ def _narrow(qt: QuantizedTensor, dim: int, start: int, length: int) -> Any:
     size = qt.shape[dim]
     begin = start + size if start < 0 else start
     if not 0 <= begin <= begin + length <= size:
-        raise IndexError(f"narrow: start {start} and length {length} exceed dimension size {size}")
+        raise RuntimeError(
+            f"narrow: start {start} and length {length} exceed dimension size {size}"
+        )
     return _rows(qt, dim, slice(begin, begin + length))
 
 
@@ -126,12 +129,8 @@ _HANDLERS: dict[tuple[Any, ...], Callable] = {
     (aten.linear.default,): _linear,
     (aten.mm.default,): _mm,
     (aten.addmm.default,): _addmm,
-    (
-        aten.t.default,
-        aten.numpy_T.default,
-        aten.transpose.int,
-        aten.permute.default,
-    ): _transpose,
+    (aten.t.default, aten.numpy_T.default, aten.transpose.int): _call(_transpose),
+    (aten.permute.default,): _call(_permute),
     (aten.slice.Tensor,): _call(_slice),
     (aten.narrow.default,): _call(_narrow),
     (aten.split.Tensor,): _call(_split),
