@@ -18,8 +18,7 @@ import folder_paths
 import torch
 from transformers import AutoTokenizer
 
-from ..checkpoint import open_encoder
-from ..checkpoint.encoders import EncoderCheckpoint
+from ..checkpoint import EncoderCheckpoint, open_encoder
 from ..ops.errors import CheckpointError, NotIdeogram4Error
 from .host_ops import make_ops
 
@@ -35,6 +34,7 @@ _SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
     "rms_norm_eps",
+    "rope_theta",
 )
 
 
@@ -96,9 +96,7 @@ def _sizes(encoder: EncoderCheckpoint, path: Path) -> dict:
                 needed=needed,
                 hint="Pick a Qwen3-VL-8B file.",
             )
-    sizes = {key: config[key] for key in _SIZES}
-    sizes["rope_theta"] = float(config.get("rope_theta", 5_000_000.0))
-    return sizes
+    return {key: config[key] for key in _SIZES}
 
 
 def _tokenizer_data(encoder: EncoderCheckpoint, path: Path) -> dict:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .node_caption import CheckCaption
 from .node_encoder import LoadEncoder
 from .node_guider import DualCopyCFG, SamplingPreset
+from .node_lora import LoadLora
 from .node_model import LoadIdeogram4
+from .node_sampler import Sampler
 from .node_vae import LoadVAE
 
 NODES: list[type[io.ComfyNode]] = [
     LoadIdeogram4,
     LoadEncoder,
     LoadVAE,
+    LoadLora,
+    CheckCaption,
+    Sampler,
     DualCopyCFG,
     SamplingPreset,
 ]

@@ -12,20 +12,19 @@ from .model_files import stamp
 
 def open_header(
     path: str | os.PathLike[str],
-    base: str | os.PathLike[str] | None = None,
+    bases: tuple[Path, ...] = (),
     *,
     copy: str | None = None,
 ) -> Checkpoint:
     """`checkpoint.open_checkpoint`, cached by path, size and time of every file involved.
 
-    copy: the user's word for which copy a single-copy file holds, where the file itself is silent.
+    bases: files that give what this one lacks. copy: the user's word for which copy it holds.
     Raises what `open_checkpoint` raises; errors are not cached.
     """
     path = Path(path)
-    base = None if base is None else Path(base)
-    return _open(path, base, copy, stamp(path), None if base is None else stamp(base))
+    return _open(path, bases, copy, (stamp(path), *map(stamp, bases)))
 
 
 @lru_cache(maxsize=256)
-def _open(path: Path, base: Path | None, copy: str | None, _: tuple, __: tuple | None):
-    return open_checkpoint(path, base, copy=copy)
+def _open(path: Path, bases: tuple[Path, ...], copy: str | None, _: tuple) -> Checkpoint:
+    return open_checkpoint(path, bases or None, copy=copy)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from ..checkpoint import Checkpoint
-from ..ops.errors import CheckpointError, NotIdeogram4Error
+from ..checkpoint import Checkpoint, check_pair
+from ..ops.errors import CheckpointError, NotIdeogram4Error, PairMismatchError
 from .model_files import Listing
 
 AUTO = "auto"
@@ -136,12 +136,16 @@ def find_pair(level: str, candidates: Iterable[Candidate]) -> Pair | None:
 
 def partner_of(conditional: Candidate, candidates: Iterable[Candidate]) -> Candidate | None:
     """The unconditional copy that goes best with a conditional one, by size and then by name."""
-    fitting = [
-        c
-        for c in candidates
-        if "unconditional" in c.header.copies and c.header.config == conditional.header.config
-    ]
+    fitting = [c for c in candidates if _fit(conditional, c)]
     return max(fitting, key=lambda c: _likeness(conditional, c), default=None)
+
+
+def _fit(conditional: Candidate, other: Candidate) -> bool:
+    try:
+        check_pair(conditional.header, other.header)
+    except PairMismatchError:
+        return False
+    return True
 
 
 def _likeness(first: Candidate, second: Candidate | None) -> float:

@@ -12,14 +12,11 @@ import comfy.utils
 import torch
 
 from ..checkpoint import Checkpoint
-from ..ops.errors import CorruptFileError, PairMismatchError
 from ..ops.linear import LinearOptions
 from .headers import open_header
 from .host_ops import make_ops
 
 ATTACHMENT = "ideogram4_quant"
-# The image-only pass never reads these, and some files of the unconditional copy leave them out.
-_TEXT_ONLY = ("llm_cond_proj.", "llm_cond_norm.")
 
 
 @dataclass(frozen=True)
@@ -28,8 +25,9 @@ class ModelSource:
 
     path: Path
     copy: str
-    base: Path | None = None
+    bases: tuple[Path, ...] = ()
     options: LinearOptions = field(default_factory=LinearOptions)
+    trusted: bool = False  # the user's word for the copy goes before the file's name
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ def load_model(
 
     disable_dynamic: the host's wish for its older patcher. Raises CheckpointError and its kinds.
     """
-    header = open_header(source.path, source.base, copy=source.copy)
-    _check_copy(header, source)
+    header = open_header(source.path, source.bases, copy=source.copy if source.trusted else None)
     device, offload = management.get_torch_device(), management.unet_offload_device()
     dtype = compute_dtype(device)
     config = _host_config(header)
@@ -75,7 +72,6 @@ def load_model(
         dtype=dtype,
         progress=lambda done, total: progress.update_absolute(round(100 * done / max(total, 1))),
     )
-    _check_complete(state, config, source)
     nbytes = sum(t.nbytes for t in state.values())
 
     model = config.get_model(state, "")
@@ -91,43 +87,11 @@ def load_model(
     return patcher
 
 
-def _check_copy(header: Checkpoint, source: ModelSource) -> None:
-    if source.copy not in header.copies:
-        raise PairMismatchError(
-            f"this file does not hold the {source.copy} copy",
-            file=source.path,
-            found=", ".join(header.copies),
-            needed=source.copy,
-            hint=f"Pick the other file here. (Decided by: {header.copy_reason}.)",
-        )
-
-
 def _host_config(header: Checkpoint) -> comfy.supported_models.Ideogram4:
     """The host's description of the model, in the size that the file has."""
-    dimensions = dict(header.config.to_dict())
-    dimensions["mrope_section"] = list(dimensions["mrope_section"])
+    dimensions = header.config.to_dict()
     shape = {key: dimensions.pop(key) for key in ("in_channels", "num_layers")}
     sized = type(
         "Ideogram4", (comfy.supported_models.Ideogram4,), {"unet_extra_config": dimensions}
     )
     return sized({"image_model": "ideogram4", **shape})
-
-
-def _check_complete(state: dict, config: comfy.supported_models.Ideogram4, source: ModelSource):
-    """Every weight that will be read is there: the host itself only logs what is missing."""
-    settings = {k: v for k, v in config.unet_config.items() if k != "dtype"}
-    with torch.device("meta"):
-        skeleton = comfy.ldm.ideogram4.model.Ideogram4Transformer2DModel(
-            **settings, dtype=torch.float32, device="meta", operations=torch.nn
-        )
-    needed = {n for n, _ in skeleton.named_parameters()}
-    if source.copy == "unconditional":
-        needed = {n for n in needed if not n.startswith(_TEXT_ONLY)}
-    missing = sorted(needed - state.keys())
-    if missing:
-        raise CorruptFileError(
-            f"{len(missing)} weights are missing",
-            file=source.path,
-            tensor=missing[0],
-            hint="Download the file again, or name a base file that holds them.",
-        )

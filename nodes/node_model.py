@@ -9,13 +9,24 @@ from pathlib import Path
 import comfy.model_management as management
 from comfy_api.latest import io
 
+from ..checkpoint import check_pair
 from ..ops import dispatch
 from ..ops.errors import Ideogram4QuantError
 from ..ops.linear import LinearOptions
 from . import report
 from .connections import leads_anywhere, running_graph
 from .headers import open_header
-from .levels import AUTO, AUTO_ORDER, LEVELS, Candidate, Pair, partner_of, read_catalogue, resolve
+from .levels import (
+    AUTO,
+    AUTO_ORDER,
+    LEVELS,
+    Candidate,
+    Catalogue,
+    Pair,
+    partner_of,
+    read_catalogue,
+    resolve,
+)
 from .model_files import host_listing, stamp
 from .model_loading import ModelSource, compute_dtype, load_model
 from .schema import CATEGORY
@@ -24,8 +35,8 @@ BY_LEVEL = "by level"
 NONE = "none"
 FOLDERS = "diffusion_models"
 BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
-COPIES = ("conditional", "unconditional")
-_FILE_INPUTS = ("conditional_file", "unconditional_file", "base_file")
+CONDITIONAL, UNCONDITIONAL = COPIES = ("conditional", "unconditional")
+_FILE_INPUTS = ("conditional_file", "unconditional_file", "base_file", "trust_files")
 GGUF_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
 
 
@@ -93,9 +104,9 @@ class LoadIdeogram4(io.ComfyNode):
         connected = _connected(running_graph(cls.hidden.unique_id), cls.hidden.unique_id)
         chosen = {k: inputs[k] for k in ("level", *_FILE_INPUTS) if k in inputs}
         try:
-            pair, base = choose_files(**chosen)
-            files = [stamp(c.path) for c in (pair.conditional, pair.unconditional) if c]
-            return repr((connected, files, base and stamp(base)))
+            pair, bases = choose_files(**chosen)
+            files = [c.path for c in (pair.conditional, pair.unconditional) if c]
+            return repr((connected, [stamp(path) for path in (*files, *bases)]))
         except (Ideogram4QuantError, OSError) as error:
             return repr(error)  # execute raises it again, where the host shows it
 
@@ -106,10 +117,13 @@ class LoadIdeogram4(io.ComfyNode):
         conditional_file: str = BY_LEVEL,
         unconditional_file: str = BY_LEVEL,
         base_file: str = NONE,
+        trust_files: bool = False,
         backend: str = AUTO,
         gguf_compute: str = "auto",
     ) -> io.NodeOutput:
-        pair, base = choose_files(level, conditional_file, unconditional_file, base_file)
+        pair, bases = choose_files(
+            level, conditional_file, unconditional_file, base_file, trust_files
+        )
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
         models = []
@@ -118,7 +132,8 @@ class LoadIdeogram4(io.ComfyNode):
             if candidate is None or not connected:
                 models.append(None)
                 continue
-            models.append(load_model(ModelSource(candidate.path, copy, base, options)))
+            source = ModelSource(candidate.path, copy, bases, options, trust_files)
+            models.append(load_model(source))
         here = machine()
         if cls.hidden.extra_pnginfo is not None:  # what SaveImage writes into the file
             note = report.summary(pair, level, options, here)
@@ -131,31 +146,53 @@ def choose_files(
     conditional_file: str = BY_LEVEL,
     unconditional_file: str = BY_LEVEL,
     base_file: str = NONE,
-) -> tuple[Pair, Path | None]:
-    """The files to load and the base file; CheckpointError and its kinds say what is wrong.
+    trust_files: bool = False,
+) -> tuple[Pair, tuple[Path, ...]]:
+    """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
 
     A file picked by name goes before the level, and the other copy is then looked for at the level
-    of that file.
+    of that file. trust_files: a picked file is the copy it was picked for, whatever its name says.
     """
     listing = host_listing(FOLDERS)
-    base = None if base_file == NONE else listing.path(base_file)
+    catalogue = read_catalogue(listing, open_header)
+    bases = _bases(base_file, catalogue)
 
-    def candidate(name: str) -> Candidate:
+    def picked(name: str, copy: str) -> Candidate:
         path = listing.path(name)
-        return Candidate(name, path, open_header(path, base))
+        header = open_header(path, bases, copy=copy if trust_files else None)
+        return Candidate(name, path, header)
 
-    catalogue = read_catalogue(listing, lambda path: open_header(path, base))
     if conditional_file == BY_LEVEL:
         here = machine()
         pair = resolve(level, catalogue, AUTO_ORDER[_capability(here)], here.memory)
     else:
-        first = candidate(conditional_file)
+        first = picked(conditional_file, CONDITIONAL)
         peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
-        second = first if "unconditional" in first.header.copies else partner_of(first, peers)
+        second = first if UNCONDITIONAL in first.header.copies else partner_of(first, peers)
         pair = Pair(first.header.level, first, second)
     if unconditional_file != BY_LEVEL:
-        pair = replace(pair, unconditional=candidate(unconditional_file))
-    return pair, base
+        pair = replace(pair, unconditional=picked(unconditional_file, UNCONDITIONAL))
+    if pair.unconditional is not None:
+        check_pair(pair.conditional.header, pair.unconditional.header)
+    elif CONDITIONAL not in pair.conditional.header.copies:
+        check_pair(pair.conditional.header, pair.conditional.header)
+    return pair, bases
+
+
+def _bases(name: str, catalogue: Catalogue) -> tuple[Path, ...]:
+    """The base file, and the file of the other copy that goes with it."""
+    if name == NONE:
+        return ()
+    path = catalogue.listing.path(name)
+    chosen = Candidate(name, path, open_header(path))
+    if len(chosen.header.copies) > 1:
+        return (path,)
+    peers = [c for c in catalogue.candidates if c.header.level == chosen.header.level]
+    if UNCONDITIONAL in chosen.header.copies:
+        others = [c for c in peers if partner_of(c, [chosen]) is chosen]
+        return (path, *(c.path for c in others[:1]))
+    other = partner_of(chosen, peers)
+    return (path,) if other is None else (path, other.path)
 
 
 def machine() -> report.Machine:
@@ -214,6 +251,15 @@ def _inputs() -> list:
             advanced=True,
             tooltip="For files that hold linears only (Transformer Lab's INT8): a complete file "
             "of the same model, which gives the norms and embeddings.",
+        ),
+        io.Boolean.Input(
+            "trust_files",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="Load the files picked by name as the copies you picked them for, even if "
+            "their names say otherwise. For renamed files; a file whose metadata says which copy "
+            "it is stays that copy.",
         ),
         io.Combo.Input(
             "backend",

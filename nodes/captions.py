@@ -1,0 +1,188 @@
+"""Checks a caption against the JSON schema that the model was trained on.
+
+Key order matters: the model has only ever seen one. Sources: the caption format in diffusers'
+Ideogram 4 pipeline and the host's caption builder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+_TOP = (
+    "aspect_ratio",
+    "high_level_description",
+    "style_description",
+    "compositional_deconstruction",
+)
+_PHOTO_STYLE = ("aesthetics", "lighting", "photo", "medium", "color_palette")
+_ART_STYLE = ("aesthetics", "lighting", "medium", "art_style", "color_palette")
+_COMPOSITION = ("background", "elements")
+_ELEMENT = {
+    "obj": ("type", "bbox", "desc", "color_palette"),
+    "text": ("type", "bbox", "text", "desc", "color_palette"),
+}
+_REQUIRED = {
+    "compositional_deconstruction": ("background", "elements"),
+    "obj": ("type", "desc"),
+    "text": ("type", "text", "desc"),
+}
+_BBOX_MAX = 1000
+_PLAIN_TEXT = (
+    "This is plain text. The model was trained on JSON captions: with plain text, words in the "
+    "picture are rarely legible, and sometimes it paints a placeholder card. Build the caption "
+    "with the node Build JSON Prompt (Ideogram)."
+)
+
+
+@dataclass
+class Verdict:
+    """The caption as it should be sent, and what is wrong with the one that came in."""
+
+    caption: str
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """For people: one finding a line."""
+        lines = [f"error: {e}" for e in self.errors] + [f"warning: {w}" for w in self.warnings]
+        return "\n".join(lines) or "The caption follows the schema."
+
+
+def check_caption(text: str) -> Verdict:
+    """Errors: what the model cannot read as meant. Warnings: what it reads less well.
+
+    The returned caption is minified JSON with the keys in the trained order; plain text and broken
+    JSON come back unchanged.
+    """
+    verdict = Verdict(text)
+    stripped = text.strip()
+    if not stripped:
+        verdict.errors.append("The caption is empty.")
+        return verdict
+    if not stripped.startswith(("{", "[")):
+        verdict.warnings.append(_PLAIN_TEXT)
+        return verdict
+    try:
+        caption = json.loads(stripped)
+    except (json.JSONDecodeError, RecursionError) as error:
+        verdict.errors.append(f"This is no valid JSON: {error}.")
+        return verdict
+    if not isinstance(caption, dict):
+        verdict.errors.append("The caption must be one JSON object, {...}.")
+        return verdict
+    _check_top(caption, verdict)
+    verdict.caption = json.dumps(_ordered(caption), ensure_ascii=False, separators=(",", ":"))
+    return verdict
+
+
+def _check_top(caption: dict, verdict: Verdict) -> None:
+    _check_keys("the caption", caption, _TOP, ("compositional_deconstruction",), verdict)
+    if "high_level_description" not in caption:
+        verdict.warnings.append("high_level_description is missing; one sentence helps.")
+    _check_strings("the caption", caption, ("aspect_ratio", "high_level_description"), verdict)
+    style = caption.get("style_description")
+    if style is not None:
+        _check_style(style, verdict)
+    composition = caption.get("compositional_deconstruction")
+    if composition is not None:
+        _check_composition(composition, verdict)
+
+
+def _check_style(style: object, verdict: Verdict) -> None:
+    if not isinstance(style, dict):
+        verdict.errors.append("style_description must be an object.")
+        return
+    if "photo" in style and "art_style" in style:
+        verdict.errors.append("style_description has both photo and art_style; keep one.")
+    _check_keys("style_description", style, _style_order(style), (), verdict)
+    _check_strings("style_description", style, (*_PHOTO_STYLE[:-1], "art_style"), verdict)
+
+
+def _check_composition(composition: object, verdict: Verdict) -> None:
+    name = "compositional_deconstruction"
+    if not isinstance(composition, dict):
+        verdict.errors.append(f"{name} must be an object.")
+        return
+    _check_keys(name, composition, _COMPOSITION, _REQUIRED[name], verdict)
+    _check_strings(name, composition, ("background",), verdict)
+    elements = composition.get("elements", [])
+    if not isinstance(elements, list):
+        verdict.errors.append("elements must be a list.")
+        return
+    for number, element in enumerate(elements, 1):
+        _check_element(f"element {number}", element, verdict)
+
+
+def _check_element(name: str, element: object, verdict: Verdict) -> None:
+    if not isinstance(element, dict):
+        verdict.errors.append(f"{name} must be an object.")
+        return
+    kind = element.get("type")
+    if kind not in _ELEMENT:
+        verdict.errors.append(f'{name}: type must be "obj" or "text", not {json.dumps(kind)}.')
+        return
+    _check_keys(name, element, _ELEMENT[kind], _REQUIRED[kind], verdict)
+    _check_strings(name, element, ("text", "desc"), verdict)
+    if kind == "text" and not str(element.get("text", "")).strip():
+        verdict.errors.append(f"{name}: the text to write is empty.")
+    if "bbox" in element:
+        verdict.errors.extend(f"{name}: {problem}" for problem in _bbox_problems(element["bbox"]))
+
+
+def _bbox_problems(bbox: object) -> Iterator[str]:
+    numbers = isinstance(bbox, list) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) for v in bbox
+    )
+    if not numbers or len(bbox) != 4:
+        yield "bbox must be four numbers, [ymin, xmin, ymax, xmax]."
+        return
+    if not all(0 <= v <= _BBOX_MAX for v in bbox):
+        yield f"bbox must lie within 0 and {_BBOX_MAX}, whatever the size of the picture."
+    if bbox[0] >= bbox[2] or bbox[1] >= bbox[3]:
+        yield "bbox is empty: its order is [ymin, xmin, ymax, xmax]."
+
+
+def _check_keys(name: str, found: dict, known: tuple, required: tuple, verdict: Verdict) -> None:
+    verdict.errors.extend(f"{name} lacks {key}." for key in required if key not in found)
+    unknown = [key for key in found if key not in known]
+    if unknown:
+        verdict.warnings.append(f"{name} has keys the model was not trained on: {unknown}.")
+    there = [key for key in found if key in known]
+    wanted = [key for key in known if key in found]
+    if there != wanted:
+        verdict.warnings.append(f"{name}: the order of its keys was {there}, trained is {wanted}.")
+
+
+def _check_strings(name: str, found: dict, keys: tuple, verdict: Verdict) -> None:
+    verdict.errors.extend(
+        f"{name}: {key} must be text." for key in keys if not isinstance(found.get(key, ""), str)
+    )
+
+
+def _style_order(style: dict) -> tuple[str, ...]:
+    return _ART_STYLE if "art_style" in style else _PHOTO_STYLE
+
+
+def _ordered(caption: dict) -> dict:
+    """The caption with known keys in the trained order, unknown ones behind them."""
+    out = _in_order(caption, _TOP)
+    style = out.get("style_description")
+    if isinstance(style, dict):
+        out["style_description"] = _in_order(style, _style_order(style))
+    composition = out.get("compositional_deconstruction")
+    if isinstance(composition, dict):
+        composition = _in_order(composition, _COMPOSITION)
+        if isinstance(composition.get("elements"), list):
+            composition["elements"] = [
+                _in_order(e, _ELEMENT.get(e.get("type"), ())) if isinstance(e, dict) else e
+                for e in composition["elements"]
+            ]
+        out["compositional_deconstruction"] = composition
+    return out
+
+
+def _in_order(found: dict, order: tuple[str, ...]) -> dict:
+    known = {key: found[key] for key in order if key in found}
+    return known | {key: value for key, value in found.items() if key not in known}

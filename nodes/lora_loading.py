@@ -1,0 +1,78 @@
+"""LoRAs on a quantized model as a low-rank path beside each linear.
+
+``y = W x + up (down x)``: the quantized weight is not touched, so that nothing is encoded again
+and removal is exact. The path goes in through the host's injections, as forward hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import PatcherInjection
+from torch import Tensor
+
+from .lora_files import LowRank, stack
+
+KEY = "ideogram4_quant_lora"
+
+
+def linear_shapes(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[int, int]]:
+    """Every linear of the transformer: canonical name -> (out_features, in_features)."""
+    modules = patcher.model.diffusion_model.named_modules()
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in modules
+        if hasattr(module, "out_features") and hasattr(module, "in_features")
+    }
+
+
+def add_lora(
+    patcher: comfy.model_patcher.ModelPatcher, updates: Mapping[str, LowRank], strength: float
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of the model with these updates on top of those it already has."""
+    if not updates or strength == 0.0:
+        return patcher
+    patcher = patcher.clone()
+    loaded = (*(patcher.get_attachment(KEY) or ()), (updates, strength))
+    patcher.set_attachments(KEY, loaded)
+    modules = dict(patcher.model.diffusion_model.named_modules())
+    paths = {}
+    for name in {name for found, _ in loaded for name in found}:
+        together = [(found[name], s) for found, s in loaded if name in found]
+        paths[modules[name]] = stack(together)
+    # one injection for all, so that two LoRAs on a linear cost one pair of products
+    patcher.set_injections(KEY, [_SidePaths(paths).injection()])
+    return patcher
+
+
+class _SidePaths:
+    """The forward hooks of one patched model, put in and taken out by the host."""
+
+    def __init__(self, paths: Mapping[torch.nn.Module, LowRank]):
+        self._paths = paths
+        self._handles: list = []
+
+    def injection(self) -> PatcherInjection:
+        return PatcherInjection(inject=self._inject, eject=self._eject)
+
+    def _inject(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
+        dtype = patcher.model.get_dtype_inference()
+        for module, update in self._paths.items():
+            down = update.down.to(patcher.load_device, dtype)
+            up = update.up.to(patcher.load_device, dtype)
+            self._handles.append(module.register_forward_hook(_hook(down, up)))
+
+    def _eject(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+
+def _hook(down: Tensor, up: Tensor):
+    def add_side_path(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        x = inputs[0].to(down.dtype)
+        side = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
+        return output + side.to(output.dtype)
+
+    return add_side_path

@@ -1,0 +1,112 @@
+"""Load LoRA for Ideogram 4."""
+
+from __future__ import annotations
+
+import logging
+
+import safetensors.torch
+from comfy_api.latest import io
+from safetensors import SafetensorError
+
+from ..ops.errors import CorruptFileError
+from .lora_files import describe, parse_lora
+from .lora_loading import add_lora, linear_shapes
+from .model_files import host_listing, stamp
+from .schema import CATEGORY
+
+logger = logging.getLogger(__name__)
+FOLDERS = "loras"
+APPLY_TO = ("as in the file", "conditional", "unconditional", "both")
+
+
+class LoadLora(io.ComfyNode):
+    """A LoRA beside the weights of either or both copies, at any quantization level."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Ideogram4QuantLoadLora",
+            display_name="Load LoRA for Ideogram 4",
+            category=CATEGORY,
+            description=(
+                "Applies a LoRA beside the quantized weights: nothing is quantized again, and "
+                "taking it out leaves no trace. Reads the names of every trainer, to_q, to_k and "
+                "to_v included. Chain the node for more than one LoRA."
+            ),
+            search_aliases=["lora", "lora loader", "lora int8", "lora gguf", "turbotime"],
+            inputs=[
+                io.Model.Input("conditional", tooltip="The conditional copy."),
+                io.Model.Input(
+                    "unconditional", optional=True, tooltip="The unconditional copy, if you use it."
+                ),
+                io.Combo.Input(
+                    "lora",
+                    options=host_listing(FOLDERS).names,
+                    tooltip="A LoRA in models/loras, trained for Ideogram 4.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How strongly the LoRA acts; 1 as trained, 0 not at all.",
+                ),
+                io.Combo.Input(
+                    "apply_to",
+                    options=list(APPLY_TO),
+                    default=APPLY_TO[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which copy the LoRA acts on. Most files do not say and were trained "
+                    "on the conditional copy; those that say are obeyed.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    id="conditional_out",
+                    display_name="conditional",
+                    tooltip="The conditional copy with the LoRA.",
+                ),
+                io.Model.Output(
+                    id="unconditional_out",
+                    display_name="unconditional",
+                    tooltip="The unconditional copy, with the LoRA where it acts on it.",
+                ),
+                io.String.Output(
+                    id="report", display_name="report", tooltip="What was found in the file."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora: str = "") -> bool | str:
+        listing = host_listing(FOLDERS)
+        if lora in listing.paths:
+            return True
+        return f"{lora!r} is not in {' or '.join(listing.roots)}: pick another file"
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str, **_) -> str:
+        path = host_listing(FOLDERS).paths.get(lora)
+        return repr(path and stamp(path))
+
+    @classmethod
+    def execute(
+        cls, conditional, lora: str, strength: float, unconditional=None, apply_to=APPLY_TO[0]
+    ) -> io.NodeOutput:
+        path = host_listing(FOLDERS).path(lora)
+        try:
+            state = safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise CorruptFileError(
+                f"this file cannot be read ({error})", file=path, hint="Download it again."
+            ) from error
+        found = parse_lora(state, linear_shapes(conditional), lora)
+        if found.unknown:
+            logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
+        outputs = []
+        for copy, model in (("conditional", conditional), ("unconditional", unconditional)):
+            updates = found.for_copy(copy, apply_to)
+            outputs.append(None if model is None else add_lora(model, updates, strength))
+        return io.NodeOutput(*outputs, describe(found))
