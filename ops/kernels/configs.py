@@ -1,0 +1,107 @@
+"""Static launch configurations, one table an architecture: data alone, without torch or Triton.
+
+The launchers pick from these tables by shape, and the offline proof (``offline.py``) compiles every
+entry, so no configuration runs on a card that was not looked at as machine code first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ARCHITECTURES = (80, 86, 89, 90, 120)
+"""Compute capabilities that are compiled and checked: A100, RTX 30, RTX 40, H100, RTX 50."""
+
+
+def table_architecture(capability: int) -> int:
+    """The checked architecture whose cubins a GPU of ``capability`` runs or resembles: 87 -> 86."""
+    same_family = [a for a in ARCHITECTURES if a // 10 == capability // 10 and a <= capability]
+    if not same_family:
+        raise ValueError(f"no configurations for sm_{capability}; there are {ARCHITECTURES}")
+    return max(same_family)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """One tiling of ``int8_gemm``: the tile, warps, pipeline stages, tiles of M that share N's.
+
+    Every iteration takes two products ``block_k / 2`` deep; ``in_features`` must be a multiple of
+    ``block_k``.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+    def __str__(self) -> str:
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{tile} {self.num_warps} warps {self.num_stages} stages"
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How one program covers a row of K values: a head and a tail, powers of two, and its warps.
+
+    Both lie in registers. A power of two is what a Triton block must be; padding 4608 values to
+    8192 would waste 44 % of the arithmetic, 4096 + 512 wastes none.
+    """
+
+    head: int
+    tail: int
+    num_warps: int
+
+
+_WIDE = GemmConfig(128, 256, 128, num_warps=8, num_stages=3)
+_TALL = GemmConfig(256, 128, 128, num_warps=8, num_stages=3)
+_SQUARE = GemmConfig(128, 128, 64, num_warps=4, num_stages=4)
+_FLAT = GemmConfig(64, 128, 128, num_warps=4, num_stages=4)
+_THIN = GemmConfig(16, 128, 128, num_warps=4, num_stages=4)
+# For K that is a multiple of 64 and not of 128.
+_WIDE_64 = GemmConfig(128, 256, 64, num_warps=8, num_stages=4)
+_FLAT_64 = GemmConfig(64, 128, 64, num_warps=4, num_stages=4)
+_THIN_64 = GemmConfig(16, 128, 64, num_warps=4, num_stages=4)
+
+_AMPERE = {
+    "wide": (_WIDE, _TALL, _SQUARE, _WIDE_64),
+    "flat": (_FLAT, _SQUARE, _FLAT_64),
+    "thin": (_THIN, _THIN_64),
+}
+
+GEMM_CONFIGS: dict[int, dict[str, tuple[GemmConfig, ...]]] = dict.fromkeys(ARCHITECTURES, _AMPERE)
+"""``GEMM_CONFIGS[arch][shape class]``: the tilings to choose from, the default first."""
+
+MAX_ROW = 16384
+"""Longest row that one program holds in registers (16 warps)."""
+
+LONG_ROW = RowConfig(head=4096, tail=0, num_warps=8)
+"""How longer rows are walked, twice: only ``llm_cond_proj`` has one, of 53248 values."""
+
+
+def shape_class(m: int) -> str:
+    """``"thin"`` up to 16 rows, ``"flat"`` up to 256, ``"wide"`` above: what bounds the time."""
+    if m <= 16:
+        return "thin"
+    return "flat" if m <= 256 else "wide"
+
+
+def gemm_candidates(arch: int, m: int, k: int) -> tuple[GemmConfig, ...]:
+    """Configurations for ``[m, k] x [n, k]``, the default first; empty if no tile fits ``k``."""
+    fitting = (c for c in GEMM_CONFIGS[arch][shape_class(m)] if k % c.block_k == 0)
+    return tuple(fitting) if k > 0 else ()
+
+
+def row_config(k: int) -> RowConfig:
+    """The cover of a row of ``k`` values: the largest power of two in it, and one for the rest.
+
+    ``head + tail >= k``; where they are equal no load needs a mask. Multiples of 256 give blocks
+    that are multiples of 256, so every rotation group lies in one of the two. ``k`` is at most
+    ``MAX_ROW``.
+    """
+    head = max(1 << (k.bit_length() - 1), 16)
+    rest = k - head
+    tail = max(1 << (rest - 1).bit_length(), 16) if rest > 0 else 0
+    # 16 to 32 values a thread: about 40 registers, so the multiprocessor fills up with warps.
+    num_warps = max(head // 512, 1)
+    return RowConfig(head, tail, num_warps)
