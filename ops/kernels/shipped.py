@@ -1,0 +1,165 @@
+"""Every specialization of every kernel that a user's card may run: what the offline proof compiles.
+
+The shapes are those of Ideogram 4: rows of 4608 (hidden), 12288 (SwiGLU) and 4096 (text encoder).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .configs import GEMM_CONFIGS, GemmConfig, row_config
+from .offline import Variant
+
+HIDDEN, FEED_FORWARD = 4608, 12288
+
+_GEMM_ARGUMENTS = {
+    "a_ptr": "*i8",
+    "b_ptr": "*i8",
+    "c_ptr": "*bf16",
+    "scale_a_ptr": "*fp32",
+    "scale_b_ptr": "*fp32",
+    "bias_ptr": "*bf16",
+    "M": "i32",
+    "N": "i32",
+    "K": "i32",
+    "stride_a": "i32",
+    "stride_b": "i32",
+    "stride_c": "i32",
+}
+
+
+def gemm_variant(config: GemmConfig, *, bias: bool = True) -> Variant:
+    """``int8_gemm`` with one tiling, bf16 out, any M (the number of tokens)."""
+    constants = {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "HAS_BIAS": bias,
+    }
+    divisible = tuple(name for name in _GEMM_ARGUMENTS if name != "M")
+    return Variant(
+        "gemm",
+        "int8_gemm_kernel",
+        f"{config}" + ("" if bias else " no bias"),
+        _GEMM_ARGUMENTS,
+        constants,
+        divisible,
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def gemm_variants(arch: int) -> Iterator[Variant]:
+    """Every tiling in the table of ``arch``, each once."""
+    classes = GEMM_CONFIGS[arch].values()
+    for config in dict.fromkeys(config for candidates in classes for config in candidates):
+        yield gemm_variant(config)
+
+
+def _cover(k: int) -> tuple[dict[str, int], int]:
+    cover = row_config(k)
+    return {"K": k, "HEAD": cover.head, "TAIL": cover.tail}, cover.num_warps
+
+
+def _row_label(k: int, rotation: int, smooth: bool) -> str:
+    parts = [f"K {k}"]
+    if rotation:
+        parts.append(f"rotation {rotation}")
+    if smooth:
+        parts.append("smooth")
+    return " ".join(parts)
+
+
+def quantize_variant(k: int, *, swiglu: bool, rotation: int, smooth: bool) -> Variant:
+    """``quantize_rows``, ``smooth_rotate_quantize_rows`` and ``swiglu_quantize_rows``."""
+    cover, num_warps = _cover(k)
+    signature = {
+        "x_ptr": "*bf16",
+        "up_ptr": "*bf16",
+        "smooth_ptr": "*fp32",
+        "q_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "stride_x": "i32",
+        "stride_up": "i32",
+    }
+    return Variant(
+        "rows",
+        "quantize_rows_kernel",
+        ("swiglu " if swiglu else "") + _row_label(k, rotation, smooth),
+        signature,
+        cover | {"SWIGLU": swiglu, "HAS_SMOOTH": smooth, "ROTATION": rotation},
+        tuple(signature),
+        num_warps,
+    )
+
+
+def rmsnorm_variant(k: int, *, rotation: int, smooth: bool) -> Variant:
+    """``rmsnorm_scale_quantize_rows``."""
+    cover, num_warps = _cover(k)
+    signature = {
+        "x_ptr": "*bf16",
+        "weight_ptr": "*bf16",
+        "modulation_ptr": "*bf16",
+        "smooth_ptr": "*fp32",
+        "q_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "stride_x": "i32",
+        "stride_modulation": "i32",
+        "rows_per_modulation": "i32",
+        "eps": "fp32",
+    }
+    return Variant(
+        "norms",
+        "rmsnorm_scale_quantize_rows_kernel",
+        _row_label(k, rotation, smooth),
+        signature,
+        cover | {"HAS_SMOOTH": smooth, "ROTATION": rotation},
+        tuple(n for n in signature if n not in ("rows_per_modulation", "eps")),
+        num_warps,
+    )
+
+
+def residual_variant(k: int) -> Variant:
+    """``gate_residual_rmsnorm``."""
+    cover, num_warps = _cover(k)
+    signature = {
+        "x_ptr": "*bf16",
+        "gate_ptr": "*bf16",
+        "y_ptr": "*bf16",
+        "weight_ptr": "*bf16",
+        "out_ptr": "*bf16",
+        "stride_x": "i32",
+        "stride_gate": "i32",
+        "stride_y": "i32",
+        "rows_per_gate": "i32",
+        "eps": "fp32",
+    }
+    return Variant(
+        "norms",
+        "gate_residual_rmsnorm_kernel",
+        _row_label(k, 0, False),
+        signature,
+        cover,
+        tuple(n for n in signature if n not in ("rows_per_gate", "eps")),
+        num_warps,
+    )
+
+
+def row_variants() -> Iterator[Variant]:
+    """The row kernels at the model's widths; they are the same on every architecture."""
+    for k in (HIDDEN, FEED_FORWARD, 4096):
+        yield quantize_variant(k, swiglu=False, rotation=0, smooth=False)
+        yield quantize_variant(k, swiglu=False, rotation=256, smooth=False)
+    yield quantize_variant(HIDDEN, swiglu=False, rotation=0, smooth=True)
+    yield quantize_variant(HIDDEN, swiglu=False, rotation=64, smooth=False)
+    for smooth, rotation in ((False, 0), (False, 256), (True, 0), (True, 256)):
+        yield quantize_variant(FEED_FORWARD, swiglu=True, rotation=rotation, smooth=smooth)
+        yield rmsnorm_variant(HIDDEN, rotation=rotation, smooth=smooth)
+    yield residual_variant(HIDDEN)
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Everything that ``sm_arch`` may run."""
+    yield from gemm_variants(arch)
+    yield from row_variants()
