@@ -103,7 +103,9 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         "--model", required=True, metavar="F", help="the conditional copy, or a file with both"
     )
     files.add_argument("--uncond", metavar="F", help="the unconditional copy")
-    files.add_argument("--base", metavar="F", help="gives a linears-only file its other tensors")
+    files.add_argument(
+        "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
+    )
     files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
     files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
     files.add_argument("--vae", required=True, metavar="DIR|F", help="the FLUX.2 VAE")

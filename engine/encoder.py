@@ -111,7 +111,7 @@ def load_encoder(
     dtype = default_dtype(device, dtype)
     ck = open_encoder(path)
     words = _load_tokenizer(tokenizer or ck.tokenizer_dir, path)
-    config = Qwen3VLTextConfig(**ck.config.get("text_config", ck.config))
+    config = Qwen3VLTextConfig(**ck.config)
     if config.num_hidden_layers <= TAPS[-1]:
         raise CheckpointError(
             "too few layers for Ideogram 4's taps",
@@ -125,7 +125,7 @@ def load_encoder(
     model.norm = nn.Identity()  # the taps are read before the final norm
     install_weights(
         model,
-        {k: v for k, v in ck.load(progress=progress).items() if k != "norm.weight"},
+        (part for part in ck.stream(dtype=dtype, progress=progress) if part[0] != "norm.weight"),
         file=path,
         device=device,
         dtype=dtype,

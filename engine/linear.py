@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from os import PathLike
 
 import torch
@@ -57,13 +57,15 @@ def default_dtype(device: torch.device, dtype: torch.dtype | None = None) -> tor
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+def _lean(weight: Tensor) -> Tensor:
+    """The weight in bf16 where bf16 holds it exactly: half the memory, cast at each call."""
+    half = weight.to(torch.bfloat16)
+    return half if torch.equal(half.to(weight.dtype), weight) else weight
 
 
 def install_weights(
     model: nn.Module,
-    state: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
     *,
     file: str | PathLike[str],
     device: torch.device,
@@ -71,45 +73,52 @@ def install_weights(
     options: LinearOptions | None = None,
     file_name_of: Callable[[str], str] = lambda name: name,
 ) -> None:
-    """Replaces every ``nn.Linear`` of a model on the meta device and fills all other parameters.
+    """Replaces every ``nn.Linear`` of a model on the meta device and fills it as tensors come.
 
-    Linear weights keep their storage: a QuantizedTensor stays quantized, bf16 stays bf16. Biases,
-    norms and embeddings get the compute ``dtype``. ``file_name_of`` maps a parameter's name to the
-    checkpoint's. CheckpointError names the first tensor that is missing or of another shape;
-    tensors that the model has no place for are reported by a warning.
+    ``tensors``: (checkpoint name, tensor), one held at a time beside the model. Linear weights keep
+    their storage: a QuantizedTensor stays quantized, bf16 stays bf16. Everything else gets the
+    compute ``dtype``. ``file_name_of`` maps a parameter's name to the checkpoint's. CheckpointError
+    names the first tensor that is missing or of another shape; tensors that the model has no place
+    for are reported by a warning.
     """
-    expected = {file_name_of(name): p.shape for name, p in model.named_parameters()}
-    for name, shape in expected.items():
-        if name not in state:
-            raise CheckpointError(
-                "a weight is missing",
-                file=file,
-                tensor=name,
-                needed=list(shape),
-                hint="Give the complete checkpoint, or the base file that holds the rest.",
-            )
-        if state[name].shape != shape:
-            raise CheckpointError(
-                "wrong shape",
-                file=file,
-                tensor=name,
-                found=list(state[name].shape),
-                needed=list(shape),
-            )
-    if extra := sorted(state.keys() - expected.keys()):
-        _log.warning("%s: %d tensors without a place, such as %s", file, len(extra), extra[0])
-
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            weight = state[file_name_of(f"{path}.weight")].to(device)
-            if isinstance(weight, QuantizedTensor):
-                weight = weight.to(dtype=dtype)  # what it decodes to; the codes stay as they are
-            bias = None
-            if module.bias is not None:
-                bias = _dense(state[file_name_of(f"{path}.bias")]).to(device, dtype)
-            model.set_submodule(path, QuantLinear(weight, bias, options))
-        else:
-            for name, _ in list(module.named_parameters(recurse=False)):
-                value = _dense(state[file_name_of(f"{path}.{name}")]).to(device, dtype)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
+            model.set_submodule(path, QuantLinear(module.weight, module.bias, options))
+    places = {file_name_of(name): name for name, _ in model.named_parameters()}
+    extra = []
+    for name, tensor in tensors:
+        place = places.pop(name, None)
+        if place is None:
+            extra.append(name)
+            continue
+        path, _, leaf = place.rpartition(".")
+        module = model.get_submodule(path)
+        needed = getattr(module, leaf).shape
+        if tensor.shape != needed:
+            raise CheckpointError(
+                "wrong shape", file=file, tensor=name, found=list(tensor.shape), needed=list(needed)
+            )
+        is_weight = leaf == "weight" and isinstance(module, QuantLinear)
+        value = _stored(tensor, is_weight, device, dtype)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    if places:
+        raise CheckpointError(
+            f"{len(places)} weights are missing",
+            file=file,
+            tensor=next(iter(places)),
+            hint="Give the complete checkpoint, or the base file that holds the rest.",
+        )
+    if extra:
+        _log.warning("%s: %d tensors without a place, such as %s", file, len(extra), extra[0])
     model.eval()
+
+
+def _stored(tensor: Tensor, is_weight: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor as the model keeps it."""
+    quantized = isinstance(tensor, QuantizedTensor)
+    if not is_weight:
+        return (tensor.dequantize() if quantized else tensor).to(device, dtype)
+    if quantized:
+        # The dtype is what it decodes to; the codes stay as they are.
+        return tensor.to(device).to(dtype=dtype)
+    return _lean(tensor).to(device)

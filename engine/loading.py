@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from os import PathLike
 from typing import Literal
@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from diffusers import Ideogram4Transformer2DModel
 
-from ..checkpoint import Checkpoint, open_checkpoint
-from ..ops.errors import CheckpointError, PairMismatchError
+from ..checkpoint import Checkpoint, check_pair, open_checkpoint
+from ..ops.errors import CheckpointError
 from .encoder import TextEncoder
 from .generate import Models
 from .linear import LinearOptions
@@ -20,58 +20,38 @@ from .vae import Vae
 
 PathArg = str | PathLike[str]
 Copies = Literal["both", "conditional"]
+COPIES = ("conditional", "unconditional")
 
 
 def open_pair(
     model: PathArg,
     uncond: PathArg | None = None,
     *,
-    base: PathArg | None = None,
+    base: PathArg | Sequence[PathArg] | None = None,
     copies: Copies = "both",
 ) -> tuple[Checkpoint, Checkpoint | None]:
     """The checkpoints of the conditional and the unconditional copy; headers only.
 
-    One file may hold both. ``copies="conditional"`` leaves the second out, and with it guidance.
-    Raises PairMismatchError for two files that are no pair, CheckpointError where a copy is not
-    given.
+    One file may hold both. Naming two files says which copy each is, where they do not say so
+    themselves. ``copies="conditional"`` leaves the second out, and with it guidance. Raises
+    PairMismatchError for two files that are no pair, CheckpointError where a copy is not given.
     """
-    first = open_checkpoint(model, base)
-    if "conditional" not in first.copies:
-        raise PairMismatchError(
-            "this is not the conditional copy",
-            file=model,
-            found=f"{', '.join(first.copies)} ({first.copy_reason})",
-            needed="conditional",
-            hint="Give the conditional copy as the model, the other as the unconditional one.",
-        )
     if copies == "conditional":
-        return first, None
+        return open_checkpoint(model, base, copy="conditional"), None
     if uncond is None:
-        if "unconditional" not in first.copies:
+        both = open_checkpoint(model, base)
+        if both.copies != COPIES:
             raise CheckpointError(
-                "guidance needs the unconditional copy, and this file holds one copy",
+                "guidance needs both copies, and this file holds one",
                 file=model,
-                found=f"{', '.join(first.copies)} ({first.copy_reason})",
-                hint="Give its file (--uncond F), or leave guidance out (--copies conditional): "
-                "the picture is worse without.",
+                found=f"{', '.join(both.copies)} ({both.copy_reason})",
+                hint="Give the unconditional copy's file (--uncond F), or leave guidance out "
+                "(--copies conditional): the picture is worse without.",
             )
-        return first, first
-    second = open_checkpoint(uncond, base)
-    if "unconditional" not in second.copies:
-        raise PairMismatchError(
-            "this is not the unconditional copy",
-            file=uncond,
-            found=f"{', '.join(second.copies)} ({second.copy_reason})",
-            needed="unconditional",
-            hint="Give the unconditional copy of the same release.",
-        )
-    if first.config != second.config:
-        raise PairMismatchError(
-            f"the two copies differ in size from {model}",
-            file=uncond,
-            found=second.config,
-            needed=first.config,
-        )
+        return both, both
+    first = open_checkpoint(model, base, copy="conditional")
+    second = open_checkpoint(uncond, base, copy="unconditional")
+    check_pair(first, second)
     return first, second
 
 

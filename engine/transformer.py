@@ -22,7 +22,7 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 )
 from torch import Tensor, nn
 
-from ..ops.errors import CheckpointError, OpError
+from ..ops.errors import OpError
 from .linear import LinearOptions, default_device, default_dtype, install_weights
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def load_transformer(
 
     ``dtype`` is the compute dtype: fp32 on a CPU, bf16 elsewhere by default; fp16 overflows in this
     model and is refused. The unconditional copy never reads text, so its text projection
-    (490 MB in bf16) is left in the file. Raises CheckpointError where the file lacks the copy.
+    (490 MB in bf16) is left out. Raises what ``ck.stream`` raises: a copy that is not there, or
+    tensors that are missing.
     """
     device = default_device(device)
     dtype = default_dtype(device, dtype)
@@ -109,23 +110,13 @@ def load_transformer(
         raise OpError(
             "Ideogram 4 overflows in this dtype", found=dtype, needed="bfloat16 or float32"
         )
-    if copy not in ck.copies:
-        raise CheckpointError(
-            "the file does not hold this copy",
-            file=ck.paths[0],
-            found=", ".join(ck.copies),
-            needed=copy,
-            hint="Give the other copy's file, or name the copy that this file is.",
-        )
     conditional = copy == "conditional"
     config = ck.config.to_dict()
     model = _skeleton(config, with_text=conditional)
-    state = ck.load(copy, progress=progress)
-    if not conditional:
-        state = {k: v for k, v in state.items() if not k.startswith(_TEXT_MODULES)}
+    tensors = ck.stream(copy, dtype=dtype, progress=progress)
     install_weights(
         model,
-        state,
+        (part for part in tensors if conditional or not part[0].startswith(_TEXT_MODULES)),
         file=ck.paths[0],
         device=device,
         dtype=dtype,

@@ -224,3 +224,25 @@ def write_tiny_model(root: Path, seed: int = 0) -> TinyModel:
         text_model,
         vae,
     )
+
+
+def packed_inputs(
+    x: torch.Tensor, features: torch.Tensor | None, rows: int, columns: int
+) -> dict[str, torch.Tensor]:
+    """Arguments of diffusers' forward for [text][image] tokens without padding."""
+    from diffusers import Ideogram4Pipeline
+
+    b, n, channels = x.shape
+    text = 0 if features is None else features.shape[1]
+    width = CONFIG["llm_features_dim"] if features is None else features.shape[2]
+    positions, segments, indicator = Ideogram4Pipeline._prepare_ids(
+        [text] * b, rows, columns, text, torch.device("cpu")
+    )
+    words = x.new_zeros(b, text, width) if features is None else features.to(x)
+    return {
+        "hidden_states": torch.cat([x.new_zeros(b, text, channels), x], dim=1),
+        "encoder_hidden_states": torch.cat([words, x.new_zeros(b, n, width)], dim=1),
+        "position_ids": positions,
+        "segment_ids": segments,
+        "indicator": indicator,
+    }
