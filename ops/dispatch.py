@@ -141,6 +141,8 @@ def _warn_slow(device: torch.device, why: str) -> None:
 
 
 def _probe(name: str, device: torch.device) -> tuple[Backend | None, str]:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None, f"torch {torch.__version__} finds no CUDA device"
     backend, reason = _PROBES[name](device)
     if backend is not None and name == "comfy_kitchen":
         # The host may switch it off after it was probed.
@@ -153,16 +155,12 @@ def _probe(name: str, device: torch.device) -> tuple[Backend | None, str]:
 
 @cache
 def _probe_triton(device: torch.device) -> tuple[Backend | None, str]:
-    try:
-        kernels = importlib.import_module(".kernels", __package__)
-    except ImportError as error:
-        return None, str(error)
-    probe = getattr(kernels, "unavailable_reason", None)
+    kernels = importlib.import_module(".kernels", __package__)
+    available, reason = kernels.available(device)
+    if not available:
+        return None, reason
     ops = {name: getattr(kernels, name) for name in REFERENCE_OPS if hasattr(kernels, name)}
-    if probe is None or not ops:
-        return None, "this build has no Triton kernels"
-    reason = probe(device)
-    return (Backend("triton", ops), "ours") if reason is None else (None, reason)
+    return Backend("triton", ops), reason
 
 
 @cache
@@ -265,17 +263,22 @@ def _int_mm_gemm(
 
 
 def _int_mm(q: Tensor, weight: Tensor) -> Tensor:
-    if q.device.type == "cpu":
-        if q.shape[1] == 1:  # torch 2.13 and 2.14 return unwritten memory here
-            return q.int() * weight.t().int()
-        return torch._int_mm(q, weight.t())
-    # cuBLASLt takes more than 16 rows, and K and N in multiples of 8.
+    if q.device.type != "cpu":
+        return _padded_int_mm(q, weight)
+    if q.shape[1] == 1:  # torch 2.13 and 2.14 return unwritten memory here
+        return q.int() * weight.t().int()
+    return torch._int_mm(q, weight.t())
+
+
+def _padded_int_mm(q: Tensor, weight: Tensor) -> Tensor:
+    """For cuBLASLt, which takes more than 16 rows, and K and N in multiples of 8."""
     m, k = q.shape
     n = weight.shape[0]
     if k % 8 or n % 8:
         _warn_padded(n, k)
         weight = torch.nn.functional.pad(weight, (0, -k % 8, 0, -n % 8))
-    q = torch.nn.functional.pad(q, (0, -k % 8, 0, max(0, 32 - m)))
+    if k % 8 or m < 32:
+        q = torch.nn.functional.pad(q, (0, -k % 8, 0, max(0, 32 - m)))
     return torch._int_mm(q, weight.t())[:m, :n]
 
 
