@@ -10,6 +10,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
+from diffusers import Ideogram4Transformer2DModel
+from safetensors.torch import save_file
 
 
 def write_gguf_py(
@@ -19,7 +22,7 @@ def write_gguf_py(
     *,
     arch: str | None = "ideogram4",
 ) -> Path:
-    """A GGUF file from float arrays, quantized by gguf-py: name -> (array, type name)."""
+    """A GGUF file by gguf-py: name -> (array, type name); uint8 arrays are blocks already."""
     writer = gguf.GGUFWriter(str(path), arch or "none")
     if arch is None:
         del writer.kv_data[0]["general.architecture"]
@@ -27,7 +30,9 @@ def write_gguf_py(
         add_gguf_value(writer, key, value)
     for name, (array, kind) in tensors.items():
         qtype = gguf.GGMLQuantizationType[kind]
-        if qtype in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+        if array.dtype == np.uint8:
+            writer.add_tensor(name, array, raw_dtype=qtype)
+        elif kind in ("F32", "F16"):
             dtype = np.float32 if kind == "F32" else np.float16
             writer.add_tensor(name, array.astype(dtype))
         else:
@@ -79,3 +84,74 @@ def write_sparse_gguf(
     size += -size % 32 + total
     os.truncate(path, size)
     return size
+
+
+# --- a small Ideogram 4 ---------------------------------------------------------------------------
+
+CONFIG = {
+    "in_channels": 32,
+    "num_layers": 2,
+    "attention_head_dim": 128,
+    "num_attention_heads": 2,
+    "intermediate_size": 512,
+    "adaln_dim": 256,
+    "llm_features_dim": 192,
+    "rope_theta": 5_000_000,
+    "mrope_section": [24, 20, 20],
+    "norm_eps": 1e-5,
+}
+HIDDEN = 256
+
+
+def split_model(seed: int = 0, **changes: object) -> dict[str, torch.Tensor]:
+    """Random weights by diffusers' names, from diffusers' own class: values that bf16 holds."""
+    with torch.device("meta"):
+        model = Ideogram4Transformer2DModel(**{**CONFIG, **changes})
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        values = torch.randn(tensor.shape, generator=generator)
+        if "norm" in name:
+            values = 1 + 0.1 * values
+        elif tensor.dim() == 2:
+            values = values / tensor.shape[1] ** 0.5
+            values[tensor.shape[0] // 2] = 0  # a row of zeros
+            values[0, :3] *= 50  # outliers
+        state[name] = values.bfloat16().float()
+    return state
+
+
+def fuse(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """diffusers' names to canonical ones: q, k, v as rows of one weight."""
+    out = {}
+    for name, tensor in state.items():
+        if ".to_q." in name:
+            parts = [state[name.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
+            out[name.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+        elif ".to_out.0." in name:
+            out[name.replace(".to_out.0.", ".o.")] = tensor
+        elif ".to_k." not in name and ".to_v." not in name:
+            out[name] = tensor
+    return out
+
+
+def model(seed: int = 0, **changes: object) -> dict[str, torch.Tensor]:
+    """Random weights by canonical names."""
+    return fuse(split_model(seed, **changes))
+
+
+def is_linear(name: str) -> bool:
+    """By exclusion, other than the package does it: matrices but the one embedding."""
+    module = name.rsplit(".", 1)[0].rsplit(".", 1)[-1]
+    return name.endswith(".weight") and module in {
+        *("qkv", "o", "to_q", "to_k", "to_v", "0", "w1", "w2", "w3", "adaln_modulation", "linear"),
+        *("input_proj", "llm_cond_proj", "mlp_in", "mlp_out", "adaln_proj"),
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
+    """A safetensors file by the safetensors library."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+    return path

@@ -1,0 +1,176 @@
+"""Ideogram 4 files opened by their headers: what they hold, and their tensors by canonical name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.errors import (
+    CheckpointError,
+    CorruptFileError,
+    MissingBaseError,
+    PairMismatchError,
+)
+from .canonical import TEXT_ONLY, canonical_shapes
+from .config import ModelConfig, same_model
+from .container import Container
+from .entries import Entry, Progress, check_shapes, stream_entries, unquantized
+from .files import DOWNLOAD_AGAIN
+from .grammar import CONDITIONAL, UNCONDITIONAL
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One or both copies of Ideogram 4 in files of any layout; only headers were read so far.
+
+    ``level``: the one that most bytes of the linears have. ``copies``: which of ``conditional``
+    and ``unconditional`` it holds, ``copy_reason``: how that was told. ``bases`` give what the
+    files lack. Tensors come by canonical names (``canonical``).
+    """
+
+    layout: str
+    level: str
+    linears_only: bool
+    copies: tuple[str, ...]
+    copy_reason: str
+    config: ModelConfig
+    containers: tuple[Container, ...]
+    entries: Mapping[str, Mapping[str, Entry]]
+    bases: tuple[Checkpoint, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, without those of a base."""
+        return tuple(file.path for container in self.containers for file in container.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk, without a base."""
+        return sum(container.size for container in self.containers)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The files' own metadata; where two files differ, the first one's."""
+        merged: dict[str, Any] = {}
+        for container in self.containers:
+            merged = container.metadata | merged
+        return merged
+
+    @cached_property
+    def protected(self) -> tuple[str, ...]:
+        """Linears that a quantized file keeps in floats: ``layers.0.feed_forward.w2``, or
+        ``conditional.layers.0.feed_forward.w2`` where the file holds both copies."""
+        several = len(self.copies) > 1
+        return tuple(
+            f"{copy}.{module}" if several else module
+            for copy in self.copies
+            for module in unquantized(self.entries[copy])
+        )
+
+    def reads_text(self, copy: str) -> bool:
+        """Whether ``llm_cond_norm`` and ``llm_cond_proj`` are there; the unconditional copy never
+        uses them, and some files leave them out of it."""
+        return _reads_text(self.entries.get(copy, {}))
+
+    def shapes(self, copy: str) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of what :meth:`stream` yields, in its order; headers alone.
+
+        An unconditional copy may be without ``llm_cond_norm`` and ``llm_cond_proj``. Raises
+        MissingBaseError or CorruptFileError, naming the first of the tensors that neither the file
+        nor a base holds, and CorruptFileError for a shape that does not fit.
+        """
+        return self._plan(copy)[1]
+
+    def stream(
+        self,
+        copy: str,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """``(canonical name, tensor)`` one by one; memory holds one tensor at a time.
+
+        A quantized linear is a QuantizedTensor that dequantizes to ``dtype``; everything else is
+        in ``dtype``. ``progress(done, total)`` counts stored bytes. Raises what :meth:`shapes`
+        raises, before anything is read.
+        """
+        entries, shapes = self._plan(copy)
+        return stream_entries(entries, shapes, dtype, progress)
+
+    def load(
+        self,
+        copy: str,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: Progress | None = None,
+    ) -> dict[str, Tensor]:
+        """All tensors of a copy: what :meth:`stream` yields, as a dict."""
+        return dict(self.stream(copy, dtype=dtype, progress=progress))
+
+    def _plan(self, copy: str) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]]]:
+        """(entries, shapes) of a copy, the file's own before those of the bases, all checked."""
+        if copy not in self.copies:
+            raise CheckpointError(
+                f"the {copy} copy is not in this file",
+                file=self.paths[0],
+                found=f"{', '.join(self.copies)} ({self.copy_reason})",
+                needed=copy,
+                hint="Open the file of the other copy.",
+            )
+        entries: dict[str, Entry] = {}
+        for checkpoint in (*self.bases, self):
+            entries |= checkpoint.entries.get(copy, {})
+        needed = canonical_shapes(self.config)
+        if copy == UNCONDITIONAL and not _reads_text(entries):
+            needed = {name: shape for name, shape in needed.items() if name not in TEXT_ONLY}
+        missing = [name for name in needed if name not in entries]
+        if missing:
+            raise self._incomplete(copy, missing)
+        check_shapes(entries, needed)
+        return entries, needed
+
+    def _incomplete(self, copy: str, missing: Sequence[str]) -> CheckpointError:
+        wanting = self.linears_only or bool(self.bases)
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        base = " and ".join(str(path) for b in self.bases for path in b.paths[:1])
+        return (MissingBaseError if wanting else CorruptFileError)(
+            f"{len(missing)} tensors of the {copy} copy are missing: {shown}",
+            file=self.paths[0],
+            found=f"base {base}" if base else "no base file",
+            needed=f"a base file with the {copy} copy" if wanting else None,
+            hint="Give the FP8 or BF16 file of this copy as base." if wanting else DOWNLOAD_AGAIN,
+        )
+
+
+def _reads_text(names: Collection[str]) -> bool:
+    return any(name in names for name in TEXT_ONLY)
+
+
+def check_pair(conditional: Checkpoint, unconditional: Checkpoint) -> None:
+    """PairMismatchError unless the two hold the two copies of one model; they may be the same."""
+    for checkpoint, copy in ((conditional, CONDITIONAL), (unconditional, UNCONDITIONAL)):
+        if copy not in checkpoint.copies:
+            raise PairMismatchError(
+                f"this is not the {copy} copy",
+                file=checkpoint.paths[0],
+                found=f"{', '.join(checkpoint.copies)} ({checkpoint.copy_reason})",
+                needed=copy,
+                hint=f"Pick the file of the {copy} copy; the two are different files.",
+            )
+    # Without its text part the unconditional copy does not tell how wide the text is.
+    reads_text = unconditional.reads_text(UNCONDITIONAL)
+    ignore = () if reads_text else ("llm_features_dim",)
+    differing = same_model(conditional.config, unconditional.config, ignore=ignore)
+    if differing:
+        raise PairMismatchError(
+            f"the copy does not belong to {conditional.paths[0]}",
+            file=unconditional.paths[0],
+            found=differing,
+            hint="Pick two files of the same release.",
+        )

@@ -1,0 +1,221 @@
+"""How a weight is stored: one class a format, from raw tensors to a tensor of torch.
+
+A class sees the stored tensors of one weight by their role (``weight``, ``scale``, ``smooth``, ...;
+see ``grammar``). ``claims`` and ``level`` look at headers; ``shape`` too, but for NF4, whose shape
+is inside a small tensor. ``read`` brings the data in and returns an instance, which knows how to be
+a weight: ``tensor`` (quantized if the format is), ``dense``, and ``stack`` (rows of several weights
+as one, for q, k, v stored apart).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.blocks import FORMATS, dequantize
+from ..ops.layouts import fp8_tensor, gguf_tensor, int8_tensor
+from .files import BLOCK_TYPES
+from .parts import Parts
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Stored(ABC):
+    """The data of one weight in the form of its file."""
+
+    @classmethod
+    @abstractmethod
+    def claims(cls, parts: Parts) -> bool:
+        """Whether ``parts`` is of this format."""
+
+    @classmethod
+    @abstractmethod
+    def level(cls, parts: Parts) -> str:
+        """The level's name. Raises CheckpointError if the pack does not read this variant."""
+
+    @classmethod
+    def shape(cls, parts: Parts) -> tuple[int, ...]:
+        """The weight's shape, [out, in] for a linear."""
+        return parts.weight.shape
+
+    @classmethod
+    @abstractmethod
+    def read(cls, parts: Parts) -> Stored:
+        """Read the data. Raises CorruptFileError if the parts do not fit each other."""
+
+    @abstractmethod
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        """The weight for a linear; a QuantizedTensor, ``dtype`` when dequantized, if it can be."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight's true values, rounded to ``dtype`` once."""
+        return self.tensor(dtype).dequantize()
+
+    @classmethod
+    def stack(cls, items: Sequence[Stored]) -> Stored | None:
+        """All rows of ``items``, all of this class, as one weight; None if no such form exists."""
+        return None
+
+
+@dataclass(frozen=True)
+class Plain(Stored):
+    """Floats as they are."""
+
+    data: Tensor
+
+    @classmethod
+    def claims(cls, parts: Parts) -> bool:
+        return parts.weight.dtype in _FLOATS
+
+    @classmethod
+    def level(cls, parts: Parts) -> str:
+        return "BF16"
+
+    @classmethod
+    def read(cls, parts: Parts) -> Plain:
+        return cls(parts.weight.read())
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return self.data.to(dtype)
+
+    dense = tensor
+
+    @classmethod
+    def stack(cls, items: Sequence[Plain]) -> Plain | None:
+        if len({item.data.dtype for item in items}) > 1:
+            return None
+        return cls(torch.cat([item.data for item in items]))
+
+
+@dataclass(frozen=True)
+class Int8(Stored):
+    """``W = unrotate(q * scale) / smooth``: q int8 [N, K], scale fp32 [N], smooth fp32 [K]."""
+
+    data: Tensor
+    scale: Tensor
+    smooth: Tensor | None
+    rotation: int | None
+
+    @classmethod
+    def claims(cls, parts: Parts) -> bool:
+        return parts.weight.dtype == "I8"
+
+    @classmethod
+    def level(cls, parts: Parts) -> str:
+        parts.check_format("int8_tensorwise")
+        return "INT8 W8A8 rotated" if parts.rotation() else "INT8 W8A8"
+
+    @classmethod
+    def read(cls, parts: Parts) -> Int8:
+        rows = parts.weight.shape[0]
+        scale = parts.scale(rows)
+        if scale is None:
+            raise parts.corrupt("int8 without a scale", "no scale", "weight_scale or ws")
+        scale = scale.expand(rows).contiguous()
+        return cls(parts.weight.read(), scale, parts.smooth(), parts.rotation())
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return int8_tensor(
+            self.data,
+            self.scale,
+            dtype=dtype,
+            smooth=self.smooth,
+            rotation=self.rotation,
+            validate=True,
+        )
+
+    @classmethod
+    def stack(cls, items: Sequence[Int8]) -> Int8 | None:
+        first = items[0]
+        for item in items[1:]:
+            if item.rotation != first.rotation or not _same(item.smooth, first.smooth):
+                return None
+        data = torch.cat([item.data for item in items])
+        return cls(data, torch.cat([item.scale for item in items]), first.smooth, first.rotation)
+
+
+@dataclass(frozen=True)
+class Fp8(Stored):
+    """``W = data * scale``: data e4m3, scale fp32 [] or [N]."""
+
+    data: Tensor
+    scale: Tensor
+
+    @classmethod
+    def claims(cls, parts: Parts) -> bool:
+        return parts.weight.dtype in ("F8_E4M3", "F8_E5M2")
+
+    @classmethod
+    def level(cls, parts: Parts) -> str:
+        parts.check_format("float8_e4m3fn")
+        if parts.weight.dtype != "F8_E4M3":
+            raise parts.unsupported(parts.weight.dtype)
+        return "FP8"
+
+    @classmethod
+    def read(cls, parts: Parts) -> Fp8:
+        scale = parts.scale(parts.weight.shape[0])
+        # A file cast to fp8 without scaling has none.
+        return cls(parts.weight.read(), torch.ones(()) if scale is None else scale)
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return fp8_tensor(self.data, self.scale, dtype=dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        if self.data.dim() == 2:
+            return super().dense(dtype)
+        return (self.data.float() * self.scale).to(dtype)
+
+    @classmethod
+    def stack(cls, items: Sequence[Fp8]) -> Fp8 | None:
+        scale = torch.cat([item.scale.expand(len(item.data)) for item in items])
+        return cls(torch.cat([item.data for item in items]), scale)
+
+
+@dataclass(frozen=True)
+class Blocks(Stored):
+    """Blocks of GGUF: uint8 [..., bytes of a row]."""
+
+    data: Tensor
+    qtype: str
+    weight_shape: tuple[int, ...]
+
+    @classmethod
+    def claims(cls, parts: Parts) -> bool:
+        return parts.weight.dtype in BLOCK_TYPES
+
+    @classmethod
+    def level(cls, parts: Parts) -> str:
+        qtype = parts.weight.dtype
+        if qtype not in FORMATS:
+            readable = ", ".join(name for name in FORMATS if name in BLOCK_TYPES)
+            raise parts.unsupported(qtype, f"Use a file of {readable}.")
+        return qtype
+
+    @classmethod
+    def read(cls, parts: Parts) -> Blocks:
+        return cls(parts.weight.read(), cls.level(parts), parts.weight.shape)
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return gguf_tensor(self.data, self.qtype, self.weight_shape, dtype=dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return dequantize(self.data, self.qtype, self.weight_shape, dtype)
+
+    @classmethod
+    def stack(cls, items: Sequence[Blocks]) -> Blocks | None:
+        if len({item.qtype for item in items}) > 1:
+            return None
+        rows = sum(item.weight_shape[0] for item in items)
+        shape = (rows, *items[0].weight_shape[1:])
+        return cls(torch.cat([item.data for item in items]), items[0].qtype, shape)
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)

@@ -1,0 +1,205 @@
+"""One or many files of either container, seen as one table of named tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..gguf_loader import read_header
+from ..ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
+from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
+from .safetensors_header import MAX_HEADER, parse_json, read_safetensors_header
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_MAX_CONFIG = 1 << 20
+
+# What people save under a model's name: (first bytes, what it is, what to do)
+_NOT_A_MODEL = (
+    (b"version https://git-lfs", "a Git LFS pointer", "Fetch the file itself: git lfs pull."),
+    (b"<!DOCTYPE", "a web page", "Download the file itself, logged in if the site asks for it."),
+    (b"<html", "a web page", "Download the file itself, logged in if the site asks for it."),
+    (b"PK\x03\x04", "a zip archive or a PyTorch pickle", "Use the safetensors file of the model."),
+    (b"\x80\x02", "a Python pickle, which can run code", "Use the safetensors file of the model."),
+)
+
+
+@dataclass(frozen=True)
+class Container:
+    """The tensors of a file, or of all shards of a model. ``kind``: ``safetensors`` or ``gguf``."""
+
+    path: Path
+    kind: str
+    files: tuple[SourceFile, ...]
+    tensors: dict[str, RawTensor]
+    metadata: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return sum(file.size for file in self.files)
+
+
+def open_container(path: str | os.PathLike[str]) -> Container:
+    """The headers of a safetensors or GGUF file, of an index of shards, or of a folder with one.
+
+    Naming one shard opens all of them. Raises CheckpointError (nothing there, or not a model),
+    TruncatedFileError and CorruptFileError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise CheckpointError("there is no such file", file=path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_index(path)
+    shard = _SHARD.fullmatch(path.name)
+    if shard is not None:
+        return _open_shards(path, shard)
+    return _open_file(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file such as ``config.json``; CorruptFileError if it is none."""
+    return _read_json(path, _MAX_CONFIG)
+
+
+def json_object(text: str, key: str, path: Path) -> dict[str, Any]:
+    """The JSON object in the metadata value ``key``; CorruptFileError if it is none."""
+    return parse_json(text.encode(), path, f"metadata {key}")
+
+
+def stated_quantization(container: Container) -> dict[str, Any]:
+    """Module -> description, from the metadata in which ComfyUI may keep it instead of tensors."""
+    key = "_quantization_metadata"
+    text = container.metadata.get(key)
+    if not isinstance(text, str):
+        return {}
+    layers = json_object(text, key, container.path).get("layers")
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+        raise CorruptFileError(f"metadata {key} has no layers", file=container.path)
+    return layers
+
+
+def _read_json(path: Path, limit: int) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > limit:
+        raise CorruptFileError(
+            "too long for its kind", file=path, found=f"{size} bytes", needed=f"at most {limit}"
+        )
+    return parse_json(path.read_bytes(), path, "the file")
+
+
+def _open_file(path: Path) -> Container:
+    with open(path, "rb") as file:
+        start = file.read(32)
+    for magic, what, hint in _NOT_A_MODEL:
+        # byte 8 opens the JSON of a safetensors file, whose length may begin with any bytes
+        if start.startswith(magic) and start[8:9] != b"{":
+            raise CorruptFileError(f"this is {what}, not a model", file=path, hint=hint)
+    if start.startswith(b"GGUF"):
+        return _open_gguf(path)
+    file, tensors, metadata = read_safetensors_header(path)
+    return Container(path, "safetensors", (file,), tensors, dict(metadata))
+
+
+def _open_gguf(path: Path) -> Container:
+    header = read_header(path)
+    parts = header.metadata.get("split.count", 1)
+    if parts != 1:
+        raise CheckpointError(
+            "this is one part of a split GGUF file",
+            file=path,
+            found=f"{parts} parts",
+            hint="Join them first: llama-gguf-split --merge.",
+        )
+    file = SourceFile(path, header.file_size, header.mtime_ns)
+    tensors = {
+        tensor.name: RawTensor(
+            file, tensor.name, tensor.type_name, tensor.shape, tensor.offset, tensor.nbytes
+        )
+        for tensor in header.tensors.values()
+    }
+    return Container(path, "gguf", (file,), tensors, header.metadata)
+
+
+def _open_folder(folder: Path) -> Container:
+    indexes = sorted(folder.glob("*" + INDEX_SUFFIX))
+    files = sorted(folder.glob("*.safetensors"))
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(indexes) == 1:
+        return _open_index(indexes[0])
+    for name in _USUAL_NAMES:
+        if folder / name in files:
+            return _open_file(folder / name)
+    shard = _SHARD.fullmatch(files[0].name) if files else None
+    if shard is not None and len(files) == int(shard["count"]):
+        return _open_shards(files[0], shard)
+    if len(files) + len(ggufs) == 1:
+        return _open_file((files + ggufs)[0])
+    names = [file.name for file in files + ggufs]
+    raise CheckpointError(
+        "the folder does not say which file to open" if names else "the folder holds no model",
+        file=folder,
+        found=", ".join(names[:6]) or "no .safetensors and no .gguf file",
+        hint="Name one file." if names else None,
+    )
+
+
+def _open_index(path: Path) -> Container:
+    """All shards that an index names, each tensor in the shard that the index says."""
+    weight_map = _read_json(path, MAX_HEADER).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError("the index has no weight_map", file=path, hint=DOWNLOAD_AGAIN)
+    names = set()
+    for key, name in weight_map.items():
+        # a name from an untrusted file stays in its folder
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\:]", name):
+            raise CorruptFileError(
+                "the index names no plain file", file=path, tensor=key, found=repr(name)[:80]
+            )
+        names.add(name)
+    container = _merge(path, [path.parent / name for name in sorted(names)])
+    for key, name in weight_map.items():
+        raw = container.tensors.get(key)
+        if raw is None or raw.file.path.name != name:
+            raise CorruptFileError(
+                f"the tensor is not in {name}", file=path, tensor=key, hint=DOWNLOAD_AGAIN
+            )
+    return container
+
+
+def _open_shards(path: Path, shard: re.Match[str]) -> Container:
+    index = path.with_name(shard["stem"] + INDEX_SUFFIX)
+    if index.is_file():
+        return _open_index(index)
+    count = int(shard["count"])
+    names = [f"{shard['stem']}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return _merge(path, [path.with_name(name) for name in names])
+
+
+def _merge(path: Path, shards: list[Path]) -> Container:
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise TruncatedFileError(
+            f"{len(missing)} of {len(shards)} shards are missing",
+            file=path,
+            found=f"no {missing[0]}",
+            hint="Download the missing files into the same folder.",
+        )
+    tensors: dict[str, RawTensor] = {}
+    metadata: dict[str, Any] = {}
+    files = []
+    for shard in shards:
+        part = _open_file(shard)
+        twice = tensors.keys() & part.tensors.keys()
+        if twice:
+            raise CorruptFileError("the tensor is in two shards", file=shard, tensor=min(twice))
+        tensors |= part.tensors
+        metadata = part.metadata | metadata
+        files += part.files
+    return Container(path, "safetensors", tuple(files), tensors, metadata)

@@ -1,0 +1,145 @@
+"""Ideogram 4's text encoder, the language model of Qwen3-VL, from files of any layout.
+
+Names are Hugging Face's without their prefix: ``embed_tokens.weight``,
+``layers.0.self_attn.q_proj.weight``, ``norm.weight``. Vision tower and ``lm_head`` are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.errors import CorruptFileError, NotIdeogram4Error
+from .container import Container, open_container
+from .encoder_config import encoder_config
+from .encoder_names import NAMINGS, parse_encoder_keys
+from .entries import Entry, Progress, check_shapes, main_level, stream_entries
+from .files import DOWNLOAD_AGAIN
+from .layouts import what_else
+
+OPTIONAL = ("norm.weight",)  # Ideogram 4 reads hidden states before the final norm
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderCheckpoint:
+    """A text encoder's files; only headers were read so far.
+
+    ``level``: the one that most bytes of the linears have. ``config`` has the names of
+    transformers' Qwen3VLTextConfig, ``tokenizer_dir`` is the folder of the tokenizer that lies
+    beside the weights, if one does.
+    """
+
+    container: Container
+    layout: str
+    level: str
+    config: dict[str, Any]
+    entries: Mapping[str, Entry]
+    tokenizer_dir: Path | None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(file.path for file in self.container.files)
+
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self.container.size
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The file's own metadata."""
+        return self.container.metadata
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what :meth:`stream` yields, in its order; from the headers alone.
+
+        Raises CorruptFileError for missing tensors and for shapes that do not fit the config.
+        """
+        needed = encoder_shapes(self.config)
+        missing = [name for name in needed if name not in self.entries and name not in OPTIONAL]
+        if missing:
+            raise CorruptFileError(
+                f"{len(missing)} tensors of the text encoder are missing: {', '.join(missing[:3])}",
+                file=self.paths[0],
+                hint=DOWNLOAD_AGAIN,
+            )
+        needed = {name: shape for name, shape in needed.items() if name in self.entries}
+        check_shapes(self.entries, needed)
+        return needed
+
+    def stream(
+        self, *, dtype: torch.dtype = torch.bfloat16, progress: Progress | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """``(name, tensor)`` one by one; see :meth:`Checkpoint.stream`."""
+        return stream_entries(self.entries, self.shapes(), dtype, progress)
+
+    def load(
+        self, *, dtype: torch.dtype = torch.bfloat16, progress: Progress | None = None
+    ) -> dict[str, Tensor]:
+        """All tensors: quantized linears as QuantizedTensor, everything else in ``dtype``."""
+        return dict(self.stream(dtype=dtype, progress=progress))
+
+
+def open_encoder(path: str | os.PathLike[str]) -> EncoderCheckpoint:
+    """The text encoder at ``path``, from its headers: a safetensors or GGUF file, an index of
+    shards, a Hugging Face folder, or a pipeline's folder with ``text_encoder/``.
+
+    Raises NotIdeogram4Error, TruncatedFileError, CorruptFileError and CheckpointError (no such
+    file, or a storage format that is not read).
+    """
+    path = Path(path)
+    if (path / "text_encoder").is_dir():
+        path = path / "text_encoder"
+    container = open_container(path)
+    naming, entries = parse_encoder_keys(container)
+    if naming is None:
+        raise NotIdeogram4Error(
+            "this is no Qwen3-VL text encoder",
+            file=path,
+            found=what_else(container.tensors) or f"{len(container.tensors)} other tensors",
+            needed=" or ".join(row.anchor for row in NAMINGS),
+            hint="Pick a file of Qwen3-VL-8B.",
+        )
+    config = encoder_config(container, entries)
+    level = main_level(entries.values())
+    tokenizer = _tokenizer_dir(container)
+    return EncoderCheckpoint(container, naming.name, level, config, entries, tokenizer)
+
+
+def encoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the language model."""
+    hidden, inner, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries = config["num_attention_heads"] * head
+    keys = config["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config["vocab_size"], hidden)}
+    for i in range(config["num_hidden_layers"]):
+        layer = f"layers.{i}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (queries, hidden),
+            f"{layer}.self_attn.k_proj.weight": (keys, hidden),
+            f"{layer}.self_attn.v_proj.weight": (keys, hidden),
+            f"{layer}.self_attn.q_norm.weight": (head,),
+            f"{layer}.self_attn.k_norm.weight": (head,),
+            f"{layer}.self_attn.o_proj.weight": (hidden, queries),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.mlp.gate_proj.weight": (inner, hidden),
+            f"{layer}.mlp.up_proj.weight": (inner, hidden),
+            f"{layer}.mlp.down_proj.weight": (hidden, inner),
+        }
+    return shapes | {"norm.weight": (hidden,)}
+
+
+def _tokenizer_dir(container: Container) -> Path | None:
+    """The folder with ``tokenizer.json``: the weights' own, or ``tokenizer/`` beside it."""
+    folder = container.path if container.path.is_dir() else container.path.parent
+    for candidate in (folder, folder.parent / "tokenizer", folder / "tokenizer"):
+        if (candidate / "tokenizer.json").is_file():
+            return candidate
+    return None

@@ -1,0 +1,155 @@
+"""A model's tensors, each as the stored pieces that make it: read one by one, checked, named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..ops.errors import CorruptFileError, OpError
+from .codecs import Blocks, Fp8, Int8, Plain, Stored
+from .files import DOWNLOAD_AGAIN
+from .nf4 import Nf4
+from .parts import Parts
+
+logger = logging.getLogger(__name__)
+
+# The first that claims a weight reads it.
+CODECS: tuple[type[Stored], ...] = (Nf4, Int8, Fp8, Blocks, Plain)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the model: a single stored weight, or several whose rows follow each other."""
+
+    name: str
+    pieces: tuple[Parts, ...]
+    linear: bool
+
+    @cached_property
+    def codecs(self) -> tuple[type[Stored], ...]:
+        """The format of each piece. Raises CheckpointError for one that no format claims."""
+        found = []
+        for parts in self.pieces:
+            if "unsupported" in parts.roles:
+                stated = parts.quantization().get("format")
+                raise parts.unsupported(stated or parts.roles["unsupported"].key)
+            codec = next((codec for codec in CODECS if codec.claims(parts)), None)
+            if codec is None:
+                stated = parts.quantization().get("format")
+                raise parts.unsupported(stated or f"{parts.weight.dtype} without a description")
+            found.append(codec)
+        return tuple(found)
+
+    @cached_property
+    def level(self) -> str:
+        """The level of the pieces; ``BF16`` if they differ: they are joined as floats then."""
+        levels = {c.level(p) for c, p in zip(self.codecs, self.pieces, strict=True)}
+        return levels.pop() if len(levels) == 1 else "BF16"
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """As the model needs it."""
+        shapes = [c.shape(p) for c, p in zip(self.codecs, self.pieces, strict=True)]
+        if len(shapes) == 1:
+            return shapes[0]
+        width = shapes[0][-1]
+        if any(len(shape) != 2 or shape[1] != width for shape in shapes):
+            raise self.pieces[0].corrupt("the pieces differ in width", shapes, "[n, K] each")
+        return sum(shape[0] for shape in shapes), width
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(parts.nbytes for parts in self.pieces)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor: for a quantized linear a QuantizedTensor, else floats in ``dtype``.
+
+        Raises CorruptFileError if stored parts do not fit each other.
+        """
+        try:
+            stored = [c.read(p) for c, p in zip(self.codecs, self.pieces, strict=True)]
+            whole = stored[0] if len(stored) == 1 else self._stack(stored)
+            if whole is None:
+                return torch.cat([item.dense(dtype) for item in stored])
+            return whole.tensor(dtype) if self.linear else whole.dense(dtype)
+        except OpError as error:
+            raise CorruptFileError(
+                error.message,
+                file=self.pieces[0].weight.file.path,
+                tensor=self.pieces[0].key,
+                found=error.found,
+                needed=error.needed,
+                hint=DOWNLOAD_AGAIN,
+            ) from error
+
+    def _stack(self, stored: list[Stored]) -> Stored | None:
+        kinds = {type(item) for item in stored}
+        whole = stored[0].stack(stored) if len(kinds) == 1 else None
+        if whole is None:
+            logger.warning(
+                "%s: %s is stored in pieces of different formats (%s); it is kept in full "
+                "precision, which takes more memory",
+                self.pieces[0].weight.file.path,
+                self.name,
+                ", ".join(
+                    codec.level(p) for codec, p in zip(self.codecs, self.pieces, strict=True)
+                ),
+            )
+        return whole
+
+
+def stream_entries(
+    entries: Mapping[str, Entry],
+    needed: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """``(name, tensor)`` for each of ``needed``, holding one at a time.
+
+    ``progress(done, total)`` counts stored bytes.
+    """
+    total = sum(entries[name].nbytes for name in needed)
+    done = 0
+    for name in needed:
+        yield name, entries[name].read(dtype)
+        done += entries[name].nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def check_shapes(entries: Mapping[str, Entry], needed: Mapping[str, tuple[int, ...]]) -> None:
+    """CorruptFileError for the first of ``entries`` that has not the ``needed`` shape."""
+    for name, shape in needed.items():
+        entry = entries[name]
+        if entry.shape != shape:
+            raise entry.pieces[0].corrupt(
+                "the tensor does not fit the model", list(entry.shape), list(shape)
+            )
+
+
+def main_level(entries: Iterable[Entry]) -> str:
+    """The level that most bytes of the linears' weights have.
+
+    Raises CheckpointError for a linear in a format that is not read.
+    """
+    size: dict[str, int] = {}
+    for entry in entries:
+        if entry.linear:
+            size[entry.level] = size.get(entry.level, 0) + entry.nbytes
+    return max(size, key=size.__getitem__) if size else "BF16"
+
+
+def unquantized(entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """Modules of linears that a quantized model keeps in floats; () if none is quantized."""
+    floats = [entry.name for entry in entries.values() if entry.linear and entry.level == "BF16"]
+    if len(floats) == sum(entry.linear for entry in entries.values()):
+        return ()
+    return tuple(name.removesuffix(".weight") for name in floats)

@@ -1,0 +1,91 @@
+"""Where tensors lie on the disk, and how their bytes come into memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..gguf_loader import TENSOR_TYPES
+from ..ops.errors import CheckpointError, TruncatedFileError
+
+DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
+
+# Types of both containers that are read as they are; blocks of GGUF are read as bytes.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+BLOCK_TYPES = {kind.name: kind for kind in TENSOR_TYPES.values() if kind.block_size > 1}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when its header was read; a changed one is not read further."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path, file: BinaryIO) -> SourceFile:
+        state = os.fstat(file.fileno())
+        return cls(path, state.st_size, state.st_mtime_ns)
+
+    def read(self, offset: int, nbytes: int) -> Tensor:
+        """``nbytes`` bytes from ``offset`` on, as uint8; CheckpointError if the file changed."""
+        data = torch.empty(nbytes, dtype=torch.uint8)
+        rest = memoryview(data.numpy())
+        with open(self.path, "rb", buffering=0) as file:
+            if SourceFile.of(self.path, file) != self:
+                raise CheckpointError(
+                    "the file changed after it was opened", file=self.path, hint="Open it again."
+                )
+            file.seek(offset)
+            while rest:  # one call may bring only a part: Linux stops at 2 GiB
+                count = file.readinto(rest)
+                if not count:
+                    raise TruncatedFileError(
+                        "the file ends early",
+                        file=self.path,
+                        found=f"{offset + nbytes - len(rest)} bytes",
+                        needed=f"{offset + nbytes} bytes",
+                        hint=DOWNLOAD_AGAIN,
+                    )
+                rest = rest[count:]
+        return data
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """One tensor of a file, as its header describes it; ``shape`` in torch's order."""
+
+    file: SourceFile
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> Tensor:
+        """The stored values; blocks of GGUF as uint8 [..., bytes of a row]."""
+        data = self.file.read(self.offset, self.nbytes)
+        if self.dtype in BLOCK_TYPES:
+            kind = BLOCK_TYPES[self.dtype]
+            row_bytes = self.shape[-1] // kind.block_size * kind.type_size
+            return data.reshape(*self.shape[:-1], row_bytes)
+        return data.view(TORCH_DTYPES[self.dtype]).reshape(self.shape)

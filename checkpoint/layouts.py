@@ -1,0 +1,106 @@
+"""Which tool's file this is: a table of layouts, told by what the keys hold.
+
+A layout is a name for people. How tensors are read follows from their keys (``grammar``) and their
+stored form (``codecs``), so a file that mixes layouts is read all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from ..ops.errors import NotIdeogram4Error
+from .container import Container
+from .files import RawTensor
+from .grammar import Key
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A file is of this layout if it is of ``kind`` and holds all of ``marks``.
+
+    A mark is a suffix of a key (``wq``), with the dtype of its tensor where that tells
+    (``weight I8``), a prefix (``cond.``) or ``split`` for q, k and v in pieces.
+    """
+
+    name: str
+    kind: str
+    marks: frozenset[str] = frozenset()
+    linears_only: bool = False
+
+
+# The first that fits names the file.
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("Transformer Lab INT8", "safetensors", frozenset({"wq", "ws"}), linears_only=True),
+    Layout("Transformer Lab GGUF", "gguf", frozenset({"cond.", "uncond."})),
+    Layout("GGUF", "gguf"),
+    Layout("diffusers", "safetensors", frozenset({"split"})),
+    Layout("bitsandbytes NF4", "safetensors", frozenset({"absmax"})),
+    Layout("ComfyUI INT8", "safetensors", frozenset({"comfy_quant", "weight I8"})),
+    Layout("ComfyUI FP8", "safetensors", frozenset({"comfy_quant", "weight F8_E4M3"})),
+    Layout("ComfyUI FP8, older names", "safetensors", frozenset({"scale_weight"})),
+    Layout("ideogram-ai FP8", "safetensors", frozenset({"weight_scale", "weight F8_E4M3"})),
+    Layout("safetensors", "safetensors"),
+)
+
+# What else a file may be: (a key in it, its name)
+_OTHER_MODELS = tuple(
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"lora_(?:A|B|up|down|a|b)\b|\.lokr_|\.hada_", "a LoRA, which goes into a LoRA loader"),
+        (r"(?:^|\.)double_(?:stream_)?blocks?\.", "a FLUX model"),
+        (r"(?:^|\.)joint_blocks\.", "Stable Diffusion 3"),
+        (r"(?:^|\.)transformer_blocks\.\d+\.img_mod\.", "Qwen-Image"),
+        (r"(?:^|\.)(?:noise|context)_refiner\.", "Lumina 2 or Z-Image"),
+        (r"(?:^|\.)txtfusion\.", "Krea 2"),
+        (r"(?:^|\.)blocks\.\d+\.cross_attn\.", "Wan or Cosmos"),
+        (r"(?:^|\.)transformer_blocks\.\d+\.", "another diffusion transformer"),
+        (r"(?:^|\.)(?:input_blocks|down_blocks\.\d+\.attentions)\.", "Stable Diffusion"),
+        (r"^v\.blk\.|^mm\.", "the vision part (mmproj) of a language model"),
+        (r"\.self_attn\.q_proj\.|^blk\.\d+\.attn_q\.", "a text encoder or language model"),
+        (r"(?:^|\.)encoder\.block\.\d+\.layer\.", "a T5 text encoder"),
+        (r"(?:^|\.)decoder\.(?:conv_in|up_blocks|up)\b", "a VAE"),
+    )
+)
+
+# Modules that no other model has together; norms and embeddings are absent from some files.
+_SIGNATURE = (
+    "layers.0.feed_forward.w1.weight",
+    "layers.0.adaln_modulation.weight",
+    "adaln_proj.weight",
+)
+
+
+def check_is_ideogram4(names: Collection[str], container: Container) -> None:
+    """NotIdeogram4Error unless canonical ``names`` hold what makes an Ideogram 4 transformer."""
+    missing = [name for name in _SIGNATURE if name not in names]
+    if missing:
+        looks_like = what_else(container.tensors)
+        raise NotIdeogram4Error(
+            "this is no Ideogram 4 transformer",
+            file=container.path,
+            found=looks_like or f"no {missing[0]} among {len(container.tensors)} tensors",
+            hint="Pick a file of Ideogram 4's conditional or unconditional copy.",
+        )
+
+
+def what_else(keys: Iterable[str]) -> str | None:
+    """The model that has such keys, if it is a well-known one."""
+    keys = list(keys)
+    for pattern, what in _OTHER_MODELS:
+        if any(pattern.search(key) for key in keys):
+            return what
+    return None
+
+
+def layout_of(container: Container, keys: Mapping[Key, RawTensor], *, stated: bool) -> Layout:
+    """The row of LAYOUTS that fits; ``stated``: the metadata describes the quantization."""
+    marks = {"comfy_quant"} if stated else set()
+    for key, raw in keys.items():
+        # bitsandbytes puts the parameter's name before its own suffix
+        suffix = key.suffix.removeprefix("weight.")
+        marks |= {suffix, f"{suffix} {raw.dtype}", key.prefix}
+        if key.piece is not None:
+            marks.add("split")
+    return next(row for row in LAYOUTS if row.kind == container.kind and row.marks <= marks)

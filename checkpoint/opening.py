@@ -1,0 +1,185 @@
+"""From a path to a :class:`Checkpoint`: containers, keys, copies, config."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..ops.errors import CorruptFileError, PairMismatchError
+from .checkpoints import Checkpoint
+from .config import ModelConfig, config_from, sizes_from_shapes
+from .container import Container, json_object, open_container, read_json, stated_quantization
+from .copies import COPY_FOLDERS, check_copy_name, tell_copy
+from .entries import Entry, main_level
+from .files import RawTensor
+from .grammar import CONDITIONAL, MARKERS, PREFIXES, Key, build_entries, parse_key
+from .layouts import check_is_ideogram4, layout_of
+
+logger = logging.getLogger(__name__)
+
+PathLike = str | os.PathLike[str]
+Base = PathLike | Checkpoint
+
+
+def open_checkpoint(
+    path: PathLike,
+    base: Base | Sequence[Base] | None = None,
+    *,
+    copy: str | None = None,
+) -> Checkpoint:
+    """What the file or folder at ``path`` holds, from its headers alone.
+
+    ``path``: a safetensors or GGUF file of any layout, an index of shards, a folder with one model,
+    or one with ``transformer/`` and ``unconditional_transformer/``. ``base``: a file (or several)
+    that gives the tensors missing there, as norms and embeddings are from Transformer Lab's INT8.
+    ``copy``: which copy a file holds that does not say so itself, or which one to take of two.
+
+    Raises NotIdeogram4Error, TruncatedFileError, CorruptFileError, PairMismatchError (``copy`` or
+    ``base`` contradicts the file) and CheckpointError (no such file, formats that are not read).
+    """
+    path = Path(path)
+    if copy is not None:
+        check_copy_name(copy)
+    bases = _open_bases(base)
+    folders = {name: path / folder for name, folder in COPY_FOLDERS.items()}
+    if path.is_dir() and any(folder.is_dir() for folder in folders.values()):
+        found = _open_pair(folders)
+        reason = "the folders name the copies"
+    else:
+        found, reason = _open_single(open_container(path), copy)
+    if copy is not None and copy not in found:
+        raise PairMismatchError(
+            "the copy is not there", file=path, found=f"{', '.join(found)} ({reason})", needed=copy
+        )
+    chosen = {name: part for name, part in found.items() if copy in (None, name)}
+    containers = tuple({id(c): c for c, _, _ in chosen.values()}.values())
+    entries = {name: part for name, (_, _, part) in chosen.items()}
+    container, keys, _ = next(iter(chosen.values()))
+    layout = layout_of(container, keys, stated=bool(stated_quantization(container)))
+    return Checkpoint(
+        layout=layout.name,
+        level=main_level(entry for part in entries.values() for entry in part.values()),
+        linears_only=layout.linears_only,
+        copies=tuple(chosen),
+        copy_reason=reason,
+        config=_config(entries, containers, bases),
+        containers=containers,
+        entries=entries,
+        bases=bases,
+    )
+
+
+Part = tuple[Container, dict[Key, RawTensor], dict[str, Entry]]
+
+
+def _open_bases(base: Base | Sequence[Base] | None) -> tuple[Checkpoint, ...]:
+    if base is None:
+        return ()
+    several = [base] if isinstance(base, str | os.PathLike | Checkpoint) else base
+    return tuple(b if isinstance(b, Checkpoint) else open_checkpoint(b) for b in several)
+
+
+def _open_pair(folders: Mapping[str, Path]) -> dict[str, Part]:
+    """The copies of a folder that has one folder for each."""
+    found = {}
+    for copy, folder in folders.items():
+        if folder.is_dir():
+            container = open_container(folder)
+            keys = _parse(container)
+            found[copy] = _part(container, keys)
+    return found
+
+
+def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part], str]:
+    """(copy -> part of one container, how the copies were told apart)."""
+    groups: dict[str | None, dict[Key, RawTensor]] = {}
+    for key, raw in _parse(container).items():
+        groups.setdefault(PREFIXES[key.prefix], {})[key] = raw
+    if set(groups) <= {None}:
+        part = _part(container, groups.get(None, {}))
+        verdict = tell_copy(container, part[2], copy)
+        return {verdict.copy: part}, verdict.reason
+    if None in groups:  # sd.cpp: the other copy has a prefix of its own
+        if CONDITIONAL in groups:
+            raise CorruptFileError(
+                "tensors of the conditional copy are stored with and without its prefix",
+                file=container.path,
+                tensor=next(iter(groups[None].values())).key,
+            )
+        groups[CONDITIONAL] = groups.pop(None)
+    reason = "the prefixes of the keys name the copies"
+    return {name: _part(container, groups[name]) for name in sorted(groups)}, reason
+
+
+def _parse(container: Container) -> dict[Key, RawTensor]:
+    """The tensors of Ideogram 4 among those of the container; others are reported once."""
+    keys: dict[Key, RawTensor] = {}
+    others = []
+    for name, raw in container.tensors.items():
+        key = parse_key(name)
+        if key is not None:
+            keys[key] = raw
+        elif name.rpartition(".")[2] not in MARKERS:
+            others.append(name)
+    if others and keys:
+        logger.warning(
+            "%s: %d tensors are not part of Ideogram 4's transformer and are ignored, such as %s",
+            container.path,
+            len(others),
+            others[0],
+        )
+    return keys
+
+
+def _part(container: Container, keys: dict[Key, RawTensor]) -> Part:
+    entries = build_entries(keys.items(), stated_quantization(container))
+    check_is_ideogram4(entries, container)
+    return container, keys, entries
+
+
+def _config(
+    entries: Mapping[str, Mapping[str, Entry]],
+    containers: Sequence[Container],
+    bases: Sequence[Checkpoint],
+) -> ModelConfig:
+    """Stated by the file, else by a base, else read off the shapes; all must agree."""
+    own = next(iter(entries.values()))
+    sizes = sizes_from_shapes(own, lambda name: own[name].shape)
+    path = containers[0].path
+    for base in bases:
+        # an unconditional copy without its text part cannot tell how wide the text is
+        ignored = () if any(map(base.reads_text, base.copies)) else ("llm_features_dim",)
+        differing = [
+            f"{key} {getattr(base.config, key)} against {size}"
+            for key, size in sizes.items()
+            if key not in ignored and getattr(base.config, key) != size
+        ]
+        if differing:
+            raise PairMismatchError(
+                f"the base is not of the model in {path}",
+                file=base.paths[0],
+                found=", ".join(differing),
+                hint="Give the FP8 or BF16 files that the quantized ones were made from.",
+            )
+    stated = _stated_config(containers)
+    if stated is None and bases:
+        stated = {**bases[0].config.to_dict(), **sizes}
+    return config_from(stated, sizes, path)
+
+
+def _stated_config(containers: Sequence[Container]) -> dict[str, Any] | None:
+    """The config in a file's metadata, or in the ``config.json`` beside it; None if neither."""
+    for container in containers:
+        for key in ("ideogram4.config", "config"):
+            text = container.metadata.get(key)
+            if isinstance(text, str):
+                return json_object(text, key, container.path)
+        beside = container.path.parent / "config.json"
+        if container.kind == "safetensors" and beside.is_file():
+            values = read_json(beside)
+            if "Ideogram4" in str(values.get("_class_name")):
+                return values
+    return None

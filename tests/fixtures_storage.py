@@ -1,0 +1,147 @@
+"""Stored forms of one linear, made by independent code, each with the weight that it stands for.
+
+A packer returns (stored tensors by suffix, the true weight in fp32).
+"""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import numpy as np
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
+
+
+def as_json(value: object) -> torch.Tensor:
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def pack_fp8(weight: torch.Tensor, *, per_row: bool = True) -> Packed:
+    """e4m3 times a scale for each row, fp32 [out], or one for all, fp32 []."""
+    largest = weight.abs().amax(dim=1, keepdim=True) if per_row else weight.abs().max()
+    scale = (largest / 448).clamp_min(1e-12)
+    data = (weight / scale).to(torch.float8_e4m3fn)
+    stored = {"weight": data, "weight_scale": scale.reshape(-1) if per_row else scale}
+    return stored, data.float() * scale
+
+
+def pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 [N, K], scale [N, 1]): absmax of each row."""
+    scale = (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(1e-12)
+    return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def pack_comfy_int8(weight: torch.Tensor, group: int | None = 256, *, nested=False) -> Packed:
+    """ComfyUI's container, quantized and undone by comfy-kitchen itself."""
+    group = group if group and weight.shape[1] % group == 0 else None
+    conf: dict[str, object] = {"format": "int8_tensorwise"}
+    rotation = {"convrot": True, "convrot_groupsize": group} if group else {}
+    if nested:
+        conf["params"] = rotation
+    else:
+        conf |= rotation
+    quantized = QuantizedTensor.from_float(
+        weight,
+        "TensorWiseINT8Layout",
+        per_channel=True,
+        convrot=bool(group),
+        convrot_groupsize=group or 256,
+    )
+    stored = {
+        "weight": quantized._qdata,
+        "weight_scale": quantized._params.scale.reshape(-1, 1),
+        "comfy_quant": as_json(conf),
+    }
+    return stored, quantized.dequantize()
+
+
+NF4_CODE = torch.tensor(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ]
+)
+
+
+def nearest(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """uint8 indices into ``table``, ascending, of the entries next to ``values``."""
+    return torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+
+
+def pack_nf4(weight: torch.Tensor, *, double: bool = False, block: int = 64) -> Packed:
+    """bitsandbytes' bytes by its formulas: code[nibble] * absmax[block], first nibble high."""
+    flat = weight.reshape(-1)
+    count = flat.numel()
+    blocks = torch.cat([flat, torch.zeros(-count % block)]).reshape(-1, block)
+    absmax = blocks.abs().amax(dim=1)
+    state = {
+        "quant_type": "nf4",
+        "blocksize": block,
+        "dtype": "bfloat16",
+        "shape": list(weight.shape),
+    }
+    extra = {}
+    stored_absmax = absmax
+    if double:
+        offset = absmax.mean()
+        table = torch.linspace(-1, 1, 256) ** 3
+        groups = torch.cat([absmax - offset, torch.zeros(-len(absmax) % 256)]).reshape(-1, 256)
+        largest = groups.abs().amax(dim=1)
+        relative = groups / largest[:, None].clamp_min(1e-12)
+        stored_absmax = nearest(relative, table).reshape(-1)[: len(absmax)]
+        scales = largest.repeat_interleave(256)[: len(absmax)]
+        absmax = table[stored_absmax.int()] * scales + float(offset)
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32"}
+        state["nested_offset"] = float(offset)
+        extra = {"weight.nested_absmax": largest, "weight.nested_quant_map": table}
+    codes = nearest(blocks / absmax[:, None].clamp_min(1e-12), NF4_CODE)
+    truth = (NF4_CODE[codes.int()] * absmax[:, None]).reshape(-1)[:count].reshape(weight.shape)
+    codes = codes.reshape(-1)[: count + count % 2]
+    stored = {
+        "weight": (codes[0::2] << 4 | codes[1::2]).reshape(-1, 1),
+        "weight.absmax": stored_absmax,
+        "weight.quant_map": NF4_CODE.clone(),
+        "weight.quant_state.bitsandbytes__nf4": as_json(state),
+        **extra,
+    }
+    return stored, truth
+
+
+def pack_smooth_int8(weight: torch.Tensor, seed: int, *, scale_dtype=torch.float32) -> Packed:
+    """Transformer Lab: ``wq = round(W * smooth / ws)``, the activations divided by ``smooth``."""
+    generator = torch.Generator().manual_seed(seed)
+    smooth = 0.25 + 2 * torch.rand(weight.shape[1], generator=generator)
+    q, scale = pack_int8(weight * smooth)
+    scale = scale.to(scale_dtype)
+    return {"wq": q, "ws": scale, "smooth": smooth}, q.float() * scale.float() / smooth
+
+
+# --- GGUF -----------------------------------------------------------------------------------------
+
+# Where the fp16 factors of a block lie, for random bytes that decode to sane numbers
+_FACTORS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def gguf_blocks(weight: torch.Tensor, kind: str, seed: int = 0) -> tuple[np.ndarray, torch.Tensor]:
+    """(bytes [N, row bytes], the weight that gguf-py decodes from them).
+
+    gguf-py has no encoder for the K formats: those get random bytes, which exercise every bit.
+    """
+    qtype = gguf.GGMLQuantizationType[kind]
+    if kind in _FACTORS:
+        block, size = gguf.GGML_QUANT_SIZES[qtype]
+        rng = np.random.default_rng(seed)
+        rows, columns = weight.shape
+        data = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+        for at in _FACTORS[kind]:
+            factors = (rng.random((rows, columns // block, 1)) * 0.01).astype(np.float16)
+            data[..., at : at + 2] = factors.view(np.uint8)
+        data = data.reshape(rows, -1)
+    else:
+        data = gguf.quants.quantize(weight.numpy(), qtype)
+    return data, torch.from_numpy(gguf.quants.dequantize(data, qtype).copy()).float()
