@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .writers_file import OutputExistsError, WriteError, check_output, new_file
+from .writers_file import OutputExistsError, WriteError, check_output, check_space, new_file
 
 __all__ = [
     "OutputExistsError",
     "TensorSpec",
     "WriteError",
     "check_output",
+    "check_space",
     "write_safetensors",
 ]
 

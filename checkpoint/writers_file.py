@@ -67,7 +67,8 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     return target
 
 
-def _check_space(target: Path, size: int) -> None:
+def check_space(target: Path, size: int) -> None:
+    """Raise WriteError unless the disk of ``target`` has ``size`` bytes free."""
     free = shutil.disk_usage(target.parent).free
     if free < size:
         raise WriteError(
@@ -131,7 +132,7 @@ def new_file(
     disk, no permission) and what :func:`check_output` raises.
     """
     target = check_output(path, overwrite=overwrite)
-    _check_space(target, size)
+    check_space(target, size)
     temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with _as_write_errors(target):

@@ -1,0 +1,189 @@
+"""``ideogram4-quant quantize | inspect | verify``: arguments in, tables out, one line an error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+
+from tqdm import tqdm
+
+from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
+from ..ops.errors import Ideogram4QuantError
+from .errors import QuantOptionError
+from .inspect import inspect_file
+from .quantize import plan_quantization, quantize_checkpoint
+from .recipes import LAYOUTS, RECIPES, QuantOptions, TypeRule
+from .verify import verify_file
+
+COPIES = (CONDITIONAL, UNCONDITIONAL)
+Handler = Callable[[argparse.Namespace], int]
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Add the three commands; each sets ``func``, a handler ``(args) -> exit code``."""
+    _add_quantize(subparsers)
+    _add_inspect(subparsers)
+    _add_verify(subparsers)
+
+
+def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "quantize",
+        help="write a model at another level",
+        description="Write a copy of Ideogram 4 at another level, layer by layer.",
+    )
+    parser.add_argument("source", metavar="SRC", help="a model file or folder, any layout")
+    parser.add_argument("--level", required=True, metavar="L", help=", ".join(RECIPES))
+    parser.add_argument("--out", required=True, metavar="F", help=".safetensors or .gguf")
+    parser.add_argument(
+        "--copy", choices=COPIES, help="which copy: where SRC holds both, or does not say"
+    )
+    parser.add_argument(
+        "--base", nargs="+", metavar="F", help="gives a linears-only SRC its other tensors"
+    )
+    parser.add_argument("--pair", metavar="F", help="the other copy, for --layout transformer-lab")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="native", help="of an INT8 file (default: native)"
+    )
+    parser.add_argument(
+        "--protect",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="linears to leave in bf16, as layers.3.feed_forward.w2 or layers.*.feed_forward.w2",
+    )
+    parser.add_argument(
+        "--type",
+        action="append",
+        default=[],
+        dest="types",
+        metavar="NAME=TYPE",
+        help="another GGUF type for some linears, as layers.*.feed_forward.w2=Q6_K",
+    )
+    parser.add_argument(
+        "--linears", choices=("blocks", "all"), help="quantize those in the blocks, or all"
+    )
+    parser.add_argument("--licence", metavar="TEXT", help="recorded where SRC names none")
+    parser.add_argument("--overwrite", action="store_true", help="replace F if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written")
+    parser.set_defaults(func=_quantize)
+
+
+def _add_inspect(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "inspect",
+        help="say what a model file is",
+        description="Layout, level, copies, sizes and metadata, from the headers alone.",
+    )
+    parser.add_argument("file", metavar="FILE", help="a model file or folder")
+    parser.add_argument(
+        "--base", nargs="+", metavar="F", help="gives a linears-only FILE its other tensors"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=_inspect)
+
+
+def _add_verify(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "verify",
+        help="compare the weights of two files",
+        description="SQNR of every layer of FILE against SRC, in dB, and the worst layers.",
+    )
+    parser.add_argument("file", metavar="FILE", help="the quantized model")
+    parser.add_argument("--against", required=True, metavar="SRC", help="the reference")
+    parser.add_argument("--copy", choices=COPIES, help="compare this copy alone")
+    parser.add_argument(
+        "--base", nargs="+", metavar="F", help="gives a linears-only FILE its other tensors"
+    )
+    parser.add_argument("--against-base", nargs="+", metavar="F", help="the same for SRC")
+    parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows (default: 10)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(func=_verify)
+
+
+def _one_line_errors(handler: Handler) -> Handler:
+    """Errors of the pack and of the system: one line on stderr and exit code 1, no traceback."""
+
+    @wraps(handler)
+    def reported(args: argparse.Namespace) -> int:
+        try:
+            return handler(args)
+        except (Ideogram4QuantError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return reported
+
+
+@contextmanager
+def _bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress callback ``(done, total)`` that draws a bar with rate and time left on stderr."""
+    with tqdm(desc=title, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _type_rule(text: str) -> TypeRule:
+    pattern, equals, qtype = text.rpartition("=")
+    if not equals or not pattern or not qtype:
+        raise QuantOptionError("--type needs NAME=TYPE", found=text)
+    return TypeRule(pattern, qtype)
+
+
+@_one_line_errors
+def _quantize(args: argparse.Namespace) -> int:
+    options = QuantOptions(
+        layout=args.layout,
+        protect=tuple(args.protect),
+        types=tuple(map(_type_rule, args.types)),
+        linears=args.linears,
+        licence=args.licence,
+    )
+    choice = {
+        "copy": args.copy,
+        "base": args.base,
+        "pair": args.pair,
+        "options": options,
+        "overwrite": args.overwrite,
+    }
+    if args.dry_run:
+        print(plan_quantization(args.source, args.level, args.out, **choice).table())
+        return 0
+    with _bar(args.level, "B") as progress:
+        report = quantize_checkpoint(args.source, args.level, args.out, **choice, progress=progress)
+    print(report.table())
+    return 0
+
+
+@_one_line_errors
+def _inspect(args: argparse.Namespace) -> int:
+    found = inspect_file(args.file, args.base)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found.table())
+    return 0
+
+
+@_one_line_errors
+def _verify(args: argparse.Namespace) -> int:
+    with _bar("verify", " values") as progress:
+        found = verify_file(
+            args.file,
+            args.against,
+            copy=args.copy,
+            base=args.base,
+            against_base=args.against_base,
+            progress=progress,
+        )
+    print(json.dumps(found.to_dict(), indent=2) if args.json else found.table(args.worst))
+    return 0

@@ -1,0 +1,87 @@
+"""Encode one tensor a few rows at a time, and measure on the way what that lost."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..ops.errors import OpError
+from .errors import NonFiniteWeightError
+from .measure import ErrorMeter, dense_rows, row_chunks
+from .plan import TensorPlan
+
+_DAMAGED = (
+    "holds values that are not finite",
+    "The source is damaged, or its training diverged: nothing can be made from it.",
+)
+_PROTECT = "Protect this linear, or give it another type."
+_TOO_LARGE = ("has values too large for {type}", _PROTECT)
+
+
+def encode_tensor(
+    plan: TensorPlan, tensor: Tensor, *, file: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, Tensor], ErrorMeter]:
+    """``(stored tensors by suffix, constants included; the error meter)``.
+
+    ``tensor`` is plain or quantized, ``[N, K]`` or ``[K]``; beyond the result only a few rows of
+    it exist in fp32. Raises NonFiniteWeightError, naming ``file`` and the tensor, for a value that
+    is NaN or infinite or that the encoding cannot hold.
+    """
+    matrix = tensor if tensor.ndim == 2 else tensor.reshape(1, -1)
+    shape = tuple(matrix.shape)
+    stored = {
+        suffix: torch.empty(size, dtype=dtype)
+        for suffix, (dtype, size) in plan.encoding.parts(shape).items()
+    }
+    meter = ErrorMeter()
+    for rows in row_chunks(shape):
+        true = dense_rows(matrix, rows)
+        _check_finite(true, plan, rows, file, _DAMAGED)
+        try:
+            parts = plan.encoding.encode(true)
+        except OpError as error:  # block scales are fp16
+            raise NonFiniteWeightError(
+                f"cannot be stored as {plan.encoding.label}: {error.message}",
+                file=file,
+                tensor=_shown(plan),
+                found=error.found,
+                needed=error.needed,
+                hint=_PROTECT,
+            ) from error
+        back = plan.encoding.decode(parts)
+        _check_finite(back, plan, rows, file, _TOO_LARGE)
+        meter.add(true, back)
+        for suffix, part in parts.items():
+            stored[suffix][rows] = part
+    final = plan.encoding.parts(plan.shape)
+    stored = {suffix: part.reshape(final[suffix][1]) for suffix, part in stored.items()}
+    return {**stored, **plan.encoding.constants()}, meter
+
+
+def _check_finite(
+    values: Tensor,
+    plan: TensorPlan,
+    rows: slice,
+    file: str | os.PathLike[str] | None,
+    problem: tuple[str, str],
+) -> None:
+    finite = values.isfinite()
+    if bool(finite.all()):
+        return
+    row, column = (~finite).nonzero()[0].tolist()
+    value = values[row, column].item()
+    place = [row + rows.start, column] if len(plan.shape) == 2 else [column]
+    raise NonFiniteWeightError(
+        problem[0].format(type=plan.encoding.label),
+        file=file,
+        tensor=_shown(plan),
+        found=f"{value} at {place}",
+        needed="finite values",
+        hint=problem[1],
+    )
+
+
+def _shown(plan: TensorPlan) -> str:
+    return plan.name if plan.copy == "conditional" else f"{plan.copy}.{plan.name}"

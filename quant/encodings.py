@@ -1,0 +1,166 @@
+"""How one tensor is stored: a class an encoding, each works on any number of rows.
+
+Rows are independent in every encoding, so that a weight of any size is encoded and measured a few
+rows at a time. ``encode`` and ``decode`` are exact inverses up to the quantization itself: what
+``decode`` gives is what a reader of the file computes with, in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..ops.blocks import FORMATS, dequantize, quantize
+from ..ops.reference import quantize_rows
+from ..ops.rotation import rotate
+
+Shape = tuple[int, ...]
+
+
+class Encoding(Protocol):
+    """What the planner and the writers know of an encoding."""
+
+    @property
+    def label(self) -> str:
+        """The type as reports show it."""
+
+    def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Stored tensors by suffix, first dimension = rows."""
+
+    def constants(self) -> dict[str, Tensor]:
+        """Stored tensors that do not depend on the weight, by suffix."""
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        """fp32 rows -> their share of ``parts``."""
+
+    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        """A share of ``parts`` -> fp32 rows in original coordinates."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Stored as it is, in ``dtype``, under the suffix ``suffix`` (``weight``, ``bias``)."""
+
+    dtype: torch.dtype = torch.bfloat16
+    suffix: str = "weight"
+
+    @property
+    def label(self) -> str:
+        return {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[self.dtype]
+
+    def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        return {self.suffix: (self.dtype, shape)}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        return {self.suffix: rows.to(self.dtype)}
+
+    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        return parts[self.suffix].float()
+
+
+@dataclass(frozen=True)
+class NativeInt8:
+    """``q = round(R(W) / scale)``, ``scale = absmax(R(W)) / 127`` a row: ComfyUI's container.
+
+    ``weight`` int8 [N, K], ``weight_scale`` fp32 [N, 1], ``comfy_quant`` the JSON that stock
+    ComfyUI reads, in its own spelling. R is ConvRot's rotation in groups of ``rotation``.
+    """
+
+    rotation: int | None = None
+
+    @property
+    def label(self) -> str:
+        return "INT8" if self.rotation is None else f"INT8 rot{self.rotation}"
+
+    def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        return {"weight": (torch.int8, shape), "weight_scale": (torch.float32, (shape[0], 1))}
+
+    def constants(self) -> dict[str, Tensor]:
+        config: dict[str, object] = {"format": "int8_tensorwise"}
+        if self.rotation is not None:
+            config |= {"convrot": True, "convrot_groupsize": self.rotation}
+        return {"comfy_quant": torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)}
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        q, scale = quantize_rows(rows if self.rotation is None else rotate(rows, self.rotation))
+        return {"weight": q, "weight_scale": scale[:, None]}
+
+    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        values = parts["weight"].float() * parts["weight_scale"]
+        return values if self.rotation is None else rotate(values, self.rotation)
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothInt8:
+    """``q = round(W * smooth / scale)``: Transformer Lab's layout.
+
+    ``wq`` int8 [N, K], ``ws`` fp32 [N], ``smooth`` fp32 [K]: the reader divides the activations by
+    it; without one the suffix is absent.
+    """
+
+    smooth: Tensor | None = None
+
+    @property
+    def label(self) -> str:
+        return "INT8" if self.smooth is None else "INT8 smooth"
+
+    def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        return {"wq": (torch.int8, shape), "ws": (torch.float32, shape[:1])}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {} if self.smooth is None else {"smooth": self.smooth.float()}
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        q, scale = quantize_rows(rows if self.smooth is None else rows * self.smooth.float())
+        return {"wq": q, "ws": scale}
+
+    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        values = parts["wq"].float() * parts["ws"][:, None]
+        return values if self.smooth is None else values / self.smooth.float()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """GGUF blocks of type ``qtype``, as bytes; F32 and BF16 are types like the others."""
+
+    qtype: str
+    shape: Shape
+    suffix: str = "weight"
+
+    @property
+    def label(self) -> str:
+        return self.qtype
+
+    @property
+    def ggml_type(self) -> int:
+        return FORMATS[self.qtype].ggml_type
+
+    def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
+        form = FORMATS[self.qtype]
+        row_bytes = shape[-1] // form.block_size * form.type_size
+        return {self.suffix: (torch.uint8, (*shape[:-1], row_bytes))}
+
+    def constants(self) -> dict[str, Tensor]:
+        return {}
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        return {self.suffix: quantize(rows, self.qtype)}
+
+    def decode(self, parts: dict[str, Tensor]) -> Tensor:
+        data = parts[self.suffix]
+        return dequantize(data, self.qtype, (*data.shape[:-1], self.shape[-1]))
+
+
+def stored_bytes(encoding: Encoding, shape: Shape) -> int:
+    """Bytes of a tensor of ``shape`` in this encoding, constants included."""
+    parts = encoding.parts(shape).values()
+    variable = sum(dtype.itemsize * math.prod(size) for dtype, size in parts)
+    return variable + sum(t.nbytes for t in encoding.constants().values())

@@ -1,0 +1,17 @@
+"""Typed errors of the quantizer; each is one of the pack's own (``ops/errors.py``)."""
+
+from __future__ import annotations
+
+from ..ops.errors import CheckpointError, Ideogram4QuantError
+
+
+class QuantOptionError(Ideogram4QuantError, ValueError):
+    """A level, layout or option that cannot be used with this source or with each other."""
+
+
+class AlreadyQuantizedError(CheckpointError):
+    """The source holds fewer bits a weight than the level: that would only hide its loss."""
+
+
+class NonFiniteWeightError(CheckpointError):
+    """A weight is NaN or infinite, or becomes so in the type it should be stored in."""

@@ -1,0 +1,123 @@
+"""What a model file is, from its headers alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..checkpoint import open_checkpoint
+from ..checkpoint.container import open_container
+from .source import BaseLike
+from .tables import human_bytes, text_table
+
+_SHOWN = 72  # characters of a metadata value in the table
+
+
+@dataclass(frozen=True)
+class TypeCount:
+    """Stored tensors of one type: how many, their values, their bytes."""
+
+    type: str
+    tensors: int
+    values: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What :func:`inspect_file` found; ``copy_reason`` says which rule told the copies apart.
+
+    ``size`` in bytes, all files together; ``types`` in the file's own words, largest first;
+    ``protected``: linears that a quantized file keeps in high precision.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    layout: str
+    level: str
+    copies: tuple[str, ...]
+    copy_reason: str
+    config: Mapping[str, object]
+    size: int
+    types: tuple[TypeCount, ...]
+    protected: tuple[str, ...]
+    metadata: Mapping[str, object]
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready; metadata arrays and other long things as text."""
+        found = asdict(self)
+        found["metadata"] = {key: _plain(value) for key, value in self.metadata.items()}
+        return found
+
+    def table(self) -> str:
+        """For reading: facts, types, protected linears, metadata."""
+        facts = [
+            ("file", self.path),
+            ("layout", self.layout),
+            ("level", self.level),
+            ("copies", f"{' + '.join(self.copies)} ({self.copy_reason})"),
+            ("size", f"{human_bytes(self.size)} in {len(self.files)} file(s)"),
+            ("config", ", ".join(f"{key} {value}" for key, value in self.config.items())),
+        ]
+        if self.protected:
+            facts.append(("protected", f"{len(self.protected)}: {', '.join(self.protected)}"))
+        width = max(len(name) for name, _ in facts)
+        parts = ["\n".join(f"{name.ljust(width)}  {value}" for name, value in facts)]
+        rows = [
+            (t.type, str(t.tensors), f"{t.values:,}", human_bytes(t.nbytes)) for t in self.types
+        ]
+        parts.append(text_table(("type", "tensors", "values", "size"), rows))
+        if self.metadata:
+            lines = (f"  {key}: {_shortened(value)}" for key, value in self.metadata.items())
+            parts.append("metadata\n" + "\n".join(lines))
+        return "\n\n".join(parts)
+
+
+def inspect_file(
+    path: str | os.PathLike[str], base: BaseLike | Sequence[BaseLike] | None = None
+) -> Inspection:
+    """Layout, level, copies and why, config, types, sizes and metadata of a model file or folder.
+
+    Reads headers only. Raises what ``open_checkpoint`` raises.
+    """
+    checkpoint = open_checkpoint(path, base)
+    files = tuple(str(file) for file in checkpoint.paths)
+    return Inspection(
+        path=str(path),
+        files=files,
+        layout=checkpoint.layout,
+        level=checkpoint.level,
+        copies=tuple(checkpoint.copies),
+        copy_reason=checkpoint.copy_reason,
+        config=checkpoint.config.to_dict(),
+        size=checkpoint.size,
+        types=_types(checkpoint.paths),
+        protected=tuple(checkpoint.protected),
+        metadata=checkpoint.metadata,
+    )
+
+
+def _types(paths: tuple[Path, ...]) -> tuple[TypeCount, ...]:
+    stored = {}
+    for path in paths:  # a shard opens its siblings too: count each tensor once
+        for tensor in open_container(path).tensors.values():
+            stored[tensor.file.path, tensor.key] = tensor
+    counts = []
+    for kind in dict.fromkeys(tensor.dtype for tensor in stored.values()):
+        of_kind = [tensor for tensor in stored.values() if tensor.dtype == kind]
+        values = sum(math.prod(tensor.shape) for tensor in of_kind)
+        nbytes = sum(tensor.nbytes for tensor in of_kind)
+        counts.append(TypeCount(kind, len(of_kind), values, nbytes))
+    return tuple(sorted(counts, key=lambda count: (-count.nbytes, count.type)))
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _shortened(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

@@ -1,0 +1,69 @@
+"""What storing a weight cost: SQNR in dB and the largest error, summed chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22  # values held in fp32 at a time: 16 MiB
+
+
+class ErrorMeter:
+    """``10 log10(sum(w^2) / sum((w - w')^2))`` and ``max |w - w'|`` over any number of chunks."""
+
+    def __init__(self) -> None:
+        self.signal = 0.0
+        self.noise = 0.0
+        self.max_abs_error = 0.0
+
+    def add(self, weight: Tensor, stored: Tensor) -> None:
+        """Count one chunk: the true values and what the file gives back, same shape, any float."""
+        true = weight.double()
+        error = stored.double() - true
+        self.signal += true.square().sum().item()
+        self.noise += error.square().sum().item()
+        if error.numel():
+            self._largest(error.abs().max().item())
+
+    def merge(self, other: ErrorMeter) -> None:
+        """Count everything that ``other`` counted."""
+        self.signal += other.signal
+        self.noise += other.noise
+        self._largest(other.max_abs_error)
+
+    def _largest(self, error: float) -> None:
+        """Keep the larger one; NaN wins and stays."""
+        if math.isnan(error) or error > self.max_abs_error:
+            self.max_abs_error = error
+
+    @property
+    def sqnr_db(self) -> float:
+        """In dB: inf if nothing was lost, -inf if nothing but error is left, NaN if not finite."""
+        if math.isnan(self.signal) or math.isnan(self.noise):
+            return math.nan
+        if self.noise == 0:
+            return math.inf
+        if self.signal == 0 or math.isinf(self.noise):
+            return -math.inf
+        return 10 * math.log10(self.signal / self.noise)
+
+
+def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first dimension, each of about 4 M values; nothing for a scalar or no rows."""
+    if not shape:
+        return
+    width = math.prod(shape[1:])
+    step = max(1, _CHUNK // max(width, 1))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def dense_rows(tensor: Tensor, rows: slice) -> Tensor:
+    """Rows of a plain or quantized tensor as plain fp32."""
+    part = tensor[rows]
+    if hasattr(part, "dequantize") and type(part) is not Tensor:
+        part = part.dequantize()
+    return part.to(torch.float32)

@@ -1,0 +1,205 @@
+"""Which tensor is stored how: decided from names and shapes alone, before a weight is read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.canonical import is_linear
+from ..ops.blocks import FORMATS
+from ..ops.rotation import largest_group
+from .encodings import Blocks, Encoding, NativeInt8, Plain, Shape, SmoothInt8, stored_bytes
+from .errors import QuantOptionError
+from .recipes import (
+    BLOCK_FALLBACKS,
+    BLOCK_LINEARS,
+    LAYOUTS,
+    MIN_GROUP,
+    QuantOptions,
+    Recipe,
+    matches,
+)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One source tensor and its encoding.
+
+    ``linear``: the weight of a linear layer; ``quantized``: one that the recipe applies to;
+    ``protected``: left in bf16 because a pattern of ``QuantOptions.protect`` says so.
+    """
+
+    copy: str
+    name: str
+    shape: Shape
+    encoding: Encoding
+    linear: bool
+    quantized: bool = False
+    protected: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def nbytes(self) -> int:
+        return stored_bytes(self.encoding, self.shape)
+
+
+def layout_of(recipe: Recipe, options: QuantOptions) -> str:
+    """``native``, ``transformer-lab`` or ``gguf``; QuantOptionError for options against it."""
+    if options.layout not in LAYOUTS:
+        raise QuantOptionError("unknown layout", found=options.layout, needed=f"one of {LAYOUTS}")
+    if options.linears not in (None, "blocks", "all"):
+        raise QuantOptionError("unknown linears", found=options.linears, needed="blocks or all")
+    if recipe.container == "gguf":
+        if options.layout != "native":
+            raise QuantOptionError(f"{recipe.level} is a GGUF type", found=options.layout)
+        layout = "gguf"
+    else:
+        layout = options.layout
+    if layout == "transformer-lab" and recipe.rotation is not None:
+        raise QuantOptionError(
+            "Transformer Lab's layout cannot say that a weight is rotated",
+            hint="Use the level INT8 W8A8, or the native layout.",
+        )
+    if options.smooth is not None and layout != "transformer-lab":
+        raise QuantOptionError(
+            f"the {layout} layout cannot carry smoothing vectors",
+            hint="Use the layout transformer-lab (INT8 W8A8).",
+        )
+    if options.types and layout != "gguf":
+        raise QuantOptionError(
+            "types of single linears are for GGUF levels",
+            found=recipe.level,
+            hint="To keep a linear in bf16 use protect.",
+        )
+    for rule in options.types:
+        if rule.qtype not in FORMATS:
+            raise QuantOptionError(
+                "unknown GGUF type", found=rule.qtype, needed="one of " + ", ".join(FORMATS)
+            )
+    return layout
+
+
+def plan_tensors(
+    recipe: Recipe, options: QuantOptions, shapes: Mapping[str, Mapping[str, Shape]]
+) -> list[TensorPlan]:
+    """``shapes``: copy -> canonical tensor name -> shape. In that order, one plan a stored tensor.
+
+    Raises QuantOptionError for options that contradict each other, for a pattern that matches no
+    linear, and for a smoothing vector of the wrong size.
+    """
+    layout = layout_of(recipe, options)
+    _check_patterns(options, shapes)
+    chosen = options.linears or ("all" if layout == "transformer-lab" else "blocks")
+    plans = []
+    for copy, tensors in shapes.items():
+        for name, shape in tensors.items():
+            module, _, suffix = name.rpartition(".")
+            linear = is_linear(name)
+            protected = linear and any(matches(p, copy, module) for p in options.protect)
+            wanted = chosen == "all" or fnmatchcase(module, BLOCK_LINEARS)
+            quantized = linear and wanted and not protected
+            if quantized:
+                encoding = _quantized(layout, recipe, options, copy, module, shape)
+            elif layout == "gguf":
+                encoding = _unquantized_blocks(suffix, shape, linear)
+            elif layout == "transformer-lab" and not linear and suffix != "bias":
+                continue  # that layout holds linears alone
+            else:
+                encoding = Plain(torch.bfloat16, suffix)
+            plans.append(
+                TensorPlan(copy, name, tuple(shape), encoding, linear, quantized, protected)
+            )
+    return plans
+
+
+def _quantized(
+    layout: str, recipe: Recipe, options: QuantOptions, copy: str, module: str, shape: Shape
+) -> Encoding:
+    if layout == "native":
+        return NativeInt8(_group(shape[1], recipe.rotation))
+    if layout == "transformer-lab":
+        return SmoothInt8(_smooth_of(options.smooth, copy, module, shape))
+    qtype = next(
+        (r.qtype for r in options.types if matches(r.pattern, copy, module)), recipe.weight_type
+    )
+    fits = [t for t in (qtype, *BLOCK_FALLBACKS) if shape[1] % FORMATS[t].block_size == 0]
+    return Blocks(fits[0], shape)
+
+
+def _unquantized_blocks(suffix: str, shape: Shape, linear: bool) -> Blocks:
+    """Linears in bf16; norms, biases and the embedding are small, and every reader takes F32."""
+    return Blocks("BF16" if linear else "F32", shape, suffix)
+
+
+def _group(in_features: int, rotation: int | None) -> int | None:
+    group = None if rotation is None else largest_group(in_features, rotation)
+    return group if group is not None and group >= MIN_GROUP else None
+
+
+def _smooth_of(
+    smooth: Mapping[str, Tensor] | None, copy: str, module: str, shape: Shape
+) -> Tensor | None:
+    vector = (smooth or {}).get(f"{copy}.{module}", (smooth or {}).get(module))
+    if vector is None:
+        return None
+    if tuple(vector.shape) != (shape[1],):
+        raise QuantOptionError(
+            "smoothing vector of another size",
+            tensor=module,
+            found=list(vector.shape),
+            needed=[shape[1]],
+        )
+    if not bool((vector.isfinite() & (vector > 0)).all()):
+        raise QuantOptionError("a smoothing vector must be positive and finite", tensor=module)
+    return vector
+
+
+def _check_patterns(options: QuantOptions, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
+    """Every pattern must mean some linear: a misspelt one would leave a layer unprotected."""
+    modules = [
+        (copy, name.rpartition(".")[0])
+        for copy, tensors in shapes.items()
+        for name in tensors
+        if is_linear(name)
+    ]
+    wanted = [*options.protect, *(rule.pattern for rule in options.types), *(options.smooth or {})]
+    for pattern in wanted:
+        if not any(matches(pattern, copy, module) for copy, module in modules):
+            near = difflib.get_close_matches(pattern, dict.fromkeys(m for _, m in modules), 1, 0)
+            raise QuantOptionError(
+                "no linear has this name",
+                tensor=pattern,
+                hint=f"The nearest is {near[0]}." if near else None,
+            )
+
+
+def rotation_notes(recipe: Recipe, plans: Sequence[TensorPlan]) -> list[str]:
+    """One line for each row length that could not be rotated in groups of the recipe's size."""
+    if recipe.rotation is None:
+        return []
+    short: dict[int, list[TensorPlan]] = {}
+    for plan in plans:
+        if isinstance(plan.encoding, NativeInt8) and plan.encoding.rotation != recipe.rotation:
+            short.setdefault(plan.shape[1], []).append(plan)
+    notes = []
+    for width, found in short.items():
+        group = _group(width, recipe.rotation)
+        how = "not rotated" if group is None else f"rotated in groups of {group}"
+        notes.append(
+            f"{len(found)} linears with {width} inputs are {how}, not {recipe.rotation}: "
+            f"{width} is no multiple of it ({found[0].name}, ...)"
+        )
+    return notes
+
+
+def planned_bytes(plans: Sequence[TensorPlan]) -> int:
+    """Bytes of tensor data that the plans will write."""
+    return sum(plan.nbytes for plan in plans)

@@ -1,0 +1,143 @@
+"""Where a file comes from, in its own metadata: source hash, licence, recipe, version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import __version__
+from ..ops.errors import CheckpointError
+from .plan import TensorPlan
+from .recipes import QuantOptions, Recipe
+
+TOOL = f"ideogram4-quant {__version__}"
+
+_HASH_CHUNK = 1 << 24
+# Where safetensors, modelspec and GGUF files put it.
+_LICENCE_KEYS = ("license", "licence", "general.license", "modelspec.license", "license_name")
+
+MODEL_TYPES = {"conditional": "ideogram4_cond", "unconditional": "ideogram4_uncond"}
+"""``model_type`` of a file with one copy, as Comfy-Org's files say it."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """Name (without folders), size in bytes and SHA-256 in hex of a file that was read."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def hash_files(
+    paths: Iterable[Path], advance: Callable[[int], None] = lambda count: None
+) -> tuple[SourceFile, ...]:
+    """SHA-256 of every file, read in pieces; ``advance`` is told how many bytes were read.
+
+    Raises CheckpointError, naming the file, if one cannot be read.
+    """
+    found = []
+    for path in paths:
+        digest = hashlib.sha256()
+        size = 0
+        try:
+            with open(path, "rb") as file:
+                while piece := file.read(_HASH_CHUNK):
+                    digest.update(piece)
+                    size += len(piece)
+                    advance(len(piece))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read: {error.strerror or error}", file=path
+            ) from error
+        found.append(SourceFile(Path(path).name, size, digest.hexdigest()))
+    return tuple(found)
+
+
+def licence_of(metadata: Mapping[str, object], options: QuantOptions) -> str | None:
+    """The licence that the source names, else the one of the options."""
+    for key in _LICENCE_KEYS:
+        value = metadata.get(key)
+        if isinstance(value, str) and value.strip():
+            return value
+    return options.licence
+
+
+def recipe_record(
+    recipe: Recipe, layout: str, options: QuantOptions, plans: Sequence[TensorPlan]
+) -> dict[str, object]:
+    """The recipe as it was carried out, JSON-ready."""
+    several = len({plan.copy for plan in plans}) > 1
+
+    def names(chosen: Iterable[TensorPlan]) -> list[str]:
+        return [f"{p.copy}.{p.module}" if several else p.module for p in chosen]
+
+    record: dict[str, object] = {
+        "level": recipe.level,
+        "layout": layout,
+        "type": recipe.weight_type,
+        "protected": names(p for p in plans if p.protected),
+    }
+    if recipe.container == "safetensors":
+        record["scale"] = "absmax / 127 per output channel"
+        record["rotation"] = recipe.rotation
+        record["smoothed"] = names(p for p in plans if p.encoding.label == "INT8 smooth")
+    else:
+        record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
+    return record
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Everything that goes into the metadata; nothing in it depends on the clock or the machine."""
+
+    copies: tuple[str, ...]
+    config: Mapping[str, object]
+    recipe: Mapping[str, object]
+    sources: tuple[SourceFile, ...]
+    source_level: str
+    licence: str | None
+
+    def _common(self) -> dict[str, str]:
+        sources = [file.__dict__ for file in self.sources]
+        digests = "".join(file.sha256 for file in self.sources)
+        single = self.sources[0].sha256 if len(self.sources) == 1 else None
+        return {
+            "config": _json(self.config),
+            "quantization": _json(self.recipe),
+            "source": _json(sources),
+            # of several files: the hash of their hashes, in the order of "source"
+            "source_sha256": single or hashlib.sha256(digests.encode()).hexdigest(),
+            "source_level": self.source_level,
+            "software": TOOL,
+        }
+
+    def safetensors(self) -> dict[str, str]:
+        """``__metadata__`` of a safetensors file."""
+        single = MODEL_TYPES[self.copies[0]] if len(self.copies) == 1 else "ideogram4"
+        metadata = {"format": "pt", "model_type": single, **self._common()}
+        if self.licence:
+            metadata["license"] = self.licence
+        return metadata
+
+    def gguf(self, recipe: Recipe) -> dict[str, str | int]:
+        """GGUF metadata; the general keys are those of the GGUF specification."""
+        metadata: dict[str, str | int] = {
+            "general.architecture": "ideogram4",
+            "general.type": "model",
+            "general.name": f"Ideogram 4 {self.copies[0]} {recipe.level}",
+            "general.quantization_version": 2,
+        }
+        if recipe.file_type is not None:
+            metadata["general.file_type"] = recipe.file_type
+        if self.licence:
+            metadata["general.license"] = self.licence
+        metadata["ideogram4.copy"] = self.copies[0]
+        return metadata | {f"ideogram4.{key}": value for key, value in self._common().items()}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,257 @@
+"""From a checkpoint to a quantized file: plan, hash, encode layer by layer, write, report."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
+from ..gguf_loader import GGUFSpec, write_gguf
+from ..ops.errors import CorruptFileError
+from .encode import encode_tensor
+from .encodings import Blocks
+from .errors import QuantOptionError
+from .measure import ErrorMeter
+from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes
+from .provenance import Provenance, hash_files, licence_of, recipe_record
+from .recipes import QuantOptions, Recipe, recipe_of
+from .report import QuantReport, TensorResult, totals_table
+from .source import BaseLike, Source, SourceLike, check_levels, open_source
+from .tables import human_bytes
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""``progress(done, total)`` in bytes: those read for the hash, then those written."""
+
+_SUFFIXES = {"native": ".safetensors", "transformer-lab": ".safetensors", "gguf": ".gguf"}
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What a quantization will do, known without reading a weight."""
+
+    recipe: Recipe
+    layout: str
+    options: QuantOptions
+    source: Source
+    out: Path
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data to write; the header comes on top."""
+        return planned_bytes(self.tensors)
+
+    @property
+    def notes(self) -> list[str]:
+        return rotation_notes(self.recipe, self.tensors)
+
+    def stored_name(self, plan: TensorPlan, suffix: str) -> str:
+        """Name in the file of one stored tensor."""
+        name = f"{plan.module}.{suffix}"
+        return f"{plan.copy}.{name}" if self.layout == "transformer-lab" else name
+
+    def table(self) -> str:
+        """What will be written, by type."""
+        planned = [_result(self, plan, None) for plan in self.tensors]
+        head = (
+            f"{self.out}: {self.recipe.level} ({self.layout}), {' + '.join(self.source.copies)}, "
+            f"{human_bytes(self.nbytes)} from {', '.join(map(str, self.source.paths))} "
+            f"({self.source.level})"
+        )
+        return "\n\n".join([head, totals_table(planned), *self.notes])
+
+
+def plan_quantization(
+    source: SourceLike,
+    level: str,
+    out: str | os.PathLike[str],
+    *,
+    copy: str | None = None,
+    base: BaseLike | Sequence[BaseLike] | None = None,
+    pair: SourceLike | None = None,
+    options: QuantOptions | None = None,
+    overwrite: bool = False,
+) -> QuantPlan:
+    """Everything that :func:`quantize_checkpoint` checks before it reads a weight.
+
+    Raises its errors, but for those that only the weights can cause.
+    """
+    options = options or QuantOptions()
+    recipe = recipe_of(level)
+    layout = layout_of(recipe, options)
+    if Path(out).suffix != _SUFFIXES[layout]:
+        raise QuantOptionError(
+            "the output's name does not fit its format",
+            file=out,
+            needed=f"a name ending in {_SUFFIXES[layout]}",
+        )
+    found = open_source(source, layout, copy=copy, base=base, pair=pair)
+    target = check_output(out, overwrite=overwrite)
+    if any(target == Path(os.path.realpath(path)) for path in found.paths):
+        raise QuantOptionError("the output is the source itself", file=out)
+    tensors = tuple(plan_tensors(recipe, options, found.shapes()))
+    check_levels(found, recipe, ((p.copy, p.name) for p in tensors if p.quantized))
+    return QuantPlan(recipe, layout, options, found, Path(out), tensors)
+
+
+def quantize_checkpoint(
+    source: SourceLike,
+    level: str,
+    out: str | os.PathLike[str],
+    *,
+    copy: str | None = None,
+    base: BaseLike | Sequence[BaseLike] | None = None,
+    pair: SourceLike | None = None,
+    options: QuantOptions | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> QuantReport:
+    """Write ``source`` (a checkpoint or its path) at ``level`` to ``out``; say what that cost.
+
+    ``copy`` is needed where the source holds both copies and the layout one; ``base`` gives a
+    linears-only source its other tensors; ``pair`` is the other copy for a layout that holds both.
+    Streams: beside one tensor and its encoding nothing is held. The same input gives the same
+    bytes. Raises QuantOptionError, AlreadyQuantizedError, NonFiniteWeightError, WriteError and what
+    ``open_checkpoint`` raises; then nothing new is at ``out``.
+    """
+    plan = plan_quantization(
+        source,
+        level,
+        out,
+        copy=copy,
+        base=base,
+        pair=pair,
+        options=options,
+        overwrite=overwrite,
+    )
+    for note in plan.notes:
+        _log.warning("%s", note)
+    check_space(check_output(out, overwrite=overwrite), plan.nbytes)
+    counter = _Counter(progress, plan)
+    provenance = _provenance(plan, counter)
+    encoder = _Encoder(plan)
+    if plan.layout == "gguf":
+        metadata = provenance.gguf(plan.recipe)
+        write, specs = write_gguf, _gguf_specs(plan)
+    else:
+        metadata = provenance.safetensors()
+        write, specs = write_safetensors, _safetensors_specs(plan)
+    size = write(
+        out, specs, metadata, data=encoder.stream(), overwrite=overwrite, progress=counter.written
+    )
+    return QuantReport(
+        path=str(out),
+        level=plan.recipe.level,
+        layout=plan.layout,
+        copies=plan.source.copies,
+        size=size,
+        source_size=counter.source_size,
+        tensors=tuple(encoder.results),
+        meter=encoder.meter,
+        metadata=dict(metadata),
+        notes=tuple(plan.notes),
+    )
+
+
+class _Counter:
+    """One bar for two jobs: bytes hashed, then bytes written."""
+
+    def __init__(self, progress: Progress | None, plan: QuantPlan) -> None:
+        self._progress = progress
+        self._hashed = 0
+        self.source_size = sum(path.stat().st_size for path in plan.source.paths)
+        self._total = self.source_size + plan.nbytes
+
+    def hashed(self, count: int) -> None:
+        self._hashed += count
+        self._tell(self._hashed)
+
+    def written(self, done: int, total: int) -> None:
+        self._tell(self._hashed + done)
+
+    def _tell(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress(done, self._total)
+
+
+class _Encoder:
+    """Turns the source's stream into stored tensors and keeps the figures of each."""
+
+    def __init__(self, plan: QuantPlan) -> None:
+        self._plan = plan
+        self.results: list[TensorResult] = []
+        self.meter = ErrorMeter()
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the file, tensor); raises CorruptFileError if the source changed its shape."""
+        plans = {(plan.copy, plan.name): plan for plan in self._plan.tensors}
+        for file, copy, name, tensor in self._plan.source.stream():
+            plan = plans.get((copy, name))
+            if plan is None:
+                continue
+            if tuple(tensor.shape) != plan.shape:
+                raise CorruptFileError(
+                    "is not of the shape that the header gave",
+                    file=file,
+                    tensor=name,
+                    found=list(tensor.shape),
+                    needed=list(plan.shape),
+                )
+            stored, meter = encode_tensor(plan, tensor, file=file)
+            self.results.append(_result(self._plan, plan, meter))
+            if plan.linear:
+                self.meter.merge(meter)
+            for suffix, part in stored.items():
+                yield self._plan.stored_name(plan, suffix), part
+
+
+def _result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter | None) -> TensorResult:
+    several = len(plan.source.copies) > 1
+    meter = meter or ErrorMeter()
+    return TensorResult(
+        name=f"{tensor.copy}.{tensor.name}" if several else tensor.name,
+        shape=tensor.shape,
+        type=tensor.encoding.label,
+        nbytes=tensor.nbytes,
+        sqnr_db=meter.sqnr_db,
+        max_abs_error=meter.max_abs_error,
+        linear=tensor.linear,
+        protected=tensor.protected,
+    )
+
+
+def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
+    return Provenance(
+        copies=plan.source.copies,
+        config=plan.source.config,
+        recipe=recipe_record(plan.recipe, plan.layout, plan.options, plan.tensors),
+        sources=hash_files(plan.source.paths, counter.hashed),
+        source_level=plan.source.level,
+        licence=licence_of(plan.source.metadata, plan.options),
+    )
+
+
+def _safetensors_specs(plan: QuantPlan) -> list[TensorSpec]:
+    specs = []
+    for tensor in plan.tensors:
+        stored = dict(tensor.encoding.parts(tensor.shape))
+        for suffix, constant in tensor.encoding.constants().items():
+            stored[suffix] = (constant.dtype, tuple(constant.shape))
+        for suffix, (dtype, shape) in stored.items():
+            specs.append(TensorSpec(plan.stored_name(tensor, suffix), dtype, shape))
+    return specs
+
+
+def _gguf_specs(plan: QuantPlan) -> list[GGUFSpec]:
+    return [
+        GGUFSpec(tensor.name, tensor.shape, tensor.encoding.ggml_type)
+        for tensor in plan.tensors
+        if isinstance(tensor.encoding, Blocks)  # all of them, in this layout
+    ]

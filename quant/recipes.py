@@ -1,0 +1,126 @@
+"""The recipes as data: what each level writes, into which container, and what may be changed.
+
+A recipe names the type of the quantized linears. Which linears those are, which stay in bf16 and
+which get another type is decided by patterns over module names, first match wins; nothing else in
+the quantizer knows a layer by its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from .errors import QuantOptionError
+
+BLOCK_LINEARS = "layers.*"
+"""Module names of the linears inside the transformer blocks (204 of the model's 211)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One level: ``weight_type`` is ``INT8`` or the name of a GGUF type.
+
+    ``bits`` is the class of precision: a source of a lower class is refused. ``file_type`` is
+    llama.cpp's number for ``general.file_type``.
+    """
+
+    level: str
+    container: str  # "safetensors" or "gguf"
+    weight_type: str
+    bits: int
+    rotation: int | None = None
+    file_type: int | None = None
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.level: recipe
+    for recipe in (
+        Recipe("INT8 W8A8", "safetensors", "INT8", 8),
+        Recipe("INT8 W8A8 rotated", "safetensors", "INT8", 8, rotation=256),
+        Recipe("Q8_0", "gguf", "Q8_0", 8, file_type=7),
+        Recipe("Q6_K", "gguf", "Q6_K", 6, file_type=18),
+        Recipe("Q5_K", "gguf", "Q5_K", 5, file_type=16),
+        Recipe("Q5_1", "gguf", "Q5_1", 5, file_type=9),
+        Recipe("Q5_0", "gguf", "Q5_0", 5, file_type=8),
+        Recipe("Q4_K", "gguf", "Q4_K", 4, file_type=14),
+        Recipe("Q4_1", "gguf", "Q4_1", 4, file_type=3),
+        Recipe("Q4_0", "gguf", "Q4_0", 4, file_type=2),
+    )
+}
+
+SOURCE_BITS: dict[str, int] = {
+    "BF16": 16,
+    "FP8": 8,
+    "NF4": 4,
+    **{level: recipe.bits for level, recipe in RECIPES.items()},
+}
+"""Class of precision of every level that can be read."""
+
+_ALIASES = {"int8": "INT8 W8A8", "int8rotated": "INT8 W8A8 rotated", "convrot": "INT8 W8A8 rotated"}
+
+LAYOUTS = ("native", "transformer-lab")
+"""Safetensors layouts: ComfyUI's container, or Transformer Lab's ``.wq/.ws/.smooth``."""
+
+MIN_GROUP = 16
+"""Rotations over fewer values than this are not worth their time."""
+
+# What a GGUF type falls back to where a row is no whole number of its blocks.
+BLOCK_FALLBACKS = ("Q8_0", "BF16")
+
+
+@dataclass(frozen=True)
+class TypeRule:
+    """Linears whose module name matches ``pattern`` (shell wildcards) are stored as ``qtype``."""
+
+    pattern: str
+    qtype: str
+
+
+@dataclass(frozen=True)
+class QuantOptions:
+    """What a recipe leaves open.
+
+    - ``layout``: one of :data:`LAYOUTS`, for the INT8 levels.
+    - ``protect``: module names or patterns (``layers.*.feed_forward.w2``) that stay in bf16. A
+      prefix ``conditional.`` or ``unconditional.`` restricts one to a copy; in all of these.
+    - ``smooth``: module name -> SmoothQuant vector [in_features]: the weight's columns are
+      multiplied by it, the activations divided. Only Transformer Lab's layout can carry it.
+    - ``types``: GGUF types of single linears, first match wins.
+    - ``linears``: ``"blocks"``, ``"all"``, or None for the layout's habit: all in Transformer
+      Lab's, else those in the blocks.
+    - ``licence``: recorded where the source names none.
+    """
+
+    layout: str = "native"
+    protect: tuple[str, ...] = ()
+    smooth: Mapping[str, Tensor] | None = None
+    types: tuple[TypeRule, ...] = ()
+    linears: str | None = None
+    licence: str | None = None
+
+
+def recipe_of(level: str) -> Recipe:
+    """The recipe of a level; case, blanks, dashes and underscores do not matter.
+
+    Raises QuantOptionError with the list of levels.
+    """
+
+    def plain(text: str) -> str:
+        return re.sub(r"[\s_-]", "", text).lower()
+
+    wanted = _ALIASES.get(plain(level), level)
+    for name, recipe in RECIPES.items():
+        if plain(name) == plain(wanted):
+            return recipe
+    raise QuantOptionError(
+        "unknown level", found=repr(level), needed="one of " + ", ".join(RECIPES)
+    )
+
+
+def matches(pattern: str, copy: str, module: str) -> bool:
+    """Whether a pattern means this module of this copy."""
+    return fnmatchcase(module, pattern) or fnmatchcase(f"{copy}.{module}", pattern)

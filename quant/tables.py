@@ -1,0 +1,34 @@
+"""Plain text tables and figures for the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns two blanks apart: the first ``left`` ones flush left, the rest flush right."""
+    cells = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        fitted = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(fitted).rstrip())
+    return "\n".join(lines)
+
+
+def human_bytes(count: float) -> str:
+    """``9.58 GB``: powers of 1000, as download pages and file names count."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def human_db(value: float) -> str:
+    """``41.23``, or ``exact`` where nothing was lost."""
+    return "exact" if value == math.inf else f"{value:.2f}"
