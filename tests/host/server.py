@@ -16,7 +16,7 @@ from pathlib import Path
 from .locate import PACK, Host
 
 PACK_FOLDER = "ideogram4-quant.test-copy"  # hyphens and a dot, as a user's folder may have
-_START_SECONDS = 180
+_START_SECONDS = 600  # ten at rest; a loaded machine takes its time
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,16 @@ class Server:
 
     def get(self, path: str):
         """The JSON behind a path."""
+        return json.loads(self.read(path))
+
+    def read(self, path: str) -> bytes:
+        """What lies behind a path."""
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
-            return json.load(answer)
+            return answer.read()
 
     def fetch(self, image: dict) -> bytes:
         """The bytes of a picture that a node saved."""
-        query = urllib.parse.urlencode(image)
-        with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
-            return answer.read()
+        return self.read(f"/view?{urllib.parse.urlencode(image)}")
 
     def post(self, path: str, body: dict):
         """The JSON answer to a JSON body; Rejected where the server says no."""
