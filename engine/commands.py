@@ -11,11 +11,13 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from ..ops import dispatch
 from ..ops.errors import CheckpointError, Ideogram4QuantError, OpError
 from ..ops.linear import LinearOptions
 from ..sampling import check_size
 from .encoder import load_encoder
 from .generate import GenerateRequest, generate
+from .linear import default_device
 from .loading import load_pair, open_pair
 from .vae import load_vae
 
@@ -42,11 +44,14 @@ def run_generate(args: argparse.Namespace) -> int:
     _check_out(args.out, args.overwrite)
     init_image = None if args.init_image is None else _read_picture(args.init_image)
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
+    device = default_device(args.device)
+    if args.backend != dispatch.AUTO:
+        dispatch.choose("int8_linear", (1, 1, 1), device, args.backend)  # is it there?
     options = LinearOptions(args.backend, args.gguf_compute)
-    place = {"device": args.device, "options": options}
+    place = {"device": device, "options": options}
 
     features = _encode(args, request.prompt, place)
-    vae = load_vae(args.vae, device=args.device)
+    vae = load_vae(args.vae, device=device)
     with tqdm(unit="B", unit_scale=True, dynamic_ncols=True) as bar:
 
         def loaded(copy: str, done: int, total: int) -> None:

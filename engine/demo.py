@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoint import Checkpoint
 from ..ops.errors import CheckpointError, OpError
-from ..quant import quantize_checkpoint
+from ..quant import RECIPES, quantize_checkpoint
 from ..sampling import preset as preset_of
 from .compare.metrics import psnr
 from .encoder import load_encoder
@@ -185,7 +185,7 @@ def _make_files(
                 files[level] = tuple(sources.values())
                 bar.update(2)
                 continue
-            suffix = "gguf" if level.startswith("Q") else "safetensors"
+            suffix = RECIPES[level].container
             made = []
             for copy, source in sources.items():
                 path = folder / f"pocket-{slug(level)}-{copy}.{suffix}"

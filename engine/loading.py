@@ -72,5 +72,6 @@ def load_pair(
         return load_transformer(ck, copy, device=device, dtype=dtype, options=options, progress=bar)
 
     first, second = pair
+    conditional = load(first, "conditional")
     unconditional = None if second is None else load(second, "unconditional")
-    return Models(load(first, "conditional"), unconditional, encoder, vae)
+    return Models(conditional, unconditional, encoder, vae)

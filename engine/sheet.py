@@ -10,7 +10,7 @@ _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 _GAP = 8
 _TEXT = 22
 _LABEL_WIDTH = 250
-_CELL_SIDE = 240  # pictures are enlarged by whole factors up to about this width
+_CELL_SIDE = 256  # pictures are enlarged by whole factors up to about this width
 
 
 def contact_sheet(

@@ -1,67 +1,18 @@
 """The engine's transformer against diffusers' own, unmodified forward on the same weights."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
-from comfy_kitchen.tensor import QuantizedTensor
 
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine import transformer as engine
 from ideogram4_quant.engine.linear import QuantLinear
 from ideogram4_quant.engine.transformer import load_transformer, prepare, velocity
-from ideogram4_quant.ops import layouts
-from ideogram4_quant.ops.blocks import quantize
 from ideogram4_quant.ops.errors import CheckpointError, OpError
-from ideogram4_quant.ops.linear import LinearOptions
-from ideogram4_quant.ops.reference import quantize_rows
-from ideogram4_quant.ops.rotation import rotate
-from ideogram4_quant.tests.tiny_model import (
-    CONFIG,
-    canonical_state,
-    packed_inputs,
-    random_transformer,
-)
+from ideogram4_quant.tests.engine_oracle import Stored, reference_velocity, relative, stored
+from ideogram4_quant.tests.tiny_model import CONFIG, random_transformer
 
 REAL_HEADS = CONFIG | {"attention_head_dim": 256, "num_layers": 1, "rope_theta": 5_000_000}
-
-
-@dataclass
-class Stored:
-    """A checkpoint in memory: canonical names to tensors."""
-
-    state: dict
-    model_config: dict
-    copies: tuple = ("conditional",)
-    paths: tuple = ("memory",)
-
-    @property
-    def config(self):
-        return self
-
-    def to_dict(self):
-        return dict(self.model_config)
-
-    def stream(self, copy, *, dtype=torch.bfloat16, progress=None):
-        for name, tensor in self.state.items():
-            yield name, tensor.to(dtype=dtype)
-
-
-def stored(model, copy="conditional", config=CONFIG) -> Stored:
-    return Stored(canonical_state(model), config, (copy,))
-
-
-@torch.no_grad()
-def reference_velocity(model, x, time, features, rows, columns):
-    inputs = packed_inputs(x, features, rows, columns)
-    times = torch.full((len(x),), time, dtype=x.dtype)
-    out = model(timestep=times, return_dict=False, **inputs)[0]
-    return out[:, out.shape[1] - x.shape[1] :]
-
-
-def relative(found, wanted) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -168,74 +119,6 @@ def test_the_unconditional_copy_leaves_the_text_projection_out(tiny):
         prepare(ours, 2, 2, torch.randn(1, 3, 832))
     without = Stored({k: v for k, v in ck.state.items() if "llm_cond" not in k}, CONFIG, ck.copies)
     load_transformer(without, "unconditional", device="cpu")
-
-
-def quantized(name: str, weight: torch.Tensor, kind: str):
-    """The weight at a level, as a checkpoint reader hands it over."""
-    n, k = weight.shape
-    if "layers." not in name or k % 256:
-        return weight
-    if kind in ("Q8_0", "Q4_K"):
-        return layouts.gguf_tensor(
-            quantize(weight.float(), kind), kind, (n, k), dtype=torch.bfloat16
-        )
-    if kind == "FP8":
-        scale = weight.float().abs().amax(1) / 448
-        data = (weight.float() / scale[:, None]).to(torch.float8_e4m3fn)
-        return layouts.fp8_tensor(data, scale, dtype=torch.bfloat16)
-    group = 256 if kind == "INT8 W8A8 rotated" else None
-    turned = weight.float() if group is None else rotate(weight.float(), group)
-    q, scale = quantize_rows(turned)
-    return layouts.int8_tensor(q, scale, dtype=torch.bfloat16, rotation=group)
-
-
-@pytest.mark.parametrize(
-    ("kind", "gguf_compute", "limit"),
-    [
-        ("Q8_0", "auto", 2e-6),
-        ("Q4_K", "dense", 2e-6),
-        ("Q4_K", "auto", 0.02),
-        ("FP8", "auto", 2e-6),
-        ("INT8 W8A8", "auto", 0.02),
-        ("INT8 W8A8 rotated", "auto", 0.02),
-    ],
-)
-def test_quantized_levels_against_their_dequantized_weights(kind, gguf_compute, limit):
-    """Weight-only levels are exact; W8A8 differs by the rounding of the activations."""
-    reference = random_transformer(8)
-    state = {
-        name: quantized(name, tensor, kind) if tensor.ndim == 2 else tensor
-        for name, tensor in canonical_state(reference).items()
-    }
-    packed = [t for t in state.values() if isinstance(t, QuantizedTensor)]
-    assert len(packed) == 6 * CONFIG["num_layers"]
-    with torch.no_grad():
-        for i, block in enumerate(reference.layers):
-            path = f"layers.{i}."
-            dense = {
-                name.removeprefix(path): t.to(dtype=torch.float32).dequantize()
-                for name, t in state.items()
-                if name.startswith(path) and isinstance(t, QuantizedTensor)
-            }
-            q, k, v = dense["attention.qkv.weight"].chunk(3)
-            block.attention.to_q.weight.copy_(q)
-            block.attention.to_k.weight.copy_(k)
-            block.attention.to_v.weight.copy_(v)
-            block.attention.to_out[0].weight.copy_(dense["attention.o.weight"])
-            block.adaln_modulation.weight.copy_(dense["adaln_modulation.weight"])
-            for part in ("w1", "w2", "w3"):
-                linear = getattr(block.feed_forward, part)
-                linear.weight.copy_(dense[f"feed_forward.{part}.weight"])
-    options = LinearOptions(gguf_compute=gguf_compute)
-    ours = load_transformer(Stored(state, CONFIG), device="cpu", options=options)
-    torch.manual_seed(9)
-    x, features = torch.randn(1, 32, 128), torch.randn(1, 11, 832)
-    wanted = reference_velocity(reference, x, 0.6, features, 4, 8)
-    found = velocity(ours, x, 0.6, prepare(ours, 4, 8, features))
-    error = relative(found, wanted)
-    assert error < limit
-    if limit > 1e-3:
-        assert error > 1e-4  # the activations really were rounded
 
 
 def test_wrong_files_are_named(tiny):

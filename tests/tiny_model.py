@@ -110,6 +110,18 @@ def canonical_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
+def diffusers_state(canonical: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `canonical_state`'s naming, in fp32."""
+    state = {}
+    for name, tensor in canonical.items():
+        if name.endswith(".attention.qkv.weight"):
+            for letter, part in zip("qkv", tensor.float().chunk(3), strict=True):
+                state[name.replace(".qkv.", f".to_{letter}.")] = part
+        else:
+            state[name.replace(".attention.o.", ".attention.to_out.0.")] = tensor.float()
+    return state
+
+
 def _write_tokenizer(folder: Path) -> int:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,180 @@
+"""The command line: what it imports, what it writes, how it fails."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ideogram4_quant import cli
+from ideogram4_quant.sampling import PRESETS
+
+HEAVY = {"torch", "numpy", "diffusers", "transformers", "PIL", "tqdm"}
+
+
+@pytest.fixture
+def arguments(tiny, tmp_path):
+    return [
+        "generate",
+        *("--model", str(tiny.conditional_file), "--uncond", str(tiny.unconditional_file)),
+        *("--encoder", str(tiny.encoder_dir), "--vae", str(tiny.vae_dir)),
+        *("--prompt", "HELLO", "--width", "64", "--height", "32", "--steps", "3"),
+        *("--device", "cpu", "--out", str(tmp_path / "picture.png")),
+    ]
+
+
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["generate", "--help"]])
+def test_help_imports_nothing_heavy(command):
+    script = (
+        "import sys\n"
+        "from ideogram4_quant.cli import main\n"
+        "try:\n"
+        f"    main({command!r})\n"
+        "except SystemExit as stop:\n"
+        "    assert stop.code == 0, stop.code\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ideogram4-quant" in done.stdout
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("demo", "generate", *cli.DELEGATED):
+        assert f"\n    {command} " in text
+
+
+@pytest.mark.parametrize("command", sorted(cli.DELEGATED))
+def test_delegated_commands_have_their_own_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: ideogram4-quant {command}" in text
+    assert len(text.splitlines()) > 6  # more than the place that the list of commands keeps
+
+
+def test_preset_names_are_the_presets():
+    assert tuple(PRESETS) == cli.PRESET_NAMES
+
+
+def test_generate_writes_the_picture_and_how_it_was_made(arguments, tmp_path, capsys):
+    assert cli.main(arguments) == 0
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.size == (64, 32)
+        settings = json.loads(image.text["ideogram4_quant"])
+        pixels = np.asarray(image).copy()
+    assert settings["prompt"] == "HELLO"
+    assert settings["steps"] == 3
+    assert settings["model"].endswith(".safetensors")
+    assert "/" not in settings["model"]
+    assert "64x32, BF16, 3 steps" in capsys.readouterr().out
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    with Image.open(tmp_path / "picture.png") as image:
+        assert np.array_equal(np.asarray(image), pixels)
+    assert cli.main([*arguments, "--overwrite", "--seed", "1"]) == 0
+    with Image.open(tmp_path / "picture.png") as image:
+        assert not np.array_equal(np.asarray(image), pixels)
+
+
+def test_generate_from_a_picture_and_a_prompt_file(arguments, tmp_path):
+    assert cli.main(arguments) == 0
+    (tmp_path / "prompt.txt").write_text("HELLO\n")
+    place = arguments.index("--prompt")
+    arguments[place : place + 2] = ["--prompt-file", str(tmp_path / "prompt.txt")]
+    second = tmp_path / "second.png"
+    more = ["--init-image", str(tmp_path / "picture.png"), "--denoise", "0.5", "--out", str(second)]
+    assert cli.main([*arguments, *more]) == 0
+    assert second.exists()
+
+
+def test_untrained_sizes_warn(arguments, caplog):
+    assert cli.main([*arguments, "--steps", "1"]) == 0
+    assert "64x32 is outside the trained sides" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--width", "100"], "width is no multiple of 16 (found 100, needed 96 or 112)"),
+        (["--steps", "0"], "too few steps"),
+        (["--denoise", "0.5"], "--denoise needs --init-image"),
+        (["--out", "picture.jpg"], "picture.jpg: the picture is written as PNG"),
+        (["--model", "none.safetensors"], "none.safetensors"),
+        (["--vae", "none"], "none: no such file or folder"),
+        (["--init-image", "none.png"], "none.png"),
+        (["--backend", "abacus"], "unknown backend (found 'abacus'"),
+    ],
+)
+def test_errors_are_one_line(arguments, more, message, capsys):
+    assert cli.main([*arguments, *more]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_errors_before_any_weight_is_read(arguments, tmp_path, capsys, monkeypatch):
+    from ideogram4_quant.engine import commands
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(commands, "load_encoder", refuse)
+    (tmp_path / "picture.png").write_bytes(b"")
+    assert cli.main(arguments) == 1
+    assert "the file exists. --overwrite replaces it." in capsys.readouterr().err
+    swapped = arguments.copy()
+    swapped[2], swapped[4] = swapped[4], swapped[2]
+    assert cli.main([*swapped, "--overwrite"]) == 1
+    assert "conditional" in capsys.readouterr().err
+
+
+def test_one_copy_needs_to_be_asked_for(arguments, capsys, caplog):
+    place = arguments.index("--uncond")
+    del arguments[place : place + 2]
+    assert cli.main(arguments) == 1
+    assert "--copies conditional" in capsys.readouterr().err
+    assert cli.main([*arguments, "--copies", "conditional"]) == 0
+    assert "sampling without guidance" in caplog.text
+
+
+def test_ctrl_c_is_130(arguments, monkeypatch, capsys):
+    from ideogram4_quant.engine import commands
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "open_pair", interrupt)
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_missing_package_is_named(arguments, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for name in [m for m in sys.modules if m.startswith("ideogram4_quant.engine")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert cli.main(arguments) == 1
+    assert "error: diffusers is not installed" in capsys.readouterr().err
+
+
+def test_usage_errors_leave_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "--model", "x"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "ideogram4_quant", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("ideogram4-quant ")
