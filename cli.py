@@ -23,6 +23,9 @@ DELEGATED = {
     "quantize": (".quant.cli", "write a model at another level"),
     "inspect": (".quant.cli", "say what a model file is"),
     "verify": (".quant.cli", "compare the weights of two files"),
+    "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
+    "compare-merge": (".engine.compare.cli", "collect the pictures that shards made"),
+    "kernels": (".ops.kernels.cli", "compile the Triton kernels without a GPU"),
 }
 
 

@@ -25,7 +25,7 @@ from .compare.metrics import psnr
 from .encoder import load_encoder
 from .generate import GenerateRequest, generate
 from .loading import load_pair, open_pair
-from .sheet import contact_sheet
+from .sheet import Row, contact_sheet
 from .vae import Vae, load_vae
 
 REFERENCE = "BF16"
@@ -248,7 +248,9 @@ def _sheet(reports: Sequence[LevelReport], painted: dict[str, list[Painting]]) -
         distance = "the reference" if report.psnr is None else f"PSNR {report.psnr:.1f} dB"
         words = f"{report.words_right} of {report.words} words read"
         lines = [f"{report.bytes / 1e6:.1f} MB, {report.seconds:.2f} s", distance, words]
-        rows.append((report.level, lines, [p.image for p in painted[report.level]]))
+        paintings = painted[report.level]
+        remarks = ["" if p.right else f"read: {p.read or 'nothing'}" for p in paintings]
+        rows.append(Row(report.level, lines, [p.image for p in paintings], remarks))
     return contact_sheet(rows, [p.word for p in painted[reports[0].level]])
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ideogram4_quant import cli
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine import demo
-from ideogram4_quant.engine.sheet import contact_sheet
+from ideogram4_quant.engine.sheet import Row, contact_sheet
 from ideogram4_quant.ops.errors import CheckpointError, OpError
 
 
@@ -112,7 +112,10 @@ def test_running_again_replaces(tiny, result):
 def test_contact_sheet_places_every_picture():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)]
     pictures = [Image.new("RGB", (32, 16), colour) for colour in colours]
-    sheet = contact_sheet([("a", ["x"], pictures[:2]), ("b", [], pictures[2:])], ["one", "two"])
+    sheet = contact_sheet(
+        [Row("a", ["x"], pictures[:2], ["", ""]), Row("b", [], pictures[2:], ["wrong", ""])],
+        ["one", "two"],
+    )
     pixels = np.asarray(sheet)
     for colour in colours:
         found = np.argwhere((pixels == colour).all(-1))

@@ -54,7 +54,7 @@ class TinyModel:
         pipeline = Ideogram4Pipeline(
             FlowMatchEulerDiscreteScheduler(),
             self.vae,
-            _AsVisionLanguageModel(self.text_model),
+            AsVisionLanguageModel(self.text_model),
             AutoTokenizer.from_pretrained(self.encoder_dir),
             self.conditional,
             self.unconditional,
@@ -63,7 +63,7 @@ class TinyModel:
         return pipeline
 
 
-class _AsVisionLanguageModel(torch.nn.Module):
+class AsVisionLanguageModel(torch.nn.Module):
     """What the pipeline asks of its text encoder: the language model under that name."""
 
     def __init__(self, language_model: torch.nn.Module) -> None:
