@@ -262,6 +262,11 @@ def test_copies_keep_everything(kind, mode):
         qt.contiguous(),
         qt.to("cpu", copy=True),
         qt.to(torch.bfloat16).to(torch.float32),
+        qt.to("cpu", torch.bfloat16).to(device="cpu", dtype=torch.float32),
+        qt.to("cpu", torch.float32, True),
+        qt.to(device="cpu", dtype=torch.float32, copy=True),
+        qt.bfloat16().to(torch.zeros(1)),
+        qt.bfloat16().float().cpu(),
         torch.nn.Parameter(qt, requires_grad=False),
         qt.t().t(),
     ):
@@ -278,9 +283,22 @@ def test_copies_keep_everything(kind, mode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_meta_round_trip_of_shapes(kind):
+def test_modules_move_their_weights(kind, mode):
+    """Module.to hands device and dtype to the tensor at once."""
     qt = make(kind, randn(12, K))
-    meta = qt.to("meta")
+    module = torch.nn.Linear(K, 12)
+    module.weight = torch.nn.Parameter(qt, requires_grad=False)
+    module.to(device="cpu", dtype=torch.bfloat16)
+    assert isinstance(module.weight, QuantizedTensor)
+    assert module.weight.dtype == torch.bfloat16
+    assert identical(module.weight.float(), qt)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_moved_to_another_device(kind, mode):
+    qt = make(kind, randn(12, K))
+    meta = qt.to("meta", torch.bfloat16)
+    assert isinstance(meta, QuantizedTensor)
     assert meta.device.type == "meta"
     assert all(
         getattr(meta._params, name).device.type == "meta" for name in meta._params._tensor_fields()
@@ -390,6 +408,17 @@ def test_transposes_are_flags(kind, mode):
         assert other._qdata.data_ptr() == qt._qdata.data_ptr()
         assert torch.equal(other.dequantize(), qt.dequantize().t())
     assert identical(qt.permute(0, 1), qt)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matmul_with_the_transposed_weight_is_linear(kind, mode):
+    qt, x = make(kind, randn(12, K)), randn(5, K)
+    want = F.linear(x, qt)
+    assert torch.equal(x @ qt.t(), want)
+    assert torch.equal(torch.mm(x, qt.T), want)
+    assert torch.equal(torch.addmm(torch.ones(12), x, qt.mT), F.linear(x, qt, torch.ones(12)))
+    got = torch.addmm(torch.ones(12), x, qt.t(), alpha=2)
+    assert torch.allclose(got, 1 + 2 * (x @ qt.dequantize().t()), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -446,6 +446,7 @@ def test_linear_with_an_activation_inside(kind):
     assert relative(got, residual + factor * linear(normed, qt, bias)) < 2e-3
     assert act(qt, x, bias, "gelu_tanh") is NotImplemented
     assert act(qt.t(), x) is NotImplemented
+    assert act(qt, x, bias, "swiglu") is NotImplemented
     if hasattr(QuantizedTensor, "linear_input_act"):
         assert torch.equal(qt.linear_input_act(x, bias), linear(x, qt, bias))
 

@@ -8,6 +8,7 @@ with the dequantized weight. ``ops.linear.linear`` knows no such exception.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,12 +49,13 @@ def _linear(_: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     return F.linear(*dequantize_args((x, weight, bias))) if out is None else out
 
 
-def _mm(_: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+def _matmul(_: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     x, weight = args
     out = None
     if _own(weight):
         out = _multiply(x, weight.layout_cls.transpose(weight), None)
-    return torch.mm(*dequantize_args((x, weight))) if out is None else out
+    # For mm too: the other operand is a matrix then.
+    return torch.matmul(*dequantize_args((x, weight))) if out is None else out
 
 
 def _addmm(_: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -65,6 +67,35 @@ def _addmm(_: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     if out is None:
         return torch.addmm(*dequantize_args((bias, x, weight)), **kwargs)
     return out
+
+
+def _to_device(
+    qt: QuantizedTensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    non_blocking: bool = False,
+    copy: bool = False,
+    memory_format: Any = None,
+) -> QuantizedTensor:
+    """``w.to(device, dtype)`` in inference mode, which comfy-kitchen would dequantize."""
+    params = qt._params
+    moves = torch.device(device) != qt._qdata.device
+    if not (moves or copy) and dtype == params.orig_dtype:
+        return qt
+    params = params.to_device(device) if moves else params.clone()
+    return QuantizedTensor(
+        qt._qdata.to(device, non_blocking=non_blocking, copy=copy),
+        qt._layout_cls,
+        dataclasses.replace(params, orig_dtype=dtype),
+    )
+
+
+def _to_other(qt: QuantizedTensor, other: Tensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
+    return _to_device(qt, other.device, other.dtype, *args, **kwargs)
+
+
+def _alias(qt: QuantizedTensor) -> QuantizedTensor:
+    return qt._copy_with(clone_params=False)
 
 
 def _transpose(qt: QuantizedTensor, dim0: int = 0, dim1: int = 1) -> Any:
@@ -127,9 +158,17 @@ def _call(function: Callable) -> Callable:
 
 _HANDLERS: dict[tuple[Any, ...], Callable] = {
     (aten.linear.default,): _linear,
-    (aten.mm.default,): _mm,
+    (aten.mm.default, aten.matmul.default): _matmul,
     (aten.addmm.default,): _addmm,
-    (aten.t.default, aten.numpy_T.default, aten.transpose.int): _call(_transpose),
+    (aten.to.device,): _call(_to_device),
+    (aten.to.other,): _call(_to_other),
+    (aten.alias.default, aten.lift_fresh.default): _call(_alias),
+    (
+        aten.t.default,
+        aten.numpy_T.default,
+        aten.mT.default,
+        aten.transpose.int,
+    ): _call(_transpose),
     (aten.permute.default,): _call(_permute),
     (aten.slice.Tensor,): _call(_slice),
     (aten.narrow.default,): _call(_narrow),

@@ -130,10 +130,11 @@ class Int8Layout(Layout):
         """``residual + residual_scale * linear(act(x))`` with the activation in the quantizer.
 
         A hook of comfy-kitchen 0.2.40. ``input_act``: None, ``"swiglu"`` (x holds gate and up side
-        by side) or ``"rms_norm"``; NotImplemented for others, and the caller does the parts.
+        by side) or ``"rms_norm"``; NotImplemented otherwise, and the caller does the parts.
         """
         params = weight._params
-        if params.transposed or x.dim() == 0 or not x.numel():
+        k = x.shape[-1] // 2 if input_act == "swiglu" else x.shape[-1]
+        if not _can_fuse(weight, x, k):
             return NotImplemented
         tail = (params.smooth, params.rotation)
         if input_act in (None, "none"):
@@ -142,7 +143,7 @@ class Int8Layout(Layout):
             gate, up = x.chunk(2, dim=-1)
             q, scale = _run("swiglu_quantize_rows", weight, gate, up, *tail)
         elif input_act == "rms_norm" and input_act_weight is not None:
-            one = torch.ones((), device=x.device).expand(x.shape[-1])
+            one = torch.ones((), device=x.device).expand(k)
             q, scale = _run(
                 "rmsnorm_scale_quantize_rows",
                 weight,
@@ -175,7 +176,8 @@ class Int8Layout(Layout):
         NotImplemented.
         """
         params, k = weight._params, x.shape[-1]
-        if params.transposed or modulation_scale.numel() != k or norm_weight.numel() != k:
+        fits = modulation_scale.numel() == k and norm_weight.numel() == k
+        if not fits or not _can_fuse(weight, x, k):
             return NotImplemented
         factor = 1.0 + modulation_scale.reshape(k).float()
         q, scale = _run(
@@ -268,6 +270,12 @@ def _quantize(
     scaled = values / torch.where(scale == 0, reference.SCALE_FLOOR, scale)
     rounded = scaled.round() if generator is None else (scaled + uniform(scaled, generator)).floor()
     return rounded.nan_to_num(nan=0.0).clamp(-127, 127).to(torch.int8), scale
+
+
+def _can_fuse(weight: QuantizedTensor, x: Tensor, k: int) -> bool:
+    """Only plain calls: what is odd, or traced, goes the checked way through its parts."""
+    fits = not weight._params.transposed and k == weight._params.matrix_shape[1]
+    return fits and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def _run(op: str, weight: QuantizedTensor, *args: Any) -> Any:
