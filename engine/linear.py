@@ -10,7 +10,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
-from ..ops.errors import CheckpointError
+from ..ops.errors import CheckpointError, OpError
 from ..ops.linear import LinearOptions, linear
 
 _log = logging.getLogger(__name__)
@@ -44,10 +44,19 @@ class QuantLinear(nn.Module):
 
 
 def default_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for; without one, CUDA where there is one, else the CPU."""
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device asked for; without one, CUDA where there is one, else the CPU.
+
+    OpError for a name that torch does not know, and for CUDA where there is none.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise OpError("no such device", found=repr(device), needed="cpu, cuda, cuda:1") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise OpError("CUDA is not available here", found=repr(str(device)), needed="cpu")
+    return found
 
 
 def default_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -58,7 +67,9 @@ def default_dtype(device: torch.device, dtype: torch.dtype | None = None) -> tor
 
 
 def _lean(weight: Tensor) -> Tensor:
-    """The weight in bf16 where bf16 holds it exactly: half the memory, cast at each call."""
+    """An fp32 weight in bf16 where bf16 holds it exactly: half the memory, cast at each call."""
+    if weight.dtype != torch.float32:
+        return weight
     half = weight.to(torch.bfloat16)
     return half if torch.equal(half.to(weight.dtype), weight) else weight
 
