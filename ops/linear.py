@@ -238,8 +238,9 @@ def _gguf_w8a8(
     n, (m, k) = blocks.shape[0], x.shape
     op = "dequantize_rotate_quantize"
     if x.device.type != "cpu":
-        # comfy-kitchen multiplies but does not decode: ask for the decoder by itself.
-        decode = dispatch.choose(op, (m, n, k), x.device).get(op)
+        # comfy-kitchen multiplies but does not decode: the best decoder serves it.
+        decoder = dispatch.AUTO if backend == "comfy_kitchen" else backend
+        decode = dispatch.choose(op, (m, n, k), x.device, decoder).get(op)
         q, scale = decode(blocks, qtype, (n, k), rotation)
         return _int8_linear(x, q, scale, bias, None, rotation or 0, backend)
     chosen = dispatch.choose("int8_gemm", (m, n, k), x.device, backend)

@@ -527,3 +527,24 @@ def test_an_op_is_defined_once_for_a_schema():
 
 def test_layouts_are_registered():
     assert set(layouts.LAYOUTS) == {layout for layout, _ in KINDS.values()}
+
+
+@pytest.mark.parametrize("compute", ["w8a8", "dense"])
+def test_off_the_cpu_a_gguf_weight_is_decoded_at_once(compute, monkeypatch):
+    """The path of a GPU, on shapes alone: one decoding, by the backend that was asked for."""
+    decoded = []
+
+    def spy(data, qtype, shape, rotation=None):
+        decoded.append((tuple(data.shape), shape, rotation))
+        return reference.dequantize_rotate_quantize(data, qtype, shape, rotation)
+
+    ops = {**dispatch.REFERENCE_OPS, "dequantize_rotate_quantize": spy}
+    probe = {"reference": lambda device: (dispatch.Backend("reference", ops), "spied on")}
+    monkeypatch.setattr(dispatch, "_PROBES", {**dispatch._PROBES, **probe})
+    x = torch.empty(2, 3, 256, dtype=torch.bfloat16, device="meta")
+    packed = blocks.quantize(randn(9, 256), "Q4_K").to("meta")
+    bias = torch.empty(9, device="meta")
+    out = ops_linear._gguf_linear(x, packed, "Q4_K", bias, compute, 256, "reference")
+    assert out.shape == (2, 3, 9)
+    assert out.dtype == torch.bfloat16
+    assert decoded == ([((9, 144), (9, 256), 256)] if compute == "w8a8" else [])
