@@ -137,7 +137,8 @@ class Checkpoint:
 
     def _incomplete(self, copy: str, missing: Sequence[str]) -> CheckpointError:
         wanting = self.linears_only or bool(self.bases)
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        shown = ", ".join(missing[:3]) + more
         base = " and ".join(str(path) for b in self.bases for path in b.paths[:1])
         return (MissingBaseError if wanting else CorruptFileError)(
             f"{len(missing)} tensors of the {copy} copy are missing: {shown}",

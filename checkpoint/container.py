@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..gguf_loader import read_header
+from ..gguf_loader import GGUFHeader, read_header
 from ..ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
 from .safetensors_header import MAX_HEADER, parse_json, read_safetensors_header
@@ -37,6 +37,13 @@ class Container:
     files: tuple[SourceFile, ...]
     tensors: dict[str, RawTensor]
     metadata: dict[str, Any]
+    header: GGUFHeader | None = None
+
+    def array(self, key: str) -> list[Any]:
+        """The elements of a metadata array of a GGUF file, which ``metadata`` only refers to."""
+        if self.header is None:
+            raise KeyError(key)
+        return self.header.array(key)
 
     @property
     def size(self) -> int:
@@ -124,7 +131,7 @@ def _open_gguf(path: Path) -> Container:
         )
         for tensor in header.tensors.values()
     }
-    return Container(path, "gguf", (file,), tensors, header.metadata)
+    return Container(path, "gguf", (file,), tensors, header.metadata, header)
 
 
 def _open_folder(folder: Path) -> Container:

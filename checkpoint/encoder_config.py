@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..gguf_loader import ArrayRef, read_header
+from ..gguf_loader import ArrayRef
 from ..ops.errors import CorruptFileError
 from .container import Container, read_json
 from .entries import Entry
@@ -53,8 +53,8 @@ def encoder_config(container: Container, entries: Mapping[str, Entry]) -> dict[s
     unusable values.
     """
     stated = _from_json(container) or _from_gguf(container)
-    config = DEFAULTS | {key: value for key, value in stated.items() if value is not None}
-    for key, size in _from_shapes(entries, config["head_dim"]).items():
+    config = {key: value for key, value in stated.items() if value is not None}
+    for key, size in _from_shapes(entries, config.get("head_dim")).items():
         if config.setdefault(key, size) != size:
             raise CorruptFileError(
                 f"the stated {key} is not that of the tensors",
@@ -63,18 +63,21 @@ def encoder_config(container: Container, entries: Mapping[str, Entry]) -> dict[s
                 needed=config[key],
                 hint="The config belongs to another model, or tensors are missing.",
             )
+    config = DEFAULTS | config
     _check(config, container.path)
     rope = {"rope_type": "default", "mrope_interleaved": True}
     rope |= {key: config[key] for key in ("rope_theta", "mrope_section")}
     return config | {"rope_parameters": rope}
 
 
-def _from_shapes(entries: Mapping[str, Entry], head_dim: int) -> dict[str, int]:
+def _from_shapes(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
     def rows(name: str) -> int | None:
         return entries[name].shape[0] if name in entries else None
 
     layers = {int(match[1]) for match in map(_LAYER.match, entries) if match}
     attention = "layers.0.self_attn"
+    if not _is_size(head_dim):
+        head_dim = DEFAULTS["head_dim"]
     head_dim = rows(f"{attention}.q_norm.weight") or head_dim
     queries, keys = rows(f"{attention}.q_proj.weight"), rows(f"{attention}.k_proj.weight")
     embedding = entries.get("embed_tokens.weight")
@@ -116,7 +119,7 @@ def _from_gguf(container: Container) -> dict[str, Any]:
     sections = container.metadata.get(key)
     if isinstance(sections, ArrayRef) and 3 <= sections.count <= 4:
         # llama.cpp writes four, the last one 0
-        found["mrope_section"] = read_header(container.path).array(key)[:3]
+        found["mrope_section"] = container.array(key)[:3]
     return found
 
 

@@ -23,12 +23,14 @@ _LAYER_MODULES = (
 class Naming:
     """``anchor``: a module that tells the naming and, by what stands before it, the prefix.
 
-    ``layer``: the text before a layer's number; the tables map the file's modules to ours.
+    ``layer``: the text before a layer's number; ``prefixed``: whether keys may have a prefix; the
+    tables map the file's modules to ours.
     """
 
     name: str
     anchor: str
     layer: str
+    prefixed: bool
     in_layer: Mapping[str, str]
     outside: Mapping[str, str]
 
@@ -38,6 +40,7 @@ NAMINGS = (
         "Hugging Face",
         "layers.0.self_attn.q_proj.",
         "layers.",
+        True,
         {name: name for name in _LAYER_MODULES},
         {"embed_tokens": "embed_tokens", "norm": "norm"},
     ),
@@ -46,6 +49,7 @@ NAMINGS = (
         "llama.cpp GGUF",
         "blk.0.attn_q.",
         "blk.",
+        False,
         {
             "attn_norm": "input_layernorm",
             "ffn_norm": "post_attention_layernorm",
@@ -73,7 +77,7 @@ def parse_encoder_keys(container: Container) -> tuple[Naming | None, dict[str, E
     """
     for naming in NAMINGS:
         prefix = _prefix(container, naming.anchor)
-        if prefix is None:
+        if prefix is None or (prefix and not naming.prefixed):
             continue
         pattern = _pattern(naming, prefix)
         tensors: list[tuple[Key, RawTensor]] = []

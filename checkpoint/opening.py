@@ -57,8 +57,9 @@ def open_checkpoint(
     chosen = {name: part for name, part in found.items() if copy in (None, name)}
     containers = tuple({id(c): c for c, _, _ in chosen.values()}.values())
     entries = {name: part for name, (_, _, part) in chosen.items()}
-    container, keys, _ = next(iter(chosen.values()))
-    layout = layout_of(container, keys, stated=bool(stated_quantization(container)))
+    keys = {key: raw for _, part, _ in found.values() for key, raw in part.items()}
+    stated = bool(stated_quantization(containers[0]))
+    layout = layout_of(containers[0], keys, stated=stated)
     return Checkpoint(
         layout=layout.name,
         level=main_level(entry for part in entries.values() for entry in part.values()),
@@ -126,7 +127,7 @@ def _parse(container: Container) -> dict[Key, RawTensor]:
             others.append(name)
     if others and keys:
         logger.warning(
-            "%s: %d tensors are not part of Ideogram 4's transformer and are ignored, such as %s",
+            "%s: ignored %d tensors that are not of Ideogram 4's transformer, such as %s",
             container.path,
             len(others),
             others[0],

@@ -6,6 +6,7 @@ Nothing here uses the package's own readers or writers, so that a shared mistake
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -91,32 +92,45 @@ def write_sparse_gguf(
 CONFIG = {
     "in_channels": 32,
     "num_layers": 2,
-    "attention_head_dim": 128,
+    "attention_head_dim": 32,
     "num_attention_heads": 2,
-    "intermediate_size": 512,
-    "adaln_dim": 256,
-    "llm_features_dim": 192,
+    "intermediate_size": 128,
+    "adaln_dim": 64,
+    "llm_features_dim": 96,
     "rope_theta": 5_000_000,
     "mrope_section": [24, 20, 20],
     "norm_eps": 1e-5,
 }
-HIDDEN = 256
+HIDDEN = 64
+# One layer whose rows fill the super-blocks of K quants and the rotation's groups of 256
+WIDE = {
+    "num_layers": 1,
+    "attention_head_dim": 128,
+    "intermediate_size": 512,
+    "adaln_dim": 256,
+}
 
 
-def split_model(seed: int = 0, **changes: object) -> dict[str, torch.Tensor]:
-    """Random weights by diffusers' names, from diffusers' own class: values that bf16 holds."""
+@cache
+def _shapes(**changes: int) -> dict[str, tuple[int, ...]]:
+    """diffusers' names and shapes, from diffusers' own class."""
     with torch.device("meta"):
         model = Ideogram4Transformer2DModel(**{**CONFIG, **changes})
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def split_model(seed: int = 0, **changes: int) -> dict[str, torch.Tensor]:
+    """Random weights by diffusers' names: values that bf16 holds, outliers, a row of zeros."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for name, tensor in model.state_dict().items():
-        values = torch.randn(tensor.shape, generator=generator)
+    for name, shape in _shapes(**changes).items():
+        values = torch.randn(shape, generator=generator)
         if "norm" in name:
             values = 1 + 0.1 * values
-        elif tensor.dim() == 2:
-            values = values / tensor.shape[1] ** 0.5
-            values[tensor.shape[0] // 2] = 0  # a row of zeros
-            values[0, :3] *= 50  # outliers
+        elif len(shape) == 2:
+            values = values / shape[1] ** 0.5
+            values[shape[0] // 2] = 0
+            values[0, :3] *= 50
         state[name] = values.bfloat16().float()
     return state
 
@@ -135,7 +149,7 @@ def fuse(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def model(seed: int = 0, **changes: object) -> dict[str, torch.Tensor]:
+def model(seed: int = 0, **changes: int) -> dict[str, torch.Tensor]:
     """Random weights by canonical names."""
     return fuse(split_model(seed, **changes))
 

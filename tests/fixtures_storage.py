@@ -34,7 +34,7 @@ def pack_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def pack_comfy_int8(weight: torch.Tensor, group: int | None = 256, *, nested=False) -> Packed:
+def pack_comfy_int8(weight: torch.Tensor, group: int | None = 64, *, nested=False) -> Packed:
     """ComfyUI's container, quantized and undone by comfy-kitchen itself."""
     group = group if group and weight.shape[1] % group == 0 else None
     conf: dict[str, object] = {"format": "int8_tensorwise"}
@@ -48,7 +48,7 @@ def pack_comfy_int8(weight: torch.Tensor, group: int | None = 256, *, nested=Fal
         "TensorWiseINT8Layout",
         per_channel=True,
         convrot=bool(group),
-        convrot_groupsize=group or 256,
+        convrot_groupsize=group or 64,
     )
     stored = {
         "weight": quantized._qdata,

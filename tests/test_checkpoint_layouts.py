@@ -172,7 +172,7 @@ def test_diffusers_layout(tmp_path: Path, case: str):
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K"])
 def test_diffusers_layout_in_gguf(tmp_path: Path, kind: str):
-    tensors, truth = gguf_tensors(files.split_model(), kind)
+    tensors, truth = gguf_tensors(files.split_model(**files.WIDE), kind)
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "m.gguf", tensors))
     loaded = check_weights(ck, "conditional", files.fuse(truth))
     assert isinstance(loaded["layers.0.attention.qkv.weight"], QuantizedTensor)
@@ -247,7 +247,7 @@ def test_comfy_int8_convrot(tmp_path: Path, nested: bool):
     assert (ck.layout, ck.level) == ("ComfyUI INT8", "INT8 W8A8 rotated")
     assert len(ck.protected) == 7
     loaded = check_weights(ck, "conditional", truth, ulps=16)
-    assert loaded["layers.0.feed_forward.w2.weight"]._params.rotation == 256
+    assert loaded["layers.0.feed_forward.w2.weight"]._params.rotation == 64
 
 
 def test_pre_quant_scale_is_not_dropped(tmp_path: Path):
@@ -343,7 +343,7 @@ def test_transformer_lab_int8_without_base(tmp_path: Path):
     assert ck.level == "INT8 W8A8"
     with pytest.raises(
         MissingBaseError,
-        match=r"tl\.safetensors: 15 tensors .*llm_cond_norm\.weight, embed_image_indicator.*base",
+        match=r"tl\.safetensors: 14 tensors .*llm_cond_norm\.weight, embed_image.* 11 more.*base",
     ):
         ck.load("conditional")
 
@@ -383,7 +383,8 @@ KINDS = ["Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gguf_levels(tmp_path: Path, kind: str):
-    tensors, truth = gguf_tensors(files.model(), kind)
+    state = files.model(**(files.WIDE if kind.endswith("_K") else {}))
+    tensors, truth = gguf_tensors(state, kind)
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "m.gguf", tensors))
     assert (ck.layout, ck.level, ck.protected) == ("GGUF", kind, ())
     loaded = check_weights(ck, "conditional", truth)
@@ -393,7 +394,7 @@ def test_gguf_levels(tmp_path: Path, kind: str):
 def test_transformer_lab_gguf(tmp_path: Path):
     tensors, truths = {}, {}
     for seed, (copy, prefix) in enumerate([("conditional", "cond."), ("unconditional", "uncond.")]):
-        part, truths[copy] = gguf_tensors(files.model(seed), "Q4_K", prefix)
+        part, truths[copy] = gguf_tensors(files.model(seed, **files.WIDE), "Q4_K", prefix)
         tensors |= part
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "ideogram4-q4_k.gguf", tensors))
     assert (ck.layout, ck.level) == ("Transformer Lab GGUF", "Q4_K")
@@ -452,16 +453,22 @@ def test_sd_cpp_file_with_both_copies(tmp_path: Path):
     )
 
 
-def test_a_real_width_block(tmp_path: Path):
-    """One layer's w2 and its neighbours at the real widths, all blocks of Q4_K and int8 rows."""
-    config = {"attention_head_dim": 256, "num_attention_heads": 4, "intermediate_size": 12288}
-    state = files.model(3, **config, num_layers=1)
-    stored, truth = packed(state, storage.pack_comfy_int8)
+def test_groups_of_256(tmp_path: Path):
+    """The rotation of the released int8_convrot file."""
+    state = files.model(3, **files.WIDE)
+    stored, truth = packed(state, lambda w: storage.pack_comfy_int8(w, 256))
     ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored))
-    assert ck.config.hidden_size == 1024
-    check_weights(ck, "conditional", truth, ulps=16)
+    loaded = check_weights(ck, "conditional", truth, ulps=16)
+    assert loaded["layers.0.feed_forward.w2.weight"]._params.rotation == 256
+
+
+def test_real_widths(tmp_path: Path):
+    """w2 as wide as the real one, in blocks of Q4_K, beside 256-wide heads."""
+    wide = {"attention_head_dim": 256, "num_attention_heads": 1, "intermediate_size": 12288}
+    state = files.model(3, **{**files.WIDE, **wide})
     tensors, truth = gguf_tensors(state, "Q4_K")
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "m.gguf", tensors))
+    assert (ck.config.hidden_size, ck.config.intermediate_size) == (256, 12288)
     check_weights(ck, "conditional", truth)
 
 

@@ -299,10 +299,10 @@ def test_many_empty_strings_are_refused(tmp_path: Path):
     path = raw_file(tmp_path, metadata=array(8, 1 << 25), n_metadata=1)
     with open(path, "r+b") as file:
         file.truncate(1 << 34)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CorruptFileError, match="too large"):
         read_header(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_cut_anywhere(file: Path, tmp_path: Path):
@@ -385,9 +385,9 @@ def test_mutations_raise_typed_errors_only(tmp_path: Path, data: st.DataObject):
 def best_time(path: Path, runs: int = 5) -> float:
     times = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = time.process_time()
         read_header(path)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
