@@ -221,69 +221,76 @@ def test_unconditional_files_say_so(tmp_path, weights):
     assert tuple(open_checkpoint(tmp_path / "q.safetensors").copies) == ("unconditional",)
 
 
-class TestTransformerLab:
-    @pytest.fixture(scope="class")
-    def pair(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("pair")
-        cond, uncond = model.weights(1), model.weights(2)
-        return (
-            model.write(folder / "cond.safetensors", cond),
-            model.write(folder / "uncond.safetensors", uncond, "unconditional"),
-            {"conditional": cond, "unconditional": uncond},
-        )
+@pytest.fixture(scope="module")
+def lab_pair(tmp_path_factory):
+    """The files of two copies, and their weights by copy."""
+    folder = tmp_path_factory.mktemp("pair")
+    cond, uncond = model.weights(1), model.weights(2)
+    return (
+        model.write(folder / "cond.safetensors", cond),
+        model.write(folder / "uncond.safetensors", uncond, "unconditional"),
+        {"conditional": cond, "unconditional": uncond},
+    )
 
-    @pytest.fixture(scope="class")
-    def smooth(self):
-        generator = torch.Generator().manual_seed(5)
-        return torch.rand(768, generator=generator) * 3 + 0.2
 
-    @pytest.fixture(scope="class")
-    def written(self, tmp_path_factory, pair, smooth):
-        path = tmp_path_factory.mktemp("lab") / "both.safetensors"
-        options = QuantOptions(
-            "transformer-lab", smooth={W2: smooth}, protect=("unconditional.layers.1.*.o",)
-        )
-        report = quantize_checkpoint(pair[0], "INT8 W8A8", path, pair=pair[1], options=options)
-        return path, report
+@pytest.fixture(scope="module")
+def lab_smooth():
+    generator = torch.Generator().manual_seed(5)
+    return torch.rand(768, generator=generator) * 3 + 0.2
 
-    def test_keys_are_those_of_the_format(self, written):
-        stored = load_file(written[0])
-        linears = [*model.linear_names(), *model.STEM_LINEARS]
-        protected = "unconditional.layers.1.attention.o"
-        wanted = set()
-        for copy in ("conditional", "unconditional"):
-            for name in (f"{copy}.{linear}" for linear in linears):
-                parts = ("weight",) if name == protected else ("wq", "ws")
-                wanted |= {f"{name}.{part}" for part in parts}
-                if f"{name.removeprefix(f'{copy}.')}.bias" in model.shapes():
-                    wanted.add(f"{name}.bias")
-            wanted.add(f"{copy}.{W2}.smooth")
-        assert stored.keys() == wanted
-        assert stored[f"conditional.{W2}.ws"].shape == (256,)
 
-    def test_smooth_multiplies_the_weight_before_it_is_rounded(self, written, pair, smooth):
-        stored = load_file(written[0])
-        for copy in ("conditional", "unconditional"):
-            q, scale = expected(pair[2][copy][f"{W2}.weight"].float() * smooth)
-            np.testing.assert_array_equal(stored[f"{copy}.{W2}.wq"].numpy(), q)
-            np.testing.assert_array_equal(stored[f"{copy}.{W2}.ws"].numpy(), scale)
-            assert torch.equal(stored[f"{copy}.{W2}.smooth"], smooth)
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, lab_pair, lab_smooth):
+    """Transformer Lab's layout: both copies, one linear smoothed, one protected."""
+    path = tmp_path_factory.mktemp("lab") / "both.safetensors"
+    options = QuantOptions(
+        "transformer-lab", smooth={W2: lab_smooth}, protect=("unconditional.layers.1.*.o",)
+    )
+    report = quantize_checkpoint(lab_pair[0], "INT8 W8A8", path, pair=lab_pair[1], options=options)
+    return path, report
 
-    def test_our_reader_undoes_the_smoothing(self, written, pair):
-        figures = {t.name: t for t in written[1].tensors}
-        for copy, base in zip(("conditional", "unconditional"), pair[:2], strict=True):
-            checkpoint = open_checkpoint(written[0], base, copy=copy)
-            loaded = checkpoint.load(copy, dtype=torch.float32)
-            assert loaded.keys() == pair[2][copy].keys()
-            true = pair[2][copy][f"{W2}.weight"].float()
-            back = loaded[f"{W2}.weight"].dequantize()
-            wanted = figures[f"{copy}.{W2}.weight"].sqnr_db
-            assert sqnr(true, back) == pytest.approx(wanted, abs=0.01)
-            assert wanted > 30
 
-    def test_one_copy_alone_may_be_written(self, tmp_path, pair):
-        path = tmp_path / "one.safetensors"
-        options = QuantOptions("transformer-lab")
-        report = quantize_checkpoint(pair[1], "INT8 W8A8", path, options=options)
-        assert report.copies == ("unconditional",)
-        assert all(name.startswith("unconditional.") for name in load_file(path))
+def test_lab_keys_are_those_of_the_format(lab):
+    stored = load_file(lab[0])
+    linears = [*model.linear_names(), *model.STEM_LINEARS]
+    protected = "unconditional.layers.1.attention.o"
+    wanted = set()
+    for copy in ("conditional", "unconditional"):
+        for name in (f"{copy}.{linear}" for linear in linears):
+            parts = ("weight",) if name == protected else ("wq", "ws")
+            wanted |= {f"{name}.{part}" for part in parts}
+            if f"{name.removeprefix(f'{copy}.')}.bias" in model.shapes():
+                wanted.add(f"{name}.bias")
+        wanted.add(f"{copy}.{W2}.smooth")
+    assert stored.keys() == wanted
+    assert stored[f"conditional.{W2}.ws"].shape == (256,)
+
+
+def test_lab_smooth_multiplies_the_weight_before_it_is_rounded(lab, lab_pair, lab_smooth):
+    stored = load_file(lab[0])
+    for copy in ("conditional", "unconditional"):
+        q, scale = expected(lab_pair[2][copy][f"{W2}.weight"].float() * lab_smooth)
+        np.testing.assert_array_equal(stored[f"{copy}.{W2}.wq"].numpy(), q)
+        np.testing.assert_array_equal(stored[f"{copy}.{W2}.ws"].numpy(), scale)
+        assert torch.equal(stored[f"{copy}.{W2}.smooth"], lab_smooth)
+
+
+def test_our_reader_undoes_the_smoothing(lab, lab_pair):
+    figures = {t.name: t for t in lab[1].tensors}
+    for copy, base in zip(("conditional", "unconditional"), lab_pair[:2], strict=True):
+        checkpoint = open_checkpoint(lab[0], base, copy=copy)
+        loaded = checkpoint.load(copy, dtype=torch.float32)
+        assert loaded.keys() == lab_pair[2][copy].keys()
+        true = lab_pair[2][copy][f"{W2}.weight"].float()
+        back = loaded[f"{W2}.weight"].dequantize()
+        wanted = figures[f"{copy}.{W2}.weight"].sqnr_db
+        assert sqnr(true, back) == pytest.approx(wanted, abs=0.01)
+        assert wanted > 30
+
+
+def test_one_copy_alone_may_be_written(tmp_path, lab_pair):
+    path = tmp_path / "one.safetensors"
+    options = QuantOptions("transformer-lab")
+    report = quantize_checkpoint(lab_pair[1], "INT8 W8A8", path, options=options)
+    assert report.copies == ("unconditional",)
+    assert all(name.startswith("unconditional.") for name in load_file(path))
