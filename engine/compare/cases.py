@@ -50,13 +50,15 @@ class Case:
 class System:
     """One row of the table: a label and the files it loads.
 
-    ``options`` are keyword arguments of ``ops.linear.LinearOptions``.
+    One file may hold both copies. ``guided`` False leaves the unconditional copy out, and guidance
+    with it. ``options`` are keyword arguments of ``ops.linear.LinearOptions``.
     """
 
     name: str
     conditional: Path
     unconditional: Path | None = None
     base: Path | None = None
+    guided: bool = True
     options: Mapping[str, str] = field(default_factory=dict)
 
     @property

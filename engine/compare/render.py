@@ -15,7 +15,7 @@ from ...checkpoint import open_checkpoint
 from ...ops.linear import LinearOptions
 from ..encoder import load_encoder
 from ..generate import GenerateRequest, Models, generate
-from ..transformer import load_transformer
+from ..loading import load_pair, open_pair
 from ..vae import load_vae
 from .cases import Case, CompareError, System
 from .results import SystemScores
@@ -74,6 +74,7 @@ class Plan:
             identity = {
                 "files": [None if f is None else prints.of(f) for f in
                           (system.conditional, system.unconditional, system.base)],
+                "guided": system.guided,
                 "options": asdict(LinearOptions(**system.options)),
             }  # fmt: skip
             for case in cases:
@@ -137,20 +138,18 @@ def path_size(path: Path) -> int:
 
 
 def load_models(system: System, settings: Settings) -> Models:
-    """Both copies of a system, the encoder and the VAE."""
+    """Both copies of a system (one, where one file holds only the conditional), encoder and VAE."""
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    options = LinearOptions(**system.options)
     place = {"device": settings.device, "dtype": dtype}
-    first = open_checkpoint(system.conditional, system.base)
-    second = first
-    if system.unconditional is not None:
-        second = open_checkpoint(system.unconditional, system.base)
-    conditional = load_transformer(first, "conditional", options=options, **place)
-    unconditional = None
-    if "unconditional" in second.copies:
-        unconditional = load_transformer(second, "unconditional", options=options, **place)
-    encoder = load_encoder(settings.encoder, **place)
-    return Models(conditional, unconditional, encoder, load_vae(settings.vae, **place))
+    copies = "both" if system.guided else "conditional"
+    pair = open_pair(system.conditional, system.unconditional, base=system.base, copies=copies)
+    return load_pair(
+        pair,
+        load_encoder(settings.encoder, **place),
+        load_vae(settings.vae, **place),
+        options=LinearOptions(**system.options),
+        **place,
+    )
 
 
 def render_unit(
