@@ -19,6 +19,9 @@ ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 W8A8_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K")
 """GGUF formats that ``"auto"`` runs through int8: their own error hides that of the activations."""
 
+FEW_TOKENS = 64
+"""Below this many, decoding is the cost of a GGUF layer: int8 would only add to its error."""
+
 # Weights of a GGUF layer that a CPU decodes at a time: 4 MB of int8, 16 MB of fp32.
 _CPU_CHUNK = 1 << 22
 
@@ -29,7 +32,7 @@ class LinearOptions:
 
     ``backend``: ``"auto"`` or a name of ``dispatch.reports``. ``gguf_compute``: ``"w8a8"`` (int8
     tensor cores), ``"dense"`` (decode to the dtype of the activations) or ``"auto"`` (w8a8 for the
-    4- and 5-bit formats with in_features a multiple of 256, else dense).
+    4- and 5-bit formats with in_features a multiple of 256, else dense; dense for few tokens).
     """
 
     backend: str = dispatch.AUTO
@@ -124,21 +127,21 @@ def gguf_linear(
             needed=f"torch.uint8 {(n, row_bytes)}",
         )
     _check_vector("bias", bias, n, x)
-    compute = resolve_compute(compute, qtype, k)
-    if rotation is not None:
-        check_group(k, rotation)
-    elif compute == "w8a8":
+    resolve_compute(compute, qtype, k)
+    if rotation is None:
         rotation = largest_group(k)
+    else:
+        check_group(k, rotation)
     if backend != dispatch.AUTO and not torch.compiler.is_compiling():
         dispatch.choose("int8_linear", (x.numel() // k, n, k), x.device, backend)
     return _gguf_linear_op(x, blocks, qtype, bias, compute, rotation or 0, backend)
 
 
-def resolve_compute(compute: str, qtype: str, in_features: int) -> str:
+def resolve_compute(compute: str, qtype: str, in_features: int, tokens: int = FEW_TOKENS) -> str:
     """``"w8a8"`` or ``"dense"`` for ``LinearOptions.gguf_compute``; OpError for another word."""
     if compute == "auto":
         through_int8 = qtype in W8A8_FORMATS and in_features % 256 == 0
-        return "w8a8" if through_int8 else "dense"
+        return "w8a8" if through_int8 and tokens >= FEW_TOKENS else "dense"
     if compute not in ("w8a8", "dense"):
         raise OpError(
             "unknown compute mode", found=repr(compute), needed="'auto', 'w8a8' or 'dense'"
@@ -224,7 +227,7 @@ def _gguf_linear(
     rows = x.reshape(-1, k)
     if not rows.numel() or not n:
         return x.new_empty((*x.shape[:-1], n))
-    if compute == "dense":
+    if resolve_compute(compute, qtype, k, rows.shape[0]) == "dense":
         out = _gguf_dense(rows, blocks, qtype, bias)
     else:
         out = _gguf_w8a8(rows, blocks, qtype, bias, rotation or None, backend)

@@ -206,9 +206,10 @@ def test_gguf_linear_is_near_the_decoded_weight(qtype, compute, dtype):
 def test_auto_takes_int8_for_four_and_five_bits(qtype, k, want):
     assert ops_linear.resolve_compute("auto", qtype, k) == want
     packed = blocks.quantize(randn(6, k), qtype)
-    x = randn(3, k, seed=1)
-    auto = gguf_linear(x, packed, qtype, (6, k))
-    assert torch.equal(auto, gguf_linear(x, packed, qtype, (6, k), compute=want))
+    for tokens, chosen in ((ops_linear.FEW_TOKENS, want), (ops_linear.FEW_TOKENS - 1, "dense")):
+        x = randn(tokens, k, seed=1)
+        auto = gguf_linear(x, packed, qtype, (6, k))
+        assert torch.equal(auto, gguf_linear(x, packed, qtype, (6, k), compute=chosen))
 
 
 @pytest.mark.parametrize("compute", ["w8a8", "dense"])
@@ -288,7 +289,7 @@ def test_options_reach_the_layer(kind, backend, monkeypatch):
         return real(op, shape, device, requested)
 
     monkeypatch.setattr(dispatch, "choose", spy)
-    x, qt = randn(3, 256), make(kind, randn(8, 256, seed=1))
+    x, qt = randn(70, 256), make(kind, randn(8, 256, seed=1))
     got = linear(x, qt, options=LinearOptions(backend=backend))
     assert set(used) == {backend}
     assert torch.equal(got, linear(x, qt))
@@ -493,7 +494,7 @@ def test_compiles_without_graph_breaks(kind, inference, backend):
         weight = make(kind, randn(48, 512, seed=1))
         module = Fused(weight, randn(48), LinearOptions(backend=backend))
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        for x in (randn(4, 512), randn(9, 512, seed=3)):
+        for x in (randn(4, 512), randn(70, 512, seed=3)):
             for got, want in zip(compiled(x), module(x), strict=True):
                 assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
 
