@@ -1,0 +1,53 @@
+"""Where the Triton kernels are available; and their tests, run by Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@needs_triton
+def test_kernels_under_the_interpreter():
+    file = Path(__file__).with_name("test_kernels_interpreted.py")
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_other_devices_say_why_not(device):
+    from ideogram4_quant.ops.kernels import available
+
+    ready, reason = available(device)
+    assert not ready
+    assert device in reason
+
+
+def test_without_triton_the_reason_names_what_to_install():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from ideogram4_quant.ops import kernels\n"
+        "print(kernels.available('cuda'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "(False, " in done.stdout
+    assert "pip install triton" in done.stdout
+
+
+def test_importing_the_package_loads_neither_torch_nor_triton():
+    code = (
+        "import sys, ideogram4_quant.ops.kernels, ideogram4_quant.ops.kernels.cli\n"
+        "print(sorted({'torch', 'triton'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
