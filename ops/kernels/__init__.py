@@ -21,6 +21,7 @@ _LAUNCHERS = {
     "swiglu_quantize_rows": "rows",
     "rmsnorm_scale_quantize_rows": "norms",
     "gate_residual_rmsnorm": "norms",
+    "dequantize_rotate_quantize": "gguf",
 }
 
 __all__ = ["available", *_LAUNCHERS]

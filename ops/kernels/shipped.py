@@ -1,16 +1,19 @@
 """Every specialization of every kernel that a user's card may run: what the offline proof compiles.
 
-The shapes are those of Ideogram 4: rows of 4608 (hidden), 12288 (SwiGLU) and 4096 (text encoder).
+The shapes are those of Ideogram 4: rows of 4608 (hidden), 12288 (SwiGLU), 4096 (text encoder) and
+53248 (``llm_cond_proj``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .configs import GEMM_CONFIGS, GemmConfig, row_config
+from ..blocks import FORMATS
+from .configs import GEMM_CONFIGS, LONG_ROW, MAX_ROW, GemmConfig, row_config
+from .gguf import PACKED
 from .offline import Variant
 
-HIDDEN, FEED_FORWARD = 4608, 12288
+HIDDEN, FEED_FORWARD, TEXT_ENCODER, TEXT_FEATURES = 4608, 12288, 4096, 53248
 
 _GEMM_ARGUMENTS = {
     "a_ptr": "*i8",
@@ -58,6 +61,9 @@ def gemm_variants(arch: int) -> Iterator[Variant]:
 
 
 def _cover(k: int) -> tuple[dict[str, int], int]:
+    """Constants and warps of a row of ``k`` values."""
+    if k > MAX_ROW:
+        return {"K": k, "BLOCK": LONG_ROW.head}, LONG_ROW.num_warps
     cover = row_config(k)
     return {"K": k, "HEAD": cover.head, "TAIL": cover.tail}, cover.num_warps
 
@@ -85,7 +91,7 @@ def quantize_variant(k: int, *, swiglu: bool, rotation: int, smooth: bool) -> Va
     }
     return Variant(
         "rows",
-        "quantize_rows_kernel",
+        "quantize_long_rows_kernel" if k > MAX_ROW else "quantize_rows_kernel",
         ("swiglu " if swiglu else "") + _row_label(k, rotation, smooth),
         signature,
         cover | {"SWIGLU": swiglu, "HAS_SMOOTH": smooth, "ROTATION": rotation},
@@ -146,9 +152,36 @@ def residual_variant(k: int) -> Variant:
     )
 
 
+def dequantize_variant(k: int, qtype: str, *, rotation: int) -> Variant:
+    """``dequantize_rotate_quantize``; rows of most formats are multiples of 16 B."""
+    cover, num_warps = _cover(k)
+    signature = {"bytes_ptr": "*u8", "q_ptr": "*i8", "scale_ptr": "*fp32", "stride_bytes": "i32"}
+    row_bytes = FORMATS[qtype].row_bytes(k)
+    divisible = [n for n in signature if n != "stride_bytes" or row_bytes % 16 == 0]
+    return Variant(
+        "gguf",
+        "dequantize_long_rows_kernel" if k > MAX_ROW else "dequantize_rotate_quantize_kernel",
+        f"{qtype} {_row_label(k, rotation, False)}",
+        signature,
+        cover | {"FORMAT": qtype, "ROTATION": rotation},
+        tuple(divisible),
+        num_warps,
+    )
+
+
+def dequantize_variants() -> Iterator[Variant]:
+    """Every block format at the model's widths, and without rotation for odd ones."""
+    for qtype in PACKED:
+        for k in (HIDDEN, FEED_FORWARD):
+            yield dequantize_variant(k, qtype, rotation=256)
+    for qtype in ("Q8_0", "Q4_K"):
+        yield dequantize_variant(TEXT_FEATURES, qtype, rotation=256)
+        yield dequantize_variant(HIDDEN, qtype, rotation=0)
+
+
 def row_variants() -> Iterator[Variant]:
     """The row kernels at the model's widths; they are the same on every architecture."""
-    for k in (HIDDEN, FEED_FORWARD, 4096):
+    for k in (HIDDEN, FEED_FORWARD, TEXT_ENCODER):
         yield quantize_variant(k, swiglu=False, rotation=0, smooth=False)
         yield quantize_variant(k, swiglu=False, rotation=256, smooth=False)
     yield quantize_variant(HIDDEN, swiglu=False, rotation=0, smooth=True)
@@ -157,6 +190,8 @@ def row_variants() -> Iterator[Variant]:
         yield quantize_variant(FEED_FORWARD, swiglu=True, rotation=rotation, smooth=smooth)
         yield rmsnorm_variant(HIDDEN, rotation=rotation, smooth=smooth)
     yield residual_variant(HIDDEN)
+    yield quantize_variant(TEXT_FEATURES, swiglu=False, rotation=256, smooth=False)
+    yield from dequantize_variants()
 
 
 def variants(arch: int) -> Iterator[Variant]:

@@ -1,0 +1,294 @@
+"""GGUF blocks to rotated per-channel int8 in one pass: weights stay packed in memory.
+
+One program decodes one output channel into registers, rotates it, takes its absmax and stores int8:
+what int8_gemm then reads. The fp32 weight never exists in memory.
+
+In every format 16 adjacent weights, a *unit*, share their scale, their minimum and the way their
+codes lie in 16 adjacent bytes. Scales are read once a unit; codes once a weight, as one run over
+the row, which keeps 16 adjacent weights in one thread: a rotation then crosses 4 lanes' bits only.
+The block layouts are drawn in ``ops/blocks``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from ..errors import OpError
+from . import launch
+from .configs import LONG_ROW, MAX_ROW, row_config
+from .primitives import absmax, columns, rotate, row_scale, store_int8, unit_order
+from .rows import smooth_rotate_quantize_rows
+
+__all__ = ["dequantize_rotate_quantize"]
+
+PACKED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+"""Formats that the kernel decodes; floats are rows already."""
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@triton.jit
+def _half(bytes_ptr, at, mask):
+    """The little-endian float16 at byte ``at``, in fp32. Blocks have even sizes."""
+    words = tl.load((bytes_ptr + at).to(tl.pointer_type(tl.float16)), mask=mask, other=0.0)
+    return words.to(tl.float32)
+
+
+@triton.jit
+def _byte(bytes_ptr, at, mask):
+    """Unsigned bytes as int32."""
+    return tl.load(bytes_ptr + at, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _signed(byte):
+    """0 to 255 as two's complement."""
+    return (byte << 24) >> 24
+
+
+@triton.jit
+def _spread(values, BLOCK: tl.constexpr):
+    """One value a unit -> one a weight, ``[BLOCK // 16] -> [BLOCK]``."""
+    return tl.reshape(tl.broadcast_to(values[:, None], (BLOCK // 16, 16)), (BLOCK,))
+
+
+@triton.jit
+def _legacy(bytes_ptr, unit, in_row, column, mask, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
+    """Q8_0, Q4_0, Q4_1, Q5_0, Q5_1: blocks of two units; see ``ops/blocks/legacy.py``."""
+    HAS_MINIMUM: tl.constexpr = FORMAT == "Q4_1" or FORMAT == "Q5_1"
+    FIVE_BITS: tl.constexpr = FORMAT == "Q5_0" or FORMAT == "Q5_1"
+    HIGH_AT: tl.constexpr = 4 if HAS_MINIMUM else 2
+    LOW_AT: tl.constexpr = HIGH_AT + (4 if FIVE_BITS else 0)
+    SIZE: tl.constexpr = 34 if FORMAT == "Q8_0" else LOW_AT + 16
+
+    scale = _spread(_half(bytes_ptr, (unit // 2) * SIZE, in_row), BLOCK)
+    if FORMAT == "Q8_0":
+        code = _byte(bytes_ptr, (column // 32) * SIZE + 2 + column % 32, mask)
+        return _signed(code).to(tl.float32) * scale
+    low = _byte(bytes_ptr, (column // 32) * SIZE + LOW_AT + column % 16, mask)
+    code = (low >> (4 * ((column // 16) % 2))) & 15
+    if FIVE_BITS:
+        at = (unit // 2) * SIZE + HIGH_AT + 2 * (unit % 2)
+        high = _byte(bytes_ptr, at, in_row) | (_byte(bytes_ptr, at + 1, in_row) << 8)
+        code |= ((_spread(high, BLOCK) >> (column % 16)) & 1) << 4
+    if HAS_MINIMUM:
+        minimum = _spread(_half(bytes_ptr, (unit // 2) * SIZE + 2, in_row), BLOCK)
+        return code.to(tl.float32) * scale + minimum
+    CENTRE: tl.constexpr = 16 if FIVE_BITS else 8
+    return (code - CENTRE).to(tl.float32) * scale
+
+
+@triton.jit
+def _affine_k(bytes_ptr, unit, in_row, column, mask, BLOCK: tl.constexpr, FIVE_BITS: tl.constexpr):
+    """Q4_K and Q5_K: 8 groups of two units, six bits a scale; see ``ops/blocks/kquants.py``."""
+    SIZE: tl.constexpr = 176 if FIVE_BITS else 144
+    LOW_AT: tl.constexpr = 48 if FIVE_BITS else 16
+    block = (unit // 16) * SIZE
+    group = (unit % 16) // 2
+    at = block + 4 + group % 4
+    first = _byte(bytes_ptr, at, in_row)
+    second = _byte(bytes_ptr, at + 4, in_row)
+    third = _byte(bytes_ptr, at + 8, in_row)
+    upper = group >= 4
+    step = tl.where(upper, (third & 15) | ((first >> 2) & 48), first & 63).to(tl.float32)
+    floor = tl.where(upper, (third >> 4) | ((second >> 2) & 48), second & 63).to(tl.float32)
+    scale = _spread(_half(bytes_ptr, block, in_row) * step, BLOCK)
+    minimum = _spread(_half(bytes_ptr, block + 2, in_row) * floor, BLOCK)
+
+    start = (column // 256) * SIZE
+    group = (column % 256) // 32
+    low = _byte(bytes_ptr, start + LOW_AT + (group // 2) * 32 + column % 32, mask)
+    code = (low >> (4 * (group % 2))) & 15
+    if FIVE_BITS:
+        high = _byte(bytes_ptr, start + 16 + column % 32, mask)
+        code |= ((high >> group) & 1) << 4
+    return code.to(tl.float32) * scale - minimum
+
+
+@triton.jit
+def _q6_k(bytes_ptr, unit, in_row, column, mask, BLOCK: tl.constexpr):
+    """Q6_K: 16 units with an int8 scale each; see ``ops/blocks/kquants.py``."""
+    SIZE: tl.constexpr = 210
+    block = (unit // 16) * SIZE
+    step = _signed(_byte(bytes_ptr, block + 192 + unit % 16, in_row)).to(tl.float32)
+    scale = _spread(_half(bytes_ptr, block + 208, in_row) * step, BLOCK)
+
+    start = (column // 256) * SIZE
+    side = (column % 256) // 128
+    run = (column % 128) // 32
+    low = _byte(bytes_ptr, start + 64 * side + 32 * (run % 2) + column % 32, mask)
+    high = _byte(bytes_ptr, start + 128 + 32 * side + column % 32, mask)
+    code = ((low >> (4 * (run // 2))) & 15) | (((high >> (2 * run)) & 3) << 4)
+    return (code - 32).to(tl.float32) * scale
+
+
+@triton.jit
+def _decode(
+    bytes_ptr,
+    start,  # a multiple of 256, or of BLOCK where that is less
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROTATION: tl.constexpr,
+):
+    """Rotated weights ``start .. start + BLOCK`` of a row, zeros beyond K."""
+    unit = start // 16 + unit_order(tl.arange(0, BLOCK // 16), ROTATION)
+    column = start + columns(BLOCK, ROTATION)
+    in_row = unit < K // 16
+    mask = column < K
+    if FORMAT == "Q4_K" or FORMAT == "Q5_K":
+        y = _affine_k(bytes_ptr, unit, in_row, column, mask, BLOCK, FORMAT == "Q5_K")
+    elif FORMAT == "Q6_K":
+        y = _q6_k(bytes_ptr, unit, in_row, column, mask, BLOCK)
+    else:
+        y = _legacy(bytes_ptr, unit, in_row, column, mask, BLOCK, FORMAT)
+    return rotate(y, BLOCK, ROTATION)
+
+
+@triton.jit
+def dequantize_rotate_quantize_kernel(
+    bytes_ptr,  # uint8 [N, row bytes]
+    q_ptr,  # int8 [N, K]
+    scale_ptr,  # fp32 [N]
+    stride_bytes,
+    K: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROTATION: tl.constexpr,
+):
+    """``quantize_rows(R(dequantize(blocks)))``."""
+    row = tl.program_id(0).to(tl.int64)
+    bytes_ptr += row * stride_bytes
+    q_ptr += row * K
+    head = _decode(bytes_ptr, 0, K, HEAD, FORMAT, ROTATION)
+    peak = absmax(head)
+    if TAIL > 0:
+        tail = _decode(bytes_ptr, HEAD, K, TAIL, FORMAT, ROTATION)
+        peak = tl.maximum(peak, absmax(tail))
+    scale, inverse, keep = row_scale(peak)
+    store_int8(q_ptr, head, inverse, keep, 0, K, HEAD > K, HEAD)
+    if TAIL > 0:
+        store_int8(q_ptr, tail, inverse, keep, HEAD, K, HEAD + TAIL > K, TAIL)
+    tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def dequantize_long_rows_kernel(
+    bytes_ptr,  # uint8 [N, row bytes]
+    q_ptr,  # int8 [N, K]
+    scale_ptr,  # fp32 [N]
+    stride_bytes,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROTATION: tl.constexpr,
+):
+    """The same for rows that no register file holds: decodes each row twice."""
+    row = tl.program_id(0).to(tl.int64)
+    bytes_ptr += row * stride_bytes
+    q_ptr += row * K
+    peak = 0.0
+    for start in range(0, K, BLOCK):
+        peak = tl.maximum(peak, absmax(_decode(bytes_ptr, start, K, BLOCK, FORMAT, ROTATION)))
+    scale, inverse, keep = row_scale(peak)
+    for start in range(0, K, BLOCK):
+        y = _decode(bytes_ptr, start, K, BLOCK, FORMAT, ROTATION)
+        store_int8(q_ptr, y, inverse, keep, start, K, K % BLOCK != 0, BLOCK)
+    tl.store(scale_ptr + row, scale)
+
+
+def dequantize_rotate_quantize(
+    blocks: Tensor,
+    qtype: str,
+    shape: tuple[int, int],
+    rotation: int | None = None,
+    *,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``quantize_rows(R(dequantize(blocks)))``: GGUF blocks to per-channel int8.
+
+    ``blocks uint8 [N, row_bytes]`` of format ``qtype``, ``shape (N, K)`` -> ``q int8 [N, K]``,
+    ``scale fp32 [N]``, written to ``out`` where it is given. Raises OpError for bytes that do not
+    make the shape and for an ``out`` that does not fit.
+    """
+    n, k = shape
+    launch.check_rotation(k, rotation)
+    if qtype in _FLOATS:
+        rows = _rows(blocks, n, _FLOATS[qtype].itemsize * k).view(_FLOATS[qtype])
+        return _copied(smooth_rotate_quantize_rows(rows, None, rotation), out)
+    if qtype not in PACKED:
+        launch.log_fallback(f"dequantize_rotate_quantize of {qtype}", k)
+        return _copied(reference.dequantize_rotate_quantize(blocks, qtype, shape, rotation), out)
+    from ..blocks import FORMATS
+
+    rows = _rows(blocks, n, FORMATS[qtype].row_bytes(k))
+    q, scale = _outputs(n, k, blocks.device) if out is None else _check_out(out, n, k, blocks)
+    if n == 0:
+        return q, scale
+    arguments = (rows, q, scale, rows.stride(0))
+    steps = {"FORMAT": qtype, "ROTATION": rotation or 0}
+    with launch.on_device(blocks):
+        if k > MAX_ROW:
+            dequantize_long_rows_kernel[(n,)](
+                *arguments, K=k, BLOCK=LONG_ROW.head, num_warps=LONG_ROW.num_warps, **steps
+            )
+        else:
+            cover = row_config(k)
+            dequantize_rotate_quantize_kernel[(n,)](
+                *arguments,
+                K=k,
+                HEAD=cover.head,
+                TAIL=cover.tail,
+                num_warps=cover.num_warps,
+                **steps,
+            )
+    return q, scale
+
+
+def _rows(blocks: Tensor, n: int, row_bytes: int) -> Tensor:
+    """``blocks`` as contiguous uint8 ``[n, row_bytes]`` at an even address."""
+    if blocks.dtype != torch.uint8 or blocks.numel() != n * row_bytes:
+        raise OpError(
+            "GGUF data does not make the shape",
+            found=f"{blocks.numel()} values of {blocks.dtype}",
+            needed=f"{n} rows of {row_bytes} bytes",
+        )
+    rows = blocks.reshape(n, row_bytes).contiguous()
+    # A view as wider numbers needs their alignment; only a cut-out buffer lacks it.
+    return rows if rows.storage_offset() % 4 == 0 else rows.clone()
+
+
+def _outputs(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    q = torch.empty((n, k), dtype=torch.int8, device=device)
+    return q, torch.empty(n, dtype=torch.float32, device=device)
+
+
+def _check_out(out: tuple[Tensor, Tensor], n: int, k: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """``out`` if it is a contiguous int8 [n, k] and fp32 [n] on the device of the blocks."""
+    for tensor, name, shape, dtype in zip(
+        out, ("q", "scale"), ((n, k), (n,)), (torch.int8, torch.float32), strict=True
+    ):
+        launch.check_same_device(tensor, f"out {name}", blocks, "blocks")
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise OpError(
+                f"out {name} does not fit",
+                found=f"{tensor.dtype} {tuple(tensor.shape)}",
+                needed=f"contiguous {dtype} {shape}",
+            )
+    return out
+
+
+def _copied(
+    result: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """``result``, moved into ``out`` where that is given."""
+    if out is None:
+        return result
+    n, k = result[0].shape
+    q, scale = _check_out(out, n, k, result[0])
+    return q.copy_(result[0]), scale.copy_(result[1])
