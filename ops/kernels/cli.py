@@ -1,0 +1,172 @@
+"""``ideogram4-quant kernels``: compile every shipped kernel offline and print its machine code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import BackendUnavailableError
+from .configs import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from .offline import Built, Report
+
+# GeForce cards and the A100 are the goal; shared memory of the smallest of them.
+GATED = (80, 86, 89)
+MAX_SHARED = 101376
+MAX_PER_IMMA = 2.2
+GATED_TILES = ((128, 256), (256, 128))
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command ``kernels``."""
+    parser = subparsers.add_parser(
+        "kernels",
+        help="compile the Triton kernels without a GPU and show their machine code",
+        description="Compile every shipped kernel and configuration offline and print registers, "
+        "stack, spills, shared memory, matrix instructions and blocks per multiprocessor. Fails if "
+        "a kernel for sm_80, 86 or 89 breaks a gate.",
+    )
+    parser.add_argument(
+        "--arch",
+        type=int,
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=list(ARCHITECTURES),
+        help="compute capabilities to compile for (default: all)",
+    )
+    parser.add_argument("--only", metavar="TEXT", help="only kernels whose name contains TEXT")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubins and disassembly")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, print, and return 1 if a gate is broken, 2 if nothing can be compiled here."""
+    try:
+        reports = []
+        skipped = []
+        for arch in args.arch:
+            reason = _unsupported(arch)
+            if reason:
+                skipped.append({"arch": arch, "reason": reason})
+                continue
+            for built in _build_all(arch, args.only):
+                reports.append(built.report)
+                if args.dump:
+                    _dump(built, args.dump)
+                if not args.json:
+                    print(_row(built.report) if len(reports) > 1 else _table_head(built.report))
+    except BackendUnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    broken = [text for report in reports for text in broken_gates(report)]
+    if args.json:
+        document = {"reports": [r.as_dict() for r in reports], "skipped": skipped, "broken": broken}
+        print(json.dumps(document, indent=1))
+    else:
+        for entry in skipped:
+            print(f"sm_{entry['arch']} skipped: {entry['reason']}")
+        for text in broken:
+            print(f"BROKEN GATE {text}")
+        print(f"{len(reports)} kernels compiled, {len(broken)} gates broken")
+    return 1 if broken else 0
+
+
+def broken_gates(report: Report) -> list[str]:
+    """What a report breaks of the promises for sm_80, 86 and 89; empty if it keeps them all."""
+    if report.arch not in GATED:
+        return []
+    broken = []
+    if report.stack or report.spills:
+        broken.append(f"local memory: stack {report.stack} B, {report.spills} spills")
+    if report.shared > MAX_SHARED:
+        broken.append(f"{report.shared} B of shared memory, more than {MAX_SHARED}")
+    if report.blocks_per_sm < 1:
+        broken.append("no block fits a multiprocessor")
+    if report.loop_imma and report.loop_prmt:
+        broken.append(f"{report.loop_prmt} PRMT in the main loop")
+    tile = tuple(map(int, report.label.split()[0].split("x")[:2])) if report.loop_imma else ()
+    if tile in GATED_TILES and not report.per_imma < MAX_PER_IMMA:
+        broken.append(f"{report.per_imma:.2f} instructions an IMMA, needed below {MAX_PER_IMMA}")
+    return [f"sm_{report.arch} {report.kernel} {report.label}: {text}" for text in broken]
+
+
+def _unsupported(arch: int) -> str | None:
+    """Why this Triton cannot compile for ``arch``, or None. It would abort the process."""
+    from .offline import require_tools
+
+    version, _ = require_tools()
+    if arch >= 100 and tuple(map(int, version.split(".")[:2])) < (3, 3):
+        return f"Triton {version} does not know sm_{arch}; 3.3 is the first that does"
+    return None
+
+
+def _build_all(arch: int, only: str | None) -> Iterator[Built]:
+    from . import offline, shipped
+
+    for variant in shipped.variants(arch):
+        if only is None or only in variant.function:
+            yield offline.build(variant, arch)
+
+
+def _dump(built: Built, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    report = built.report
+    name = f"sm{report.arch}-{report.kernel}-{report.label}".replace(" ", "-")
+    (folder / f"{name}.cubin").write_bytes(built.cubin)
+    (folder / f"{name}.sass").write_text(built.disassembly, encoding="utf-8")
+
+
+_COLUMNS = ("arch", "kernel", "configuration", "reg", "stack", "spill", "smem", "blocks")
+_COLUMNS += ("instr", "IMMA", "HMMA", "LDGSTS", "LDSM", "loop", "PRMT", "instr/IMMA")
+_WIDTHS = (6, 28, 34, 4, 5, 5, 7, 6, 6, 5, 5, 6, 5, 5, 5, 10)
+
+
+def _cells(values: Sequence[object]) -> str:
+    pairs = zip(values, _WIDTHS, strict=True)
+    return " ".join(f"{v:<{w}}" if i in (1, 2) else f"{v:>{w}}" for i, (v, w) in enumerate(pairs))
+
+
+def _table_head(report: Report) -> str:
+    return f"Triton {report.triton}\n{_cells(_COLUMNS)}\n{_row(report)}"
+
+
+def _row(report: Report) -> str:
+    per_imma = "" if report.per_imma is None else f"{report.per_imma:.2f}"
+    return _cells(
+        (
+            f"sm_{report.arch}",
+            report.kernel,
+            report.label,
+            report.registers,
+            report.stack,
+            report.spills,
+            report.shared,
+            report.blocks_per_sm,
+            report.instructions,
+            report.imma,
+            report.hmma,
+            report.ldgsts,
+            report.ldsm,
+            report.loop_instructions,
+            report.loop_prmt,
+            per_imma,
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command by itself: ``python -m ideogram4_quant.ops.kernels.cli kernels``."""
+    parser = argparse.ArgumentParser(prog="ideogram4-quant")
+    add_parsers(parser.add_subparsers(required=True))
+    args = parser.parse_args(argv)
+    return args.func(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
