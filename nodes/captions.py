@@ -82,12 +82,10 @@ def _check_top(caption: dict, verdict: Verdict) -> None:
     if "high_level_description" not in caption:
         verdict.warnings.append("high_level_description is missing; one sentence helps.")
     _check_strings("the caption", caption, ("aspect_ratio", "high_level_description"), verdict)
-    style = caption.get("style_description")
-    if style is not None:
-        _check_style(style, verdict)
-    composition = caption.get("compositional_deconstruction")
-    if composition is not None:
-        _check_composition(composition, verdict)
+    if "style_description" in caption:
+        _check_style(caption["style_description"], verdict)
+    if "compositional_deconstruction" in caption:
+        _check_composition(caption["compositional_deconstruction"], verdict)
 
 
 def _check_style(style: object, verdict: Verdict) -> None:

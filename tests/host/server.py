@@ -17,6 +17,7 @@ from .locate import PACK, Host
 
 PACK_FOLDER = "ideogram4-quant.test-copy"  # hyphens and a dot, as a user's folder may have
 _START_SECONDS = 600  # ten at rest; a loaded machine takes its time
+_ANSWER_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Server:
 
     def read(self, path: str) -> bytes:
         """What lies behind a path."""
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=_ANSWER_SECONDS) as answer:
             return answer.read()
 
     def fetch(self, image: dict) -> bytes:
@@ -117,7 +118,7 @@ class Server:
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=_ANSWER_SECONDS) as answer:
                 data = answer.read()
                 return json.loads(data) if data else {}
         except urllib.error.HTTPError as error:

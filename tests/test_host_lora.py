@@ -1,0 +1,127 @@
+"""LoRAs in a real ComfyUI: a side path of ours, and the host's own patches, at every level."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ideogram4_quant.quant import quantize_checkpoint
+from ideogram4_quant.tests.host import graphs
+
+pytestmark = pytest.mark.host
+LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated", "Q8_0", "Q4_K")
+SHAPES = {"layers.0.attention.qkv": (768, 256), "layers.1.feed_forward.w2": (256, 768)}
+SHAPES |= {"layers.2.attention.o": (256, 256), "layers.3.adaln_modulation": (1024, 256)}
+RANK = 4
+
+
+def update(seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        module: (
+            0.6 * torch.randn(RANK, k, generator=generator) / k**0.5,
+            0.6 * torch.randn(n, RANK, generator=generator) / RANK**0.5,
+        )
+        for module, (n, k) in SHAPES.items()
+    }
+
+
+def fused(found: dict) -> dict[str, torch.Tensor]:
+    """ai-toolkit's names."""
+    state = {}
+    for module, (down, up) in found.items():
+        state[f"diffusion_model.{module}.lora_A.weight"] = down
+        state[f"diffusion_model.{module}.lora_B.weight"] = up
+    return state
+
+
+def split(found: dict) -> dict[str, torch.Tensor]:
+    """diffusers' names: q, k and v apart, each with the whole down half; alpha of half the rank."""
+    state = {}
+    for module, (down, up) in found.items():
+        names = {module: up}
+        if module.endswith("qkv"):
+            thirds = zip(("to_q", "to_k", "to_v"), up.chunk(3), strict=True)
+            names = {module.replace("qkv", part): rows for part, rows in thirds}
+        if module.endswith("attention.o"):
+            names = {module.removesuffix("o") + "to_out.0": up}
+        for name, rows in names.items():
+            state[f"transformer.{name}.lora_down.weight"] = down.clone()
+            state[f"transformer.{name}.lora_up.weight"] = (2 * rows).contiguous()
+            state[f"transformer.{name}.alpha"] = torch.tensor(RANK / 2)
+    return state
+
+
+@pytest.fixture(scope="module")
+def loras(models):
+    folder = models / "loras"
+    save_file(fused(update(1)), folder / "fused.safetensors")
+    save_file(split(update(1)), folder / "split.safetensors")
+    save_file(fused(update(2)), folder / "second.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def errors(tiny, loras, in_host, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("lora")
+    files = {"BF16": str(tiny.conditional_file)}
+    for level in LEVELS:
+        out = folder / f"{level.replace(' ', '_')}.{'gguf' if level[0] == 'Q' else 'safetensors'}"
+        quantize_checkpoint(tiny.conditional_file, level, out, copy="conditional")
+        files[level] = str(out)
+    listing = folder / "files.json"
+    listing.write_text(json.dumps(files))
+    return in_host("lora.py", listing, loras)
+
+
+@pytest.mark.parametrize("case", ["one", "half", "two", "split"])
+def test_side_path_equals_merged_weights_in_full_precision(errors, case):
+    assert errors["BF16"]["effect"] > 0.05  # the update does something
+    assert errors["BF16"][case] < 1e-5
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("case", ["one", "half", "two", "split"])
+def test_side_path_adds_no_error_to_that_of_the_level(errors, level, case):
+    # against the merged weights in full precision; a tenth for other activations, so other rounding
+    assert errors[level][case] < 1.1 * errors[level]["none"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_patches_of_the_stock_node_cost_one_more_quantization_of_the_patched(errors, level):
+    assert errors[level]["patched"] < 1.15 * errors[level]["none"]
+
+
+@pytest.mark.parametrize("level", ["BF16", *LEVELS])
+def test_removal_leaves_no_trace(errors, level):
+    assert errors[level]["removed"]
+    assert errors[level]["hooks left"] == 0
+
+
+def test_two_loras_through_the_server_and_back(server, loras):
+    def graph(first: float, second: float) -> dict:
+        found = graphs.with_sampler("lora", models=(("second", 0), ("second", 1)))
+        for name, strength, source in (("fused", first, "model"), ("second", second, "fused")):
+            found[name] = graphs.node(
+                "Ideogram4QuantLoadLora",
+                conditional=(source, 0),
+                unconditional=(source, 1),
+                lora=f"{name}.safetensors",
+                strength=strength,
+            )
+        return found
+
+    def picture(first: float, second: float) -> bytes:
+        run = server.run(graph(first, second))
+        assert run.status == "success", run.error
+        saved = server.fetch(run.outputs["saved"]["images"][0])
+        return Image.open(io.BytesIO(saved)).tobytes()
+
+    plain, one, both = picture(0, 0), picture(1, 0), picture(1, 0.5)
+    assert len({plain, one, both}) == 3
+    assert picture(0, 0) == plain

@@ -1,0 +1,150 @@
+"""The pack as a package: what it imports, what it ships, how a host finds its nodes."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+# folders of the checkout that are no part of the package
+OUTSIDE = {"tests", "benchmarks", "build", "dist", "demo-out"}
+HOST_MODULES = ("comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes", "server")
+
+
+def packages() -> list[Path]:
+    """Every folder of the package, relative to the root."""
+    found = []
+    for init in sorted(ROOT.rglob("__init__.py")):
+        folder = init.parent.relative_to(ROOT)
+        hidden = any(part.startswith(".") for part in folder.parts)
+        if not hidden and (not folder.parts or folder.parts[0] not in OUTSIDE):
+            found.append(folder)
+    return found
+
+
+def dotted(folder: Path) -> str:
+    return ".".join(("ideogram4_quant", *folder.parts))
+
+
+def modules(*, nodes: bool) -> list[str]:
+    """Modules of the package; with `nodes` those of nodes/ alone, else all the others."""
+    names = []
+    for folder in packages():
+        for file in sorted((ROOT / folder).glob("*.py")):
+            stem = () if file.stem == "__init__" else (file.stem,)
+            name = ".".join((dotted(folder), *stem))
+            if (folder.parts[:1] == ("nodes",)) == nodes and file.stem != "__main__":
+                names.append(name)
+    return names
+
+
+def python(code: str, *arguments: str) -> str:
+    """What a new interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT.parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_nothing_outside_nodes_imports_the_host():
+    code = (
+        "import importlib, json, sys\n"
+        "for name in json.loads(sys.argv[1]): importlib.import_module(name)\n"
+        "print(json.dumps([n for n in json.loads(sys.argv[2]) if n in sys.modules]))"
+    )
+    names = modules(nodes=False)
+    assert len(names) > 20
+    assert json.loads(python(code, json.dumps(names), json.dumps(HOST_MODULES))) == []
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, ideogram4_quant\n"
+        "print(sorted(n for n in ('torch', 'diffusers', 'transformers') if n in sys.modules))"
+    )
+    assert python(code).strip() == "[]"
+
+
+def test_imports_inside_the_package_are_relative():
+    own = {folder.parts[0] for folder in packages() if folder.parts} | {"ideogram4_quant", "cli"}
+    offenders = []
+    for name in modules(nodes=True) + modules(nodes=False):
+        path = ROOT.joinpath(*name.split(".")[1:])
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            else:
+                absolute = isinstance(node, ast.ImportFrom) and node.level == 0
+                imported = [node.module] if absolute else []
+            offenders += [(name, target) for target in imported if target.split(".")[0] in own]
+    assert offenders == []
+
+
+def test_listed_packages_are_the_folders():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert settings["tool"]["setuptools"]["packages"] == [dotted(folder) for folder in packages()]
+
+
+def test_no_node_mappings_that_would_hide_the_entrypoint():
+    code = (
+        "import ideogram4_quant as p, inspect\n"
+        "print(hasattr(p, 'NODE_CLASS_MAPPINGS'), inspect.iscoroutinefunction(p.comfy_entrypoint))"
+    )
+    assert python(code).split() == ["False", "True"]
+
+
+def test_loads_by_path_under_any_name():
+    code = (
+        "import importlib, importlib.util, sys\n"
+        "name, path = '/some/where/my-nodes_x_2', sys.argv[1]\n"
+        "spec = importlib.util.spec_from_file_location(name, path)\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "sys.modules[name] = module\n"
+        "spec.loader.exec_module(module)\n"
+        "levels = importlib.import_module(name + '.nodes.levels')\n"
+        "linear = importlib.import_module(name + '.ops.linear')\n"
+        "print(levels.AUTO, linear.LinearOptions().backend, 'ideogram4_quant' in sys.modules)"
+    )
+    assert python(code, str(ROOT / "__init__.py")).split() == ["auto", "auto", "False"]
+
+
+def test_every_node_has_a_help_page():
+    ids = {
+        node.value.value
+        for file in (ROOT / "nodes").glob("node_*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.keyword) and node.arg == "node_id"
+    }
+    pages = {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
+    assert ids == pages
+    assert all(name.startswith("Ideogram4Quant") for name in ids)
+
+
+@pytest.mark.slow
+def test_wheel_holds_weights_workflows_and_help(tmp_path):
+    source = tmp_path / "source"  # the build leaves folders behind
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", *OUTSIDE - {"tests"})
+    shutil.copytree(ROOT, source, ignore=skipped)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    subprocess.run([*command, "--outdir", tmp_path, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    shipped = [
+        *ROOT.glob("web/docs/*.md"),
+        *ROOT.glob("workflows/*.json"),
+        *(p for p in ROOT.glob("pocket/weights/**/*") if p.is_file()),
+        *(ROOT / folder / "__init__.py" for folder in packages()),
+    ]
+    for path in shipped:
+        assert f"ideogram4_quant/{path.relative_to(ROOT).as_posix()}" in names
+    assert not any(name.startswith("ideogram4_quant/tests/") for name in names)
