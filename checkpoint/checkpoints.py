@@ -124,7 +124,7 @@ class Checkpoint:
                 hint="Open the file of the other copy.",
             )
         entries: dict[str, Entry] = {}
-        for checkpoint in (*self.bases, self):
+        for checkpoint in (*reversed(self.bases), self):  # the first base goes before the next
             entries |= checkpoint.entries.get(copy, {})
         needed = canonical_shapes(self.config)
         if copy == UNCONDITIONAL and not _reads_text(entries):

@@ -109,7 +109,8 @@ def _check_agree(key: str, found: int, stated: int, path: str | os.PathLike[str]
             file=path,
             found=found,
             needed=stated,
-            hint="The file's config belongs to another model, or tensors are missing.",
+            hint="The config, in its metadata or in config.json beside it, belongs to another "
+            "model, or tensors are missing.",
         )
 
 

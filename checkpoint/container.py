@@ -58,6 +58,13 @@ def open_container(path: str | os.PathLike[str]) -> Container:
     TruncatedFileError and CorruptFileError.
     """
     path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", file=path) from error
+
+
+def _open(path: Path) -> Container:
     if path.is_dir():
         return _open_folder(path)
     if not path.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.errors import CorruptFileError, OpError
+from ..ops.linear import ACTIVATION_DTYPES
 from .codecs import Blocks, Fp8, Int8, Plain, Stored
 from .files import DOWNLOAD_AGAIN
 from .nf4 import Nf4
@@ -108,14 +109,26 @@ class Entry:
 
 def stream_entries(
     entries: Mapping[str, Entry],
-    needed: Mapping[str, tuple[int, ...]],
+    needed: Collection[str],
     dtype: torch.dtype,
     progress: Progress | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """``(name, tensor)`` for each of ``needed``, holding one at a time.
 
-    ``progress(done, total)`` counts stored bytes.
+    ``progress(done, total)`` counts stored bytes. Raises OpError, at once, for a dtype that weights
+    are not dequantized to.
     """
+    if dtype not in ACTIVATION_DTYPES:
+        raise OpError("a weight has no such dtype", found=dtype, needed=ACTIVATION_DTYPES)
+    return _stream(entries, needed, dtype, progress)
+
+
+def _stream(
+    entries: Mapping[str, Entry],
+    needed: Collection[str],
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> Iterator[tuple[str, Tensor]]:
     total = sum(entries[name].nbytes for name in needed)
     done = 0
     for name in needed:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ops.errors import CorruptFileError, PairMismatchError
+from .canonical import canonical_shapes
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
 from .container import Container, json_object, open_container, read_json, stated_quantization
@@ -57,6 +58,8 @@ def open_checkpoint(
     chosen = {name: part for name, part in found.items() if copy in (None, name)}
     containers = tuple({id(c): c for c, _, _ in chosen.values()}.values())
     entries = {name: part for name, (_, _, part) in chosen.items()}
+    config = _config(entries, containers, bases)
+    _report_ignored(containers, entries, config)
     keys = {key: raw for _, part, _ in found.values() for key, raw in part.items()}
     stated = bool(stated_quantization(containers[0]))
     layout = layout_of(containers[0], keys, stated=stated)
@@ -66,7 +69,7 @@ def open_checkpoint(
         linears_only=layout.linears_only,
         copies=tuple(chosen),
         copy_reason=reason,
-        config=_config(entries, containers, bases),
+        config=config,
         containers=containers,
         entries=entries,
         bases=bases,
@@ -116,23 +119,35 @@ def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part
 
 
 def _parse(container: Container) -> dict[Key, RawTensor]:
-    """The tensors of Ideogram 4 among those of the container; others are reported once."""
-    keys: dict[Key, RawTensor] = {}
-    others = []
-    for name, raw in container.tensors.items():
-        key = parse_key(name)
-        if key is not None:
-            keys[key] = raw
-        elif name.rpartition(".")[2] not in MARKERS:
-            others.append(name)
-    if others and keys:
+    """The tensors of Ideogram 4 among those of the container."""
+    parsed = ((parse_key(name), raw) for name, raw in container.tensors.items())
+    return {key: raw for key, raw in parsed if key is not None}
+
+
+def _report_ignored(
+    containers: Sequence[Container],
+    entries: Mapping[str, Mapping[str, Entry]],
+    config: ModelConfig,
+) -> None:
+    """Warn once of tensors that have no place in the model."""
+    known = canonical_shapes(config)
+    ignored = [
+        entry.pieces[0].key
+        for part in entries.values()
+        for entry in part.values()
+        if entry.name not in known
+    ]
+    for container in containers:
+        for key in container.tensors:
+            if parse_key(key) is None and key.rpartition(".")[2] not in MARKERS:
+                ignored.append(key)
+    if ignored:
         logger.warning(
             "%s: ignored %d tensors that are not of Ideogram 4's transformer, such as %s",
-            container.path,
-            len(others),
-            others[0],
+            containers[0].path,
+            len(ignored),
+            ignored[0],
         )
-    return keys
 
 
 def _part(container: Container, keys: dict[Key, RawTensor]) -> Part:

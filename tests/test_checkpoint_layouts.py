@@ -330,8 +330,10 @@ def test_transformer_lab_int8_with_a_base_for_each_copy(tmp_path: Path):
     ck = open_checkpoint(path, [one, two])
     for copy, truth in truths.items():
         check_weights(ck, copy, truth, ulps=4)
-    ck = open_checkpoint(path, one)
-    check_weights(ck, "conditional", truths["conditional"], ulps=4)
+    other = files.save(tmp_path / "other_cond.safetensors", files.model(9))
+    for bases in (one, [one, other]):  # the first base counts
+        ck = open_checkpoint(path, bases)
+        check_weights(ck, "conditional", truths["conditional"], ulps=4)
     with pytest.raises(MissingBaseError, match=r"unconditional copy.*found base .*cond\.gguf"):
         ck.load("unconditional")
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 import tracemalloc
 import weakref
 from pathlib import Path
@@ -17,6 +16,7 @@ from ideogram4_quant.ops.errors import (
     CheckpointError,
     CorruptFileError,
     NotIdeogram4Error,
+    OpError,
     PairMismatchError,
     TruncatedFileError,
 )
@@ -248,6 +248,30 @@ def test_unknown_tensors_are_reported_once(tmp_path: Path, state, caplog):
     assert "vae.decoder.weight" in caplog.text
 
 
+def test_tensors_without_a_place_in_the_model(tmp_path: Path, state, caplog):
+    state["layers.0.attention.qkv.bias"] = torch.ones(192)
+    ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+    assert "layers.0.attention.qkv.bias" in caplog.text
+    assert "layers.0.attention.qkv.bias" not in ck.load("conditional")
+
+
+def test_dtype_that_weights_do_not_have(tmp_path: Path, state):
+    ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+    with pytest.raises(OpError, match="no such dtype"):
+        ck.stream("conditional", dtype=torch.float64)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, state, monkeypatch):
+    path = files.save(tmp_path / "m.safetensors", state)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ideogram4_quant.checkpoint.container._open_file", refuse)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be read: Permission denied"):
+        open_checkpoint(path)
+
+
 def test_stored_twice(tmp_path: Path, state):
     state["transformer.adaln_proj.weight"] = state["adaln_proj.weight"].clone()
     with pytest.raises(CorruptFileError, match="stored twice"):
@@ -412,16 +436,6 @@ def test_stream_holds_one_tensor(tmp_path: Path, state):
     assert len(seen) == len(names)
 
 
-def cpu_time(function) -> float:
-    """The least of five runs, in CPU seconds: other processes do not count."""
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times)
-
-
 def sparse_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) -> int:
     """A header for ``name -> (dtype, shape)`` and holes for data; the file's size."""
     bits = {"I8": 8, "F32": 32, "BF16": 16}
@@ -453,7 +467,7 @@ def test_a_20_gb_file_opens_at_once(tmp_path: Path):
     ck = open_checkpoint(path)
     assert (ck.layout, ck.level) == ("Transformer Lab INT8", "INT8 W8A8")
     assert ck.config == ModelConfig()
-    assert cpu_time(lambda: open_checkpoint(path)) < 0.05
+    assert files.cpu_time(lambda: open_checkpoint(path)) < 0.05
     tracemalloc.start()
     open_checkpoint(path)
     assert tracemalloc.get_traced_memory()[1] < 50e6
@@ -470,4 +484,4 @@ def test_a_large_gguf_opens_at_once(tmp_path: Path):
     path = tmp_path / "large.gguf"
     assert files.write_sparse_gguf(path, shapes) > 19e9
     assert open_checkpoint(path).level == "Q8_0"
-    assert cpu_time(lambda: open_checkpoint(path)) < 0.05
+    assert files.cpu_time(lambda: open_checkpoint(path)) < 0.05

@@ -1,7 +1,6 @@
 """open_encoder on every layout of text encoder files, against their writers and transformers."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -360,6 +359,4 @@ def test_a_real_header_opens_at_once(tmp_path: Path):
     assert (ck.config["hidden_size"], ck.config["num_attention_heads"]) == (4096, 32)
     assert ck.config["mrope_section"] == [24, 20, 20]
     assert len(ck.shapes()) == 2 + 11 * 36
-    start = time.process_time()
-    open_encoder(path)
-    assert time.process_time() - start < 0.3
+    assert files.cpu_time(lambda: open_encoder(path)) < 0.3
