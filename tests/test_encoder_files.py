@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -267,6 +268,12 @@ def gguf_metadata(arch: str) -> dict:
         f"{arch}.rope.dimension_sections": [6, 5, 5, 0],
         "tokenizer.ggml.tokens": [f"t{i}" for i in range(SIZES["vocab_size"])],
     }
+
+
+def test_llama_cpp_names_are_those_of_gguf_py(state: State):
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3VL, SIZES["num_hidden_layers"])
+    for ours, theirs in llama_cpp_names(state).items():
+        assert names.get_name(f"model.{ours}", try_suffixes=(".weight",)) == theirs
 
 
 @pytest.mark.parametrize("arch", ["qwen3vl", "qwen3"])
