@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 
 from tqdm import tqdm
@@ -125,11 +125,18 @@ def _one_line_errors(handler: Handler) -> Handler:
 
 @contextmanager
 def _bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress callback ``(done, total)`` that draws a bar with rate and time left on stderr."""
-    with tqdm(desc=title, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
+    """A progress callback ``(done, total)`` that draws a bar with rate and time left on stderr.
+
+    The bar appears with the first call, so that an error before the work stands alone.
+    """
+    with ExitStack() as stack:
+        bar: tqdm | None = None
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
+            nonlocal bar
+            if bar is None:
+                made = tqdm(desc=title, total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
+                bar = stack.enter_context(made)
             bar.update(done - bar.n)
 
         yield progress

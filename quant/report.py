@@ -42,7 +42,7 @@ class QuantReport:
     """The result of :func:`quantize_checkpoint`.
 
     ``meter`` holds the sums over all linears: its ``sqnr_db`` is that of the model's weights as
-    one vector. ``metadata`` is what the file says of itself, ``notes`` what the user should know.
+    one vector. ``metadata`` is what the file says of itself, ``notes`` what was logged as a warning.
     """
 
     path: str
@@ -92,7 +92,7 @@ class QuantReport:
         if worst:
             parts.append(f"worst {len(worst)} of {len(self.linears)} linears:")
             parts.append(worst_table(worst))
-        return "\n\n".join([*parts, *self.notes])
+        return "\n\n".join(parts)
 
 
 def finite_or_none(value: float) -> float | None:

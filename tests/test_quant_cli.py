@@ -92,11 +92,11 @@ def test_dry_run_writes_nothing(tmp_path, source, run):
 )
 def test_errors_are_one_line_and_exit_code_1(tmp_path, source, run, words, message):
     code, text, errors = run("quantize", source, "--out", tmp_path / "q.gguf", *words)
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 1
     assert text == ""
-    assert len(lines) == 1
-    assert message in lines[0]
+    assert len(errors.splitlines()) == 1
+    assert errors.startswith("error: ")
+    assert message in errors
     assert list(tmp_path.iterdir()) == []
 
 
