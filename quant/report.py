@@ -42,7 +42,7 @@ class QuantReport:
     """The result of :func:`quantize_checkpoint`.
 
     ``meter`` holds the sums over all linears: its ``sqnr_db`` is that of the model's weights as
-    one vector. ``metadata`` is what the file says of itself, ``notes`` what was logged as a warning.
+    one vector. ``metadata`` is what the file says of itself, ``notes`` what was logged as warnings.
     """
 
     path: str
