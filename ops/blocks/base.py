@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from math import prod
 from typing import ClassVar
@@ -80,13 +81,13 @@ class BlockFormat(ABC):
                 needed=f"{needed} bytes",
             )
         blocks = data.reshape(needed // self.type_size, self.type_size)
-        if blocks.storage_offset() % 4:
+        if not torch.compiler.is_compiling() and blocks.storage_offset() % 4:
             blocks = blocks.clone()  # the fields are read in place, as float16 and as float32
         return self._decode_chunks(blocks, dtype).view(shape)
 
     def _decode_chunks(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """[n_blocks, block_size] in ``dtype``, decoded in float32 a chunk at a time."""
-        out = _empty((len(blocks), self.block_size), dtype, blocks.device)
+        out = uninitialised((len(blocks), self.block_size), dtype, blocks.device)
         step = _chunk(blocks.device, DECODE_CHUNK) // self.block_size
         if torch.compiler.is_compiling():
             step = max(1, len(blocks))  # the compiler fuses and tiles by itself
@@ -115,7 +116,8 @@ class BlockFormat(ABC):
         importance = self._importance_blocks(importance, weight)
         out = blocks.new_empty((len(blocks), self.type_size), dtype=torch.uint8)
         step = max(1, _chunk(weight.device, self.encode_chunk) // self.block_size)
-        for start in range(0, len(blocks), step):
+
+        def encode_chunk(start: int) -> None:
             chunk = blocks[start : start + step].to(torch.float32)
             if not torch.isfinite(chunk).all():
                 raise _not_finite(self.name, weight)
@@ -124,6 +126,8 @@ class BlockFormat(ABC):
                 numbers = torch.arange(start, start + len(chunk), device=chunk.device)
                 rows = importance[numbers % len(importance)]
             out[start : start + step] = self.encode(chunk, rows)
+
+        _for_each(range(0, len(blocks), step), encode_chunk, weight.device)
         return out.view(*weight.shape[:-1], row_bytes)
 
     def _importance_blocks(self, importance: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -153,7 +157,7 @@ def half_field(blocks: Tensor, index: int) -> Tensor:
 def half_bytes(values: Tensor) -> Tensor:
     """Float32 [n] as the two bytes of float16, [n, 2]. Raises OpError beyond float16's range."""
     half = values.to(torch.float16)
-    overflow = int(half.isinf().sum())
+    overflow = int((~half.isfinite()).sum())
     if overflow:
         raise OpError(
             f"{overflow} block scales are too large for float16",
@@ -188,11 +192,32 @@ def signed_peak(values: Tensor, dim: int) -> Tensor:
     return peak
 
 
+def _for_each(starts: range, work: Callable[[int], None], device: torch.device) -> None:
+    """Call ``work`` for every start, on a CPU in as many threads as PyTorch may use.
+
+    A search is some thousand small operations; whole chunks in parallel spare a barrier after
+    each of them. Every worker then computes alone. ``torch.set_num_threads`` sets the calling
+    thread and the default of threads to come, so that the caller restores the default.
+    """
+    threads = min(torch.get_num_threads(), len(starts))
+    if device.type != "cpu" or threads <= 1:
+        for start in starts:
+            work(start)
+        return
+    default = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(torch.inference_mode()(work), starts):
+                pass  # raises what a worker raised
+    finally:
+        torch.set_num_threads(default)
+
+
 def _chunk(device: torch.device, on_cpu: int) -> int:
     return on_cpu if device.type == "cpu" else ACCELERATOR_CHUNK
 
 
-def _empty(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def uninitialised(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised memory, in huge pages where a large CPU tensor can have them.
 
     numpy advises the kernel to back large buffers by huge pages and PyTorch does not; page faults

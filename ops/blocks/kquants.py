@@ -13,6 +13,7 @@ d and dmin are float16. Weight i of group s is ``d * sc[s] * q - dmin * m[s]`` i
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -77,13 +78,13 @@ class _AffineK(_KQuant):
         fit = fit_affine(x.view(32, -1), weight.view(32, -1), top, ranges)
         return AffineFit(*(field.view(x.shape[1:]) for field in fit))
 
+    @abstractmethod
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
-        """uint8 [n, 8, 32]."""
-        raise NotImplementedError
+        """The codes of ``blocks`` as uint8 [n, 8, 32]."""
 
+    @abstractmethod
     def _pack_codes(self, codes: Tensor) -> list[Tensor]:
-        """uint8 [n, 8, 32] -> the fields after the scales."""
-        raise NotImplementedError
+        """The fields after the scales, of codes uint8 [n, 8, 32]."""
 
 
 class Q4_K(_AffineK):
@@ -134,9 +135,7 @@ class Q6_K(_KQuant):
         n = len(blocks)
         low = blocks[:, :128].unflatten(1, (2, 2, 32))
         high = blocks[:, 128:192].unflatten(1, (2, 32))
-        codes = blocks.new_empty((n, 2, 4, 32))
-        torch.bitwise_and(low, 0x0F, out=codes[:, :, :2])
-        torch.bitwise_right_shift(low, 4, out=codes[:, :, 2:])
+        codes = torch.cat([low & 0x0F, low >> 4], 2)  # [n, 2, 4, 32]
         for run in range(4):
             codes[:, :, run] |= ((high >> (2 * run)) & 3) << 4
         scale = half_field(blocks, 104) * blocks[:, 192:208].view(torch.int8)
@@ -155,10 +154,9 @@ class Q6_K(_KQuant):
         d = inverse.reciprocal().masked_fill_(empty, 0)
         scale = (group_scale * inverse).round_().clamp_(max=127).masked_fill_(empty, 0)
         step = _as_stored(d) * scale  # [16, n]
-        codes = (
-            torch.where(step != 0, x / step, x * group_inverse).round_().clamp_(-32, 31).add_(32)
-        )
-        codes = _rows(codes.masked_fill_(negligible | empty, 0).to(torch.uint8))
+        codes = torch.where(step != 0, x / step, x * group_inverse).round_()
+        codes = codes.clamp_(-32, 31).add_(32).masked_fill_(negligible | empty, 0)
+        codes = _rows(codes.to(torch.uint8))
         packed = self._pack_codes(codes.view(-1, 2, 4, 32))
         scale = scale.t().to(torch.int8).view(torch.uint8)
         return torch.cat([*packed, scale, half_bytes(d)], 1)
@@ -239,10 +237,7 @@ def _pack_scales(scales: Tensor, minima: Tensor) -> Tensor:
 def _unpack_nibbles(packed: Tensor) -> Tensor:
     """[n, 128] -> uint8 [n, 8, 32]."""
     packed = packed.unflatten(1, (4, 32))
-    codes = packed.new_empty((len(packed), 4, 2, 32))
-    torch.bitwise_and(packed, 0x0F, out=codes[:, :, 0])
-    torch.bitwise_right_shift(packed, 4, out=codes[:, :, 1])
-    return codes.view(-1, 8, 32)
+    return torch.stack([packed & 0x0F, packed >> 4], 2).view(-1, 8, 32)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:

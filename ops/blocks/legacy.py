@@ -10,8 +10,10 @@
     qs[j] = qqqqQQQQ    Q: low four bits of code j, q: of code j + 16
     qh    = bit i of the little-endian 32-bit word is the fifth bit of code i
 
-Encoding gives the bytes of ggml's reference quantizers and of gguf-py. One difference: a block
-scale beyond float16 is refused here and becomes infinity there.
+Encoding gives the bytes of gguf-py, which are those of ggml's reference quantizers but for the
+sign of a zero scale. Two differences: a block scale beyond float16 is refused here and becomes
+infinity there, and where 1 / scale overflows (weights below 1e-37, all decoded as zero) the codes
+are those of zero.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ import torch
 from torch import Tensor
 
 from .base import BlockFormat, divide, half_bytes, half_field, signed_peak
+
+# Added to |x| before truncation it rounds halves up: x + 0.5 would also round 0.49999997 up.
+BELOW_HALF = 0.5 - 2.0**-25  # the float32 before 0.5
 
 
 class _Legacy(BlockFormat):
@@ -40,9 +45,8 @@ class Q8_0(_Legacy):
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         scale = divide(weights.abs().amax(1), 127.0)
         value = weights * _inverse(scale)
-        code = value.trunc()
-        code += (value - code).mul_(2).trunc_()  # rounds halves away from zero, exactly
-        return torch.cat([half_bytes(scale), code.to(torch.int8).view(torch.uint8)], 1)
+        value += value.sign().mul_(BELOW_HALF)
+        return torch.cat([half_bytes(scale), value.to(torch.int8).view(torch.uint8)], 1)
 
 
 class _Packed(_Legacy):
@@ -109,10 +113,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 def _unpack_nibbles(packed: Tensor) -> Tensor:
     """[n, 16] -> uint8 [n, 32]."""
-    codes = packed.new_empty((len(packed), 32))
-    torch.bitwise_and(packed, 0x0F, out=codes[:, :16])
-    torch.bitwise_right_shift(packed, 4, out=codes[:, 16:])
-    return codes
+    return torch.cat([packed & 0x0F, packed >> 4], 1)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import divide, signed_peak
+from .base import divide, signed_peak, uninitialised
 
 NEGLIGIBLE = 1e-15  # groups whose largest magnitude is below are zero
 
@@ -53,7 +53,7 @@ def square_root(values: Tensor) -> Tensor:
 
 def grid(count: int, first: float, step: float, top: int) -> Tensor:
     """``step * i + first + top`` for i < count, each operation rounded to float32."""
-    return torch.arange(count, dtype=torch.float32) * step + first + top
+    return torch.arange(count, dtype=torch.float32, device="cpu") * step + first + top
 
 
 def fit_affine(x: Tensor, weight: Tensor, top: int, ranges: Tensor) -> AffineFit:
@@ -66,8 +66,10 @@ def fit_affine(x: Tensor, weight: Tensor, top: int, ranges: Tensor) -> AffineFit
     """
     high, low = x.amax(0), x.amin(0).clamp_(max=0)
     flat = high <= low
-    code, residual = torch.empty_like(x), torch.empty_like(x)
-    products = x.new_empty((x.shape[0], 3, x.shape[1]))  # weight * code * (1, code, x)
+    size, n = x.shape
+    buffer = uninitialised((5 * size, n), x.dtype, x.device)
+    code, residual = buffer[:size], buffer[size : 2 * size]
+    products = buffer[2 * size :].view(size, 3, n)  # weight * code * (1, code, x)
     sum_w, sum_x = ordered_sum(weight), ordered_sum(weight * x)
 
     def round_codes(inverse: Tensor, base: Tensor) -> None:
@@ -101,8 +103,8 @@ def fit_affine(x: Tensor, weight: Tensor, top: int, ranges: Tensor) -> AffineFit
         inverse = torch.where(better, trial_inverse, inverse)
         start = torch.where(better, base, start)
         base = torch.where(better, trial_base, base)
-    scale, inverse = scale.masked_fill_(flat, 0), inverse.masked_fill_(flat, 0)
-    return AffineFit(scale, -torch.where(flat, low, base), inverse, start)
+    scale, base = scale.masked_fill_(flat, 0), torch.where(flat, low, base)
+    return AffineFit(scale, -base, inverse.masked_fill_(flat | inverse.isinf(), 0), start)
 
 
 def fit_symmetric(x: Tensor, weight: Tensor, half: int) -> SymmetricFit:
@@ -113,9 +115,10 @@ def fit_symmetric(x: Tensor, weight: Tensor, half: int) -> SymmetricFit:
     """
     peak = signed_peak(x, 0)
     negligible = peak.abs() < NEGLIGIBLE
-    code = torch.empty_like(x)
-    weighted = weight * x
-    products = x.new_empty((x.shape[0], 2, x.shape[1]))
+    size, n = x.shape
+    buffer = uninitialised((4 * size, n), x.dtype, x.device)
+    code, products = buffer[:size], buffer[2 * size :].view(size, 2, n)
+    weighted = torch.mul(weight, x, out=buffer[size : 2 * size])
 
     def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
         torch.mul(x, inverse, out=code).round_().clamp_(-half, half - 1)
@@ -128,8 +131,8 @@ def fit_symmetric(x: Tensor, weight: Tensor, half: int) -> SymmetricFit:
     sum_xl, sum_l2 = sums(inverse)
     scale = torch.where(sum_l2 != 0, sum_xl / sum_l2, 0)
     best = scale * sum_xl
-    steps = torch.arange(-9, 10, dtype=torch.float32) * 0.1 + half
-    for number, codes_wide in enumerate(steps.neg().to(x.device).unbind(0), start=-9):
+    steps = torch.arange(-9, 10, dtype=torch.float32, device=x.device) * 0.1 + half
+    for number, codes_wide in enumerate(steps.neg().unbind(0), start=-9):
         if number == 0:
             continue
         trial_inverse = codes_wide / peak
@@ -151,8 +154,9 @@ def fit_positive(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
     high = x.amax(0).clamp_(min=0)
     negligible = high < NEGLIGIBLE
     best = inverse = None
+    tenth = x.new_full((), 0.1)
     for number in (0, -4, -3, -2, -1, 1, 2, 3, 4):
-        trial = divide(torch.tensor(0.1) * number + top, high)
+        trial = divide(tenth * number + top, high)
         codes = (x * trial).round_()
         if number != 0:
             codes.clamp_(max=top)

@@ -1,0 +1,128 @@
+"""Decoding and encoding rates of the GGUF block formats, beside gguf-py's and ggml's.
+
+    python benchmarks/bench_blocks.py [--threads 1] [--rows 2048] [--columns 4608]
+
+Mweights/s, the best of several runs side by side. With one thread the clock is the CPU time of the
+process, so that other work on the machine counts less; with more it is the wall clock. gguf-py
+decodes with one thread. ggml's column needs ggml-python (pip install ggml-python==0.0.45).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import platform
+import time
+from collections.abc import Callable
+
+import gguf
+import numpy as np
+import torch
+from gguf.quants import dequantize as gguf_dequantize
+
+from ideogram4_quant.ops.blocks import FORMATS, BlockFormat, dequantize, quantize
+
+try:
+    import ggml
+except ImportError:
+    ggml = None
+
+PACKED = [fmt for fmt in FORMATS.values() if fmt.block_size > 1]
+REPEATS = {"decode": 7, "encode": 3}
+
+
+def best(
+    clock: Callable[[], float], repeats: int, *candidates: Callable[[], object]
+) -> list[float]:
+    """Least seconds of each candidate; they take turns, so that they share the machine's moods."""
+    seconds = [float("inf")] * len(candidates)
+    for _ in range(repeats):
+        for number, candidate in enumerate(candidates):
+            started = clock()
+            candidate()
+            seconds[number] = min(seconds[number], clock() - started)
+    return seconds
+
+
+def decoding(weight: torch.Tensor, clock: Callable[[], float]) -> None:
+    print(f"{'decode':8}{'gguf-py':>10}{'float32':>10}{'ratio':>8}{'bfloat16':>10}")
+    millions = weight.numel() / 1e6
+    for fmt in PACKED:
+        data = quantize(weight[:64], fmt.name).repeat(len(weight) // 64, 1)
+        array, kind = data.numpy(), gguf.GGMLQuantizationType(fmt.ggml_type)
+        theirs, ours, low = best(
+            clock,
+            REPEATS["decode"],
+            lambda array=array, kind=kind: gguf_dequantize(array, kind),
+            lambda data=data, fmt=fmt: dequantize(data, fmt.name, weight.shape),
+            lambda data=data, fmt=fmt: dequantize(data, fmt.name, weight.shape, torch.bfloat16),
+        )
+        rates = f"{millions / theirs:10.0f}{millions / ours:10.0f}{theirs / ours:7.2f}x"
+        print(f"{fmt.name:8}{rates}{millions / low:10.0f}", flush=True)
+
+
+def ggml_encoder(fmt: BlockFormat, weight: torch.Tensor, column: torch.Tensor | None):
+    """A call that encodes ``weight`` with ggml's C code (one thread)."""
+    floats = ctypes.POINTER(ctypes.c_float)
+    source = weight.numpy()
+    out = np.empty((len(source), fmt.row_bytes(source.shape[1])), dtype=np.uint8)
+
+    def encode() -> None:
+        ggml.ggml_quantize_chunk(
+            fmt.ggml_type,
+            source.ctypes.data_as(floats),
+            out.ctypes.data_as(ctypes.c_void_p),
+            0,
+            *source.shape,
+            None if column is None else column.numpy().ctypes.data_as(floats),
+        )
+
+    encode.out = out
+    return encode
+
+
+def encoding(weight: torch.Tensor, clock: Callable[[], float]) -> None:
+    print(f"\n{'encode':18}{'ggml':>10}{'here':>10}{'ratio':>8}   equal blocks")
+    millions = weight.numel() / 1e6
+    importance = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1))
+    for fmt in PACKED:
+        for column in (None, importance) if fmt.uses_importance else (None,):
+            name = fmt.name if column is None else f"{fmt.name} importance"
+            ours = lambda fmt=fmt, column=column: quantize(weight, fmt.name, column)
+            if ggml is None:
+                (seconds,) = best(clock, REPEATS["encode"], ours)
+                print(f"{name:18}{'-':>10}{millions / seconds:10.1f}", flush=True)
+                continue
+            theirs = ggml_encoder(fmt, weight, column)
+            reference, seconds = best(clock, REPEATS["encode"], theirs, ours)
+            want = theirs.out.reshape(-1, fmt.type_size)
+            equal = (ours().numpy().reshape(want.shape) == want).all(1).mean()
+            rates = f"{millions / reference:10.1f}{millions / seconds:10.1f}"
+            print(f"{name:18}{rates}{reference / seconds:7.2f}x{equal:12.2%}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=2048, help="a multiple of 64")
+    parser.add_argument("--columns", type=int, default=4608, help="a multiple of 256")
+    parser.add_argument("--only", choices=("decode", "encode"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
+    weight = torch.randn(
+        options.rows, options.columns, generator=torch.Generator().manual_seed(0)
+    ).mul_(0.02)
+    print(
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch "
+        f"{torch.__version__}, {options.threads} thread(s), {clock.__name__}, "
+        f"[{options.rows}, {options.columns}], Mweights/s"
+    )
+    if options.only != "encode":
+        decoding(weight, clock)
+    if options.only != "decode":
+        encoding(weight, clock)
+
+
+if __name__ == "__main__":
+    main()
