@@ -92,6 +92,9 @@ def _add_demo(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--preset", choices=PRESET_NAMES, default="default")
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="default: 1, so runs repeat bit by bit"
+    )
     parser.set_defaults(func=_handler("run_demo"))
 
 

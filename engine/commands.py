@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 
+import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +29,9 @@ def run_demo(args: argparse.Namespace) -> int:
     """``ideogram4-quant demo``: see `demo.run`."""
     from . import demo
 
+    if args.threads < 1:
+        raise OpError("too few threads", found=args.threads, needed="at least 1")
+    torch.set_num_threads(args.threads)
     demo.run(args.out, demo.pocket_inputs(args.prompts), preset=args.preset)
     return 0
 
