@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .writers_file import OutputExistsError, WriteError, check_output, check_space, new_file
+from ..ops.new_file import OutputExistsError, WriteError, check_output, check_space, new_file
 
 __all__ = [
     "OutputExistsError",

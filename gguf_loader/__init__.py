@@ -3,13 +3,12 @@
 from .metadata import ArrayRef
 from .reader import GGUFHeader, GGUFTensor, read_header
 from .types import TENSOR_TYPES, TYPE_NUMBERS, TensorType, ValueType
-from .writer import GGUFExistsError, GGUFSpec, GGUFWriteError, Typed, write_gguf
+from .writer import GGUFSpec, GGUFWriteError, Typed, write_gguf
 
 __all__ = [
     "TENSOR_TYPES",
     "TYPE_NUMBERS",
     "ArrayRef",
-    "GGUFExistsError",
     "GGUFHeader",
     "GGUFSpec",
     "GGUFTensor",

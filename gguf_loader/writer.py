@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops.errors import CheckpointError
+from ..ops.new_file import WriteError, new_file
 from .reader import DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS
 from .types import SCALAR_CODES, TENSOR_TYPES, ValueType
 
@@ -24,12 +21,8 @@ _MAX_NAME = 63  # ggml holds names in 64 bytes, the last one zero
 _VERSION = 3
 
 
-class GGUFWriteError(CheckpointError):
-    """A file that cannot be written as asked; nothing new was left under its name."""
-
-
-class GGUFExistsError(GGUFWriteError):
-    """The output exists already and overwriting was not asked for."""
+class GGUFWriteError(WriteError):
+    """Tensors or metadata that the format cannot hold, or data other than what was announced."""
 
 
 class Typed(NamedTuple):
@@ -75,8 +68,8 @@ def write_gguf(
     and ``tensors`` is kept: same input, same bytes. ``general.alignment`` is obeyed.
 
     The file is written under a temporary name in the same folder, flushed to the disk and renamed.
-    Raises GGUFExistsError, and GGUFWriteError for a name, type, shape, value or data that does not
-    fit the format or the announcement, or if the system refuses; then ``path`` is as it was.
+    Raises GGUFWriteError for a name, type, shape, value or data that does not fit the format or the
+    announcement, and what `ops.new_file.new_file` raises; then ``path`` is as it was.
     """
     path = Path(path)
     if data is None:
@@ -90,70 +83,22 @@ def write_gguf(
     total = sum(spec.nbytes for spec in specs)
     waiting = set(by_name)
     done = 0
-    with _new_file(path, overwrite) as file:
-        _write_at(file, 0, header, path)
+    with new_file(path, size, overwrite=overwrite) as file:
+        file.write_at(0, header)
         for name, tensor in data:
             spec = by_name.get(name)
             if spec is None or name not in waiting:
                 problem = "came twice" if spec else "was not announced"
                 raise GGUFWriteError(f"data {problem}", file=path, tensor=name)
             waiting.remove(name)
-            _write_at(file, offsets[name], _tensor_bytes(tensor, spec, path), path)
+            file.write_at(offsets[name], _tensor_bytes(tensor, spec, path))
             done += spec.nbytes
             if progress is not None:
                 progress(done, total)
         if waiting:
             missing = next(spec.name for spec in specs if spec.name in waiting)
             raise GGUFWriteError(f"{len(waiting)} tensors got no data", file=path, tensor=missing)
-        with _as_write_errors(path):
-            file.truncate(size)  # the padding behind the last tensor
     return size
-
-
-@contextmanager
-def _new_file(path: Path, overwrite: bool) -> Iterator[RawIOBase]:
-    """A file to fill that appears at ``path`` when the block ends well, and else not at all."""
-    target = Path(os.path.realpath(path))  # replace the file that a link points to, not the link
-    if target.exists() and (target.is_dir() or not overwrite):
-        raise GGUFExistsError(
-            "exists already and is not overwritten unasked",
-            file=path,
-            hint="Choose another name, or ask for overwriting.",
-        )
-    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    try:
-        with _as_write_errors(path):
-            # unbuffered, so that no failed write is tried again when the file is closed
-            file = open(temporary, "xb", buffering=0)  # noqa: SIM115
-        with file:
-            yield file
-            with _as_write_errors(path):
-                os.fsync(file.fileno())
-        with _as_write_errors(path):
-            os.replace(temporary, target)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _as_write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise GGUFWriteError(
-            f"cannot be written: {error.strerror or error}",
-            file=path,
-            hint="Check the folder, its permissions and the free space.",
-        ) from error
-
-
-def _write_at(file: RawIOBase, offset: int, data: bytes | memoryview, path: Path) -> None:
-    rest = memoryview(data)
-    with _as_write_errors(path):
-        file.seek(offset)
-        while rest:  # one call may take only a part: Linux stops at 2 GiB
-            rest = rest[file.write(rest) :]
 
 
 def _encode_header(

@@ -10,7 +10,6 @@ import torch
 
 from ideogram4_quant.gguf_loader import (
     TYPE_NUMBERS,
-    GGUFExistsError,
     GGUFSpec,
     GGUFWriteError,
     Typed,
@@ -18,7 +17,8 @@ from ideogram4_quant.gguf_loader import (
     read_header,
     write_gguf,
 )
-from ideogram4_quant.gguf_loader import writer as writer_module
+from ideogram4_quant.ops import new_file
+from ideogram4_quant.ops.new_file import OutputExistsError, WriteError
 from ideogram4_quant.tests import fixtures_files as files
 
 METADATA = {
@@ -161,7 +161,7 @@ def test_alignment_is_obeyed(tmp_path: Path):
 def test_exists(tmp_path: Path):
     path = tmp_path / "out.gguf"
     path.write_bytes(b"precious")
-    with pytest.raises(GGUFExistsError, match=r"out\.gguf.*exists already"):
+    with pytest.raises(OutputExistsError, match=r"out\.gguf.*exists already"):
         write_gguf(path, tensors(), METADATA)
     assert path.read_bytes() == b"precious"
     write_gguf(path, tensors(), METADATA, overwrite=True)
@@ -262,14 +262,14 @@ def test_a_full_disk_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer_module.os, "fsync", full)
-    with pytest.raises(GGUFWriteError, match="No space left"):
+    monkeypatch.setattr(new_file.os, "fsync", full)
+    with pytest.raises(WriteError, match="No space left"):
         write_gguf(tmp_path / "out.gguf", tensors(), METADATA)
     assert no_traces(tmp_path)
 
 
 def test_no_such_folder(tmp_path: Path):
-    with pytest.raises(GGUFWriteError, match="cannot be written"):
+    with pytest.raises(WriteError, match="folder does not exist"):
         write_gguf(tmp_path / "missing" / "out.gguf", [], {})
 
 

@@ -13,15 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ideogram4_quant.checkpoint import writers_file
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from ideogram4_quant.checkpoint.writers import (
     OutputExistsError,
     TensorSpec,
     WriteError,
     write_safetensors,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file
+from ideogram4_quant.ops import new_file
 
 DTYPES = [
     torch.bool,
@@ -218,7 +219,7 @@ def test_a_full_disk_is_told_before_the_work(tmp_path, some, monkeypatch):
     class Usage:
         free = 10
 
-    monkeypatch.setattr(writers_file.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(new_file.shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(WriteError, match=r"not enough free space.*found 10 bytes"):
         write_safetensors(tmp_path / "f", some)
     assert list(tmp_path.iterdir()) == []
@@ -251,7 +252,7 @@ def test_enospc_mid_write_becomes_a_write_error(tmp_path, monkeypatch):
         def write(self, data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    file = writers_file.NewFile(Full(), tmp_path / "f")
+    file = new_file.NewFile(Full(), tmp_path / "f")
     with pytest.raises(WriteError, match=r"No space left on device.*disk is full"):
         file.write_at(0, b"x")
 
@@ -269,7 +270,7 @@ def test_partial_writes_go_on_where_they_stopped(tmp_path):
             return min(3, len(data))
 
     slow = Slow()
-    writers_file.NewFile(slow, tmp_path / "f").write_at(0, b"0123456789")
+    new_file.NewFile(slow, tmp_path / "f").write_at(0, b"0123456789")
     assert slow.got == b"0123456789"
 
 

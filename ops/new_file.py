@@ -1,4 +1,4 @@
-"""A file appears under its name whole or not at all."""
+"""A file appears under its name whole or not at all: what every writer of the pack writes through."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
 
-from ..ops.errors import CheckpointError
+from .errors import CheckpointError
 
 
 class WriteError(CheckpointError):
