@@ -10,10 +10,10 @@
     qs[j] = qqqqQQQQ    Q: low four bits of code j, q: of code j + 16
     qh    = bit i of the little-endian 32-bit word is the fifth bit of code i
 
-Encoding gives the bytes of gguf-py, which are those of ggml's reference quantizers but for the
-sign of a zero scale. Two differences: a block scale beyond float16 is refused here and becomes
-infinity there, and where 1 / scale overflows (weights below 1e-37, all decoded as zero) the codes
-are those of zero.
+Encoding gives the bytes of gguf-py (those of ggml's reference quantizers but for the sign of a
+zero scale), except that a block scale beyond float16 is refused and not stored as infinity, that
+blocks so small that 1 / scale overflows (below 1e-37, all decoded as zero) get the codes of zero,
+and that a zero minimum may have either sign in a block with zeros of both.
 """
 
 from __future__ import annotations
