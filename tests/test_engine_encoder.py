@@ -1,15 +1,22 @@
 """The text encoder against diffusers' encode_prompt on the same weights."""
 
+import copy
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from safetensors.torch import load_file, save_file
 
+from ideogram4_quant.engine import encoder as engine
 from ideogram4_quant.engine.encoder import MAX_TOKENS, TAPS, load_encoder
 from ideogram4_quant.engine.linear import QuantLinear
+from ideogram4_quant.ops.blocks import quantize
 from ideogram4_quant.ops.errors import CheckpointError, OpError
+from ideogram4_quant.ops.layouts import gguf_tensor
 
 PROMPTS = [
     '{"high_level_description":"a word","elements":[{"type":"text","text":"HELLO"}]}',
@@ -80,6 +87,30 @@ def test_linears_keep_their_storage_and_the_final_norm_is_not_needed(tiny, tmp_p
     assert {m.weight.dtype for m in linears} == {torch.bfloat16}
     wanted = load_encoder(tiny.encoder_dir, device="cpu").encode(["x"])[0]
     assert torch.equal(ours.encode(["x"])[0], wanted)
+
+
+def test_quantized_weights_are_those_they_decode_to(tiny, monkeypatch):
+    """A GGUF encoder at Q8_0 against transformers' model with the decoded weights."""
+    ck = engine.open_encoder(tiny.encoder_dir)
+    packed, dense = {}, {}
+    for name, tensor in ck.stream(dtype=torch.float32):
+        packed[name] = dense[name] = tensor
+        if tensor.ndim == 2:
+            blocks = quantize(tensor, "Q8_0")
+            packed[name] = gguf_tensor(blocks, "Q8_0", tuple(tensor.shape), dtype=torch.float32)
+            dense[name] = packed[name].dequantize()
+    stored = SimpleNamespace(
+        config=ck.config, tokenizer_dir=ck.tokenizer_dir, stream=lambda **_: packed.items()
+    )
+    monkeypatch.setattr(engine, "open_encoder", lambda path: stored)
+    ours = load_encoder("packed", device="cpu")
+    assert isinstance(ours.model.layers[5].mlp.up_proj.weight, QuantizedTensor)
+    reference = copy.deepcopy(tiny.text_model)
+    reference.load_state_dict(dense)
+    wanted = replace(tiny, text_model=reference).pipeline()
+    width = len(ours.token_ids(PROMPTS[0]))
+    features = wanted.encode_prompt(PROMPTS[:1], 1, 1, width, torch.device("cpu"))[0][0, :width]
+    assert (ours.encode(PROMPTS[:1])[0] - features).abs().max() < 1e-5 * features.abs().max()
 
 
 def test_bf16_compute_is_close(tiny):
