@@ -40,22 +40,43 @@ def tiny(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
-def models(base: Path, tiny) -> Path:
-    """`base`'s models folder with the small random model's files in it."""
+def pocket(tmp_path_factory: pytest.TempPathFactory):
+    """The committed pocket model, in the same shape as `tiny`."""
+    from ideogram4_quant.pocket import comfy_vae, evaluate, paths
+    from ideogram4_quant.tests.tiny_model import TinyModel
+
+    vae_file = tmp_path_factory.mktemp("pocket") / paths.vae_file().name
+    comfy_vae.write_comfy_vae(vae_file)
+    files = paths.dit_path("cond"), paths.dit_path("uncond")
+    loaded = evaluate.load_pocket()
+    text_model = loaded.encoder.model
+    parts = loaded.cond, loaded.uncond, text_model, loaded.vae
+    return TinyModel(*files, paths.encoder_dir(), paths.vae_dir(), vae_file, *parts)
+
+
+@pytest.fixture(scope="session")
+def models(base: Path) -> Path:
+    """`base`'s models folder with the pocket model in it: BF16, INT8 W8A8, Q8_0 and Q4_K."""
+    from ideogram4_quant.pocket import comfy_vae, paths
+    from ideogram4_quant.quant import quantize_checkpoint
+
     folder = base / "models"
-    for source, kind in (
-        (tiny.conditional_file, "diffusion_models"),
-        (tiny.unconditional_file, "diffusion_models"),
-        (tiny.vae_file, "vae"),
-    ):
-        shutil.copy(source, folder / kind / source.name)
-    shutil.copytree(tiny.encoder_dir, folder / "text_encoders" / "tiny")
+    transformers = folder / "diffusion_models"
+    for copy, name in (("cond", "conditional"), ("uncond", "unconditional")):
+        source = paths.dit_path(copy)
+        shutil.copy(source, transformers / source.name)
+        for level, ending in (("INT8 W8A8", "safetensors"), ("Q8_0", "gguf"), ("Q4_K", "gguf")):
+            out = transformers / f"pocket-{level.replace(' ', '_')}-{name}.{ending}"
+            quantize_checkpoint(source, level, out, copy=name)
+    encoder = paths.encoder_dir()
+    shutil.copytree(encoder, folder / "text_encoders" / encoder.name)
+    comfy_vae.write_comfy_vae(folder / "vae" / paths.vae_file().name)
     return folder
 
 
 @pytest.fixture(scope="session")
 def server(host: Host, base: Path, models: Path) -> Iterator[Server]:
-    """A running ComfyUI with the pack and the small model; one for the whole session."""
+    """A running ComfyUI with the pack and the pocket model; one for the whole session."""
     running = Server(host, base)
     yield running
     running.close()

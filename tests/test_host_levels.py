@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
+from ideogram4_quant.engine.encoder import load_encoder
 from ideogram4_quant.engine.generate import GenerateRequest, Models, generate, initial_noise
 from ideogram4_quant.engine.transformer import load_transformer
 from ideogram4_quant.engine.vae import load_vae
+from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.quant import quantize_checkpoint
 
 pytestmark = pytest.mark.host
@@ -23,10 +25,10 @@ COPIES = ("conditional", "unconditional")
 
 
 @pytest.fixture(scope="module")
-def files(tiny, tmp_path_factory) -> dict[str, dict[str, str]]:
-    """level -> copy -> file, each made from the small model by this package's quantizer."""
+def files(pocket, tmp_path_factory) -> dict[str, dict[str, str]]:
+    """level -> copy -> file, each made from the pocket model by this package's quantizer."""
     folder = tmp_path_factory.mktemp("levels")
-    sources = dict(zip(COPIES, (tiny.conditional_file, tiny.unconditional_file), strict=True))
+    sources = dict(zip(COPIES, (pocket.conditional_file, pocket.unconditional_file), strict=True))
     found = {"BF16": {copy: str(path) for copy, path in sources.items()}}
     for level in LEVELS[1:]:
         ending = "gguf" if level.startswith("Q") else "safetensors"
@@ -39,11 +41,12 @@ def files(tiny, tmp_path_factory) -> dict[str, dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tiny, files) -> dict:
+def pictures(pocket, files) -> dict:
     """The engine's pictures of every level, and what they were made from."""
-    features = torch.randn(40, 832, generator=torch.Generator().manual_seed(9))
+    encoder = load_encoder(pocket.encoder_dir, device="cpu")
+    features = encoder.encode([HELD_OUT[0].caption])[0]
     request = GenerateRequest("", WIDTH, HEIGHT, SEED)
-    vae = load_vae(tiny.vae_dir, device="cpu")
+    vae = load_vae(pocket.vae_dir, device="cpu")
     noise = initial_noise(SEED, HEIGHT // 16 * (WIDTH // 16), 128)
     latents = {}
     for level, paths in files.items():
@@ -60,7 +63,7 @@ def host_run(files, pictures, in_host, tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("host")
     levels, inputs, out = folder / "levels.json", folder / "inputs.safetensors", folder / "out"
     levels.write_text(json.dumps(files))
-    save_file({key: pictures[key] for key in ("features", "noise")}, inputs)
+    save_file({key: pictures[key].float().contiguous() for key in ("features", "noise")}, inputs)
     result = in_host("levels.py", levels, inputs, out, json.dumps([WIDTH, HEIGHT]))
     return load_file(out), result["quantized"]
 

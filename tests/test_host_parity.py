@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,16 +19,23 @@ GUIDANCE = (7.0,) * 18 + (3.0,) * 2
 pytestmark = pytest.mark.host
 
 
-@pytest.fixture(scope="module")
-def errors(tiny, models, in_host, tmp_path_factory) -> dict[str, float]:
+@pytest.fixture(scope="module", params=["tiny", "pocket"])
+def errors(request, in_host, tmp_path_factory) -> dict[str, float]:
+    model = request.getfixturevalue(request.param)
     reference = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    save_file(_reference(tiny), reference)
-    return in_host("parity.py", models, reference, CAPTION)
+    save_file(_reference(model), reference)
+    files = {
+        "conditional": str(model.conditional_file),
+        "unconditional": str(model.unconditional_file),
+        "encoder": str(model.encoder_dir),
+        "vae": str(model.vae_file),
+    }
+    return in_host("parity.py", json.dumps(files), reference, CAPTION)
 
 
 @torch.no_grad()
-def _reference(tiny) -> dict[str, torch.Tensor]:
-    pipeline = tiny.pipeline()
+def _reference(model) -> dict[str, torch.Tensor]:
+    pipeline = model.pipeline()
     prompt = pipeline.tokenizer.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": CAPTION}]}],
         add_generation_prompt=True,
@@ -38,9 +47,9 @@ def _reference(tiny) -> dict[str, torch.Tensor]:
     x, noise = (torch.randn(1, ROWS * COLUMNS, 128, generator=generator) for _ in range(2))
     t = torch.tensor([0.37])
     hidden = torch.cat([torch.zeros(1, length, 128), x], 1)
-    conditional = tiny.conditional(hidden, t, features, *ids, return_dict=False)[0][:, length:]
+    conditional = model.conditional(hidden, t, features, *ids, return_dict=False)[0][:, length:]
     image_ids = [part[:, length:] for part in ids]
-    unconditional = tiny.unconditional(
+    unconditional = model.unconditional(
         x, t, torch.zeros(1, ROWS * COLUMNS, 832), *image_ids, return_dict=False
     )[0]
     settings = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.tests.host import graphs
 from ideogram4_quant.tests.host.server import PACK_FOLDER, Rejected, Run, Server
 
@@ -72,6 +73,161 @@ def test_guider_and_sampler_make_the_same_picture(server):
     assert np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("level", ["BF16", "INT8 W8A8", "Q8_0", "Q4_K"])
+def test_words_are_readable_at_every_level(server, reader, level):
+    right = 0
+    for prompt in HELD_OUT[:3]:
+        graph = graphs.with_sampler(
+            level=level, caption=prompt.caption, preset="default", seed=prompt.seed
+        )
+        shown = Image.fromarray(picture(server, server.run(graph)))
+        right += reader.read(shown) == prompt.word
+    assert right >= 2
+
+
+@pytest.fixture(scope="module")
+def reader():
+    pytest.importorskip("rapidocr")
+    from ideogram4_quant.engine.ocr import WordReader
+
+    return WordReader()
+
+
+def test_our_models_in_the_stock_guider_make_the_same_picture(server):
+    ours = graphs.with_guider("ours", guider={"guidance": "7"})
+    stock = graphs.with_guider("stock")
+    stock["guider"] = graphs.node(
+        "DualModelGuider",
+        model=("model", 0),
+        model_negative=("model", 1),
+        positive=("positive", 0),
+        cfg=7.0,
+    )
+    first = picture(server, server.run(ours)).astype(int)
+    second = picture(server, server.run(stock)).astype(int)
+    assert np.abs(first - second).max() <= 1
+
+
+def test_official_template_runs_on_our_loaders(server):
+    graph = graphs.with_guider("official", preset="default", size=(256, 256))
+    graph |= {
+        "zero": graphs.node("ConditioningZeroOut", conditioning=("positive", 0)),
+        "polish": graphs.node(
+            "CFGOverride", model=("model", 0), cfg=3.0, start_percent=0.7, end_percent=1.0
+        ),
+        "guider": graphs.node(
+            "DualModelGuider",
+            model=("polish", 0),
+            model_negative=("model", 1),
+            positive=("positive", 0),
+            negative=("zero", 0),
+            cfg=7.0,
+        ),
+        "preset": graphs.node(
+            "Ideogram4Scheduler", steps=20, width=256, height=256, mu=0.0, std=1.75
+        ),
+    }
+    assert picture(server, server.run(graph)).std() > 1
+
+
+def test_sampler_schedule_is_the_hosts(server):
+    ours = graphs.with_guider("ours", size=(256, 256))
+    host = graphs.with_guider("host", size=(256, 256))
+    host["preset"] = graphs.node(
+        "Ideogram4Scheduler", steps=12, width=256, height=256, mu=0.5, std=1.75
+    )
+    first, second = (picture(server, server.run(graph)) for graph in (ours, host))
+    assert np.array_equal(first, second)
+
+
+def test_image_to_image_keeps_more_of_the_picture_the_less_is_denoised(server):
+    start = graphs.with_sampler("start", seed=21)
+    original = picture(server, server.run(start)).astype(float)
+    distances = []
+    for denoise in (0.3, 1.0):
+        graph = dict(start)
+        graph["encoded"] = graphs.node("VAEEncode", pixels=("decoded", 0), vae=("vae", 0))
+        graph["again"] = {
+            "class_type": "Ideogram4QuantSampler",
+            "inputs": start["sampled"]["inputs"]
+            | {"latent": ["encoded", 0], "denoise": denoise, "seed": 22},
+        }
+        graph["decoded2"] = graphs.node("VAEDecode", samples=("again", 0), vae=("vae", 0))
+        graph["saved2"] = graphs.node("SaveImage", images=("decoded2", 0), filename_prefix="i2i")
+        found = picture(server, server.run(graph), "saved2").astype(float)
+        distances.append(np.abs(found - original).mean())
+    assert distances[0] < 0.7 * distances[1]
+
+
+def test_inpainting_leaves_the_rest_alone(server):
+    start = graphs.with_sampler("start", seed=21)
+    graph = start | {
+        "encoded": graphs.node("VAEEncode", pixels=("decoded", 0), vae=("vae", 0)),
+        "mask": graphs.node("SolidMask", value=1.0, width=64, height=64),
+        "none": graphs.node("SolidMask", value=0.0, width=128, height=64),
+        "half": graphs.node(
+            "MaskComposite",
+            destination=("none", 0),
+            source=("mask", 0),
+            x=64,
+            y=0,
+            operation="add",
+        ),
+        "masked": graphs.node("SetLatentNoiseMask", samples=("encoded", 0), mask=("half", 0)),
+    }
+    graph["again"] = {
+        "class_type": "Ideogram4QuantSampler",
+        "inputs": start["sampled"]["inputs"] | {"latent": ["masked", 0], "seed": 22},
+    }
+    graph["decoded1"] = graphs.node("VAEDecode", samples=("encoded", 0), vae=("vae", 0))
+    graph["saved1"] = graphs.node("SaveImage", images=("decoded1", 0), filename_prefix="kept")
+    graph["decoded2"] = graphs.node("VAEDecode", samples=("again", 0), vae=("vae", 0))
+    graph["saved2"] = graphs.node("SaveImage", images=("decoded2", 0), filename_prefix="inpaint")
+    run = server.run(graph)
+    kept, found = (picture(server, run, n).astype(float) for n in ("saved1", "saved2"))
+    difference = np.abs(found - kept).mean(axis=(0, 2))
+    assert difference[:32].mean() < 0.2 * difference[96:].mean()
+
+
+def test_batch_gives_other_pictures_and_the_first_is_the_single_one(server):
+    single = picture(server, server.run(graphs.with_sampler("one", seed=31)))
+    run = server.run(graphs.with_sampler("two", seed=31, sampler={"batch_size": 2}))
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(server.fetch(image)))).astype(int)
+        for image in run.outputs["saved"]["images"]
+    ]
+    assert len(pictures) == 2
+    assert np.abs(pictures[0] - single).max() <= 2
+    assert np.abs(pictures[1] - single).mean() > 5
+
+
+def test_savings_are_reported(server):
+    settings = {"guidance_end": 0.5, "reuse_unconditional": 2}
+    shown = text(server.run(graphs.with_sampler("saved", sampler=settings)), "report")
+    assert "passes: 12 conditional, 3 unconditional" in shown
+    assert "3 reused, 6 skipped" in shown
+
+
+def test_without_the_unconditional_copy_there_is_no_guidance(server):
+    alone = graphs.with_sampler("alone", models=(("model", 0), None))
+    shown = text(server.run(alone), "report")
+    assert "without guidance" in shown
+    at_one = graphs.with_sampler("one", sampler={"guidance": "1"})
+    first = picture(server, server.run(alone))
+    assert np.array_equal(first, picture(server, server.run(at_one)))
+
+
+def test_checked_captions_run_and_broken_ones_stop(server):
+    graph = graphs.with_sampler("checked")
+    graph["checked"] = graphs.node("Ideogram4QuantCheckCaption", caption=graphs.CAPTION)
+    graph["positive"]["inputs"]["text"] = ["checked", 0]
+    run = server.run(graph)
+    assert run.status == "success", run.error
+    assert "checked" in run.outputs
+    graph["checked"]["inputs"]["caption"] = "{"
+    fails_with(server, graph, "no valid JSON")
+
+
 def test_second_run_reads_no_file(server):
     graph = graphs.with_guider(seed=11)
     assert server.run(graph).status == "success"
@@ -94,19 +250,19 @@ def test_unconditional_is_read_only_if_connected(server):
 
 
 def test_picture_says_what_it_was_made_with(server):
-    run = server.run(graphs.with_guider(seed=14, level="auto", gguf_compute="16-bit"))
+    run = server.run(graphs.with_guider(seed=14, level="auto"))
     data = server.fetch(run.outputs["saved"]["images"][0])
     note = json.loads(Image.open(io.BytesIO(data)).text["ideogram4_quant"])
     assert note["asked"] == "auto"
-    assert note["level"] == "BF16"
-    assert note["files"]["conditional"]["name"] == "tiny_ideogram4_cond.safetensors"
+    assert note["level"] == "INT8 W8A8"
+    assert note["files"]["conditional"]["name"] == "pocket-INT8_W8A8-conditional.safetensors"
     assert len(note["files"]["unconditional"]["fingerprint"]) == 64
 
 
 def test_report_names_files_copies_and_memory(server):
     graph = graphs.parts() | {"shown": graphs.node("PreviewAny", source=("model", 2))}
     shown = text(server.run(graph), "shown")
-    for expected in ("level: BF16", "tiny_ideogram4_cond", "model_type", "memory:", "backend:"):
+    for expected in ("level: BF16", graphs.CONDITIONAL, "model_type", "memory:", "backend:"):
         assert expected in shown
 
 
@@ -122,15 +278,15 @@ def fails_with(server: Server, graph: dict, *words: str) -> None:
 
 
 def test_missing_level_says_what_there_is(server):
-    fails_with(server, graphs.with_sampler(level="Q4_K"), "Q4_K", "BF16", "diffusion_models")
+    fails_with(server, graphs.with_sampler(level="NF4"), "NF4", "BF16", "diffusion_models")
 
 
 def test_swapped_copies_are_refused(server):
     swapped = {
-        "conditional_file": "tiny_ideogram4_uncond.safetensors",
-        "unconditional_file": "tiny_ideogram4_cond.safetensors",
+        "conditional_file": graphs.UNCONDITIONAL,
+        "unconditional_file": graphs.CONDITIONAL,
     }
-    fails_with(server, graphs.with_sampler(**swapped), "tiny_ideogram4_uncond", "conditional")
+    fails_with(server, graphs.with_sampler(**swapped), graphs.UNCONDITIONAL, "conditional")
 
 
 def test_swapped_connections_are_refused(server):
@@ -139,7 +295,7 @@ def test_swapped_connections_are_refused(server):
 
 
 def test_truncated_file_is_named(server, models):
-    whole = (models / "diffusion_models" / "tiny_ideogram4_cond.safetensors").read_bytes()
+    whole = (models / "diffusion_models" / graphs.CONDITIONAL).read_bytes()
     cut = models / "diffusion_models" / "cut.safetensors"
     cut.write_bytes(whole[: len(whole) // 2])
     try:
@@ -154,7 +310,7 @@ def test_other_models_are_refused_by_name(server, models):
     graph = graphs.with_sampler()
     graph["model"]["inputs"]["conditional_file"] = "other.safetensors"
     other = models / "diffusion_models" / "other.safetensors"
-    other.write_bytes((models / "vae" / graphs.TINY_VAE).read_bytes())
+    other.write_bytes((models / "vae" / graphs.VAE).read_bytes())
     try:
         fails_with(server, graph, "other.safetensors")
     finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-CAPTION = (
-    '{"high_level_description":"A red word","compositional_deconstruction":{"background":"blue",'
-    '"elements":[{"type":"text","bbox":[100,100,900,900],"text":"QUARTZ","desc":"large"}]}}'
-)
-TINY_ENCODER, TINY_VAE = "tiny/model.safetensors", "flux2-vae.safetensors"
+from ideogram4_quant.pocket.data import HELD_OUT
+from ideogram4_quant.pocket.paths import dit_path, encoder_dir, vae_file
+
+CAPTION = HELD_OUT[0].caption
+ENCODER, VAE = f"{encoder_dir().name}/model.safetensors", vae_file().name
+CONDITIONAL, UNCONDITIONAL = dit_path("cond").name, dit_path("uncond").name
 
 
 def node(kind: str, **inputs) -> dict:
@@ -18,8 +19,8 @@ def node(kind: str, **inputs) -> dict:
 def parts(
     *,
     level: str = "BF16",
-    encoder: str = TINY_ENCODER,
-    vae: str = TINY_VAE,
+    encoder: str = ENCODER,
+    vae: str = VAE,
     caption: str = CAPTION,
     **loader,
 ) -> dict:

@@ -1,4 +1,4 @@
-"""BASE/models' small model in the host against what diffusers computed: REFERENCE (safetensors).
+"""The small model of FILES (JSON) in the host against what diffusers computed, in REFERENCE.
 
 Reports errors of the encoder's features, of one pass of each copy, of the sampled latents and of
 the picture.
@@ -6,45 +6,40 @@ the picture.
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import inside
 
 
 def main() -> None:
-    pack, (models, reference, caption) = inside.start()
+    pack, (listing, reference, caption) = inside.start()
     import torch
     from safetensors.torch import load_file
 
-    models = Path(models)
+    files = {part: Path(path) for part, path in json.loads(listing).items()}
     wanted = load_file(reference)
     with torch.inference_mode():
-        copies = {copy: load_copy(pack, models, copy) for copy in ("conditional", "unconditional")}
+        copies = {copy: load_copy(pack, files, copy) for copy in ("conditional", "unconditional")}
         encoder = inside.load(pack, "nodes.encoder_loading")
-        clip = encoder.load_encoder(models / "text_encoders" / "tiny")
+        clip = encoder.load_encoder(files["encoder"])
         positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
         errors = {"features": max_error(positive[0][0][0], wanted["features"])}
         for copy, patcher in copies.items():
             errors[copy] = max_error(one_pass(patcher, copy, wanted), wanted[f"v_{copy}"])
         latents = sample(pack, copies, positive, wanted["noise"])
         errors["latents"] = inside.relative(to_tokens(latents), wanted["latents"])
-        vae = inside.load(pack, "nodes.vae_loading").load_vae(models / "vae" / VAE)
+        vae = inside.load(pack, "nodes.vae_loading").load_vae(files["vae"])
         decoded = vae.decode(from_tokens(wanted["latents"], latents.shape))
         errors["decoded"] = max_error(decoded[0], wanted["image"])
         errors["psnr"] = psnr(vae.decode(latents)[0], wanted["image"])
     inside.report(errors)
 
 
-VAE = "flux2-vae.safetensors"
-FILES = {
-    "conditional": "tiny_ideogram4_cond.safetensors",
-    "unconditional": "tiny_ideogram4_uncond.safetensors",
-}
-
-
-def load_copy(pack: str, models: Path, copy: str):
+def load_copy(pack: str, files: dict, copy: str):
     loading = inside.load(pack, "nodes.model_loading")
-    source = loading.ModelSource(models / "diffusion_models" / FILES[copy], copy)
+    source = loading.ModelSource(files[copy], copy)
     return loading.load_model(source)
 
 
@@ -99,8 +94,6 @@ def max_error(found, wanted) -> float:
 def psnr(found, wanted) -> float:
     """Of pictures in [0, 1], dB; 200 for equal ones."""
     error = ((found.double() - wanted.double()) ** 2).mean().item()
-    import math
-
     return 200.0 if error == 0 else -10 * math.log10(error)
 
 
