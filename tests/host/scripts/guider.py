@@ -1,0 +1,251 @@
+"""What the guider does to the host's machinery: FILES (JSON: part -> path of the pocket model)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import inside
+from parity import load_copy
+
+
+def main() -> None:
+    pack, (listing,) = inside.start()
+    import torch
+
+    files = {part: Path(path) for part, path in json.loads(listing).items()}
+    with torch.inference_mode():
+        world = World(pack, files)
+        results = {
+            "one request": one_request(world),
+            "order": order_of_passes(world),
+            "stock models": stock_models(world, files),
+            "patch stays": patch_on_one_copy_stays_there(world),
+            "wrapper of the other": wrapper_on_the_unconditional_copy_runs(world),
+            "no mask": different_lengths_build_no_mask(world),
+            "cfg override": cfg_override_has_its_way(world),
+            "marked": unconditional_pass_is_marked(world),
+            "clean after failure": clean_after_failure(world),
+            "post cfg": post_cfg_hooks_run(world),
+            "second order": second_order_sampler_follows_the_schedule(world),
+        }
+    inside.report(results)
+
+
+class World:
+    """The pocket model in the host, and a short run of it."""
+
+    def __init__(self, pack: str, files: dict):
+        self.pack = pack
+        self.conditional = load_copy(pack, files, "conditional")
+        self.unconditional = load_copy(pack, files, "unconditional")
+        self.clip = inside.load(pack, "nodes.encoder_loading").load_encoder(files["encoder"])
+        self.positive = self.encode("a red word")
+        self.guidance = inside.load(pack, "nodes.guidance").Guidance
+        self.guider_class = inside.load(pack, "nodes.guider").DualCopyGuider
+
+    def encode(self, text: str) -> list:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def sample(self, conditional=None, unconditional=None, positive=None, **settings):
+        """Latents after four steps at guidance 7, 7, 7, 3."""
+        import comfy.samplers
+        import torch
+
+        guidance = settings.pop("guidance", self.guidance(None, (7.0, 7.0, 7.0, 3.0)))
+        guider = self.guider_class(
+            conditional or self.conditional,
+            unconditional or self.unconditional,
+            positive or self.positive,
+            guidance,
+        )
+        sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
+        noise = torch.randn(1, 128, 4, 8, generator=torch.Generator().manual_seed(4))
+        name = settings.pop("sampler", "euler")
+        sampler = comfy.samplers.sampler_object(name)
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0, **settings)
+
+
+def traced(world: World, **arguments) -> list[tuple[str, float, object]]:
+    """(copy, sigma, transformer options) of every pass of a run."""
+    import comfy.patcher_extension as extension
+
+    passes = []
+
+    def watch(copy: str):
+        def wrapper(executor, x, t, *args, **kwargs):
+            options = args[3] if len(args) > 3 else kwargs["transformer_options"]
+            passes.append((copy, round(float(t.flatten()[0]), 4), options))
+            return executor(x, t, *args, **kwargs)
+
+        return wrapper
+
+    watched = []
+    for copy in ("conditional", "unconditional"):
+        patcher = (arguments.pop(copy, None) or getattr(world, copy)).clone()
+        patcher.add_wrapper(extension.WrappersMP.APPLY_MODEL, watch(copy))
+        watched.append(patcher)
+    world.sample(*watched, **arguments)
+    return passes
+
+
+def one_request(world: World) -> int:
+    """Calls of the host's loader that a run makes, and how many models the call has."""
+    import comfy.model_management as management
+
+    calls = []
+    original = management.load_models_gpu
+
+    def counting(models, *args, **kwargs):
+        calls.append(len(models))
+        return original(models, *args, **kwargs)
+
+    management.load_models_gpu = counting
+    try:
+        world.sample()
+    finally:
+        management.load_models_gpu = original
+    return calls
+
+
+def order_of_passes(world: World) -> list:
+    return [(copy, sigma) for copy, sigma, _ in traced(world)]
+
+
+def stock_models(world: World, files: dict) -> bool:
+    """Models of the host's own loader give the same latents in our guider."""
+    import comfy.sd
+    import comfy.supported_models as supported
+    import torch
+
+    config = world.conditional.model.model_config.unet_extra_config
+
+    class Pocket(supported.Ideogram4):
+        unet_extra_config = config
+
+    supported.models.insert(0, Pocket)
+    try:
+        options = {"dtype": torch.float32}
+        stock = [
+            comfy.sd.load_diffusion_model(str(files[copy]), options)
+            for copy in ("conditional", "unconditional")
+        ]
+    finally:
+        supported.models.remove(Pocket)
+    return torch.equal(world.sample(*stock), world.sample())
+
+
+def patch_on_one_copy_stays_there(world: World) -> dict:
+    """An attention override on one copy is called for its passes only."""
+    import torch
+
+    found = {}
+    for copy in ("conditional", "unconditional"):
+        calls = []
+
+        def override(function, *args, calls=calls, **kwargs):
+            calls.append(args[0].shape)
+            return function(*args, **kwargs)
+
+        patcher = getattr(world, copy).clone()
+        options = patcher.model_options["transformer_options"]
+        options["optimized_attention_override"] = override
+        same = torch.equal(world.sample(**{copy: patcher}), world.sample())
+        lengths = {shape[2] for shape in calls}
+        found[copy] = {"calls": len(calls), "lengths": sorted(lengths), "same": same}
+    return found
+
+
+def wrapper_on_the_unconditional_copy_runs(world: World) -> int:
+    return sum(copy == "unconditional" for copy, _, _ in traced(world))
+
+
+def different_lengths_build_no_mask(world: World) -> dict:
+    """Two prompts of different lengths in one run: separate passes, none of them masked."""
+    import comfy.ldm.ideogram4.model as host_model
+
+    masks, lengths = [], []
+    original = host_model.Ideogram4Attention.forward
+
+    def spy(self, x, attn_mask, *args, **kwargs):
+        masks.append(attn_mask is not None)
+        lengths.append(x.shape[1])
+        return original(self, x, attn_mask, *args, **kwargs)
+
+    host_model.Ideogram4Attention.forward = spy
+    try:
+        world.sample(positive=world.positive + world.encode("a much longer blue word"))
+    finally:
+        host_model.Ideogram4Attention.forward = original
+    return {"masked": sum(masks), "lengths": len(set(lengths))}
+
+
+def cfg_override_has_its_way(world: World) -> bool:
+    """The host's CFG Override on the conditional model goes before the schedule."""
+    import torch
+    from comfy_extras.nodes_custom_sampler import CFGOverride
+
+    overridden = CFGOverride.execute(world.conditional, 2.0, 0.0, 1.0).args[0]
+    constant = world.sample(guidance=world.guidance(None, (2.0,)))
+    return torch.equal(world.sample(overridden), constant)
+
+
+def unconditional_pass_is_marked(world: World) -> list:
+    marks = {copy: options["cond_or_uncond"] for copy, _, options in traced(world)}
+    sigmas = {copy: len(options["sample_sigmas"]) for copy, _, options in traced(world)}
+    return [marks, sigmas]
+
+
+def clean_after_failure(world: World) -> dict:
+    """A failure in the middle leaves no patcher behind, and the next run is as before."""
+    import torch
+
+    before = world.sample()
+
+    def fail(step, *_):
+        if step == 1:
+            raise RuntimeError("interrupted")
+
+    try:
+        world.sample(callback=fail)
+        raised = False
+    except RuntimeError:
+        raised = True
+    left = [p.model.current_patcher for p in (world.conditional, world.unconditional)]
+    return {
+        "raised": raised,
+        "left": sum(patcher is not None for patcher in left),
+        "same": torch.equal(world.sample(), before),
+    }
+
+
+def post_cfg_hooks_run(world: World) -> int:
+    """The hook by which other nodes change guided predictions, on the conditional model."""
+    calls = []
+
+    def hook(arguments):
+        calls.append(arguments["cond_scale"])
+        return arguments["denoised"]
+
+    patcher = world.conditional.clone()
+    patcher.set_model_sampler_post_cfg_function(hook)
+    world.sample(patcher)
+    return calls
+
+
+def second_order_sampler_follows_the_schedule(world: World) -> list:
+    """Heun asks between the steps: each of its passes has the guidance of its sigma."""
+    calls = []
+
+    def hook(arguments):
+        calls.append((round(float(arguments["sigma"][0]), 4), arguments["cond_scale"]))
+        return arguments["denoised"]
+
+    patcher = world.conditional.clone()
+    patcher.set_model_sampler_post_cfg_function(hook)
+    world.sample(patcher, sampler="heun")
+    return calls
+
+
+if __name__ == "__main__":
+    main()

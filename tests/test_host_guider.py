@@ -1,0 +1,76 @@
+"""The guider among the host's own machinery: loading, patches, wrappers, hooks, failures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.host
+SIGMAS = (1.0, 0.8, 0.5, 0.2)
+LAYERS = 4
+IMAGE_TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def found(pocket, in_host) -> dict:
+    files = {
+        "conditional": str(pocket.conditional_file),
+        "unconditional": str(pocket.unconditional_file),
+        "encoder": str(pocket.encoder_dir),
+    }
+    return in_host("guider.py", json.dumps(files))
+
+
+def test_both_copies_are_loaded_by_one_request(found):
+    assert found["one request"] == [2]
+
+
+def test_each_step_runs_both_copies_at_its_sigma(found):
+    wanted = [[copy, s] for s in SIGMAS for copy in ("conditional", "unconditional")]
+    assert found["order"] == wanted
+
+
+def test_models_of_the_stock_loader_give_the_same(found):
+    assert found["stock models"]
+
+
+@pytest.mark.parametrize("copy", ["conditional", "unconditional"])
+def test_patch_on_one_copy_stays_there(found, copy):
+    result = found["patch stays"][copy]
+    assert result["same"]
+    assert result["calls"] == LAYERS * len(SIGMAS)
+    (length,) = result["lengths"]
+    assert (length == IMAGE_TOKENS) == (copy == "unconditional")
+
+
+def test_wrappers_of_the_unconditional_copy_run(found):
+    assert found["wrapper of the other"] == len(SIGMAS)
+
+
+def test_prompts_of_different_lengths_run_apart_without_a_mask(found):
+    assert found["no mask"] == {"masked": 0, "lengths": 3}  # two captions, and the image alone
+
+
+def test_cfg_override_goes_before_the_schedule(found):
+    assert found["cfg override"]
+
+
+def test_patches_can_tell_the_passes_apart(found):
+    marks, sigmas = found["marked"]
+    assert marks == {"conditional": [0], "unconditional": [1]}
+    assert sigmas == {"conditional": len(SIGMAS) + 1, "unconditional": len(SIGMAS) + 1}
+
+
+def test_failure_in_the_middle_leaves_nothing_behind(found):
+    assert found["clean after failure"] == {"raised": True, "left": 0, "same": True}
+
+
+def test_post_cfg_hooks_see_the_schedule(found):
+    assert found["post cfg"] == [7.0, 7.0, 7.0, 3.0]
+
+
+def test_second_order_sampler_takes_the_guidance_of_each_sigma(found):
+    wanted = {1.0: 7.0, 0.8: 7.0, 0.5: 7.0, 0.2: 3.0}
+    assert found["second order"]
+    assert all(scale == wanted[sigma] for sigma, scale in found["second order"])
