@@ -11,6 +11,7 @@ import logging
 import math
 
 import comfy.model_base
+import comfy.model_management as management
 import comfy.model_patcher
 import comfy.sampler_helpers
 import comfy.samplers
@@ -18,20 +19,22 @@ from torch import Tensor
 
 from ..ops.errors import NotIdeogram4Error, OpError, PairMismatchError
 from ..sampling import StepPlan, step_at
+from . import residency
 from .encoder_loading import MAX_TOKENS
 from .guidance import Guidance
 from .model_loading import info_of
 
 logger = logging.getLogger(__name__)
+_ADDITIONAL = "ideogram4_quant_unconditional"
 IMAGE_ONLY = [[None, {}]]  # a conditioning without text: the model then runs image tokens alone
 
 
 class DualCopyGuider(comfy.samplers.CFGGuider):
     """A host guider over a conditional and an optional unconditional model.
 
-    Both are loaded by one request. Each runs with its own model options, so that a patch on one
-    never acts on the other. Without an unconditional model there is nothing to guide away from:
-    the conditional prediction is the result.
+    Each runs with its own model options, so that a patch on one never acts on the other. Without an
+    unconditional model there is nothing to guide away from: the conditional prediction is the
+    result. keep: which copies stay on the device, one of `residency.CHOICES`.
     """
 
     def __init__(
@@ -40,35 +43,37 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         unconditional: comfy.model_patcher.ModelPatcher | None,
         positive: list,
         guidance: Guidance,
+        keep: str = residency.AUTO,
     ):
         check_pair(conditional, unconditional)
         check_conditioning(conditional, positive)
-        if unconditional is not None:
-            conditional = conditional.clone()
-            conditional.set_additional_models("ideogram4_quant_unconditional", [unconditional])
-        super().__init__(conditional)
+        super().__init__(conditional.clone())
         self.unconditional = unconditional
         self.guidance = guidance
+        self.keep = keep
         self.inner_set_conds({"positive": positive})
         self._steps: tuple[StepPlan, ...] = ()
         self._negative: list = []
         self._unconditional_options: dict = {}
         self._last_velocity: Tensor | None = None
+        self._turn: comfy.model_patcher.ModelPatcher | None = None  # on the device, if in turns
+        self._working_memory = 0
 
     def outer_sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         self._steps = self.guidance.plan(sigmas.tolist())
-        self._last_velocity = None
+        self._last_velocity = self._turn = None
         if self.unconditional is None:
             return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         self._negative = comfy.sampler_helpers.convert_cond(IMAGE_ONLY)
         self._unconditional_options = self._own_options(sigmas)
+        self._settle_residency(noise)
         try:
             return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
             # the host cleans additional models up after a good run only
             if self.unconditional.model.current_patcher is not None:
                 self.unconditional.cleanup()
-            self._last_velocity = None
+            self._last_velocity = self._turn = None
 
     def inner_sample(
         self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs
@@ -97,24 +102,34 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         model_options = model_options or {}
-        positive = self.conds["positive"]
-        conditional = comfy.samplers.calc_cond_batch(
-            self.inner_model, [positive], x, timestep, model_options
-        )[0]
         skippable = not model_options.get("disable_cfg1_optimization", False)
         if self.unconditional is None or (math.isclose(self.cfg, 1.0) and skippable):
-            return conditional
+            return self._predict_conditional(x, timestep, model_options)
+        if self._turn is self.unconditional:  # it is there, so it goes first
+            unconditional = self._predict_unconditional(x, timestep)
+            conditional = self._predict_conditional(x, timestep, model_options)
+        else:
+            conditional = self._predict_conditional(x, timestep, model_options)
+            unconditional = self._predict_unconditional(x, timestep)
         return comfy.samplers.cfg_function(
             self.inner_model,
             conditional,
-            self._predict_unconditional(x, timestep),
+            unconditional,
             self.cfg,
             x,
             timestep,
             model_options=model_options,
-            cond=positive,
+            cond=self.conds["positive"],
             uncond=self._negative,
         )
+
+    def _predict_conditional(self, x: Tensor, timestep: Tensor, model_options: dict) -> Tensor:
+        """The conditional copy's denoised latents [B, C, H, W]."""
+        self._take_turn(self.model_patcher)
+        conds = [self.conds["positive"]]
+        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)[
+            0
+        ]
 
     def _predict_unconditional(self, x: Tensor, timestep: Tensor) -> Tensor:
         """The unconditional copy's denoised latents [B, C, H, W]; a velocity is kept for reuse."""
@@ -122,6 +137,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         step = step_at(self._steps, float(timestep.flatten()[0]))
         if step.unconditional == "reuse" and self._last_velocity is not None:
             return x - sigma * self._last_velocity
+        self._take_turn(self.unconditional)
         # second in the list, so that patches that ask see it marked as the unconditional one
         denoised = comfy.samplers.calc_cond_batch(
             self.unconditional.model,
@@ -133,6 +149,25 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         if self.guidance.reuse > 1:
             self._last_velocity = (x - denoised) / sigma
         return denoised
+
+    def _settle_residency(self, noise: Tensor) -> None:
+        """Asks for both copies by one request, or has them take turns."""
+        patcher = self.model_patcher
+        need, least = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, self.conds)
+        sizes = (patcher.model_size(), self.unconditional.model_size())
+        memory = management.get_total_memory(patcher.load_device)
+        chosen = residency.choose(self.keep, sizes, int(least), memory)
+        if chosen == residency.ALTERNATING:
+            patcher.remove_additional_models(_ADDITIONAL)
+            self._turn, self._working_memory = patcher, need
+        else:
+            patcher.set_additional_models(_ADDITIONAL, [self.unconditional])
+
+    def _take_turn(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
+        if self._turn is None or self._turn is patcher:
+            return
+        management.load_models_gpu([patcher], memory_required=self._working_memory)
+        self._turn = patcher
 
     def _own_options(self, sigmas: Tensor) -> dict:
         """The unconditional copy's model options, prepared as the host prepares the other's."""

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..sampling import PRESETS, check_size, guidance_schedule, sigmas
 from ..sampling import preset as find_preset
+from . import residency
 from .guidance import Guidance, format_guidance, parse_guidance
 from .guider import DualCopyGuider
 from .schema import CATEGORY
@@ -16,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def guidance_inputs() -> list:
-    """The inputs that decide guidance, shared by the guider and the sampler."""
+    """The inputs that decide guidance and residency, shared by the guider and the sampler."""
     return [
         io.Combo.Input(
             "preset",
@@ -64,6 +65,16 @@ def guidance_inputs() -> list:
             advanced=True,
             tooltip="Use each unconditional prediction for so many steps. 2 saves a quarter of "
             "the time, and the picture changes. 1: off, as in the reference.",
+        ),
+        io.Combo.Input(
+            "residency",
+            options=list(residency.CHOICES),
+            default=residency.AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="Which copies stay on the device. both: both at once. alternating: one at a "
+            "time, in turns, for cards that hold only one. auto: by the memory there is. The "
+            "picture is the same.",
         ),
     ]
 
@@ -122,9 +133,12 @@ class DualCopyCFG(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, conditional, positive, unconditional=None, **settings) -> io.NodeOutput:
+    def execute(
+        cls, conditional, positive, unconditional=None, residency="auto", **settings
+    ) -> io.NodeOutput:
         chosen = make_guidance(**settings)
-        return io.NodeOutput(DualCopyGuider(conditional, unconditional, positive, chosen))
+        guider = DualCopyGuider(conditional, unconditional, positive, chosen, residency)
+        return io.NodeOutput(guider)
 
 
 class SamplingPreset(io.ComfyNode):

@@ -69,13 +69,14 @@ class Sampler(io.ComfyNode):
         denoise: float = 1.0,
         steps: int = 0,
         sampler_name: str = "euler",
+        residency: str = "auto",
         **guidance,
     ) -> io.NodeOutput:
         if latent is None:
             check_size(width, height)
             latent = {"samples": _empty_latent(width, height, batch_size)}
         chosen = make_guidance(preset, **guidance)
-        guider = DualCopyGuider(conditional, unconditional, positive, chosen)
+        guider = DualCopyGuider(conditional, unconditional, positive, chosen, residency)
         started = time.perf_counter()
         samples, curve = _sample(guider, latent, preset, seed, denoise, steps, sampler_name)
         seconds = time.perf_counter() - started

@@ -23,7 +23,15 @@ def found(pocket, in_host) -> dict:
 
 
 def test_both_copies_are_loaded_by_one_request(found):
-    assert found["one request"] == [2]
+    assert found["one request"] == [["conditional", "unconditional"]]
+
+
+def test_copies_that_take_turns_move_once_a_step(found):
+    turns = found["turns"]
+    first, second = "conditional", "unconditional"
+    assert turns["passes"] == [first, second, second, first] * 2
+    assert turns["loads"] == [[first], [second], [first], [second], [first]]
+    assert turns["same"]
 
 
 def test_each_step_runs_both_copies_at_its_sigma(found):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ideogram4_quant.checkpoint import ModelConfig
+from ideogram4_quant.nodes import residency
 from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.nodes.connections import leads_anywhere
 from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
@@ -434,6 +435,22 @@ def test_missing_level_says_what_there_is():
         resolve("NF4", catalogue(a=Header("Q4_0", COND), b=Header("FP8", COND)), LEVELS, 0)
     with pytest.raises(CheckpointError, match="no Ideogram 4 file"):
         resolve(AUTO, catalogue(), LEVELS, 0)
+
+
+# ---- residency
+
+
+@pytest.mark.parametrize(
+    ("memory", "chosen"),
+    [(30, "both"), (22, "both"), (21, "alternating"), (12, "alternating"), (11, "both")],
+)
+def test_copies_take_turns_only_where_exactly_one_fits(memory, chosen):
+    assert residency.choose("auto", (10, 10), 2, memory) == chosen
+
+
+def test_residency_can_be_overridden():
+    assert residency.choose("alternating", (1, 1), 0, 100) == "alternating"
+    assert residency.choose("both", (10, 10), 2, 12) == "both"
 
 
 # ---- connections

@@ -17,8 +17,9 @@ def main() -> None:
     with torch.inference_mode():
         world = World(pack, files)
         results = {
-            "one request": one_request(world),
+            "one request": loads(world),
             "order": order_of_passes(world),
+            "turns": in_turns(world),
             "stock models": stock_models(world, files),
             "patch stays": patch_on_one_copy_stays_there(world),
             "wrapper of the other": wrapper_on_the_unconditional_copy_runs(world),
@@ -58,6 +59,7 @@ class World:
             unconditional or self.unconditional,
             positive or self.positive,
             guidance,
+            settings.pop("keep", "auto"),
         )
         sigmas = torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0])
         noise = torch.randn(1, 128, 4, 8, generator=torch.Generator().manual_seed(4))
@@ -89,23 +91,33 @@ def traced(world: World, **arguments) -> list[tuple[str, float, object]]:
     return passes
 
 
-def one_request(world: World) -> int:
-    """Calls of the host's loader that a run makes, and how many models the call has."""
+def loads(world: World, **settings) -> list[list[str]]:
+    """Which models each call of the host's loader asks for during a run."""
     import comfy.model_management as management
 
     calls = []
     original = management.load_models_gpu
+    names = {id(world.unconditional.model): "unconditional"}
 
-    def counting(models, *args, **kwargs):
-        calls.append(len(models))
+    def recording(models, *args, **kwargs):
+        calls.append([names.get(id(m.model), "conditional") for m in models])
         return original(models, *args, **kwargs)
 
-    management.load_models_gpu = counting
+    management.load_models_gpu = recording
     try:
-        world.sample()
+        world.sample(**settings)
     finally:
         management.load_models_gpu = original
     return calls
+
+
+def in_turns(world: World) -> dict:
+    """With room for one copy: what is loaded, in which order passes run, and the same picture."""
+    import torch
+
+    passes = [copy for copy, *_ in traced(world, keep="alternating")]
+    same = torch.equal(world.sample(keep="alternating"), world.sample(keep="both"))
+    return {"loads": loads(world, keep="alternating"), "passes": passes, "same": same}
 
 
 def order_of_passes(world: World) -> list:
