@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ideogram4_quant.pocket.data import HELD_OUT
+from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
 from ideogram4_quant.tests.host import graphs
 from ideogram4_quant.tests.host.server import PACK_FOLDER, Rejected, Run, Server
 
@@ -279,6 +280,29 @@ def fails_with(server: Server, graph: dict, *words: str) -> None:
 
 def test_missing_level_says_what_there_is(server):
     fails_with(server, graphs.with_sampler(level="NF4"), "NF4", "BF16", "diffusion_models")
+
+
+def test_linears_only_need_a_base_and_run_with_one(server, models):
+    """Transformer Lab's INT8: both copies in one file, norms and embeddings elsewhere."""
+    folder = models / "diffusion_models"
+    path = folder / "ideogram4-int8-w8a8.safetensors"
+    quantize_checkpoint(
+        folder / graphs.CONDITIONAL,
+        "INT8 W8A8",
+        path,
+        pair=folder / graphs.UNCONDITIONAL,
+        options=QuantOptions(layout="transformer-lab"),
+    )
+    try:
+        fails_with(server, graphs.with_sampler(conditional_file=path.name), path.name, "base")
+        based = graphs.with_sampler(
+            "based", conditional_file=path.name, base_file=graphs.CONDITIONAL
+        )
+        found = picture(server, server.run(based)).astype(int)
+        bf16 = picture(server, server.run(graphs.with_sampler())).astype(int)
+        assert 0 < np.abs(found - bf16).mean() < 10
+    finally:
+        path.unlink()
 
 
 def test_swapped_copies_are_refused(server):
