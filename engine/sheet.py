@@ -1,4 +1,4 @@
-"""A contact sheet: one row a level, one column a prompt, labels that can be read."""
+"""A contact sheet: rows and columns of pictures, labels that can be read."""
 
 from __future__ import annotations
 
@@ -11,24 +11,42 @@ _INK, _FAINT, _ALARM, _PAPER = (20, 20, 20), (110, 110, 110), (200, 0, 0), (255,
 _GAP = 8
 _TEXT, _SMALL = 22, 16
 _LABEL_WIDTH = 250
-_CELL_SIDE = 256  # pictures are enlarged by whole factors up to about this width
+_MISSING = (228, 228, 230)
+_CELL_SIDE = 256  # small pictures are enlarged by whole factors up to about this width
+_MOST = 512  # larger ones are reduced to this width
 
 
 @dataclass(frozen=True)
 class Row:
-    """A title, lines below it, one picture a column, and a remark below each picture or ""."""
+    """A title, lines below it, a picture a column (None: a gap), a remark below each or "".
+
+    Remarks are alarms, in red, unless ``calm``.
+    """
 
     title: str
     lines: Sequence[str]
-    pictures: Sequence[Image.Image]
+    pictures: Sequence[Image.Image | None]
     remarks: Sequence[str]
+    calm: bool = False
+
+
+def _cell_size(rows: Sequence[Row]) -> tuple[int, int]:
+    width, height = next(p.size for row in rows for p in row.pictures if p is not None)
+    if width > _MOST:
+        return _MOST, round(height * _MOST / width)
+    factor = max(1, _CELL_SIDE // width)
+    return width * factor, height * factor
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    enlarged = picture.width <= size[0]
+    method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
+    return picture.resize(size, method)
 
 
 def contact_sheet(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
-    """The sheet of ``rows`` under the ``columns``' titles; all pictures have one size."""
-    width, height = rows[0].pictures[0].size
-    factor = max(1, _CELL_SIDE // width)
-    width, height = width * factor, height * factor
+    """The sheet of ``rows`` under the ``columns``' titles; cells have the first picture's shape."""
+    width, height = _cell_size(rows)
     title, text = ImageFont.load_default(_TEXT), ImageFont.load_default(_SMALL)
     line = _TEXT * 5 // 4
     foot = line if any(any(row.remarks) for row in rows) else 0
@@ -44,8 +62,11 @@ def contact_sheet(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
         for k, words in enumerate(row.lines, 1):
             draw.text((_GAP, top + k * line), words, fill=_FAINT, font=text)
         for x, picture, remark in zip(left, row.pictures, row.remarks, strict=False):
-            large = picture.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(large, (x, top))
+            if picture is None:
+                draw.rectangle((x, top, x + width - 1, top + height - 1), fill=_MISSING)
+            else:
+                sheet.paste(_fitted(picture, (width, height)), (x, top))
             middle = (x + width // 2, top + height + line // 2)
-            draw.text(middle, remark, fill=_ALARM, font=text, anchor="mm")
+            ink = _FAINT if row.calm else _ALARM
+            draw.text(middle, remark, fill=ink, font=text, anchor="mm")
     return sheet

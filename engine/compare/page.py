@@ -53,7 +53,7 @@ def write_page(
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{count['systems']} systems, {count['prompts']} prompts x {count['seeds']} seeds; "
+        f"<p>{count['systems']} systems, {count['prompts']} prompts, {count['seeds']} seeds each; "
         f"reference: <b>{html.escape(comparison.reference)}</b>. Means with 95 % bootstrap "
         "intervals over prompts. Red and green: the paired difference to the reference excludes "
         "zero.</p>",

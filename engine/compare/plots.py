@@ -72,6 +72,7 @@ def sqnr_along_trajectory(comparison: Comparison, path: Path) -> bool:
     figure, axes = _figure(8.0, 4.8)
     for system in systems:
         axes.plot(range(1, len(system.steps) + 1), system.steps, lw=1.4, label=system.name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("sampling step")
     axes.set_ylabel(f"latent SQNR to {comparison.reference} (dB)")
     axes.legend(frameon=False, fontsize=8, ncols=2 if len(systems) > 6 else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,9 +164,10 @@ def write_json(comparison: Comparison, path: Path) -> None:
 
 
 def totals(comparison: Comparison) -> Mapping[str, int]:
-    """How many systems, prompts and seeds the comparison holds."""
+    """How many systems and prompts the comparison holds, and the most seeds of one prompt."""
+    seeds = Counter(case.prompt_id for case in comparison.cases)
     return {
         "systems": len(comparison.systems),
-        "prompts": len({c.prompt_id for c in comparison.cases}),
-        "seeds": len({c.seed for c in comparison.cases}),
+        "prompts": len(seeds),
+        "seeds": max(seeds.values(), default=0),
     }

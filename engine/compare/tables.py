@@ -27,7 +27,7 @@ def markdown(comparison: Comparison) -> str:
     count = totals(comparison)
     lines.append("")
     lines.append(
-        f"{count['prompts']} prompts x {count['seeds']} seeds; 95 % bootstrap intervals over "
+        f"{count['prompts']} prompts, {count['seeds']} seeds each; 95 % bootstrap intervals over "
         "prompts, paired by prompt and seed. `=`: indistinguishable from the reference (the "
         "interval of the paired difference spans zero), `+` better, `-` worse."
     )
