@@ -103,5 +103,5 @@ def row_config(k: int) -> RowConfig:
     rest = k - head
     tail = max(1 << (rest - 1).bit_length(), 16) if rest > 0 else 0
     # 16 to 32 values a thread: about 40 registers, so the multiprocessor fills up with warps.
-    num_warps = max(head // 512, 1)
+    num_warps = min(max(head // 512, 1), 16)
     return RowConfig(head, tail, num_warps)

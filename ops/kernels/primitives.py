@@ -4,12 +4,15 @@ A row of K values lives in registers as one or two blocks of a power of two valu
 Only plain ``tl`` operations are used: they compile on Triton 3.2 to 3.9 and run in the interpreter.
 """
 
+import os
+
 import triton
 import triton.language as tl
 
 # 1.5 * 2^23: adding it leaves the integer nearest to a small number, halves to even, in the low
 # bits of the sum.
 ROUND_MAGIC = tl.constexpr(12582912.0)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SCALE_FLOOR = tl.constexpr(1e-30)
 
 
@@ -61,6 +64,20 @@ def _mirrored_h4_digit(y, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _opaque(y):
+    """y, through a move that LLVM cannot look into.
+
+    From sm_100 on LLVM packs pairs of fp32 operations, beginning at the stores. Of the sums of a
+    rotation it makes vector shuffles that its instruction selection aborts on (Triton 3.6 to 3.9).
+    """
+    if INTERPRETED:
+        return y
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def rotate(y, BLOCK: tl.constexpr, ROTATION: tl.constexpr):
     """``y @ H`` in groups of ROTATION (4, 16, 64, 256; 0 leaves y alone), in fp32.
 
@@ -68,15 +85,15 @@ def rotate(y, BLOCK: tl.constexpr, ROTATION: tl.constexpr):
     ``H4 / 2 = (J / 2 - I) P``. The reversals of the upper two digits are made by the addresses that
     were loaded (``unit_order``), at no cost; the lower two, inside a 16 B access, are computed.
     """
-    if ROTATION >= 4:
-        y = _h4_digit(y, 1, BLOCK)
-    if ROTATION >= 16:
-        y = _h4_digit(y, 4, BLOCK)
-    if ROTATION >= 64:
-        y = _mirrored_h4_digit(y, 16, BLOCK)
     if ROTATION >= 256:
         y = _mirrored_h4_digit(y, 64, BLOCK)
-    return y
+    if ROTATION >= 64:
+        y = _mirrored_h4_digit(y, 16, BLOCK)
+    if ROTATION >= 16:
+        y = _h4_digit(y, 4, BLOCK)
+    if ROTATION >= 4:
+        y = _h4_digit(y, 1, BLOCK)
+    return _opaque(y) if ROTATION > 0 else y
 
 
 @triton.jit

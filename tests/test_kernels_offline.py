@@ -1,0 +1,304 @@
+"""The offline proof: reading of machine code, the tables, and the gates on what we ship."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ideogram4_quant.ops.errors import BackendUnavailableError
+from ideogram4_quant.ops.kernels import cli, configs, offline, sass
+
+PROGRAM = """
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+.L_x_1:
+        /*0020*/                   LDSM.16.M88.4 R8, [R3] ;
+.L_x_0:
+        /*0030*/                   IMMA.16832.S8.S8 R12, R8.ROW, R4.COL, R12 ;
+        /*0040*/                   IMMA.16832.S8.S8 R16, R8.ROW, R6.COL, R16 ;
+        /*0050*/               @P1 PRMT R4, R4, 0x7610, R5 ;
+        /*0060*/              @!P0 BRA `(.L_x_0) ;
+        /*0070*/                   IADD3 R9, R9, 0x1, RZ ;
+        /*0080*/               @P2 BRA `(.L_x_1) ;
+        /*0090*/                   STL [R1], R4 ;
+        /*00a0*/                   EXIT ;
+.L_x_2:
+        /*00b0*/                   BRA `(.L_x_2);
+        /*00c0*/                   NOP;
+"""
+
+
+def test_parse_reads_opcodes_predicates_and_labels():
+    program = sass.parse(PROGRAM)
+    counts = program.counts()
+    assert counts["IMMA"] == 2
+    assert counts["PRMT"] == counts["STL"] == counts["LDSM"] == 1
+    assert counts["NOP"] == 0
+    assert program.labels == {".L_x_1": 0x20, ".L_x_0": 0x30, ".L_x_2": 0xB0}
+    assert program.instructions[1].opcode == "LDG.E.128"
+    assert program.instructions[1].name == "LDG"
+
+
+def test_the_main_loop_is_the_one_with_the_matrix_instructions_and_all_around_them():
+    body = sass.parse(PROGRAM).main_loop()
+    # Both loops hold both IMMAs; the outer one is what runs for them.
+    assert [i.address for i in body] == list(range(0x20, 0x90, 0x10))
+    assert sass.mma_count(sass.count(body)) == 2
+
+
+def test_a_program_without_loops_has_no_main_loop():
+    assert sass.parse(PROGRAM.split(".L_x_1")[0]).main_loop() == ()
+    assert sass.parse("").counts().total() == 0
+
+
+def test_resources_come_from_cuobjdump():
+    usage = "Function kernel:\n REG:231 STACK:16 SHARED:0 LOCAL:0 CONSTANT[0]:412 TEXTURE:0"
+    assert sass.resources(usage) == {"REG": 231, "STACK": 16, "SHARED": 0, "LOCAL": 0}
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared", "warps", "blocks"),
+    [
+        (86, 255, 98304, 8, 1),  # shared memory: 96 KiB of 100
+        (86, 255, 49152, 4, 2),
+        (86, 168, 0, 4, 3),  # registers: 168 * 128 threads three times
+        (86, 32, 0, 4, 12),  # warps: 48
+        (86, 16, 0, 1, 16),  # blocks
+        (86, 32, 101377, 4, 0),  # more than a block may have
+        (80, 32, 101377, 4, 1),
+        (90, 255, 147456, 8, 1),
+    ],
+)
+def test_blocks_per_multiprocessor(arch, registers, shared, warps, blocks):
+    assert sass.blocks_per_sm(arch, registers, shared, warps) == blocks
+
+
+@pytest.mark.parametrize("k", [1, 7, 16, 100, 256, 512, 1000, 4096, 4608, 12288, 13824, 16384])
+def test_a_row_is_covered_by_two_powers_of_two(k):
+    cover = configs.row_config(k)
+    assert cover.head + cover.tail >= k
+    assert cover.head + cover.tail < 2 * k or k < 16
+    for block in (cover.head, cover.tail):
+        assert block & (block - 1) == 0
+        # A rotation group never crosses from the head to the tail.
+        assert k % 256 or block % 256 == 0
+    assert cover.num_warps & (cover.num_warps - 1) == 0
+    assert 1 <= cover.num_warps <= 16
+
+
+def test_the_model_s_rows_are_covered_without_padding():
+    for k in (4608, 12288, 4096):
+        cover = configs.row_config(k)
+        assert cover.head + cover.tail == k
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+@pytest.mark.parametrize("m", [1, 16, 17, 256, 257, 4608])
+def test_every_depth_that_is_a_multiple_of_64_has_a_tiling(arch, m):
+    for k in (64, 128, 192, 4608, 12288, 53248):
+        candidates = configs.gemm_candidates(arch, m, k)
+        assert candidates
+        assert all(k % config.block_k == 0 for config in candidates)
+    for k in (0, 32, 100, 4640):
+        assert configs.gemm_candidates(arch, m, k) == ()
+
+
+@pytest.mark.parametrize(
+    ("capability", "table"), [(80, 80), (86, 86), (87, 86), (89, 89), (90, 90), (121, 120)]
+)
+def test_a_gpu_uses_the_table_of_its_family(capability, table):
+    assert configs.table_architecture(capability) == table
+
+
+@pytest.mark.parametrize("capability", [75, 70, 61, 100, 103])
+def test_a_gpu_of_no_checked_family_is_refused(capability):
+    with pytest.raises(ValueError, match=f"sm_{capability}"):
+        configs.table_architecture(capability)
+
+
+GOOD = offline.Report(
+    kernel="int8_gemm",
+    label="128x256x128 8 warps 3 stages",
+    arch=86,
+    triton="3.7.1",
+    registers=215,
+    stack=0,
+    spills=0,
+    shared=98304,
+    blocks_per_sm=1,
+    num_warps=8,
+    instructions=1424,
+    imma=384,
+    hmma=0,
+    ldgsts=24,
+    ldsm=80,
+    loop_instructions=229,
+    loop_imma=128,
+    loop_prmt=0,
+    loop_ldgsts=12,
+    loop_ldsm=40,
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stack": 8}, "local memory"),
+        ({"spills": 2}, "local memory"),
+        ({"shared": 101380}, "shared memory"),
+        ({"blocks_per_sm": 0}, "no block fits"),
+        ({"loop_prmt": 1}, "PRMT"),
+        ({"loop_instructions": 282}, "2.20 instructions an IMMA"),
+        ({"loop_instructions": 282, "label": "256x128x64 8 warps"}, "instructions an IMMA"),
+    ],
+)
+def test_each_gate_can_break(change, message):
+    assert cli.broken_gates(GOOD) == []
+    broken = cli.broken_gates(dataclasses.replace(GOOD, **change))
+    assert len(broken) == 1
+    assert message in broken[0]
+    assert broken[0].startswith("sm_86 int8_gemm")
+    assert cli.broken_gates(dataclasses.replace(GOOD, arch=90, **change)) == []
+
+
+def test_small_tiles_are_not_held_to_the_instruction_count():
+    small = dataclasses.replace(GOOD, label="16x128x128 4 warps", loop_instructions=600)
+    assert cli.broken_gates(small) == []
+
+
+# ---- with Triton's compiler, in processes that do not interpret
+
+has_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or sys.platform != "linux",
+    reason="Triton's compiler and its tools are not here",
+)
+
+
+def kernels_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """``ideogram4-quant kernels`` in a process that compiles."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-m", "ideogram4_quant.ops.kernels.cli", "kernels", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
+
+
+def compiled(*arguments: str, **environment: str) -> dict:
+    """The command's JSON; every gate must hold."""
+    done = kernels_command("--json", *arguments, **environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def check_gates(document: dict, archs: set[int]) -> None:
+    """The issue's gates, restated on the numbers themselves."""
+    reports = [r for r in document["reports"] if r["arch"] in (80, 86, 89)]
+    assert {r["arch"] for r in reports} == archs & {80, 86, 89}
+    for r in reports:
+        name = (r["arch"], r["kernel"], r["label"])
+        assert r["stack"] == r["spills"] == 0, name
+        assert r["shared"] <= 101376, name
+        assert r["blocks_per_sm"] >= 1, name
+        if r["kernel"] != "int8_gemm":
+            continue
+        assert r["loop_imma"] > 0, name
+        assert r["loop_ldgsts"] > 0, name
+        assert r["loop_ldsm"] > 0, name
+        assert r["loop_prmt"] == 0, name
+        if r["label"].startswith(("128x256", "256x128")):
+            assert r["per_imma"] < 2.2, name
+
+
+@has_compiler
+def test_gates_of_the_gemm_on_ampere_and_ada():
+    check_gates(compiled("--arch", "80", "86", "89", "--only", "int8_gemm"), {80, 86, 89})
+
+
+@has_compiler
+def test_gates_of_the_row_kernels_on_a_3090():
+    document = compiled("--arch", "86", "--only", "rmsnorm")
+    check_gates(document, {86})
+    assert {r["kernel"] for r in document["reports"]} == {
+        "rmsnorm_scale_quantize_rows",
+        "gate_residual_rmsnorm",
+    }
+
+
+@has_compiler
+def test_dump_leaves_the_cubins(tmp_path):
+    done = kernels_command(
+        "--arch", "86", "--only", "gate_residual", "--dump", str(tmp_path / "new" / "folder")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 kernels compiled, 0 gates broken" in done.stdout
+    cubin, listing = sorted((tmp_path / "new" / "folder").iterdir())
+    assert cubin.suffix == ".cubin"
+    assert cubin.read_bytes()[:4] == b"\x7fELF"
+    assert "EXIT" in listing.read_text()
+
+
+def test_without_triton_the_command_says_what_to_install():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from ideogram4_quant.ops.kernels.cli import main\n"
+        "sys.exit(main(['kernels', '--arch', '86']))\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Triton is not installed" in done.stderr
+    assert "triton-windows" in done.stderr
+
+
+@has_compiler
+def test_the_interpreter_and_missing_tools_are_told_apart(monkeypatch, tmp_path):
+    import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(BackendUnavailableError, match="Unset TRITON_INTERPRET"):
+        offline.require_tools()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(BackendUnavailableError, match="without cuobjdump"):
+        offline.require_tools()
+
+
+@has_compiler
+@pytest.mark.slow
+def test_gates_of_everything_on_every_architecture():
+    document = compiled()
+    check_gates(document, {80, 86, 89})
+    assert {r["arch"] for r in document["reports"]} == set(configs.ARCHITECTURES)
+    assert document["skipped"] == []
+
+
+@has_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.2.0", "3.6.0", "3.9.0"])
+def test_gates_on_other_versions_of_triton(version, tmp_path):
+    # Ahead on the path, it hides the pinned one.
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    done = subprocess.run(
+        [*pip, str(tmp_path / "triton"), f"triton=={version}"], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"triton {version} cannot be installed here: {done.stderr[-300:]}")
+    paths = os.pathsep.join(filter(None, [str(tmp_path / "triton"), os.environ.get("PYTHONPATH")]))
+    document = compiled("--arch", "80", "86", "89", PYTHONPATH=paths)
+    assert {r["triton"] for r in document["reports"]} == {version}
+    check_gates(document, {80, 86, 89})
+
+
+@has_compiler
+@pytest.mark.slow
+def test_the_model_of_a_3090_stays_within_its_goals():
+    script = os.path.join(os.path.dirname(__file__), "..", "benchmarks", "model_3090.py")
+    done = subprocess.run([sys.executable, script, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds = {k: v["total"] for k, v in json.loads(done.stdout)["seconds"].items()}
+    assert seconds["INT8 W8A8 rotated"] <= 75
+    assert seconds["Q4_K, decoded to rotated INT8"] <= 85
+    assert len(seconds) == 4
