@@ -2,7 +2,7 @@
 
 `channels`: a few hidden channels of every FFN are loud on all tokens. Rows of w3 times s, the same
 columns of w2 divided by s: the very thing that SmoothQuant undoes.
-`tokens`: a few hidden channels are loud on a few per cent of the tokens and silent on the others.
+`tokens`: a few hidden channels, each loud on about 2 % of the tokens and silent on the others.
 The FFN is widened by 256 channels in cancelling pairs (equal rows of w1 and of w3, opposite columns
 of w2), `pairs` of which fire loudly and seldom.
 Both leave the function as it was (to 120 dB) and are exact in bf16.
@@ -24,11 +24,12 @@ from .transformer import CONFIG, build_transformer, velocity
 
 Disease = Literal["channels", "tokens"]
 StateDict = dict[str, Tensor]
-MODERATE, STRESS = 128.0, 4096.0
+MODERATE = 128.0
+STRESS = {"channels": 4096.0, "tokens": 16384.0}
 LOUD_CHANNELS = 4
-LOUD_PAIRS = 2
+LOUD_PAIRS = 8
 EXTRA = 256
-_FIRING = 0.015
+_FIRING = 0.02
 
 
 def infect(
