@@ -13,14 +13,27 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@needs_triton
-def test_kernels_under_the_interpreter():
-    file = Path(__file__).with_name("test_kernels_interpreted.py")
+def run_apart(name: str, **environment: str) -> None:
+    """Run another test file of this folder in a process with other environment variables."""
+    file = Path(__file__).with_name(name)
     command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        command, env=inherited | environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+@needs_triton
+def test_kernels_under_the_interpreter():
+    run_apart("test_kernels_interpreted.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is not here")
+def test_launchers_with_a_stub_of_the_driver():
+    run_apart("test_kernels_launchers.py", KERNELS_STUB_DRIVER="1")
 
 
 @needs_triton

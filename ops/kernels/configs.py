@@ -64,8 +64,8 @@ _FLAT_64 = GemmConfig(64, 128, 64, num_warps=4, num_stages=4)
 _THIN_64 = GemmConfig(16, 128, 64, num_warps=4, num_stages=4)
 
 _AMPERE = {
-    "wide": (_WIDE, _TALL, _SQUARE, _WIDE_64),
-    "flat": (_FLAT, _SQUARE, _FLAT_64),
+    "wide": (_WIDE, _TALL, _WIDE_64, _SQUARE),
+    "flat": (_FLAT, _FLAT_64, _SQUARE),
     "thin": (_THIN, _THIN_64),
 }
 
