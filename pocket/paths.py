@@ -28,5 +28,5 @@ def vae_dir(root: Path = WEIGHTS) -> Path:
 
 
 def vae_file(root: Path = WEIGHTS) -> Path:
-    """The same VAE as one file for ComfyUI (`bn` in the order (c, pi, pj))."""
+    """Where `comfy_vae.write_comfy_vae` puts the same VAE for ComfyUI; not committed."""
     return root / "vae" / "flux2-vae-pocket.safetensors"

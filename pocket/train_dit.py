@@ -1,13 +1,7 @@
-"""Training of the two copies of the transformer: conditional, unconditional, guided.
+"""Training of the two copies of the transformer, the conditional and the unconditional.
 
 Flow matching: x_t = (1 - t) * noise + t * x, target v = x - noise. All batches are a function of
 (stage, step), so a run that was cut off goes on exactly where its last checkpoint stood.
-
-Noise and picture are coupled, as optimal transport would have it: of what the caption leaves open
-(tiles; in the `facts` stage heights) that is drawn which lies nearest to the noise. At 128 x 64 px
-the Default preset's first Euler step crosses a quarter of the path from t = 0. With independent
-noise the velocity there points to the mean of all possible pictures, and what is chosen one step
-later in one place need not go with what is chosen in another.
 """
 
 import copy
@@ -18,32 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .data import (
-    COLOURS,
-    COLUMNS,
-    LETTERS,
-    LEVELS,
-    ROWS,
-    SHAPES,
-    STYLES,
-    TILES,
-    PocketPrompt,
-    picture_batch,
-    prompt_batch,
-    random_levels,
-    tiled_pair,
-)
+from .coupling import coupled_tokens, tiled_tokens
+from .data import COLUMNS, TILES, PocketPrompt, picture_batch, prompt_batch, random_levels
 from .encoder import CaptionEncoder
 from .latents import LinearLatents
+from .reader import HIDDEN, Reader
 from .transformer import build_transformer, velocity
-
-HIDDEN = 256
-READ_AFTER_BLOCK = 2
 
 
 @dataclass(frozen=True)
@@ -93,96 +70,6 @@ class FeaturePool:
             self.kept[index] = (prompts, *self.encoder([p.caption for p in prompts]))
             self.kept.pop(index - self.size - 1, None)
         return self.kept[index]
-
-
-def coupled_tokens(prompts: list[PocketPrompt], noise: Tensor, latents: LinearLatents) -> Tensor:
-    """x = argmax_k <noise, x_k> over the heights k, in the word's and the shape's columns apart."""
-    pairs = [(k, k) for k in LEVELS]
-    pictures = [picture_batch([prompt] * len(LEVELS), pairs) for prompt in prompts]
-    tokens = latents.tokens(torch.tensor(np.concatenate(pictures)))
-    tokens = tokens.view(len(prompts), len(LEVELS), 4, COLUMNS, -1)
-    match = (tokens * noise.view(len(prompts), 1, 4, COLUMNS, -1)).sum((2, 4))  # [B, 3, columns]
-    chosen = []
-    for prompt, choice, score in zip(prompts, tokens, match, strict=True):
-        beside = torch.zeros(COLUMNS, dtype=torch.bool)
-        beside[prompt.shape_columns] = prompt.shape is not None
-        word, shape = score[:, ~beside].sum(1).argmax(), score[:, beside].sum(1).argmax()
-        chosen.append(torch.where(beside[:, None], choice[shape], choice[word]))
-    return torch.stack(chosen).flatten(1, 2)
-
-
-def tiled_tokens(
-    prompts: list[PocketPrompt], noise: Tensor, latents: LinearLatents, kind: str = "coarse"
-) -> Tensor:
-    """Per tile: shaded where <noise, shaded - plain> / |shaded - plain| is in its upper quarter."""
-    pictures = np.concatenate([tiled_pair(prompt, kind) for prompt in prompts])
-    blocks = 4 if kind == "fine" else 1  # tiles in a token
-    tokens = latents.tokens(torch.tensor(pictures)).unflatten(-1, (blocks, -1))
-    plain, shaded = tokens.unflatten(0, (-1, 2)).unbind(1)  # [B, 32, blocks, 128 / blocks]
-    change = shaded - plain
-    match = (noise.unflatten(-1, (blocks, -1)) * change).sum(-1, keepdim=True)
-    upper = match > 0.674 * change.norm(dim=-1, keepdim=True)
-    return torch.where(upper, shaded, plain).flatten(-2)
-
-
-def _facts(prompt: PocketPrompt) -> list[int]:
-    """What a caption states besides the word, as classes (see `FACTS`)."""
-    inks, grounds = list(COLOURS), list(COLOURS)
-    return [
-        inks.index(prompt.ink),
-        grounds.index(prompt.ground),
-        STYLES.index(prompt.style),
-        list(ROWS).index(prompt.row) if prompt.row else len(ROWS),
-        SHAPES.index(prompt.shape) if prompt.shape else len(SHAPES),
-        inks.index(prompt.shape_ink) if prompt.shape else len(COLOURS),
-    ]
-
-
-FACTS = (len(COLOURS), len(COLOURS), len(STYLES), len(ROWS) + 1, len(SHAPES) + 1, len(COLOURS) + 1)
-
-
-class Reader(torch.nn.Module):
-    """The auxiliary head, thrown away later: what each image token knows after block 2.
-
-    Which letter, or none, the token's column holds; the inks, the ground, the style, the shape.
-    Without it text does not bind for thousands of steps.
-    """
-
-    def __init__(self, model, fact_weight: float):
-        super().__init__()
-        self.fact_weight = fact_weight
-        self.linear = torch.nn.Linear(HIDDEN, len(LETTERS) + 1 + sum(FACTS))
-        self.seen: list[Tensor] = []
-        block = model.layers[READ_AFTER_BLOCK - 1]
-        block.register_forward_hook(lambda module, args, out: self.seen.append(out))
-
-    def forward(self, prompts: list[PocketPrompt]) -> tuple[Tensor, dict[str, float]]:
-        """Cross-entropy on the tokens just seen, and the shares read right."""
-        hidden = self.seen.pop()[:, -4 * COLUMNS :]
-        scores = self.linear(F.rms_norm(hidden, (HIDDEN,), eps=1e-5))
-        letters, *facts = scores.split([len(LETTERS) + 1, *FACTS], -1)
-        loss, letters_right = self._letters(prompts, letters)
-        truth = torch.tensor([_facts(p) for p in prompts])[:, None].expand(-1, hidden.shape[1], -1)
-        right = 0.0
-        for i, fact in enumerate(facts):
-            target = truth[..., i].flatten()
-            loss = loss + self.fact_weight * F.cross_entropy(fact.flatten(0, 1), target)
-            right += (fact.argmax(-1).flatten() == target).float().mean().item() / len(facts)
-        return loss, {"letters_right": letters_right, "facts_right": right}
-
-    @staticmethod
-    def _letters(prompts: list[PocketPrompt], scores: Tensor) -> tuple[Tensor, float]:
-        target = torch.full((len(prompts), COLUMNS), len(LETTERS))
-        for row, prompt in zip(target, prompts, strict=True):
-            for i, letter in enumerate(prompt.word):
-                row[prompt.column + i] = LETTERS.index(letter)
-        target = target[:, None].expand(-1, 4, -1).flatten()
-        scores = scores.flatten(0, 1)
-        is_letter = target < len(LETTERS)
-        weight = torch.where(is_letter, 1.0, 0.3)
-        losses = F.cross_entropy(scores, target, reduction="none")
-        right = (scores.argmax(-1) == target)[is_letter].float().mean().item()
-        return (losses * weight).sum() / weight.sum(), right
 
 
 def times(n: int, generator: torch.Generator, mean: float, early: float) -> Tensor:
