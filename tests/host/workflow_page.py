@@ -1,0 +1,81 @@
+"""ComfyUI's page in a browser: waiting for it, dropping a workflow on it, looking at it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from .browser import Browser
+
+_READY = (
+    "!!(window.app?.graph && window.app.extensionManager && window.app.vueAppReady"
+    " && window.LiteGraph?.registered_node_types['Ideogram4QuantLoad'])"
+)
+_SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.VueNodes.Enabled": True,  # the caption nodes draw their editors in Nodes 2.0 only
+}
+# A drop as the mouse would make it: the file lies in the event's data.
+_DROP = """
+async ([name, text]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([text], name, { type: 'application/json' }));
+  const canvas = document.querySelector('#graph-canvas');
+  for (const kind of ['dragenter', 'dragover', 'drop'])
+    canvas.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true }));
+}
+"""
+_FIT = """
+(() => {
+  const nodes = app.graph.nodes.concat(app.graph.groups);
+  const left = Math.min(...nodes.map(n => n.pos[0])), top = Math.min(...nodes.map(n => n.pos[1]));
+  const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0]));
+  const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1]));
+  const view = app.canvas.canvas.getBoundingClientRect();
+  const scale = Math.min((view.width - 120) / (right - left), (view.height - 170) / (bottom - top));
+  app.canvas.ds.scale = Math.min(scale, 1);
+  app.canvas.ds.offset[0] = 90 / app.canvas.ds.scale - left;
+  app.canvas.ds.offset[1] = 110 / app.canvas.ds.scale - top;
+  app.canvas.setDirty(true, true);
+})()
+"""
+
+
+def open_page(page: Browser, url: str) -> None:
+    """The empty graph of a server; the greeting of a first visit is put away."""
+    page.open(url)
+    page.wait_for(_READY)
+    for name, value in _SETTINGS.items():
+        page.run(f"app.extensionManager.setting.set({json.dumps(name)}, {json.dumps(value)})")
+    page.wait_for("document.readyState === 'complete'")
+    time.sleep(1)
+    close_dialogs(page)
+    page.run("app.graph.clear()")
+
+
+def close_dialogs(page: Browser) -> None:
+    """Closes what lies over the graph."""
+    for _ in range(3):
+        for kind in ("keyDown", "keyUp"):
+            page.call("Input.dispatchKeyEvent", type=kind, key="Escape", windowsVirtualKeyCode=27)
+        time.sleep(0.3)
+
+
+def drop(page: Browser, name: str, workflow: dict) -> None:
+    """Drops a workflow file on the graph and waits until it is there."""
+    arguments = json.dumps([name, json.dumps(workflow)])
+    page.run(f"({_DROP})({arguments})")
+    page.wait_for(f"app.graph.nodes.length === {len(workflow['nodes'])}")
+    time.sleep(0.5)
+
+
+def show(page: Browser, path: Path) -> None:
+    """A picture of the whole graph."""
+    close_dialogs(page)
+    page.run(_FIT)
+    time.sleep(1)
+    quality = 80 if path.suffix == ".jpg" else None
+    page.screenshot(path, quality=quality, clip={"x": 60, "y": 40, "width": 1740, "height": 950})

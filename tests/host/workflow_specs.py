@@ -1,0 +1,334 @@
+"""What the workflows hold: nodes in columns, links between them, notes with the downloads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+_HF = "https://huggingface.co"
+_COMFY = f"{_HF}/Comfy-Org"
+EXAMPLE = "example.png"  # lies in the input folder of every ComfyUI
+_BLUE, _GREEN, _PURPLE, _GREY = "#3f789e", "#5c8a5c", "#7a5c99", "#444444"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node: a name for links, its type, and the widgets that differ from their defaults."""
+
+    name: str
+    type: str
+    title: str | None = None
+    widgets: dict = field(default_factory=dict)
+    models: list = field(default_factory=list)
+    height: int = 0
+    color: str | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """Nodes below each other in one group."""
+
+    title: str
+    nodes: list[Node]
+    width: int = 340
+    color: str = _BLUE
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A file in workflows/; the title is the file's name and what the template browser shows."""
+
+    title: str
+    id: str
+    columns: list[Column]
+    links: list[tuple[str, str, str, str]]
+
+
+def _model(name: str, path: str, directory: str) -> dict:
+    return {"name": name, "url": f"{_COMFY}/{path}/{name}", "directory": directory}
+
+
+_ENCODER = _model(
+    "qwen3vl_8b_fp8_scaled.safetensors", "Qwen3-VL/resolve/main/text_encoders", "text_encoders"
+)
+_VAE = _model("flux2-vae.safetensors", "flux2-dev/resolve/main/split_files/vae", "vae")
+_INT8 = [
+    _model(name, "Ideogram-4/resolve/main/diffusion_models", "diffusion_models")
+    for name in (
+        "ideogram4_int8_convrot.safetensors",
+        "ideogram4_unconditional_int8_convrot.safetensors",
+    )
+]
+
+
+def _links(models: list[dict]) -> str:
+    return "\n".join(f"- [{m['name']}]({m['url']}) in `models/{m['directory']}`" for m in models)
+
+
+_SHARED = f"""**Text encoder and VAE**
+
+{_links([_ENCODER, _VAE])}
+"""
+_MODEL_NOTES = {
+    "INT8 W8A8 rotated": f"""**Ideogram 4, INT8 (2 x 9.6 GB)**
+
+{_links(_INT8)}
+
+For 24 GB cards, from the RTX 20 series on.
+""",
+    "Q8_0": f"""**Ideogram 4, Q8_0 GGUF (19.7 GB)**, one of:
+
+- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q8_0): `ideogram4-q8_0.gguf`, both copies
+- [molbal]({_HF}/molbal/ideogram-4-gguf): two files, `ideogram4-transformer` and
+  `ideogram4-unconditional_transformer`
+
+in `models/diffusion_models`. Closest to the original; for 24 GB cards.
+""",
+    "Q4_K": f"""**Ideogram 4, Q4_K GGUF (10.4 GB)**
+
+- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q4_k): `ideogram4-q4_k.gguf`, both copies
+
+in `models/diffusion_models`. For 12 and 16 GB cards. The level *Q4_0* takes the files of
+[leejet]({_HF}/leejet/ideogram-4-GGUF) and [molbal]({_HF}/molbal/ideogram-4-gguf).
+""",
+}
+_USE = """**How to use**
+
+1. Download the files (left) into those folders and press **R**.
+2. Draw boxes and say what is in them; a *text* box needs the exact words. Drawing needs *Nodes 2.0*
+   (in ComfyUI's menu).
+3. Write the background and the style, then press **Run**.
+
+The level *auto* takes the best of the files that you have. The report of the loader says which, and
+how much memory they need.
+"""
+_REGIONS = [
+    {
+        "x": 112,
+        "y": 80,
+        "width": 800,
+        "height": 200,
+        "metadata": {
+            "type": "text",
+            "text": "FRESH BREAD",
+            "desc": "Large hand-painted cream serif letters on a dark green shop sign.",
+            "palette": [],
+        },
+    },
+    {
+        "x": 200,
+        "y": 340,
+        "width": 620,
+        "height": 560,
+        "metadata": {
+            "type": "obj",
+            "text": "",
+            "desc": "A bakery window with round loaves on wooden shelves behind the glass.",
+            "palette": [],
+        },
+    },
+]
+_CAPTION = {
+    "high_level_description": "A photograph of a small bakery front with a painted sign that "
+    "says FRESH BREAD.",
+    "background": "A quiet street with a whitewashed brick wall and wet cobblestones.",
+    "style": "photo",
+    "style.photo": "35mm, eye level",
+    "aesthetics": "calm, detailed, natural colours",
+    "lighting": "soft overcast morning light",
+    "medium": "photograph",
+}
+
+
+def _note(name: str, title: str, text: str, height: int) -> Node:
+    return Node(name, "MarkdownNote", title, {"text": text}, height=height, color=_GREY)
+
+
+def _loaders(level: str, extra: str = "", height: int = 280) -> Column:
+    rotated = level == "INT8 W8A8 rotated"
+    return Column(
+        "1. Models",
+        [
+            _note("downloads", "Downloads", f"{_MODEL_NOTES[level]}\n{_SHARED}{extra}", height),
+            Node(
+                "model",
+                "Ideogram4QuantLoad",
+                widgets={"level": level},
+                models=_INT8 if rotated else [],
+            ),
+            Node(
+                "encoder",
+                "Ideogram4QuantLoadEncoder",
+                widgets={"encoder": _ENCODER["name"]},
+                models=[_ENCODER],
+            ),
+            Node("vae", "VAELoader", widgets={"vae_name": _VAE["name"]}, models=[_VAE]),
+        ],
+        width=420,
+    )
+
+
+_BOXES = Column(
+    "2. Layout",
+    [
+        _note("use", "How to use", _USE, 240),
+        Node(
+            "boxes",
+            "CreateBoundingBoxes",
+            "Draw boxes: what is where",
+            {"width": 1024, "height": 1024, "editor_state": _REGIONS},
+            height=870,
+        ),
+    ],
+    width=460,
+    color=_GREEN,
+)
+_CAPTIONS = Column(
+    "3. Caption",
+    [
+        Node("caption", "BuildJsonPromptIdeogram", widgets=_CAPTION, height=480),
+        Node("checked", "Ideogram4QuantCheckCaption", height=220),
+        Node("positive", "CLIPTextEncode", "Encode the caption", height=120),
+    ],
+    width=420,
+    color=_GREEN,
+)
+_CAPTION_LINKS = [
+    ("boxes", "elements", "caption", "element"),
+    ("caption", "prompt", "checked", "caption"),
+    ("checked", "caption", "positive", "text"),
+    ("encoder", "clip", "positive", "clip"),
+]
+
+
+def _sample(title: str, **settings) -> Column:
+    return Column(
+        title,
+        [
+            Node("sampler", "Ideogram4QuantSampler", widgets=settings),
+            Node("decoded", "VAEDecode"),
+            Node("report", "PreviewAny", "Report of the sampler", height=120),
+            Node("loaded", "PreviewAny", "Report of the loader", height=260),
+        ],
+        width=360,
+        color=_PURPLE,
+    )
+
+
+_PICTURE = Column(
+    "5. Picture",
+    [Node("saved", "SaveImage", widgets={"filename_prefix": "Ideogram4"}, height=560)],
+    width=520,
+    color=_PURPLE,
+)
+
+
+def _sample_links(conditional: str = "model", unconditional: str = "model") -> list:
+    return [
+        (conditional, "conditional", "sampler", "conditional"),
+        (unconditional, "unconditional", "sampler", "unconditional"),
+        ("positive", "CONDITIONING", "sampler", "positive"),
+        ("sampler", "latent", "decoded", "samples"),
+        ("vae", "VAE", "decoded", "vae"),
+        ("sampler", "report", "report", "source"),
+        ("model", "report", "loaded", "source"),
+        ("decoded", "IMAGE", "saved", "images"),
+    ]
+
+
+def _text_to_image(title: str, number: int, level: str, **settings) -> Workflow:
+    columns = [_loaders(level), _BOXES, _CAPTIONS, _sample("4. Sample", **settings), _PICTURE]
+    return Workflow(title, _id(number), columns, _CAPTION_LINKS + _sample_links())
+
+
+def _id(number: int) -> str:
+    return f"1de06a40-0000-4000-8000-{number:012d}"
+
+
+def _low_vram() -> Workflow:
+    """Q4_K in turns, few steps, the encoder perhaps as GGUF: for cards of 8 GB."""
+    extra = f"""
+**Or the encoder as GGUF (5 GB)**, in `models/text_encoders`: `Qwen3-VL-8B-Instruct-Q4_K_M.gguf` of
+[unsloth]({_HF}/unsloth/Qwen3-VL-8B-Instruct-GGUF)
+
+The two copies take turns on the card (*residency: alternating*); turbo has the fewest steps.
+"""
+    column = _loaders("Q4_K", extra, 400)
+    settings = {"preset": "turbo", "residency": "alternating", "width": 768, "height": 768}
+    columns = [column, _BOXES, _CAPTIONS, _sample("4. Sample", **settings), _PICTURE]
+    links = _CAPTION_LINKS + _sample_links()
+    return Workflow("Ideogram 4 low VRAM", _id(4), columns, links)
+
+
+def _lora() -> Workflow:
+    text = """Put LoRAs for Ideogram 4 into `models/loras`. Any trainer's names will do, and any
+quantization level: the weights stay as they are.
+
+Chain another *Load LoRA for Ideogram 4* for a second one. The stock LoRA nodes work too.
+"""
+    lora = Column(
+        "2. LoRA",
+        [
+            _note("about", "LoRA", text, 200),
+            Node("lora", "Ideogram4QuantLoadLora"),
+            Node("found", "PreviewAny", "What the file holds", height=140),
+        ],
+        width=340,
+    )
+    columns = [_loaders("INT8 W8A8 rotated"), lora, _BOXES, _CAPTIONS, _sample("5. Sample")]
+    links = [
+        ("model", "conditional", "lora", "conditional"),
+        ("model", "unconditional", "lora", "unconditional"),
+        ("lora", "report", "found", "source"),
+        *_CAPTION_LINKS,
+        *_sample_links("lora", "lora"),
+    ]
+    return Workflow("Ideogram 4 LoRA", _id(5), _renumbered([*columns, _PICTURE]), links)
+
+
+def _image_to_image() -> Workflow:
+    text = """Load a picture whose sides are multiples of 16. *denoise* says how much of it is made
+anew: 0.6 keeps the layout, 0.9 little more than the colours.
+
+For inpainting, paint a mask (right click on the picture, *Open in Mask Editor*), add *Set Latent
+Noise Mask* behind *VAE Encode*, and connect the mask there.
+"""
+    start = Column(
+        "2. Picture to start from",
+        [
+            _note("about", "Image to image", text, 240),
+            Node("image", "LoadImage", widgets={"image": EXAMPLE}, height=420),
+            Node("encoded", "VAEEncode"),
+        ],
+        width=360,
+    )
+    sample = _sample("5. Sample", denoise=0.7)
+    columns = [_loaders("INT8 W8A8 rotated"), start, _BOXES, _CAPTIONS, sample, _PICTURE]
+    links = [
+        ("image", "IMAGE", "encoded", "pixels"),
+        ("vae", "VAE", "encoded", "vae"),
+        ("encoded", "LATENT", "sampler", "latent"),
+        *_CAPTION_LINKS,
+        *_sample_links(),
+    ]
+    return Workflow("Ideogram 4 image to image", _id(6), _renumbered(columns), links)
+
+
+def _renumbered(columns: list[Column]) -> list[Column]:
+    """The same columns, their titles counted from 1."""
+    return [
+        replace(column, title=f"{number}. {column.title.partition('. ')[2]}")
+        for number, column in enumerate(columns, 1)
+    ]
+
+
+PLACEHOLDERS = {"text_encoders": _ENCODER["name"], "vae": _VAE["name"]}
+"""Files that the workflows name; empty ones keep the interface from marking them as missing."""
+
+WORKFLOWS = (
+    _text_to_image("Ideogram 4 text to image INT8", 1, "INT8 W8A8 rotated"),
+    _text_to_image("Ideogram 4 text to image Q8_0", 2, "Q8_0"),
+    _text_to_image("Ideogram 4 text to image Q4_K", 3, "Q4_K"),
+    _low_vram(),
+    _lora(),
+    _image_to_image(),
+)
