@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import time
@@ -13,10 +14,12 @@ import pytest
 from PIL import Image
 
 from ideogram4_quant.nodes.levels import AUTO, LEVELS
+from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.tests.host.browser import Browser, find_browser
 from ideogram4_quant.tests.host.locate import PACK, Host
 from ideogram4_quant.tests.host.server import Server, make_base
 from ideogram4_quant.tests.host.workflow_page import drop, open_page
+from ideogram4_quant.tests.test_host_browser import pocket_variant
 
 FILES = sorted((PACK / "workflows").glob("*.json"))
 TITLE_BAR = 30
@@ -195,3 +198,50 @@ def test_page_marks_a_file_that_is_missing_and_a_node_that_is_not_installed(page
     unknown["nodes"][-1]["type"] = "NoSuchNodeAnywhere"
     drop_on_empty(page, "unknown.json", unknown)
     assert "NoSuchNodeAnywhere" in found_errors(page)
+
+
+TYPE_CAPTION = """
+(([caption, seed]) => {
+  const find = type => app.graph.nodes.find(node => node.type === type);
+  const set = (node, name, value) => { node.widgets.find(w => w.name === name).value = value; };
+  const check = find('Ideogram4QuantCheckCaption'), sampler = find('Ideogram4QuantSampler');
+  check.disconnectInput(check.inputs.findIndex(input => input.name === 'caption'));
+  set(check, 'caption', caption);
+  set(sampler, 'preset', 'default');
+  set(sampler, 'seed', seed);
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def pocket_page(server: Server) -> Iterator[Browser]:
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium found (set CHROMIUM)")
+    browser = Browser(program)
+    open_page(browser, server.url)
+    yield browser
+    browser.close()
+
+
+@pytest.mark.host
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["INT8", "Q8_0", "Q4_K"])
+def test_word_typed_on_the_page_can_be_read_in_the_picture(pocket_page, server, level):
+    pytest.importorskip("rapidocr")
+    from ideogram4_quant.engine.ocr import WordReader
+
+    (file,) = [file for file in FILES if file.stem.endswith(f"text to image {level}")]
+    drop_on_empty(pocket_page, file.name, pocket_variant(load(file)))
+    prompt = HELD_OUT[0]
+    pocket_page.run(f"{TYPE_CAPTION}({json.dumps([prompt.caption, prompt.seed])})")
+    before = set(server.get("/history"))
+    pocket_page.run("app.queuePrompt(0, 1)")
+    deadline = time.monotonic() + 300
+    while not (new := set(server.get("/history")) - before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    run = server.wait(new.pop())
+    assert run.status == "success", run.error
+    images = [image for out in run.outputs.values() for image in out.get("images", [])]
+    picture = Image.open(io.BytesIO(server.fetch(images[-1])))
+    assert WordReader().read(picture) == prompt.word
