@@ -1,4 +1,4 @@
-"""A file appears under its name whole or not at all: what every writer of the pack writes through."""
+"""A file appears under its name whole or not at all: every writer of the pack uses this."""
 
 from __future__ import annotations
 
