@@ -22,7 +22,7 @@ from ..sampling import StepPlan, step_at
 from . import residency
 from .encoder_loading import MAX_TOKENS
 from .guidance import Guidance
-from .model_loading import info_of
+from .model_loading import source_of
 
 logger = logging.getLogger(__name__)
 _ADDITIONAL = "ideogram4_quant_unconditional"
@@ -193,11 +193,11 @@ def check_pair(
                 found=type(patcher.model).__name__,
                 hint="Connect a model from a loader of Ideogram 4.",
             )
-        info = info_of(patcher)
-        if info is not None and info.source.copy != role:
+        source = source_of(patcher)
+        if source is not None and source.copy != role:
             raise PairMismatchError(
-                f"the model on the {role} input is the {info.source.copy} copy",
-                file=info.source.path,
+                f"the model on the {role} input is the {source.copy} copy",
+                file=source.path,
                 hint="Swap the two connections, or pick the other file in the loader.",
             )
     if unconditional is None:

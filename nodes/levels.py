@@ -93,18 +93,27 @@ def read_catalogue(listing: Listing, open_file: Callable[[Path], Checkpoint]) ->
     return catalogue
 
 
-def resolve(level: str, catalogue: Catalogue, order: Sequence[str], memory: int) -> Pair:
+def resolve(
+    level: str,
+    catalogue: Catalogue,
+    order: Sequence[str],
+    memory: int,
+    *,
+    with_base: bool = False,
+) -> Pair:
     """The files of `level`; for ``auto`` the first level of `order` that is there and fits.
 
     memory: bytes of the device. Fits, from best to worst: both copies and the working memory, one
-    copy and the working memory, neither (then the smallest). CheckpointError says what is missing.
+    copy and the working memory, neither (then the smallest). auto passes over files of linears only
+    unless there is a base for them. CheckpointError says what is missing.
     """
     if level != AUTO:
         pair = find_pair(level, catalogue.candidates)
         if pair is None:
             raise _nothing_found(level, catalogue)
         return pair
-    pairs = [p for p in (find_pair(lv, catalogue.candidates) for lv in order) if p is not None]
+    usable = [c for c in catalogue.candidates if with_base or not c.header.linears_only]
+    pairs = [pair for pair in (find_pair(name, usable) for name in order) if pair is not None]
     if not pairs:
         raise _nothing_found(level, catalogue)
     for fits in (sum, max):

@@ -58,6 +58,7 @@ class _SidePaths:
         return PatcherInjection(inject=self._inject, eject=self._eject)
 
     def _inject(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
+        self._eject(patcher)  # clones of a patched model share these hooks
         dtype = patcher.model.get_dtype_inference()
         for module, update in self._paths.items():
             down = update.down.to(patcher.load_device, dtype)

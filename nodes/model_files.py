@@ -31,6 +31,15 @@ class Listing:
     def names(self) -> list[str]:
         return sorted(self.paths, key=str.casefold)
 
+    def problem(self, name: str | None) -> bool | str:
+        """For a node's validation: True, or what is wrong with the name.
+
+        None, the value of an input that another node will fill in, is no problem yet.
+        """
+        if name is None or name.replace("\\", "/") in self.paths:
+            return True
+        return f"{name!r} is not in {' or '.join(self.roots)}: pick another file"
+
     def path(self, name: str) -> Path:
         """The path behind a name; CheckpointError names the folders that were looked in."""
         found = self.paths.get(name.replace("\\", "/"))

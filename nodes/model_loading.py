@@ -30,19 +30,8 @@ class ModelSource:
     trusted: bool = False  # the user's word for the copy goes before the file's name
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """What travels with a loaded model, for the guider's checks and the reports."""
-
-    source: ModelSource
-    level: str
-    layout: str
-    copy_reason: str
-    nbytes: int
-
-
-def info_of(patcher: comfy.model_patcher.ModelPatcher) -> ModelInfo | None:
-    """The pack's note on a model that it loaded; None for a model from another loader."""
+def source_of(patcher: comfy.model_patcher.ModelPatcher) -> ModelSource | None:
+    """Where a model came from; None for a model of another loader."""
     return patcher.get_attachment(ATTACHMENT)
 
 
@@ -72,8 +61,6 @@ def load_model(
         dtype=dtype,
         progress=lambda done, total: progress.update_absolute(round(100 * done / max(total, 1))),
     )
-    nbytes = sum(t.nbytes for t in state.values())
-
     model = config.get_model(state, "")
     plain = comfy.model_patcher.ModelPatcher
     patcher_class = plain if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -82,8 +69,7 @@ def load_model(
         model.to(offload)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (source,))
-    info = ModelInfo(source, header.level, header.layout, header.copy_reason, nbytes)
-    patcher.set_attachments(ATTACHMENT, info)
+    patcher.set_attachments(ATTACHMENT, source)
     return patcher
 
 

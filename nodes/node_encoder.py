@@ -48,11 +48,8 @@ class LoadEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, encoder: str = "") -> bool | str:
-        listing = host_listing(FOLDERS)
-        if encoder in listing.paths:
-            return True
-        return f"{encoder!r} is not in {' or '.join(listing.roots)}: pick another file"
+    def validate_inputs(cls, encoder: str | None = None) -> bool | str:
+        return host_listing(FOLDERS).problem(encoder)
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str) -> str:

@@ -80,11 +80,8 @@ class LoadLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora: str = "") -> bool | str:
-        listing = host_listing(FOLDERS)
-        if lora in listing.paths:
-            return True
-        return f"{lora!r} is not in {' or '.join(listing.roots)}: pick another file"
+    def validate_inputs(cls, lora: str | None = None) -> bool | str:
+        return host_listing(FOLDERS).problem(lora)
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, **_) -> str:

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..checkpoint import check_pair
 from ..ops import dispatch
-from ..ops.errors import Ideogram4QuantError
+from ..ops.errors import Ideogram4QuantError, PairMismatchError
 from ..ops.linear import LinearOptions
 from . import report
 from .connections import leads_anywhere, running_graph
@@ -33,6 +33,7 @@ from .schema import CATEGORY
 
 BY_LEVEL = "by level"
 NONE = "none"
+_NO_FILE = (BY_LEVEL, NONE)
 FOLDERS = "diffusion_models"
 BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
 CONDITIONAL, UNCONDITIONAL = COPIES = ("conditional", "unconditional")
@@ -94,10 +95,9 @@ class LoadIdeogram4(io.ComfyNode):
     ) -> bool | str:
         # Named here, these inputs skip the host's own check, whose message lists every file.
         listing = host_listing(FOLDERS)
-        for name in (conditional_file, unconditional_file, base_file):
-            if name not in (BY_LEVEL, NONE) and name not in listing.paths:
-                return f"{name} is not in {' or '.join(listing.roots)}: pick another file"
-        return True
+        names = [n for n in (conditional_file, unconditional_file, base_file) if n not in _NO_FILE]
+        problems = (listing.problem(name) for name in names)
+        return next((problem for problem in problems if problem is not True), True)
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
@@ -160,11 +160,20 @@ def choose_files(
     def picked(name: str, copy: str) -> Candidate:
         path = listing.path(name)
         header = open_header(path, bases, copy=copy if trust_files else None)
+        if copy not in header.copies:
+            raise PairMismatchError(
+                f"picked as the {copy} copy, but it is the other one",
+                file=name,
+                found=f"{', '.join(header.copies)} ({header.copy_reason})",
+                needed=copy,
+                hint="Pick the other file, or switch on trust_files if you know better.",
+            )
         return Candidate(name, path, header)
 
     if conditional_file == BY_LEVEL:
         here = machine()
-        pair = resolve(level, catalogue, AUTO_ORDER[_capability(here)], here.memory)
+        order = AUTO_ORDER[_capability(here)]
+        pair = resolve(level, catalogue, order, here.memory, with_base=bool(bases))
     else:
         first = picked(conditional_file, CONDITIONAL)
         peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
@@ -174,8 +183,6 @@ def choose_files(
         pair = replace(pair, unconditional=picked(unconditional_file, UNCONDITIONAL))
     if pair.unconditional is not None:
         check_pair(pair.conditional.header, pair.unconditional.header)
-    elif CONDITIONAL not in pair.conditional.header.copies:
-        check_pair(pair.conditional.header, pair.conditional.header)
     return pair, bases
 
 

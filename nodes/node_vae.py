@@ -42,11 +42,8 @@ class LoadVAE(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, vae: str = "") -> bool | str:
-        listing = host_listing(FOLDERS)
-        if vae in listing.paths:
-            return True
-        return f"{vae!r} is not in {' or '.join(listing.roots)}: pick another file"
+    def validate_inputs(cls, vae: str | None = None) -> bool | str:
+        return host_listing(FOLDERS).problem(vae)
 
     @classmethod
     def fingerprint_inputs(cls, vae: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ops.dispatch import BackendReport
-from ..ops.linear import LinearOptions
+from ..ops.linear import LinearOptions, resolve_compute
 from .levels import AUTO, WORKING_MEMORY, Candidate, Pair
 
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
@@ -113,8 +113,6 @@ def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
     if level in _INT8_LEVELS:
         through_int8 = True
     elif level.startswith("Q"):
-        from ..ops.linear import resolve_compute
-
         through_int8 = resolve_compute(options.gguf_compute, level, 256) == "w8a8"
     else:
         through_int8 = False

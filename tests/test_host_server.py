@@ -310,7 +310,9 @@ def test_swapped_copies_are_refused(server):
         "conditional_file": graphs.UNCONDITIONAL,
         "unconditional_file": graphs.CONDITIONAL,
     }
-    fails_with(server, graphs.with_sampler(**swapped), graphs.UNCONDITIONAL, "conditional")
+    fails_with(server, graphs.with_sampler(**swapped), graphs.UNCONDITIONAL, "trust_files")
+    swapped |= {"trust_files": True}  # the files' metadata says which copy they are
+    fails_with(server, graphs.with_sampler(**swapped), graphs.UNCONDITIONAL, "other copy")
 
 
 def test_swapped_connections_are_refused(server):

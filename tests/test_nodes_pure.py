@@ -306,6 +306,7 @@ class Header:
     size: int = 1000
     config: ModelConfig = field(default_factory=ModelConfig)
     copy_reason: str = "its name"
+    linears_only: bool = False
     paths: tuple[Path, ...] = (Path("f"),)
 
     def reads_text(self, copy: str) -> bool:
@@ -338,8 +339,17 @@ def test_listing_finds_files_folders_and_links_once(tmp_path):
 @pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "", "sub/../a.safetensors"])
 def test_names_are_looked_up_never_joined(tmp_path, name):
     (tmp_path / "a.safetensors").touch()
+    listing = list_files("models", [str(tmp_path)])
+    assert str(tmp_path) in listing.problem(name)
     with pytest.raises(CheckpointError, match="no such file"):
-        list_files("models", [str(tmp_path)]).path(name)
+        listing.path(name)
+
+
+def test_names_that_another_node_fills_in_are_no_problem_yet(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    listing = list_files("models", [str(tmp_path)])
+    assert listing.problem(None) is True
+    assert listing.problem("a.safetensors") is True
 
 
 def test_stamp_and_fingerprint_change_with_the_file(tmp_path):
@@ -423,6 +433,14 @@ def test_auto_takes_the_first_level_that_fits_then_the_smallest():
     # one copy at a time fits: the fastest again
     assert resolve(AUTO, catalogue(a=files.candidates[0].header), order, 12 * gigabyte)
     assert level(gigabyte) == "Q4_0"
+
+
+def test_auto_takes_linears_alone_only_with_a_base():
+    files = catalogue(a=Header("INT8 W8A8", BOTH, linears_only=True), b=Header("BF16", BOTH))
+    order = AUTO_ORDER["int8"]
+    assert resolve(AUTO, files, order, 10**12).level == "BF16"
+    assert resolve(AUTO, files, order, 10**12, with_base=True).level == "INT8 W8A8"
+    assert resolve("INT8 W8A8", files, order, 10**12).level == "INT8 W8A8"
 
 
 def test_every_level_has_its_place_in_every_order():
