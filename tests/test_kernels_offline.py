@@ -121,6 +121,13 @@ def test_a_gpu_of_no_checked_family_is_refused(capability):
         configs.table_architecture(capability)
 
 
+def test_a_triton_that_does_not_know_a_gpu_is_not_asked_to_compile_for_it():
+    assert configs.unsupported_by("3.2.0", 90) is None
+    assert configs.unsupported_by("3.3.0", 120) is None
+    assert configs.unsupported_by("3.10.0+git", 120) is None
+    assert "3.2.0 does not know sm_120" in configs.unsupported_by("3.2.0", 120)
+
+
 GOOD = offline.Report(
     kernel="int8_gemm",
     label="128x256x128 8 warps 3 stages",

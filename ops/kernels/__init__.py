@@ -11,6 +11,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from .configs import release, table_architecture, unsupported_by
+
 if TYPE_CHECKING:
     import torch
 
@@ -56,7 +58,7 @@ def _available(device: torch.device) -> tuple[bool, str]:
         package = "triton-windows" if os.name == "nt" else "triton"
         return False, f"Triton is not installed ({error}); install it with: pip install {package}"
     found = f"Triton {triton.__version__}"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+    if release(triton.__version__) < MIN_TRITON:
         return False, f"{found} is too old, {'.'.join(map(str, MIN_TRITON))} is needed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return True, f"{found}, interpreted on the CPU (TRITON_INTERPRET=1): for tests, very slow"
@@ -67,14 +69,12 @@ def _available(device: torch.device) -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"torch {torch.__version__} finds no CUDA device"
 
-    from .configs import table_architecture
-
     major, minor = torch.cuda.get_device_capability(device)
     try:
         table_architecture(major * 10 + minor)
     except ValueError as error:
         return False, str(error)
-    problem = _probe(device)
+    problem = unsupported_by(triton.__version__, major * 10 + minor) or _probe(device)
     if problem:
         return False, f"{found} cannot run a kernel on {device}: {problem}"
     return True, f"{found}, sm_{major}{minor}"

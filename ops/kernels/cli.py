@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BackendUnavailableError
-from .configs import ARCHITECTURES
+from .configs import ARCHITECTURES, unsupported_by
 
 if TYPE_CHECKING:
     from .offline import Built, Report
@@ -47,11 +47,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print, and return 1 if a gate is broken, 2 if nothing can be compiled here."""
+    from . import offline
+
     try:
         reports = []
         skipped = []
+        version, _ = offline.require_tools()
         for arch in args.arch:
-            reason = _unsupported(arch)
+            reason = unsupported_by(version, arch)
             if reason:
                 skipped.append({"arch": arch, "reason": reason})
                 continue
@@ -94,16 +97,6 @@ def broken_gates(report: Report) -> list[str]:
     if tile in GATED_TILES and not report.per_imma < MAX_PER_IMMA:
         broken.append(f"{report.per_imma:.2f} instructions an IMMA, needed below {MAX_PER_IMMA}")
     return [f"sm_{report.arch} {report.kernel} {report.label}: {text}" for text in broken]
-
-
-def _unsupported(arch: int) -> str | None:
-    """Why this Triton cannot compile for ``arch``, or None. It would abort the process."""
-    from .offline import require_tools
-
-    version, _ = require_tools()
-    if arch >= 100 and tuple(map(int, version.split(".")[:2])) < (3, 3):
-        return f"Triton {version} does not know sm_{arch}; 3.3 is the first that does"
-    return None
 
 
 def _build_all(arch: int, only: str | None) -> Iterator[Built]:

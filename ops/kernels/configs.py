@@ -20,6 +20,19 @@ def table_architecture(capability: int) -> int:
     return max(same_family)
 
 
+def unsupported_by(triton_version: str, arch: int) -> str | None:
+    """Why this Triton cannot compile for ``arch``, or None. It would abort the process."""
+    if arch >= 100 and release(triton_version) < (3, 3):
+        return f"Triton {triton_version} does not know sm_{arch}; 3.3 is the first that does"
+    return None
+
+
+def release(version: str) -> tuple[int, int]:
+    """``"3.7.1+git"`` -> ``(3, 7)``."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 @dataclass(frozen=True)
 class GemmConfig:
     """One tiling of ``int8_gemm``: the tile, warps, pipeline stages, tiles of M that share N's.

@@ -8,6 +8,7 @@ Time, cache behaviour and bank conflicts are not to be had this way.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import subprocess
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 
 from ..errors import BackendUnavailableError
 from . import sass
+from .configs import release
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,17 @@ def require_tools() -> tuple[str, Path]:
     return triton.__version__, folder
 
 
-def build(variant: Variant, arch: int) -> Built:
+def build(variant: Variant, arch: int, kernel: Any = None) -> Built:
     """Compile ``variant`` for ``sm_arch`` and read its machine code. Takes 1 to 5 s.
 
+    ``kernel`` is a ``triton.jit`` function to compile in place of the one that the variant names.
     Raises BackendUnavailableError without Triton or its tools; Triton's own errors pass through.
     """
     version, folder = require_tools()
-    compiled = _compile(variant, arch)
+    if kernel is None:
+        module = importlib.import_module(f".{variant.module}", __package__)
+        kernel = getattr(module, variant.function)
+    compiled = _compile(kernel, variant, arch)
     cubin = compiled.asm["cubin"]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "kernel.cubin"
@@ -163,21 +169,18 @@ def _report(
     )
 
 
-def _compile(variant: Variant, arch: int) -> Any:
+def _compile(kernel: Any, variant: Variant, arch: int) -> Any:
     """The compiled kernel, through the part of Triton's interface that changed in 3.3."""
-    import importlib
-
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f".{variant.module}", __package__), variant.function)
     names = list(kernel.arg_names)
     unknown = set(names) ^ (set(variant.signature) | set(variant.constants))
     if unknown:
         raise ValueError(f"{variant.function} and its signature differ in {sorted(unknown)}")
     divisible = [names.index(name) for name in variant.divisible]
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
+    if release(triton.__version__) >= (3, 3):
         source = ASTSource(
             fn=kernel,
             signature={name: variant.signature.get(name, "constexpr") for name in names},
