@@ -12,6 +12,7 @@ from ..ops.linear import LinearOptions, resolve_compute
 from .levels import AUTO, WORKING_MEMORY, Candidate, Pair
 
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
+_PLAIN_LEVEL = "BF16"
 _SAMPLE = 1 << 16
 _SAMPLES = 16
 
@@ -51,7 +52,8 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> st
     if pair.unconditional is None:
         lines.append("unconditional: no file of this level, so there is no guidance without one")
     lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
-    lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
+    if _through_int8(pair.level, options):
+        lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
     lines.append(_memory_line(pair, machine))
     if machine.dtype == "float32":
         lines.append(
@@ -101,6 +103,8 @@ def _file_line(copy: str, candidate: Candidate) -> str:
 
 
 def _protected_line(pair: Pair) -> str:
+    if pair.level == _PLAIN_LEVEL:
+        return "quantized: nothing"
     protected: Sequence[str] = pair.conditional.header.protected
     if not protected:
         return "kept in 16 bits: no linear"
@@ -108,16 +112,17 @@ def _protected_line(pair: Pair) -> str:
     return f"kept in 16 bits: {len(protected)} linears ({shown})"
 
 
+def _through_int8(level: str, options: LinearOptions) -> bool:
+    if level.startswith("Q"):
+        return resolve_compute(options.gguf_compute, level, 256) == "w8a8"
+    return level in _INT8_LEVELS
+
+
 def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
-    """Which GEMM runs, and why; ``dense`` where weights are decoded first."""
-    if level in _INT8_LEVELS:
-        through_int8 = True
-    elif level.startswith("Q"):
-        through_int8 = resolve_compute(options.gguf_compute, level, 256) == "w8a8"
-    else:
-        through_int8 = False
-    if not through_int8:
-        return f"dense {machine.dtype}, weights decoded layer by layer"
+    """Which matrix product runs, and why."""
+    if not _through_int8(level, options):
+        decoded = "" if level == _PLAIN_LEVEL else ", weights decoded layer by layer"
+        return f"dense {machine.dtype}{decoded}"
     if options.backend != AUTO:
         return f"{options.backend}, as asked"
     first: BackendReport | None = next((b for b in machine.backends if b.available), None)
@@ -139,4 +144,4 @@ def _memory_line(pair: Pair, machine: Machine) -> str:
 
 
 def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e7 else f"{nbytes / 1e6:.2f} MB"
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

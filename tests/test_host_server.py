@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -248,6 +249,20 @@ def test_unconditional_is_read_only_if_connected(server):
     both = graphs.with_guider(seed=13, backend="reference")
     assert server.run(both).status == "success"
     assert server.log[marks:].count("model_type FLOW") == 2
+
+
+def test_interrupting_stops_the_run_and_the_next_one_works(server):
+    long = graphs.with_sampler("long", preset="quality", size=(512, 512), seed=5)
+    prompt_id = server.post("/prompt", {"prompt": long})["prompt_id"]
+    marks = len(server.log)
+    deadline = time.monotonic() + 120
+    while "/48" not in server.log[marks:] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    server.post("/interrupt", {})
+    run = server.wait(prompt_id)
+    assert "execution_interrupted" in [kind for kind, _ in run.messages]
+    assert "saved" not in run.outputs
+    assert server.run(graphs.with_sampler()).status == "success"
 
 
 def test_picture_says_what_it_was_made_with(server):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ideogram4_quant.checkpoint import ModelConfig
-from ideogram4_quant.nodes import residency
+from ideogram4_quant.nodes import report, residency
 from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.nodes.connections import leads_anywhere
 from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
@@ -28,7 +28,7 @@ from ideogram4_quant.nodes.levels import (
 )
 from ideogram4_quant.nodes.lora_files import parse_lora, stack
 from ideogram4_quant.nodes.model_files import list_files, stamp
-from ideogram4_quant.nodes.report import fingerprint
+from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.ops.errors import (
     CheckpointError,
     CorruptFileError,
@@ -36,6 +36,7 @@ from ideogram4_quant.ops.errors import (
     OpError,
     TruncatedFileError,
 )
+from ideogram4_quant.ops.linear import LinearOptions
 
 # ---- captions
 
@@ -307,6 +308,8 @@ class Header:
     config: ModelConfig = field(default_factory=ModelConfig)
     copy_reason: str = "its name"
     linears_only: bool = False
+    layout: str = "some layout"
+    protected: tuple[str, ...] = ()
     paths: tuple[Path, ...] = (Path("f"),)
 
     def reads_text(self, copy: str) -> bool:
@@ -355,14 +358,14 @@ def test_names_that_another_node_fills_in_are_no_problem_yet(tmp_path):
 def test_stamp_and_fingerprint_change_with_the_file(tmp_path):
     path = tmp_path / "f.safetensors"
     path.write_bytes(bytes(3_000_000))
-    before, mark = stamp(path), fingerprint(path)
+    before, mark = stamp(path), report.fingerprint(path)
     data = bytearray(3_000_000)
     data[0] = 1
     path.write_bytes(bytes(data))
     os.utime(path, ns=(0, before[2] + 1))
     assert stamp(path) != before
-    assert fingerprint(path) != mark
-    assert fingerprint(tmp_path) != fingerprint(path)
+    assert report.fingerprint(path) != mark
+    assert report.fingerprint(tmp_path) != report.fingerprint(path)
 
 
 def test_catalogue_passes_over_other_models_and_notes_broken_files(tmp_path):
@@ -453,6 +456,47 @@ def test_missing_level_says_what_there_is():
         resolve("NF4", catalogue(a=Header("Q4_0", COND), b=Header("FP8", COND)), LEVELS, 0)
     with pytest.raises(CheckpointError, match="no Ideogram 4 file"):
         resolve(AUTO, catalogue(), LEVELS, 0)
+
+
+# ---- the report
+
+
+def machine(memory: int, dtype: str = "bfloat16") -> report.Machine:
+    backends = (
+        BackendReport("triton", False, "no compiler here"),
+        BackendReport("int_mm", True, "torch._int_mm"),
+    )
+    return report.Machine("card", memory, dtype, backends)
+
+
+@pytest.mark.parametrize(
+    ("level", "compute", "expected"),
+    [
+        ("INT8 W8A8", "auto", "backend: int_mm (torch._int_mm)"),
+        ("Q4_K", "auto", "backend: int_mm (torch._int_mm)"),
+        ("Q4_K", "dense", "backend: dense bfloat16, weights decoded layer by layer"),
+        ("Q8_0", "auto", "backend: dense bfloat16, weights decoded layer by layer"),
+        ("FP8", "auto", "backend: dense bfloat16, weights decoded layer by layer"),
+        ("BF16", "auto", "backend: dense bfloat16"),
+    ],
+)
+def test_report_says_what_multiplies_and_why_not_the_others(level, compute, expected):
+    chosen = find_pair(level, catalogue(f=Header(level, BOTH)).candidates)
+    options = LinearOptions(gguf_compute=compute)
+    lines = report.text(chosen, "auto", options, machine(10**12)).splitlines()
+    assert expected in lines
+    assert ("  triton: no compiler here" in lines) == ("int_mm" in expected)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [(12, "everything stays there"), (10, "one copy at a time"), (6, "streamed from RAM")],
+)
+def test_report_says_what_fits(memory, expected):
+    chosen = find_pair("Q4_0", catalogue(f=Header("Q4_0", BOTH, 10**10)).candidates)
+    shown = report.text(chosen, "Q4_0", LinearOptions(), machine(memory * 10**9, "float32"))
+    assert expected in shown
+    assert "no bfloat16" in shown
 
 
 # ---- residency
