@@ -5,7 +5,7 @@ what int8_gemm then reads. The fp32 weight never exists in memory.
 
 In every format 16 adjacent weights, a *unit*, share their scale, their minimum and the way their
 codes lie in 16 adjacent bytes. Scales are read once a unit; codes once a weight, as one run over
-the row, which keeps 16 adjacent weights in one thread: a rotation then crosses 4 lanes' bits only.
+the row, which keeps a unit in one thread and a rotation group of 256 in half a warp.
 The block layouts are drawn in ``ops/blocks``.
 """
 
