@@ -1,6 +1,12 @@
 """Recipes that make quantized files, and the tools that look into files."""
 
-from .errors import AlreadyQuantizedError, NonFiniteWeightError, QuantOptionError
+from .calibration import Calibration, LayerStats, Run
+from .errors import (
+    AlreadyQuantizedError,
+    CalibrationError,
+    NonFiniteWeightError,
+    QuantOptionError,
+)
 from .inspect import Inspection, inspect_file
 from .quantize import QuantPlan, plan_quantization, quantize_checkpoint
 from .recipes import RECIPES, QuantOptions, Recipe, TypeRule
@@ -10,13 +16,17 @@ from .verify import Verification, verify_file
 __all__ = [
     "RECIPES",
     "AlreadyQuantizedError",
+    "Calibration",
+    "CalibrationError",
     "Inspection",
+    "LayerStats",
     "NonFiniteWeightError",
     "QuantOptionError",
     "QuantOptions",
     "QuantPlan",
     "QuantReport",
     "Recipe",
+    "Run",
     "TensorResult",
     "TypeRule",
     "Verification",

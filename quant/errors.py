@@ -15,3 +15,7 @@ class AlreadyQuantizedError(CheckpointError):
 
 class NonFiniteWeightError(CheckpointError):
     """A weight is NaN or infinite, or becomes so in the type it should be stored in."""
+
+
+class CalibrationError(CheckpointError):
+    """A calibration file that is damaged, or of another model than the one at hand."""

@@ -57,6 +57,13 @@ def hash_files(
     return tuple(found)
 
 
+def combined_hash(files: Sequence[SourceFile]) -> str:
+    """The file's SHA-256; of several files: the hash of their hashes, in their order."""
+    if len(files) == 1:
+        return files[0].sha256
+    return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+
+
 def licence_of(metadata: Mapping[str, object], options: QuantOptions) -> str | None:
     """The licence that the source names, else the one of the options."""
     for key in _LICENCE_KEYS:
@@ -103,14 +110,11 @@ class Provenance:
 
     def _common(self) -> dict[str, str]:
         sources = [file.__dict__ for file in self.sources]
-        digests = "".join(file.sha256 for file in self.sources)
-        single = self.sources[0].sha256 if len(self.sources) == 1 else None
         return {
             "config": _json(self.config),
             "quantization": _json(self.recipe),
             "source": _json(sources),
-            # of several files: the hash of their hashes, in the order of "source"
-            "source_sha256": single or hashlib.sha256(digests.encode()).hexdigest(),
+            "source_sha256": combined_hash(self.sources),
             "source_level": self.source_level,
             "software": TOOL,
         }

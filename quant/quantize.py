@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from ..ops.errors import CorruptFileError
 from .encode import encode_tensor
 from .encodings import Blocks
 from .errors import QuantOptionError
-from .measure import ErrorMeter
+from .measure import ErrorMeter, channel_absmax
 from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes
-from .provenance import Provenance, hash_files, licence_of, recipe_record
+from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
 from .recipes import QuantOptions, Recipe, recipe_of
 from .report import QuantReport, TensorResult, totals_table
 from .source import BaseLike, Source, SourceLike, check_levels, open_source
@@ -96,6 +96,9 @@ def plan_quantization(
     target = check_output(out, overwrite=overwrite)
     if any(target == Path(os.path.realpath(path)) for path in found.paths):
         raise QuantOptionError("the output is the source itself", file=out)
+    if options.calibration is not None:
+        for each, shapes in found.shapes().items():
+            options.calibration.check_shapes(each, shapes)
     tensors = tuple(plan_tensors(recipe, options, found.shapes()))
     check_levels(found, recipe, ((p.copy, p.name) for p in tensors if p.quantized))
     return QuantPlan(recipe, layout, options, found, Path(out), tensors)
@@ -136,7 +139,7 @@ def quantize_checkpoint(
     check_space(check_output(out, overwrite=overwrite), plan.nbytes)
     counter = _Counter(progress, plan)
     provenance = _provenance(plan, counter)
-    encoder = _Encoder(plan)
+    encoder = _Encoder(plan, _uncertain(plan, provenance))
     if plan.layout == "gguf":
         metadata = provenance.gguf(plan.recipe)
         write, specs = write_gguf, _gguf_specs(plan)
@@ -184,8 +187,9 @@ class _Counter:
 class _Encoder:
     """Turns the source's stream into stored tensors and keeps the figures of each."""
 
-    def __init__(self, plan: QuantPlan) -> None:
+    def __init__(self, plan: QuantPlan, uncertain: Mapping[str, str]) -> None:
         self._plan = plan
+        self._uncertain = uncertain
         self.results: list[TensorResult] = []
         self.meter = ErrorMeter()
 
@@ -204,6 +208,10 @@ class _Encoder:
                     found=list(tensor.shape),
                     needed=list(plan.shape),
                 )
+            if plan.quantized and copy in self._uncertain:
+                absmax = channel_absmax(tensor)
+                calibration = self._plan.options.calibration
+                calibration.check_weight(copy, plan.module, absmax, self._uncertain[copy])
             stored, meter = encode_tensor(plan, tensor, file=file)
             self.results.append(_result(self._plan, plan, meter))
             if plan.linear:
@@ -236,6 +244,19 @@ def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
         source_level=plan.source.level,
         licence=licence_of(plan.source.metadata, plan.options),
     )
+
+
+def _uncertain(plan: QuantPlan, provenance: Provenance) -> dict[str, str]:
+    """Copy -> hash of its file, for copies whose calibration was not made on that very file."""
+    calibration = plan.options.calibration
+    if calibration is None:
+        return {}
+    files = dict(zip(plan.source.paths, provenance.sources, strict=True))
+    digests = {
+        copy: combined_hash([files[path] for path in plan.source.paths_of(copy)])
+        for copy in plan.source.copies
+    }
+    return {copy: digest for copy, digest in digests.items() if not calibration.is_of(copy, digest)}
 
 
 def _safetensors_specs(plan: QuantPlan) -> list[TensorSpec]:

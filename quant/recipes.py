@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
+from .calibration import Calibration
 from .errors import QuantOptionError
 
 BLOCK_LINEARS = "layers.*"
@@ -93,6 +94,7 @@ class QuantOptions:
     - ``linears``: ``"blocks"``, ``"all"``, or None for the layout's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
+    - ``calibration``: statistics of the linears' inputs, of this very model.
     """
 
     layout: str = "native"
@@ -101,6 +103,7 @@ class QuantOptions:
     types: tuple[TypeRule, ...] = ()
     linears: str | None = None
     licence: str | None = None
+    calibration: Calibration | None = None
 
 
 def recipe_of(level: str) -> Recipe:

@@ -43,6 +43,12 @@ class Source:
         opened = [c for own in self.checkpoints for c in (own, *own.bases)]
         return tuple(dict.fromkeys(path for checkpoint in opened for path in checkpoint.paths))
 
+    def paths_of(self, copy: str) -> tuple[Path, ...]:
+        """The files that one copy is read from."""
+        own = next(checkpoint for checkpoint, each in self.parts if each == copy)
+        opened = (own, *own.bases)
+        return tuple(dict.fromkeys(path for checkpoint in opened for path in checkpoint.paths))
+
     @property
     def config(self) -> dict[str, object]:
         return self.checkpoints[0].config.to_dict()

@@ -1,0 +1,305 @@
+"""What the inputs of every linear look like, and what quantizing each alone would cost.
+
+A calibration holds sums and maxima, never inputs, so runs over other prompts can be added to it.
+One column a denoising step: ``times`` are the model times (0 noise, 1 clean) of the columns.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+
+# A weight read from FP8 differs from the bf16 one by at most 1/16; another model's by far more.
+_SAME_MODEL = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStats:
+    """One linear ``[N, K]`` of one copy; S is the number of columns (steps) of the calibration.
+
+    - ``tokens``: input rows seen.
+    - ``absmax`` fp32 [K]: the largest ``|x|`` of each input channel; ``square_sum`` fp64 [K].
+    - ``weight_absmax`` fp32 [K]: the largest ``|w|`` of each input channel.
+    - ``power_sums`` fp64 [4]: sums of x, x^2, x^3, x^4 over all values of all channels.
+    - ``peaks`` fp64 [3, S]: sampled tokens, sum and largest of their peak-to-median ratios.
+    - ``signal`` fp64 [S]: the output's sum of squares over the sampled tokens and channels;
+      ``noise``: candidate -> fp64 [S], the same of the output's error if this linear alone were
+      quantized so.
+    """
+
+    shape: tuple[int, int]
+    tokens: int
+    absmax: Tensor
+    square_sum: Tensor
+    weight_absmax: Tensor
+    power_sums: Tensor
+    peaks: Tensor
+    signal: Tensor
+    noise: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Tensor, weight: Tensor) -> LayerStats:
+        """The statistics, without errors, of ``inputs`` [tokens, K] into ``weight`` [N, K]."""
+        x = inputs.double()
+        return cls(
+            shape=tuple(weight.shape),
+            tokens=x.shape[0],
+            absmax=x.abs().amax(0).float(),
+            square_sum=x.square().sum(0),
+            weight_absmax=weight.float().abs().amax(0),
+            power_sums=torch.stack([x.pow(k).sum() for k in range(1, 5)]),
+            peaks=torch.zeros(3, 1, dtype=torch.float64),
+            signal=torch.zeros(1, dtype=torch.float64),
+        )
+
+    @property
+    def second_moment(self) -> Tensor:
+        """``mean over tokens of x_k^2``, fp32 [K]."""
+        return (self.square_sum / max(self.tokens, 1)).float()
+
+    @property
+    def kurtosis(self) -> float:
+        """``E[(x - m)^4] / E[(x - m)^2]^2`` over all values: 3 for a gaussian; NaN if constant."""
+        count = self.tokens * self.shape[1]
+        if not count:
+            return math.nan
+        m, m2, m3, m4 = (self.power_sums / count).tolist()
+        variance = m2 - m * m
+        if variance <= 1e-12 * m2:
+            return math.nan
+        return (m4 - 4 * m * m3 + 6 * m * m * m2 - 3 * m**4) / variance**2
+
+    @property
+    def peak_to_median(self) -> Tensor:
+        """Mean over tokens of ``max |x| / median |x|`` at each step, fp64 [S]; NaN if unseen."""
+        return self.peaks[1] / self.peaks[0]
+
+    @property
+    def largest_peak(self) -> float:
+        """The largest ``max |x| / median |x|`` of any sampled token; 0 if none was sampled."""
+        return self.peaks[2].max().item()
+
+    @property
+    def errors(self) -> dict[str, Tensor]:
+        """Candidate -> ``||y' - y|| / ||y||`` at each step, fp64 [S]; NaN if unseen."""
+        return {name: (noise / self.signal).sqrt() for name, noise in self.noise.items()}
+
+    def error(self, candidate: str) -> float:
+        """``||y' - y|| / ||y||`` over all steps; NaN if the candidate was not measured here."""
+        noise = self.noise.get(candidate)
+        signal = self.signal.sum().item()
+        if noise is None or signal == 0:
+            return math.nan
+        return math.sqrt(noise.sum().item() / signal)
+
+    def sqnr_db(self, candidate: str) -> float:
+        """``-20 log10(error)``: inf without an error, NaN if the candidate was not measured."""
+        error = self.error(candidate)
+        return math.inf if error == 0 else -20 * math.log10(error)
+
+    def _spread(self, places: Tensor, columns: int) -> LayerStats:
+        """The same with ``columns`` columns: column i at ``places[i]``, the others empty."""
+
+        def spread(values: Tensor) -> Tensor:
+            wide = values.new_zeros((*values.shape[:-1], columns))
+            wide[..., places] = values
+            return wide
+
+        return replace(
+            self,
+            peaks=spread(self.peaks),
+            signal=spread(self.signal),
+            noise={name: spread(noise) for name, noise in self.noise.items()},
+        )
+
+    def _plus(self, other: LayerStats) -> LayerStats:
+        """Both together; a candidate counts where both measured it, for its signal is shared."""
+        both = [name for name in self.noise if name in other.noise]
+        if not self.noise or not other.noise:
+            both = [*self.noise, *other.noise]
+        zero = torch.zeros_like(self.signal)
+        return replace(
+            self,
+            tokens=self.tokens + other.tokens,
+            absmax=torch.maximum(self.absmax, other.absmax),
+            square_sum=self.square_sum + other.square_sum,
+            weight_absmax=torch.maximum(self.weight_absmax, other.weight_absmax),
+            power_sums=self.power_sums + other.power_sums,
+            peaks=torch.cat(
+                [self.peaks[:2] + other.peaks[:2], torch.maximum(self.peaks, other.peaks)[2:]]
+            ),
+            signal=self.signal + other.signal,
+            noise={n: self.noise.get(n, zero) + other.noise.get(n, zero) for n in both},
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one run's figures come from.
+
+    ``models``: copy -> SHA-256 of its file (of several files: the hash of their hashes).
+    ``prompts_sha256``: of the JSON list of all prompts. ``versions``: package -> version.
+    """
+
+    models: Mapping[str, str]
+    prompts_sha256: str
+    prompts: int
+    seeds: tuple[int, ...]
+    steps: int
+    width: int
+    height: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """``layers``: ``conditional.layers.0.attention.qkv`` -> statistics; one column a time.
+
+    ``provenance`` has an entry for each run that was merged; ``path`` is the file it came from.
+    """
+
+    layers: Mapping[str, LayerStats]
+    times: tuple[float, ...] = ()
+    provenance: tuple[Run, ...] = ()
+    path: Path | None = None
+
+    def layer(self, copy: str, module: str) -> LayerStats | None:
+        """The statistics of a linear, by copy and canonical module name; None if not watched."""
+        return self.layers.get(f"{copy}.{module}")
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(key.partition(".")[0] for key in self.layers))
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Every treatment that was measured anywhere, in the order of measuring."""
+        return tuple(dict.fromkeys(name for s in self.layers.values() for name in s.noise))
+
+    def ranking(self, candidate: str) -> list[tuple[str, float]]:
+        """(layer, relative output error over all steps), the most fragile first."""
+        found = [(key, stats.error(candidate)) for key, stats in self.layers.items()]
+        return sorted((f for f in found if not math.isnan(f[1])), key=lambda f: -f[1])
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
+        """Write one safetensors file; returns its size. Raises WriteError, OutputExistsError."""
+        from .calibration_file import write_calibration
+
+        return write_calibration(self, path, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read and check a file of :meth:`save`. Raises CheckpointError and its kinds."""
+        from .calibration_file import read_calibration
+
+        return read_calibration(path)
+
+    def merge(self, *others: Calibration) -> Calibration:
+        """All runs as one: maxima of maxima, sums of sums; columns are the union of the times.
+
+        Raises CalibrationError for a run that is in it already, and for runs of other models.
+        """
+        merged = self
+        for other in others:
+            merged = merged._merged(other)
+        return merged
+
+    def _merged(self, other: Calibration) -> Calibration:
+        if any(run in self.provenance for run in other.provenance):
+            raise CalibrationError(
+                "this run is in it already: its tokens would count twice", file=other.path
+            )
+        mine, theirs = _models(self.provenance), _models(other.provenance)
+        for copy in mine.keys() & theirs.keys():
+            if mine[copy] != theirs[copy]:
+                raise CalibrationError(
+                    f"a run on another model: the {copy} copy differs",
+                    file=other.path,
+                    found=_hashes(theirs[copy]),
+                    needed=_hashes(mine[copy]),
+                )
+        times = tuple(sorted({*self.times, *other.times}))
+        place = {time: i for i, time in enumerate(times)}
+        layers: dict[str, LayerStats] = {}
+        for part in (self, other):
+            places = torch.tensor([place[time] for time in part.times], dtype=torch.long)
+            for key, stats in part.layers.items():
+                spread = stats._spread(places, len(times))
+                if key in layers and layers[key].shape != spread.shape:
+                    raise CalibrationError(
+                        "a run on another model",
+                        file=other.path,
+                        tensor=key,
+                        found=list(spread.shape),
+                        needed=list(layers[key].shape),
+                    )
+                layers[key] = layers[key]._plus(spread) if key in layers else spread
+        return Calibration(layers, times, (*self.provenance, *other.provenance))
+
+    def check_shapes(self, copy: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise CalibrationError unless this is of a model with these tensor shapes."""
+        if copy not in self.copies:
+            raise CalibrationError(
+                f"no statistics of the {copy} copy",
+                file=self.path,
+                found=", ".join(self.copies) or "none",
+                hint="Calibrate both copies (--uncond), or merge a run on the other one.",
+            )
+        for key, stats in self.layers.items():
+            own, _, module = key.partition(".")
+            if own == copy and shapes.get(f"{module}.weight") != stats.shape:
+                found = shapes.get(f"{module}.weight")
+                raise CalibrationError(
+                    "a calibration of another model",
+                    file=self.path,
+                    tensor=key,
+                    found=list(stats.shape),
+                    needed="no such linear" if found is None else list(found),
+                    hint="Calibrate this model (ideogram4-quant calibrate).",
+                )
+
+    def is_of(self, copy: str, sha256: str) -> bool:
+        """Whether every run saw this very file."""
+        return _models(self.provenance).get(copy) == {sha256}
+
+    def check_weight(self, copy: str, module: str, weight_absmax: Tensor, sha256: str) -> None:
+        """Raise CalibrationError if a linear's weight is not the one that was calibrated.
+
+        ``weight_absmax`` fp32 [K]. For files of another hash: the same model at another level
+        (FP8 for bf16) passes, another training does not.
+        """
+        stats = self.layer(copy, module)
+        if stats is None:
+            return
+        known = stats.weight_absmax.double()
+        off = (weight_absmax.double().cpu() - known).abs().sum() / known.sum().clamp_min(1e-30)
+        if not off <= _SAME_MODEL:
+            raise CalibrationError(
+                "a calibration of another model: the weights differ by "
+                f"{off.item():.0%} in the largest of each input channel",
+                file=self.path,
+                tensor=f"{copy}.{module}",
+                found=_hashes(_models(self.provenance).get(copy, set())),
+                needed=f"sha256 {sha256}",
+                hint="Calibrate this model (ideogram4-quant calibrate).",
+            )
+
+
+def _models(runs: Iterable[Run]) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for copy, digest in run.models.items():
+            found.setdefault(copy, set()).add(digest)
+    return found
+
+
+def _hashes(digests: Iterable[str]) -> str:
+    return "sha256 " + (", ".join(sorted(digests)) or "unknown")

@@ -1,0 +1,234 @@
+"""Calibration: its figures by formula, its file, merging, and files that must be refused."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ideogram4_quant.ops.errors import CheckpointError, TruncatedFileError
+from ideogram4_quant.quant import (
+    Calibration,
+    CalibrationError,
+    LayerStats,
+    QuantOptions,
+    Run,
+    quantize_checkpoint,
+)
+from ideogram4_quant.quant.provenance import hash_files
+from ideogram4_quant.tests import quant_model as model
+
+W2 = "layers.0.feed_forward.w2"
+
+
+def run(**changes):
+    known = Run({"conditional": "aa"}, "bb", 2, (0, 1), 4, 128, 64, {"torch": "2"})
+    return replace(known, **changes)
+
+
+def stats(seed=0, tokens=50, shape=(6, 16), columns=3, candidates=("int8", "Q4_K")):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, shape[1], generator=generator)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    positive = torch.rand(len(candidates) + 2, columns, generator=generator).double()
+    return replace(
+        LayerStats.of(x, weight),
+        peaks=positive.new_tensor([[4.0] * columns, [12.0] * columns, [5.0] * columns]),
+        signal=100 + positive[0],
+        noise={name: positive[1 + i] for i, name in enumerate(candidates)},
+    ), x
+
+
+def calibration(seed=0, times=(0.0, 0.5, 0.9), **changes):
+    layers = {f"conditional.{W2}": stats(seed, columns=len(times))[0]}
+    return Calibration(layers, times, (run(**changes),))
+
+
+def test_figures_are_the_formulas():
+    found, x = stats()
+    values = x.double().numpy()
+    np.testing.assert_array_equal(found.absmax.numpy(), np.abs(x.numpy()).max(0))
+    np.testing.assert_allclose(found.second_moment.numpy(), (values**2).mean(0), rtol=1e-6)
+    centred = values - values.mean()
+    wanted = (centred**4).mean() / (centred**2).mean() ** 2
+    assert found.kurtosis == pytest.approx(wanted, rel=1e-9)
+    assert found.peak_to_median.tolist() == [3.0] * 3
+    noise, signal = found.noise["int8"].sum(), found.signal.sum()
+    assert found.error("int8") == pytest.approx(math.sqrt(noise / signal))
+    assert found.sqnr_db("int8") == pytest.approx(10 * math.log10(signal / noise))
+    assert math.isnan(found.error("never measured"))
+
+
+def test_merged_runs_are_one_run_over_both_inputs():
+    (first, x), (second, y) = stats(1), stats(2, tokens=7)
+    both = Calibration({"conditional.a": first}, (0.0, 0.5, 0.9), (run(),)).merge(
+        Calibration({"conditional.a": second}, (0.0, 0.5, 0.9), (run(seeds=(2,)),))
+    )
+    merged, wanted = both.layer("conditional", "a"), LayerStats.of(torch.cat([x, y]), x[:6])
+    assert merged.tokens == 57
+    assert torch.equal(merged.absmax, wanted.absmax)
+    torch.testing.assert_close(merged.square_sum, wanted.square_sum, rtol=1e-15, atol=0)
+    assert merged.kurtosis == pytest.approx(wanted.kurtosis, rel=1e-12)
+    assert torch.equal(merged.noise["int8"], first.noise["int8"] + second.noise["int8"])
+    assert len(both.provenance) == 2
+
+
+def test_runs_of_other_schedules_keep_their_own_columns():
+    first, second = calibration(1, times=(0.0, 0.5)), calibration(2, (0.25, 0.5), seeds=(5,))
+    both = first.merge(second)
+    assert both.times == (0.0, 0.25, 0.5)
+    a, b, found = (c.layer("conditional", W2).signal for c in (first, second, both))
+    assert found.tolist() == [a[0], b[0], a[1] + b[1]]
+
+
+def test_the_same_run_twice_and_runs_of_other_models_are_refused():
+    first = calibration(1)
+    with pytest.raises(CalibrationError, match="twice"):
+        first.merge(first)
+    with pytest.raises(CalibrationError, match=r"found sha256 cc, needed sha256 aa"):
+        first.merge(calibration(2, models={"conditional": "cc"}))
+    other = Calibration({f"conditional.{W2}": stats(shape=(6, 8))[0]}, first.times, (run(steps=9),))
+    with pytest.raises(CalibrationError, match=r"found \[6, 8\], needed \[6, 16\]"):
+        first.merge(other)
+
+
+def test_a_file_gives_back_everything(tmp_path):
+    known = calibration().merge(
+        Calibration(
+            {"conditional.layers.10.attention.o": stats(3, candidates=("int8",))[0]},
+            (0.0, 0.5, 0.9),
+            (run(prompts=9),),
+        )
+    )
+    path = tmp_path / "c.safetensors"
+    assert known.save(path) == path.stat().st_size
+    found = Calibration.load(path)
+    assert (found.times, found.provenance) == (known.times, known.provenance)
+    assert list(found.layers) == list(known.layers)
+    for key, wanted in known.layers.items():
+        layer = found.layers[key]
+        assert (layer.shape, layer.tokens) == (wanted.shape, wanted.tokens)
+        for name in ("absmax", "square_sum", "weight_absmax", "power_sums", "peaks", "signal"):
+            assert torch.equal(getattr(layer, name), getattr(wanted, name)), name
+        assert layer.noise.keys() == wanted.noise.keys()
+        assert all(torch.equal(layer.noise[n], wanted.noise[n]) for n in wanted.noise)
+    with pytest.raises(CheckpointError, match="exists already"):
+        known.save(path)
+
+
+def damage(path, out, change=None, **metadata):
+    """The file with one tensor or metadata value replaced (None: removed)."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        known = {**file.metadata(), **metadata}
+    for name, value in (change or {}).items():
+        tensors.pop(f"conditional.{W2}.{name}", None)
+        if value is not None:
+            tensors[f"conditional.{W2}.{name}"] = value
+    save_file(tensors, out, {k: v for k, v in known.items() if v is not None})
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "metadata", "message"),
+    [
+        ({}, {"format": "pt"}, "no calibration"),
+        ({}, {"version": "99"}, "version '99'"),
+        ({}, {"times": "[0.5, 0.1, 0.9]"}, "do not rise"),
+        ({}, {"times": '[0.1, "x", 0.9]'}, "metadata times"),
+        ({}, {"times": "[0.1, 0.2"}, "no usable JSON"),
+        ({}, {"times": "[0.1]"}, "does not fit"),
+        ({}, {"candidates": "5"}, "metadata candidates"),
+        ({}, {"provenance": "[{}]"}, "provenance"),
+        ({"absmax": None}, {}, "missing"),
+        ({"absmax": torch.full((16,), torch.nan)}, {}, "NaN"),
+        ({"absmax": -torch.ones(16)}, {}, "negative"),
+        ({"absmax": torch.ones(15)}, {}, "square_sum does not fit"),
+        ({"absmax": torch.ones(0)}, {}, "impossible"),
+        ({"shape": torch.tensor([6, 99])}, {}, "contradicts"),
+        ({"tokens": torch.tensor([-1])}, {}, "negative"),
+        ({"noise": torch.ones(2, 3)}, {}, "F32"),
+        ({"extra": torch.ones(3)}, {}, "extra"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, change, metadata, message):
+    path = tmp_path / "c.safetensors"
+    calibration().save(path)
+    bad = damage(path, tmp_path / "bad.safetensors", change, **metadata)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Calibration.load(bad)
+    assert str(bad) in str(caught.value)
+
+
+def test_files_that_are_no_safetensors_are_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    calibration().save(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(TruncatedFileError):
+        Calibration.load(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Calibration.load(tmp_path / "none.safetensors")
+
+
+# ---- which model it is of
+
+
+def calibrated(weights, digest):
+    layers = {
+        f"conditional.{name}": LayerStats.of(torch.ones(1, w.shape[1]), w)
+        for name in model.linear_names()
+        for w in [weights[f"{name}.weight"]]
+    }
+    return Calibration(layers, (0.0,), (run(models={"conditional": digest}),))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return model.write(tmp_path_factory.mktemp("source") / "s.safetensors", model.weights())
+
+
+def test_a_calibration_of_the_same_file_and_of_the_same_weights_passes(tmp_path, source):
+    (file,) = hash_files([source])
+    for name, digest in (("same", file.sha256), ("fp8 of it", "00" * 32)):
+        weights = model.weights()
+        if name == "fp8 of it":
+            weights = {k: w.to(torch.float8_e4m3fn).float() for k, w in weights.items()}
+        options = QuantOptions(calibration=calibrated(weights, digest))
+        quantize_checkpoint(source, "Q8_0", tmp_path / f"{name}.gguf", options=options)
+
+
+@pytest.mark.parametrize("level", ["INT8 W8A8", "Q8_0"])
+def test_a_calibration_of_another_training_is_refused(tmp_path, source, level):
+    options = QuantOptions(calibration=calibrated(model.weights(seed=5), "00" * 32))
+    out = tmp_path / ("q.gguf" if level == "Q8_0" else "q.safetensors")
+    (file,) = hash_files([source])
+    with pytest.raises(CalibrationError, match="another model") as caught:
+        quantize_checkpoint(source, level, out, options=options)
+    assert "00" * 32 in str(caught.value)
+    assert file.sha256 in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_of_another_size_or_copy_is_refused(tmp_path, source):
+    known = calibrated(model.weights(), "00")
+    odd = {**known.layers, f"conditional.{W2}": stats()[0]}
+    for layers, message in (
+        (odd, r"found \[6, 16\], needed \[256, 768\]"),
+        ({f"un{key}": s for key, s in known.layers.items()}, "no statistics of the conditional"),
+        ({"conditional.layers.7.attention.o": stats()[0]}, "no such linear"),
+    ):
+        options = QuantOptions(calibration=replace(known, layers=layers))
+        with pytest.raises(CalibrationError, match=message):
+            quantize_checkpoint(source, "INT8 W8A8", tmp_path / "q.safetensors", options=options)
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    path = tmp_path / "c.safetensors"
+    calibration().save(path)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["format"] == "ideogram4-quant calibration"
+        assert json.loads(file.metadata()["provenance"])[0]["models"] == {"conditional": "aa"}
