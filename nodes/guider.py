@@ -13,6 +13,7 @@ import math
 import comfy.model_base
 import comfy.model_management as management
 import comfy.model_patcher
+import comfy.patcher_extension as extension
 import comfy.sampler_helpers
 import comfy.samplers
 from torch import Tensor
@@ -26,6 +27,7 @@ from .model_loading import source_of
 
 logger = logging.getLogger(__name__)
 _ADDITIONAL = "ideogram4_quant_unconditional"
+_STREAM = "ideogram4_quant_streamed"
 IMAGE_ONLY = [[None, {}]]  # a conditioning without text: the model then runs image tokens alone
 
 
@@ -51,6 +53,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         self.unconditional = unconditional
         self.guidance = guidance
         self.keep = keep
+        self.kept = keep  # what the last run made of it
         self.inner_set_conds({"positive": positive})
         self._steps: tuple[StepPlan, ...] = ()
         self._negative: list = []
@@ -151,17 +154,25 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         return denoised
 
     def _settle_residency(self, noise: Tensor) -> None:
-        """Asks for both copies by one request, or has them take turns."""
+        """Asks for both copies by one request, has them take turns, or keeps them in RAM."""
         patcher = self.model_patcher
         need, least = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, self.conds)
         sizes = (patcher.model_size(), self.unconditional.model_size())
         memory = management.get_total_memory(patcher.load_device)
-        chosen = residency.choose(self.keep, sizes, int(least), memory)
-        if chosen == residency.ALTERNATING:
+        self.kept = residency.choose(self.keep, sizes, int(least), memory)
+        if self.kept == residency.ALTERNATING:
             patcher.remove_additional_models(_ADDITIONAL)
             self._turn, self._working_memory = patcher, need
         else:
             patcher.set_additional_models(_ADDITIONAL, [self.unconditional])
+        if self.kept == residency.STREAMED:
+            extension.add_wrapper_with_key(
+                extension.WrappersMP.PREPARE_SAMPLING,
+                _STREAM,
+                _keep_in_ram,
+                self.model_options,  # the run's own, which the host takes back after it
+                is_model_options=True,
+            )
 
     def _take_turn(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         if self._turn is None or self._turn is patcher:
@@ -177,6 +188,11 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         )
         options["transformer_options"]["sample_sigmas"] = sigmas
         return options
+
+
+def _keep_in_ram(prepare, *args, **kwargs):
+    """The host's preparation of a run, asking for so much room that weights stay in RAM."""
+    return prepare(*args, **kwargs | {"force_offload": True})
 
 
 def check_pair(

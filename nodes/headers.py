@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from .model_files import stamp
+from ..checkpoint.listing import stamp
 
 
 def open_header(

@@ -1,68 +1,8 @@
-"""The model files that the host's folders hold, and the way back from a name to a path.
-
-A name comes from a workflow, so from anyone: it is only ever looked up in a fresh listing and
-never joined to a path.
-"""
+"""Listings of the host's model folders."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
-from ..ops.errors import CheckpointError
-
-EXTENSIONS = (".safetensors", ".sft", ".gguf")
-# A sharded or two-folder model is one entry: the folder that one of these lies in.
-_INDEX_SUFFIX = ".safetensors.index.json"
-_COPY_FOLDERS = ("transformer", "unconditional_transformer")
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Names (with forward slashes, as workflows carry them between systems) and their paths."""
-
-    kind: str
-    roots: tuple[str, ...]
-    paths: dict[str, Path]
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(self.paths, key=str.casefold)
-
-    def problem(self, name: str | None) -> bool | str:
-        """For a node's validation: True, or what is wrong with the name.
-
-        None, the value of an input that another node will fill in, is no problem yet.
-        """
-        if name is None or name.replace("\\", "/") in self.paths:
-            return True
-        return f"{name!r} is not in {' or '.join(self.roots)}: pick another file"
-
-    def path(self, name: str) -> Path:
-        """The path behind a name; CheckpointError names the folders that were looked in."""
-        found = self.paths.get(name.replace("\\", "/"))
-        if found is None:
-            folders = " or ".join(self.roots) or f"a {self.kind} folder (none is set up)"
-            raise CheckpointError(
-                f"there is no such file among the {self.kind}",
-                file=name,
-                hint=f"Put it into {folders}, press R in ComfyUI to refresh, and pick it again.",
-            )
-        return found
-
-
-def list_files(kind: str, roots: list[str]) -> Listing:
-    """Every .safetensors, .sft and .gguf below `roots`, and every folder that is one model.
-
-    Earlier roots win where two hold the same name. Hidden folders are skipped.
-    """
-    paths: dict[str, Path] = {}
-    for root in roots:
-        for name, path in _scan(Path(root)):
-            paths.setdefault(name, path)
-    return Listing(kind, tuple(roots), paths)
+from ..checkpoint.listing import Listing, list_files, stamp
 
 
 def host_listing(kind: str) -> Listing:
@@ -72,33 +12,7 @@ def host_listing(kind: str) -> Listing:
     return list_files(kind, folder_paths.get_folder_paths(kind))
 
 
-def stamp(path: str | os.PathLike[str]) -> tuple:
-    """What changes when a file changes: path, size and time; for a folder those of its files."""
-    path = Path(path)
-    if not path.is_dir():
-        status = path.stat()
-        return (str(path), status.st_size, status.st_mtime_ns)
-    return tuple(stamp(p) for p in sorted(path.rglob("*")) if p.is_file())
-
-
-def _scan(root: Path) -> Iterator[tuple[str, Path]]:
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        here = Path(folder)
-        if (real := os.path.realpath(folder)) in seen:  # a link that leads back up
-            folders[:] = []
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        relative = here.relative_to(root)
-        if here != root and _is_one_model(folders, files):
-            yield relative.as_posix(), here
-            folders[:] = []
-            continue
-        for file in sorted(files):
-            if file.casefold().endswith(EXTENSIONS) and not file.startswith("."):
-                yield (relative / file).as_posix(), here / file
-
-
-def _is_one_model(folders: list[str], files: list[str]) -> bool:
-    return any(f.endswith(_INDEX_SUFFIX) for f in files) or any(c in folders for c in _COPY_FOLDERS)
+def host_stamp(kind: str, name: str | None) -> str:
+    """For a node's fingerprint: what changes when the named file does."""
+    path = host_listing(kind).paths.get(name)
+    return repr(path and stamp(path))

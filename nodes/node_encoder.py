@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .encoder_loading import load_encoder
-from .model_files import host_listing, stamp
+from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 
 FOLDERS = "text_encoders"
@@ -53,8 +53,7 @@ class LoadEncoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str) -> str:
-        path = host_listing(FOLDERS).paths.get(encoder)
-        return repr(path and stamp(path))
+        return host_stamp(FOLDERS, encoder)
 
     @classmethod
     def execute(cls, encoder: str) -> io.NodeOutput:

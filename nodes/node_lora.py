@@ -11,11 +11,16 @@ from safetensors import SafetensorError
 from ..ops.errors import CorruptFileError
 from .lora_files import describe, parse_lora
 from .lora_loading import add_lora, linear_shapes
-from .model_files import host_listing, stamp
+from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 
 logger = logging.getLogger(__name__)
 FOLDERS = "loras"
+NONE = "none"
+_NOTHING_PICKED = (
+    "No LoRA is picked, so the models are as they were. Put one into models/loras, press R, and "
+    "pick it here."
+)
 APPLY_TO = ("as in the file", "conditional", "unconditional", "both")
 
 
@@ -41,8 +46,10 @@ class LoadLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora",
-                    options=host_listing(FOLDERS).names,
-                    tooltip="A LoRA in models/loras, trained for Ideogram 4.",
+                    options=[NONE, *host_listing(FOLDERS).names],
+                    default=NONE,
+                    tooltip="A LoRA in models/loras, trained for Ideogram 4. none: the models as "
+                    "they are.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -81,17 +88,18 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora: str | None = None) -> bool | str:
-        return host_listing(FOLDERS).problem(lora)
+        return lora == NONE or host_listing(FOLDERS).problem(lora)
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, **_) -> str:
-        path = host_listing(FOLDERS).paths.get(lora)
-        return repr(path and stamp(path))
+        return host_stamp(FOLDERS, lora)
 
     @classmethod
     def execute(
         cls, conditional, lora: str, strength: float, unconditional=None, apply_to=APPLY_TO[0]
     ) -> io.NodeOutput:
+        if lora == NONE:
+            return io.NodeOutput(conditional, unconditional, _NOTHING_PICKED)
         path = host_listing(FOLDERS).path(lora)
         try:
             state = safetensors.torch.load_file(path)

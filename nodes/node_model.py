@@ -10,24 +10,26 @@ import comfy.model_management as management
 from comfy_api.latest import io
 
 from ..checkpoint import check_pair
-from ..ops import dispatch
-from ..ops.errors import Ideogram4QuantError, PairMismatchError
-from ..ops.linear import LinearOptions
-from . import report
-from .connections import leads_anywhere, running_graph
-from .headers import open_header
-from .levels import (
+from ..checkpoint.levels import (
     AUTO,
     AUTO_ORDER,
     LEVELS,
     Candidate,
     Catalogue,
     Pair,
+    capability,
     partner_of,
     read_catalogue,
     resolve,
 )
-from .model_files import host_listing, stamp
+from ..checkpoint.listing import stamp
+from ..ops import dispatch
+from ..ops.errors import Ideogram4QuantError, PairMismatchError
+from ..ops.linear import LinearOptions
+from . import report
+from .connections import leads_anywhere, running_graph
+from .headers import open_header
+from .model_files import host_listing
 from .model_loading import ModelSource, compute_dtype, load_model
 from .schema import CATEGORY
 
@@ -172,8 +174,7 @@ def choose_files(
 
     if conditional_file == BY_LEVEL:
         here = machine()
-        order = AUTO_ORDER[_capability(here)]
-        pair = resolve(level, catalogue, order, here.memory, with_base=bool(bases))
+        pair = resolve(level, catalogue, _order(here), here.memory, with_base=bool(bases))
     else:
         first = picked(conditional_file, CONDITIONAL)
         peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
@@ -213,9 +214,9 @@ def machine() -> report.Machine:
     )
 
 
-def _capability(here: report.Machine) -> str:
-    fast = any(b.available and b.name != "reference" for b in here.backends)
-    return "int8" if fast else "dense"
+def _order(here: report.Machine) -> tuple[str, ...]:
+    int8 = any(b.available and b.name != "reference" for b in here.backends)
+    return AUTO_ORDER[capability(int8, here.dtype == "bfloat16")]
 
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:

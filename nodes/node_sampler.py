@@ -15,11 +15,19 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sampling import check_size, sigmas
-from ..sampling import preset as find_preset
+from ..sampling import check_size
 from .guidance import Guidance
 from .guider import DualCopyGuider
-from .node_guider import guidance_inputs, make_guidance
+from .sampling_inputs import (
+    denoise_input,
+    guidance_inputs,
+    make_guidance,
+    model_inputs,
+    preset_input,
+    schedule,
+    size_inputs,
+    steps_input,
+)
 from .schema import CATEGORY
 
 logger = logging.getLogger(__name__)
@@ -70,6 +78,7 @@ class Sampler(io.ComfyNode):
         steps: int = 0,
         sampler_name: str = "euler",
         residency: str = "auto",
+        sigmas=None,
         **guidance,
     ) -> io.NodeOutput:
         if latent is None:
@@ -78,11 +87,22 @@ class Sampler(io.ComfyNode):
         chosen = make_guidance(preset, **guidance)
         guider = DualCopyGuider(conditional, unconditional, positive, chosen, residency)
         started = time.perf_counter()
-        samples, curve = _sample(guider, latent, preset, seed, denoise, steps, sampler_name)
+        samples = comfy.sample.fix_empty_latent_channels(
+            guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
+        )
+        height, width = (side * TOKEN_PIXELS for side in samples.shape[-2:])
+        warnings = check_size(width, height)
+        for warning in warnings:
+            logger.warning(warning)
+        curve = sigmas
+        if curve is None:
+            curve, _ = schedule(preset, width, height, steps, denoise)
+        samples = _sample(guider, {**latent, "samples": samples}, curve, seed, sampler_name)
         seconds = time.perf_counter() - started
         out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
-        text = _report(guider, chosen, curve, samples, seconds)
-        return io.NodeOutput({**out, "samples": samples}, text)
+        lines = [f"{len(curve) - 1} steps at {width}x{height}, {seconds:.1f} s", *warnings]
+        lines += _report(guider, chosen, curve)
+        return io.NodeOutput({**out, "samples": samples}, "\n".join(lines))
 
 
 def _empty_latent(width: int, height: int, batch: int) -> Tensor:
@@ -91,23 +111,10 @@ def _empty_latent(width: int, height: int, batch: int) -> Tensor:
 
 
 def _sample(
-    guider: DualCopyGuider,
-    latent: dict,
-    preset: str,
-    seed: int,
-    denoise: float,
-    steps: int,
-    sampler_name: str,
-) -> tuple[Tensor, Tensor]:
-    """(latents [B, 128, H / 16, W / 16], sigmas), through the host's own sampling."""
-    samples = comfy.sample.fix_empty_latent_channels(
-        guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
-    )
-    height, width = (side * TOKEN_PIXELS for side in samples.shape[-2:])
-    for warning in check_size(width, height):
-        logger.warning(warning)
-    chosen = find_preset(preset)
-    curve = sigmas(steps or chosen.steps, width, height, chosen.mu, chosen.std, denoise)
+    guider: DualCopyGuider, latent: dict, curve: Tensor, seed: int, sampler_name: str
+) -> Tensor:
+    """Latents [B, 128, H / 16, W / 16] along the sigmas, through the host's own sampling."""
+    samples = latent["samples"]
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     out = guider.sample(
         noise,
@@ -119,46 +126,32 @@ def _sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return out.to(management.intermediate_device()), curve
+    return out.to(management.intermediate_device())
 
 
-def _report(
-    guider: DualCopyGuider, guidance: Guidance, curve: Tensor, samples: Tensor, seconds: float
-) -> str:
+def _report(guider: DualCopyGuider, guidance: Guidance, curve: Tensor) -> list[str]:
+    """What ran, and what was saved."""
     plan = guidance.plan(curve.tolist())
     steps = len(plan)
-    height, width = (side * TOKEN_PIXELS for side in samples.shape[-2:])
-    lines = [f"{steps} steps at {width}x{height}, {seconds:.1f} s"]
     if guider.unconditional is None:
-        lines.append("without guidance: no unconditional copy is connected; half the time")
-        return "\n".join(lines)
+        return [_WITHOUT_GUIDANCE]
     count = Counter(step.unconditional for step in plan)
-    lines.append(f"passes: {steps} conditional, {count['run']} unconditional")
+    lines = [f"passes: {steps} conditional, {count['run']} unconditional"]
     saved = steps - count["run"]
     if saved:
         reasons = [f"{count[k]} {word}" for k, word in _SAVINGS.items() if count[k]]
         lines.append(f"saved {saved / (2 * steps):.0%} of the passes: {', '.join(reasons)}")
-    return "\n".join(lines)
+    return [*lines, f"copies on the device: {guider.kept}"]
 
 
+_WITHOUT_GUIDANCE = "without guidance: no unconditional copy is connected; half the time"
 _SAVINGS = {"reuse": "reused", "skip": "skipped at guidance 1"}
 
 
 def _inputs() -> list:
-    preset, *more_guidance = guidance_inputs()
-    preset.tooltip = (
-        "quality: 48 steps, default: 20, turbo: 12, each with the reference's sigmas and guidance."
-    )
     return [
-        io.Model.Input("conditional", tooltip="The conditional copy."),
-        io.Model.Input(
-            "unconditional",
-            optional=True,
-            tooltip="The unconditional copy. Left out, the picture is made without guidance: half "
-            "the time and memory, and clearly less faithful to the caption.",
-        ),
-        io.Conditioning.Input("positive", tooltip="The encoded caption; JSON captions work best."),
-        preset,
+        *model_inputs(),
+        preset_input(),
         io.Int.Input(
             "seed",
             default=0,
@@ -167,26 +160,7 @@ def _inputs() -> list:
             control_after_generate=True,
             tooltip="The same seed, files and settings give the same picture.",
         ),
-        io.Int.Input(
-            "width",
-            default=1024,
-            min=16,
-            max=8192,
-            step=16,
-            optional=True,
-            tooltip="Width in pixels, a multiple of 16; trained from 256 to 2048. Not used where "
-            "a latent is connected.",
-        ),
-        io.Int.Input(
-            "height",
-            default=1024,
-            min=16,
-            max=8192,
-            step=16,
-            optional=True,
-            tooltip="Height in pixels, a multiple of 16; trained from 256 to 2048. Not used where "
-            "a latent is connected.",
-        ),
+        *size_inputs(optional=True),
         io.Int.Input(
             "batch_size",
             default=1,
@@ -201,24 +175,8 @@ def _inputs() -> list:
             optional=True,
             tooltip="A picture to start from (VAE Encode), with its mask for inpainting.",
         ),
-        io.Float.Input(
-            "denoise",
-            default=1.0,
-            min=0.01,
-            max=1.0,
-            step=0.01,
-            optional=True,
-            tooltip="How much of a connected picture is made anew. 1 is all of it.",
-        ),
-        io.Int.Input(
-            "steps",
-            default=0,
-            min=0,
-            max=1000,
-            optional=True,
-            advanced=True,
-            tooltip="Another number of steps; 0 takes the preset's.",
-        ),
+        denoise_input(),
+        steps_input(),
         io.Combo.Input(
             "sampler_name",
             options=comfy.samplers.KSAMPLER_NAMES,
@@ -227,5 +185,11 @@ def _inputs() -> list:
             advanced=True,
             tooltip="The reference uses euler.",
         ),
-        *more_guidance,
+        *guidance_inputs(),
+        io.Sigmas.Input(
+            "sigmas",
+            optional=True,
+            tooltip="Your own schedule, from any scheduler node; it goes before the preset's "
+            "sigmas, steps and denoise.",
+        ),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .model_files import host_listing, stamp
+from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 from .vae_loading import load_vae
 
@@ -47,8 +47,7 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, vae: str) -> str:
-        path = host_listing(FOLDERS).paths.get(vae)
-        return repr(path and stamp(path))
+        return host_stamp(FOLDERS, vae)
 
     @classmethod
     def execute(cls, vae: str) -> io.NodeOutput:

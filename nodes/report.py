@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.levels import AUTO, WORKING_MEMORY, Candidate, Pair
 from ..ops.dispatch import BackendReport
 from ..ops.linear import LinearOptions, resolve_compute
-from .levels import AUTO, WORKING_MEMORY, Candidate, Pair
 
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
 _PLAIN_LEVEL = "BF16"
@@ -97,7 +97,8 @@ def _level_line(pair: Pair, asked: str) -> str:
 def _file_line(copy: str, candidate: Candidate) -> str:
     header = candidate.header
     return (
-        f"{copy}: {candidate.name}, {_gb(header.size)}, {header.layout}; "
+        f"{copy}: {candidate.name}, {_gb(header.size)}, {header.layout}, "
+        f"fingerprint {fingerprint(candidate.path)[:16]}; "
         f"which copy it is: {header.copy_reason}"
     )
 

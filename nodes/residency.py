@@ -2,24 +2,24 @@
 
 Both copies are asked for by one request where both fit. Where only one does, they take turns, and
 every second step runs them in the other order: a step then ends with the copy that the next one
-begins with, which halves the moves. Where not even one fits, the host streams weights as it does
-for any model. Not measured on a GPU.
+begins with, which halves the moves. Where not even one fits, both stay in RAM and the host streams
+their weights layer by layer. The order of loads is tested; what each costs on a GPU is unmeasured.
 """
 
 from __future__ import annotations
 
-AUTO, BOTH, ALTERNATING = "auto", "both", "alternating"
-CHOICES = (AUTO, BOTH, ALTERNATING)
+AUTO, BOTH, ALTERNATING, STREAMED = "auto", "both", "alternating", "streamed"
+CHOICES = (AUTO, BOTH, ALTERNATING, STREAMED)
 
 
 def choose(asked: str, sizes: tuple[int, int], working: int, memory: int) -> str:
-    """``both`` or ``alternating``.
+    """``both``, ``alternating`` or ``streamed``.
 
     asked: one of CHOICES. sizes: bytes of the two copies. working: bytes that one pass needs beside
     them. memory: bytes of the device.
     """
     if asked != AUTO:
         return asked
-    if sum(sizes) + working <= memory or max(sizes) + working > memory:
-        return BOTH  # everything fits, or nothing does and the host streams
-    return ALTERNATING
+    if sum(sizes) + working <= memory:
+        return BOTH
+    return ALTERNATING if max(sizes) + working <= memory else STREAMED

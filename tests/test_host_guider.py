@@ -34,6 +34,25 @@ def test_copies_that_take_turns_move_once_a_step(found):
     assert turns["same"]
 
 
+def test_streamed_copies_are_asked_for_once_and_leave_no_room_for_weights(found):
+    streamed = found["streamed"]
+    assert streamed["models"] == ["conditional", "unconditional"]
+    assert streamed["memory"] > 1e15
+    assert streamed["after"] < 1e12  # the wish ends with its run
+    assert streamed["same"]
+
+
+@pytest.mark.parametrize("state", ["LOW_VRAM", "NO_VRAM"])
+def test_host_short_of_memory_streams_both_copies(found, state):
+    result = found["short of memory"][state]
+    assert result["same"]
+    assert all(count > 0 for count in result["offloaded"])
+
+
+def test_progress_and_previews_reach_the_page(found):
+    assert found["progress"] == [[step, 3, "JPEG"] for step in (1, 2, 3)]
+
+
 def test_each_step_runs_both_copies_at_its_sigma(found):
     wanted = [[copy, s] for s in SIGMAS for copy in ("conditional", "unconditional")]
     assert found["order"] == wanted

@@ -11,23 +11,24 @@ import pytest
 import torch
 
 from ideogram4_quant.checkpoint import ModelConfig
-from ideogram4_quant.nodes import report, residency
-from ideogram4_quant.nodes.captions import check_caption
-from ideogram4_quant.nodes.connections import leads_anywhere
-from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
-from ideogram4_quant.nodes.levels import (
+from ideogram4_quant.checkpoint.levels import (
     AUTO,
     AUTO_ORDER,
     LEVELS,
     WORKING_MEMORY,
     Candidate,
     Catalogue,
+    capability,
     find_pair,
     read_catalogue,
     resolve,
 )
+from ideogram4_quant.checkpoint.listing import list_files, stamp
+from ideogram4_quant.nodes import report, residency
+from ideogram4_quant.nodes.captions import check_caption
+from ideogram4_quant.nodes.connections import leads_anywhere
+from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
 from ideogram4_quant.nodes.lora_files import parse_lora, stack
-from ideogram4_quant.nodes.model_files import list_files, stamp
 from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.ops.errors import (
     CheckpointError,
@@ -425,7 +426,7 @@ def test_auto_takes_the_first_level_that_fits_then_the_smallest():
         middle=Header("Q6_K", BOTH, 14 * gigabyte),
         small=Header("Q4_0", BOTH, 10 * gigabyte),
     )
-    order = AUTO_ORDER["int8"]
+    order = AUTO_ORDER["int8 and bfloat16"]
 
     def level(memory: int) -> str:
         return resolve(AUTO, files, order, memory).level
@@ -440,10 +441,25 @@ def test_auto_takes_the_first_level_that_fits_then_the_smallest():
 
 def test_auto_takes_linears_alone_only_with_a_base():
     files = catalogue(a=Header("INT8 W8A8", BOTH, linears_only=True), b=Header("BF16", BOTH))
-    order = AUTO_ORDER["int8"]
+    order = AUTO_ORDER["int8 and bfloat16"]
     assert resolve(AUTO, files, order, 10**12).level == "BF16"
     assert resolve(AUTO, files, order, 10**12, with_base=True).level == "INT8 W8A8"
     assert resolve("INT8 W8A8", files, order, 10**12).level == "INT8 W8A8"
+
+
+def test_ampere_tries_the_levels_in_the_documented_order():
+    listed = "INT8 W8A8 rotated, INT8 W8A8, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0, NF4, FP8, BF16"
+    found = AUTO_ORDER[capability(int8=True, bfloat16=True)]
+    assert ", ".join(found[:10]) == listed
+    turing = AUTO_ORDER[capability(int8=True, bfloat16=False)]
+    assert turing.index("Q4_0") < turing.index("Q8_0")  # a 16-bit product is one in float32 there
+    assert AUTO_ORDER[capability(int8=False, bfloat16=True)][0] == "BF16"
+
+
+def test_help_page_lists_what_auto_tries():
+    page = (Path(report.__file__).parents[1] / "web/docs/Ideogram4QuantLoad.md").read_text("utf-8")
+    for order in AUTO_ORDER.values():
+        assert f"| {', '.join(order)} |" in page
 
 
 def test_every_level_has_its_place_in_every_order():
@@ -459,6 +475,14 @@ def test_missing_level_says_what_there_is():
 
 
 # ---- the report
+
+
+@pytest.fixture
+def model_file(tmp_path, monkeypatch) -> Path:
+    """What the candidate named f stands for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").write_bytes(bytes(100))
+    return tmp_path / "f"
 
 
 def machine(memory: int, dtype: str = "bfloat16") -> report.Machine:
@@ -480,7 +504,7 @@ def machine(memory: int, dtype: str = "bfloat16") -> report.Machine:
         ("BF16", "auto", "backend: dense bfloat16"),
     ],
 )
-def test_report_says_what_multiplies_and_why_not_the_others(level, compute, expected):
+def test_report_says_what_multiplies_and_why_not_the_others(model_file, level, compute, expected):
     chosen = find_pair(level, catalogue(f=Header(level, BOTH)).candidates)
     options = LinearOptions(gguf_compute=compute)
     lines = report.text(chosen, "auto", options, machine(10**12)).splitlines()
@@ -492,11 +516,12 @@ def test_report_says_what_multiplies_and_why_not_the_others(level, compute, expe
     ("memory", "expected"),
     [(12, "everything stays there"), (10, "one copy at a time"), (6, "streamed from RAM")],
 )
-def test_report_says_what_fits(memory, expected):
+def test_report_says_what_fits(model_file, memory, expected):
     chosen = find_pair("Q4_0", catalogue(f=Header("Q4_0", BOTH, 10**10)).candidates)
     shown = report.text(chosen, "Q4_0", LinearOptions(), machine(memory * 10**9, "float32"))
     assert expected in shown
     assert "no bfloat16" in shown
+    assert f"fingerprint {report.fingerprint(model_file)[:16]}" in shown
 
 
 # ---- residency
@@ -504,9 +529,9 @@ def test_report_says_what_fits(memory, expected):
 
 @pytest.mark.parametrize(
     ("memory", "chosen"),
-    [(30, "both"), (22, "both"), (21, "alternating"), (12, "alternating"), (11, "both")],
+    [(30, "both"), (22, "both"), (21, "alternating"), (12, "alternating"), (11, "streamed")],
 )
-def test_copies_take_turns_only_where_exactly_one_fits(memory, chosen):
+def test_copies_take_turns_where_one_fits_and_are_streamed_where_none_does(memory, chosen):
     assert residency.choose("auto", (10, 10), 2, memory) == chosen
 
 

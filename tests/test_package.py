@@ -111,7 +111,7 @@ def test_loads_by_path_under_any_name():
         "module = importlib.util.module_from_spec(spec)\n"
         "sys.modules[name] = module\n"
         "spec.loader.exec_module(module)\n"
-        "levels = importlib.import_module(name + '.nodes.levels')\n"
+        "levels = importlib.import_module(name + '.checkpoint.levels')\n"
         "linear = importlib.import_module(name + '.ops.linear')\n"
         "print(levels.AUTO, linear.LinearOptions().backend, 'ideogram4_quant' in sys.modules)"
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ideogram4_quant.nodes.levels import AUTO, LEVELS
+from ideogram4_quant.checkpoint.levels import AUTO, LEVELS
 from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.tests.host.browser import Browser, find_browser
 from ideogram4_quant.tests.host.locate import PACK, Host

@@ -8,6 +8,8 @@ from pathlib import Path
 import inside
 from parity import load_copy
 
+VRAM_STATES = ("LOW_VRAM", "NO_VRAM")
+
 
 def main() -> None:
     pack, (listing,) = inside.start()
@@ -20,6 +22,9 @@ def main() -> None:
             "one request": loads(world),
             "order": order_of_passes(world),
             "turns": in_turns(world),
+            "streamed": streamed(world),
+            "short of memory": {state: short_of_memory(world, state) for state in VRAM_STATES},
+            "progress": progress_and_previews(world),
             "stock models": stock_models(world, files),
             "patch stays": patch_on_one_copy_stays_there(world),
             "wrapper of the other": wrapper_on_the_unconditional_copy_runs(world),
@@ -93,6 +98,11 @@ def traced(world: World, **arguments) -> list[tuple[str, float, object]]:
 
 def loads(world: World, **settings) -> list[list[str]]:
     """Which models each call of the host's loader asks for during a run."""
+    return [models for models, _ in requests(world, **settings)]
+
+
+def requests(world: World, **settings) -> list[tuple[list[str], float]]:
+    """(models, bytes to leave free beside them) of each call of the host's loader."""
     import comfy.model_management as management
 
     calls = []
@@ -100,7 +110,8 @@ def loads(world: World, **settings) -> list[list[str]]:
     names = {id(world.unconditional.model): "unconditional"}
 
     def recording(models, *args, **kwargs):
-        calls.append([names.get(id(m.model), "conditional") for m in models])
+        asked = [names.get(id(m.model), "conditional") for m in models]
+        calls.append((asked, kwargs.get("memory_required", 0)))
         return original(models, *args, **kwargs)
 
     management.load_models_gpu = recording
@@ -118,6 +129,79 @@ def in_turns(world: World) -> dict:
     passes = [copy for copy, *_ in traced(world, keep="alternating")]
     same = torch.equal(world.sample(keep="alternating"), world.sample(keep="both"))
     return {"loads": loads(world, keep="alternating"), "passes": passes, "same": same}
+
+
+def streamed(world: World) -> dict:
+    """Both copies in RAM: the one request leaves no room for weights; the same picture."""
+    import torch
+
+    ((models, memory),) = requests(world, keep="streamed")
+    same = torch.equal(world.sample(keep="streamed"), world.sample(keep="both"))
+    ((_, after),) = requests(world, keep="both")
+    return {"models": models, "memory": memory, "after": after, "same": same}
+
+
+def short_of_memory(world: World, state: str) -> dict:
+    """A run whose models were loaded as on a full card: the host's own states for that.
+
+    Its flags for them exclude ``--cpu``, and it never offloads from a CPU, so while it loads it is
+    told otherwise.
+    """
+    import comfy.model_management as management
+    import torch
+
+    wanted = world.sample()
+    management.unload_all_models()
+    load = management.load_models_gpu
+    names = ("vram_state", "is_device_cpu", "get_free_memory", "load_models_gpu")
+    before = {name: getattr(management, name) for name in names}
+    on_a_full_card = {
+        "vram_state": management.VRAMState[state],
+        "is_device_cpu": lambda device: False,
+        "get_free_memory": lambda *_, **__: 1 << 20,
+    }
+
+    def loading(*args, **kwargs):
+        vars(management).update(on_a_full_card)
+        try:
+            load(*args, **kwargs)
+        finally:
+            vars(management).update({name: before[name] for name in on_a_full_card})
+
+    management.load_models_gpu = loading
+    try:
+        found = world.sample()
+        offloaded = [
+            sum(hasattr(m, "prev_comfy_cast_weights") for m in patcher.model.modules())
+            for patcher in (world.conditional, world.unconditional)
+        ]
+    finally:
+        vars(management).update(before)
+        management.unload_all_models()
+    return {"same": torch.equal(found, wanted), "offloaded": offloaded}
+
+
+def progress_and_previews(world: World) -> list:
+    """(step, steps, kind of preview) as the host's page gets them from the sampler node."""
+    import comfy.utils
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    seen = []
+
+    def hook(value, total, preview, **_):
+        seen.append((value, total, preview and preview[0]))
+
+    before, args.preview_method = args.preview_method, LatentPreviewMethod.Latent2RGB
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        node = inside.load(world.pack, "nodes.node_sampler").Sampler
+        models = {"conditional": world.conditional, "unconditional": world.unconditional}
+        size = {"width": 128, "height": 64, "steps": 3}
+        node.execute(**models, positive=world.positive, preset="turbo", seed=0, **size)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+        args.preview_method = before
+    return seen
 
 
 def order_of_passes(world: World) -> list:

@@ -47,7 +47,7 @@ def sample(pack: str, copies: list, given: dict, width: int, height: int):
     import comfy.samplers
     import torch
 
-    nodes = inside.load(pack, "nodes.node_guider")
+    nodes = inside.load(pack, "nodes.sampling_inputs")
     positive = [[given["features"][None], {}]]
     guider_class = inside.load(pack, "nodes.guider").DualCopyGuider
     guider = guider_class(*copies, positive, nodes.make_guidance("default"))

@@ -59,7 +59,7 @@ def sample(pack: str, copies: dict, positive, noise):
     import comfy.samplers
     import torch
 
-    nodes = inside.load(pack, "nodes.node_guider")
+    nodes = inside.load(pack, "nodes.sampling_inputs")
     guider = inside.load(pack, "nodes.guider").DualCopyGuider(
         copies["conditional"],
         copies["unconditional"],

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, check_pair
 from ..ops.errors import CheckpointError, NotIdeogram4Error, PairMismatchError
-from .model_files import Listing
+from .checkpoints import Checkpoint, check_pair
+from .listing import Listing
 
 AUTO = "auto"
 LEVELS = (
@@ -28,14 +28,61 @@ LEVELS = (
     "Q4_0",
     "NF4",
 )
-_GGUF = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
-# What auto tries first, by what the device computes fast. Where there are int8 matrix units (NVIDIA
-# from Turing on, CPUs with VNNI), int8 is the fastest; elsewhere every level costs a dense product,
-# so the most faithful comes first.
+_RARE = ("Q5_1", "Q5_0", "Q4_1")  # last everywhere: the K types of their size are better
+# What auto tries, by capability. Where there are int8 matrix units, int8 is the fastest; 16-bit
+# products come next, and in float32, where bfloat16 is missing, they crawl, so the types that run
+# as W8A8 go before Q8_0. Without int8 units every level costs a dense product, so the most faithful
+# comes first.
 AUTO_ORDER = {
-    "int8": ("INT8 W8A8 rotated", "INT8 W8A8", *_GGUF, "NF4", "FP8", "BF16"),
-    "dense": ("BF16", "Q8_0", "FP8", *_GGUF[1:], "NF4", "INT8 W8A8 rotated", "INT8 W8A8"),
+    "int8 and bfloat16": (  # NVIDIA from Ampere (RTX 30) on
+        "INT8 W8A8 rotated",
+        "INT8 W8A8",
+        "Q8_0",
+        "Q6_K",
+        "Q5_K",
+        "Q4_K",
+        "Q4_0",
+        "NF4",
+        "FP8",
+        "BF16",
+        *_RARE,
+    ),
+    "int8 alone": (  # NVIDIA Turing (RTX 20), CPUs
+        "INT8 W8A8 rotated",
+        "INT8 W8A8",
+        "Q5_K",
+        "Q4_K",
+        "Q4_0",
+        "Q8_0",
+        "Q6_K",
+        "NF4",
+        "FP8",
+        "BF16",
+        *_RARE,
+    ),
+    "neither": (  # every other device
+        "BF16",
+        "Q8_0",
+        "FP8",
+        "Q6_K",
+        "Q5_K",
+        "Q4_K",
+        "Q4_0",
+        "NF4",
+        "INT8 W8A8 rotated",
+        "INT8 W8A8",
+        *_RARE,
+    ),
 }
+
+
+def capability(int8: bool, bfloat16: bool) -> str:
+    """The row of `AUTO_ORDER` for a device. int8: matrix units that an int8 backend here uses."""
+    if not int8:
+        return "neither"
+    return "int8 and bfloat16" if bfloat16 else "int8 alone"
+
+
 # Activations, attention and the VAE's decoder at 1024 px, beside the weights.
 WORKING_MEMORY = 1_900_000_000
 _COPY_WORDS = re.compile(r"un?cond(itional)?|transformer|model", re.IGNORECASE)

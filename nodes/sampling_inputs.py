@@ -1,0 +1,161 @@
+"""The inputs that the guider, the sampler and the preset share, and what they mean."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sampling import PRESETS, guidance_schedule, sigmas
+from ..sampling import preset as find_preset
+from . import residency
+from .guidance import Guidance, format_guidance, parse_guidance
+
+
+def model_inputs() -> list:
+    """Both copies and the caption."""
+    return [
+        io.Model.Input("conditional", tooltip="The conditional copy."),
+        io.Model.Input(
+            "unconditional",
+            optional=True,
+            tooltip="The unconditional copy. Left out, the picture is made without guidance: half "
+            "the time and memory, and clearly less faithful to the caption.",
+        ),
+        io.Conditioning.Input("positive", tooltip="The encoded caption; JSON captions work best."),
+    ]
+
+
+def preset_input() -> io.Combo.Input:
+    """One of the reference's presets."""
+    return io.Combo.Input(
+        "preset",
+        options=list(PRESETS),
+        default="default",
+        tooltip="quality: 48 steps, default: 20, turbo: 12, each with the reference's sigmas and "
+        "guidance.",
+    )
+
+
+def size_inputs(*, optional: bool = False) -> list:
+    """Width and height; optional where a latent may take their place."""
+    unused = " Not used where a latent is connected." if optional else ""
+    return [
+        io.Int.Input(
+            side,
+            default=1024,
+            min=16,
+            max=8192,
+            step=16,
+            optional=optional,
+            tooltip=f"{side.capitalize()} in pixels, a multiple of 16; trained from 256 to 2048."
+            + unused,
+        )
+        for side in ("width", "height")
+    ]
+
+
+def steps_input() -> io.Int.Input:
+    """Another number of steps than the preset's."""
+    return io.Int.Input(
+        "steps",
+        default=0,
+        min=0,
+        max=1000,
+        optional=True,
+        advanced=True,
+        tooltip="Another number of steps; 0 takes the preset's.",
+    )
+
+
+def denoise_input() -> io.Float.Input:
+    """How much of a given picture is made anew."""
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.01,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        tooltip="For image to image: how much of the picture is made anew. 1 is all of it.",
+    )
+
+
+def guidance_inputs() -> list:
+    """What changes the preset's guidance, and which copies stay on the device."""
+    return [
+        io.String.Input(
+            "guidance",
+            default="",
+            placeholder="the preset's",
+            optional=True,
+            tooltip="Your own guidance instead of the preset's: one number for every step, or a "
+            "list in the order of the steps, such as 7*18, 3*2. 1 means without guidance, and "
+            "skips the unconditional copy. Empty: the preset's.",
+        ),
+        io.Float.Input(
+            "guidance_start",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="The part of the steps after which guidance begins. Steps without guidance "
+            "take half the time, and the picture changes. 0: from the first step.",
+        ),
+        io.Float.Input(
+            "guidance_end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
+            advanced=True,
+            tooltip="The part of the steps after which guidance ends. 1: it never does.",
+        ),
+        io.Int.Input(
+            "reuse_unconditional",
+            default=1,
+            min=1,
+            max=8,
+            optional=True,
+            advanced=True,
+            tooltip="Use each unconditional prediction for so many steps. 2 saves a quarter of "
+            "the time, and the picture changes. 1: off, as in the reference.",
+        ),
+        io.Combo.Input(
+            "residency",
+            options=list(residency.CHOICES),
+            default=residency.AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="Which copies stay on the device. both: both at once. alternating: one at a "
+            "time, in turns, for cards that hold only one. streamed: neither, their weights come "
+            "from RAM layer by layer. auto: by the memory there is. The picture is the same.",
+        ),
+    ]
+
+
+def make_guidance(
+    preset: str,
+    guidance: str = "",
+    guidance_start: float = 0.0,
+    guidance_end: float = 1.0,
+    reuse_unconditional: int = 1,
+) -> Guidance:
+    """The guidance that those inputs describe."""
+    own = guidance.strip()
+    return Guidance(
+        preset=None if own else preset,
+        values=parse_guidance(own) if own else (),
+        interval=(guidance_start, guidance_end),
+        reuse=reuse_unconditional,
+    )
+
+
+def schedule(name: str, width: int, height: int, steps: int, denoise: float) -> tuple[Tensor, str]:
+    """(sigmas [steps + 1], guidance as text) of a preset; 0 steps means the preset's own."""
+    chosen = find_preset(name)
+    count = steps or chosen.steps
+    curve = sigmas(count, width, height, chosen.mu, chosen.std, denoise)
+    return curve, format_guidance(guidance_schedule(chosen, count))
