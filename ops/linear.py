@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, prequantized
 from .errors import OpError
+from .fused import Activation
 from .library import define
 from .rotation import check_group, largest_group
 
@@ -21,9 +22,6 @@ W8A8_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K")
 
 FEW_TOKENS = 64
 """Below this many, decoding is the cost of a GGUF layer: int8 would only add to its error."""
-
-# Weights of a GGUF layer that a CPU decodes at a time: 4 MB of int8, 16 MB of fp32.
-_CPU_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class LinearOptions:
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Activation,
     weight: Tensor,
     bias: Tensor | None = None,
     options: LinearOptions = LinearOptions(),
@@ -48,15 +46,35 @@ def linear(
     """``x @ weight.T + bias`` for a weight of any layout, or a plain one, in the dtype of ``x``.
 
     ``x [..., K]``, ``weight [N, K]`` a Tensor or a QuantizedTensor -> ``[..., N]``. Where ``x``
-    needs a gradient it gets the one of the dequantized weight. Raises OpError for arguments that do
-    not fit each other, BackendUnavailableError for a backend that is not there.
+    needs a gradient it gets the one of the dequantized weight; where it is an ``Activation`` it is
+    quantized for the layout in the op that computes it. Raises OpError for arguments that do not
+    fit each other, BackendUnavailableError for a backend that is not there.
     """
+    if isinstance(x, Activation):
+        product = _product(x, weight, bias, options)
+        return linear(x.dense(), weight, bias, options) if product is None else product
     own = getattr(getattr(weight, "layout_cls", None), "linear", None)
     if own is not None and not (x.requires_grad and torch.is_grad_enabled()):
         return own(x, weight, bias, options)
     if own is None and not hasattr(weight, "layout_cls"):
         weight = weight.to(x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _product(
+    x: Activation, weight: Tensor, bias: Tensor | None, options: LinearOptions
+) -> Tensor | None:
+    """``linear`` by quantized rows; None where the weight or the backend takes values."""
+    layout = getattr(weight, "layout_cls", None)
+    recipe = getattr(layout, "input_recipe", None)
+    if recipe is None or options.backend in prequantized.WHOLE_LAYERS_ONLY or 0 in x.shape:
+        return None
+    found = recipe(weight, math.prod(x.shape[:-1]), options)
+    if found is None or x.shape[-1] != weight.shape[1]:
+        return None
+    q, scale = x.rows(*found, options.backend)
+    out = layout.multiply_rows(q, scale, weight, bias, x.dtype, options)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def int8_linear(
@@ -246,15 +264,8 @@ def _gguf_w8a8(
         decode = dispatch.choose(op, (m, n, k), x.device, decoder).get(op)
         q, scale = decode(blocks, qtype, (n, k), rotation)
         return _int8_linear(x, q, scale, bias, None, rotation or 0, backend)
-    chosen = dispatch.choose("int8_gemm", (m, n, k), x.device, backend)
-    decode, gemm = chosen.get(op), chosen.get("int8_gemm")
-    q, scale_x = chosen.get("smooth_rotate_quantize_rows")(x, None, rotation)
-    out = torch.empty((m, n), dtype=x.dtype)
-    for rows in _chunks(n, k):
-        w, w_scale = decode(blocks[rows], qtype, (rows.stop - rows.start, k), rotation)
-        part = None if bias is None else bias[rows]
-        out[:, rows] = gemm(q, scale_x, w, w_scale, part, x.dtype)
-    return out
+    q, scale = prequantized.quantize_rows(x, None, rotation, backend)
+    return prequantized.gguf_product(q, scale, blocks, qtype, bias, rotation, x.dtype, backend)
 
 
 def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None) -> Tensor:
@@ -267,15 +278,10 @@ def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None) -> T
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     values = x.float()
     out = torch.empty((m, n), dtype=x.dtype)
-    for rows in _chunks(n, k):
+    for rows in prequantized.chunks(n, k):
         weight = dequantize(blocks[rows], qtype, (rows.stop - rows.start, k))
         out[:, rows] = F.linear(values, weight, None if bias is None else bias[rows].float())
     return out
-
-
-def _chunks(n: int, k: int) -> Iterator[slice]:
-    step = max(1, _CPU_CHUNK // k)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def _int8_linear_fake(x, weight, weight_scale, bias, smooth, rotation, backend):

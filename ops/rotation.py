@@ -37,7 +37,7 @@ def rotate(x: Tensor, group: int) -> Tensor:
         h = hadamard(order, x.device, work)
     else:  # A tracer's stand-in cannot be multiplied by a matrix from outside the trace.
         h = _kronecker_power(x.new_tensor(_H4, dtype=work), order)
-    turned = grouped.view(-1, order) @ h
+    turned = grouped.reshape(-1, order) @ h
     if group == 256:
         turned = h @ turned.view(-1, 16, 16)
     return turned.reshape(x.shape).to(x.dtype)

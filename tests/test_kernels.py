@@ -26,8 +26,9 @@ def run_apart(name: str, **environment: str) -> None:
 
 
 @needs_triton
-def test_kernels_under_the_interpreter():
-    run_apart("test_kernels_interpreted.py", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("name", ["test_kernels_interpreted.py", "test_fused_interpreted.py"])
+def test_under_the_interpreter(name):
+    run_apart(name, TRITON_INTERPRET="1")
 
 
 @needs_triton

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ideogram4_quant.ops import blocks, dispatch, layouts, library, reference
+from ideogram4_quant.ops import blocks, dispatch, layouts, library, prequantized, reference
 from ideogram4_quant.ops import linear as ops_linear
 from ideogram4_quant.ops.errors import BackendUnavailableError, OpError
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear, linear
@@ -217,7 +217,7 @@ def test_gguf_weights_decoded_a_few_rows_at_a_time(compute, monkeypatch):
     x, bias = randn(4, 256), randn(37, seed=2)
     packed = blocks.quantize(randn(37, 256, seed=1), "Q4_K")
     want = gguf_linear(x, packed, "Q4_K", (37, 256), bias, compute=compute)
-    monkeypatch.setattr(ops_linear, "_CPU_CHUNK", 1000)
+    monkeypatch.setattr(prequantized, "_CPU_CHUNK", 1000)
     got = gguf_linear(x, packed, "Q4_K", (37, 256), bias, compute=compute)
     assert torch.allclose(got, want, rtol=1e-6, atol=1e-5)
     monkeypatch.setattr(reference, "_CHUNK", 1000)

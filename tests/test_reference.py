@@ -159,6 +159,8 @@ def test_rotate_is_the_grouped_product_and_its_own_inverse(group, dtype):
 def test_rotate_takes_strided_input():
     x = randn(64, 6)
     assert torch.equal(rotate(x.t(), 16), rotate(x.t().contiguous(), 16))
+    rows = randn(5, 600)[:, 100:356]  # one group wide
+    assert torch.equal(rotate(rows, 256), rotate(rows.contiguous(), 256))
 
 
 def test_rotate_works_inside_and_outside_inference_mode():

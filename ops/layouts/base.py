@@ -93,6 +93,26 @@ class Layout(QuantizedLayout):
         return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
     @classmethod
+    def input_recipe(
+        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+    ) -> tuple[Tensor | None, int | None] | None:
+        """``(smooth, rotation)`` of the int8 rows this weight multiplies; None: it takes values."""
+        return None
+
+    @classmethod
+    def multiply_rows(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        options: LinearOptions,
+    ) -> Tensor:
+        """``rows @ weight.T + bias``, rows as ``input_recipe`` says -> ``[M, N]`` in ``dtype``."""
+        raise NotImplementedError(f"{cls.NAME} multiplies values")
+
+    @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
         """The storage, then the tensors of the parameters in the order of their fields."""
         params = qtensor._params

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .. import blocks
 from ..errors import OpError
-from ..linear import LinearOptions, gguf_linear
+from ..linear import LinearOptions, gguf_linear, resolve_compute
+from ..prequantized import gguf_product
+from ..rotation import largest_group
 from .base import BaseParams, Layout, check_dtype, check_matrix, row_chunks
 
 
@@ -78,6 +80,33 @@ class GGUFLayout(Layout):
             bias,
             compute=options.gguf_compute,
             backend=options.backend,
+        )
+
+    @classmethod
+    def input_recipe(
+        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+    ) -> tuple[Tensor | None, int | None] | None:
+        """Rotated by the largest group where this weight runs through int8."""
+        params = weight._params
+        k = params.matrix_shape[1]
+        through_int8 = resolve_compute(options.gguf_compute, params.qtype, k, tokens) == "w8a8"
+        return (None, largest_group(k)) if through_int8 and not params.transposed else None
+
+    @classmethod
+    def multiply_rows(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        options: LinearOptions,
+    ) -> Tensor:
+        """Blocks are decoded to rotated int8 for the call."""
+        params = weight._params
+        rotation = largest_group(params.matrix_shape[1])
+        return gguf_product(
+            q, scale, weight._qdata, params.qtype, bias, rotation, dtype, options.backend
         )
 
 

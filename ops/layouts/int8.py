@@ -9,7 +9,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import dispatch, prequantized, reference
 from ..errors import OpError
 from ..linear import LinearOptions, int8_linear
 from ..rotation import check_group, rotate
@@ -116,6 +116,30 @@ class Int8Layout(Layout):
         )
 
     @classmethod
+    def input_recipe(
+        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+    ) -> tuple[Tensor | None, int | None] | None:
+        """Smoothing and rotation of this weight."""
+        params = weight._params
+        return None if params.transposed else (params.smooth, params.rotation)
+
+    @classmethod
+    def multiply_rows(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        options: LinearOptions,
+    ) -> Tensor:
+        """``q @ qdata.T * scales + bias``."""
+        params = weight._params
+        return prequantized.int8_product(
+            q, scale, weight._qdata, params.scale, bias, dtype, options.backend
+        )
+
+    @classmethod
     def linear_input_act(
         cls,
         weight: QuantizedTensor,
@@ -136,26 +160,18 @@ class Int8Layout(Layout):
         k = x.shape[-1] // 2 if input_act == "swiglu" else x.shape[-1]
         if not _can_fuse(weight, x, k):
             return NotImplemented
-        tail = (params.smooth, params.rotation)
+        tail = (params.smooth, params.rotation, dispatch.AUTO)
         if input_act in (None, "none"):
-            q, scale = _run("smooth_rotate_quantize_rows", weight, x, *tail)
+            rows = prequantized.quantize_rows(x, *tail)
         elif input_act == "swiglu":
             gate, up = x.chunk(2, dim=-1)
-            q, scale = _run("swiglu_quantize_rows", weight, gate, up, *tail)
+            rows = prequantized.gated_rows(gate, up, *tail)
         elif input_act == "rms_norm" and input_act_weight is not None:
             one = torch.ones((), device=x.device).expand(k)
-            q, scale = _run(
-                "rmsnorm_scale_quantize_rows",
-                weight,
-                x,
-                input_act_weight,
-                one,
-                input_act_eps,
-                *tail,
-            )
+            rows = prequantized.normed_rows(x, input_act_weight, one, input_act_eps, *tail)
         else:
             return NotImplemented
-        out = _gemm(q, scale, weight, bias, x)
+        out = _multiply(rows, weight, bias, x)
         if residual is None:
             return out
         return torch.addcmul(residual.to(out.dtype), out, residual_scale.to(out.dtype))
@@ -180,17 +196,9 @@ class Int8Layout(Layout):
         if not fits or not _can_fuse(weight, x, k):
             return NotImplemented
         factor = 1.0 + modulation_scale.reshape(k).float()
-        q, scale = _run(
-            "rmsnorm_scale_quantize_rows",
-            weight,
-            x,
-            norm_weight.reshape(k),
-            factor,
-            norm_eps,
-            params.smooth,
-            params.rotation,
-        )
-        return _gemm(q, scale, weight, bias, x)
+        tail = (params.smooth, params.rotation, dispatch.AUTO)
+        rows = prequantized.normed_rows(x, norm_weight.reshape(k), factor, norm_eps, *tail)
+        return _multiply(rows, weight, bias, x)
 
 
 def int8_tensor(
@@ -278,18 +286,8 @@ def _can_fuse(weight: QuantizedTensor, x: Tensor, k: int) -> bool:
     return fits and x.numel() > 0 and not torch.compiler.is_compiling()
 
 
-def _run(op: str, weight: QuantizedTensor, *args: Any) -> Any:
-    x = args[0]
-    shape = (x.numel() // x.shape[-1], *weight._params.matrix_shape)
-    return dispatch.choose(op, shape, x.device).get(op)(*args)
-
-
-def _gemm(
-    q: Tensor, scale: Tensor, weight: QuantizedTensor, bias: Tensor | None, x: Tensor
+def _multiply(
+    rows: tuple[Tensor, Tensor], weight: QuantizedTensor, bias: Tensor | None, x: Tensor
 ) -> Tensor:
-    shape = (q.shape[0], *weight._params.matrix_shape)
-    gemm = dispatch.choose("int8_gemm", shape, x.device).get("int8_gemm")
-    out = gemm(
-        q, scale, weight._qdata.contiguous(), weight._params.scale.reshape(-1), bias, x.dtype
-    )
-    return out.reshape(*x.shape[:-1], shape[1])
+    out = Int8Layout.multiply_rows(*rows, weight, bias, x.dtype, LinearOptions())
+    return out.reshape(*x.shape[:-1], out.shape[1])

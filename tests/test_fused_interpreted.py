@@ -1,0 +1,44 @@
+"""The fused block on the Triton kernels, run by Triton's interpreter on the CPU.
+
+``test_kernels.py`` runs this file in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import os
+
+import pytest
+import torch
+
+from ideogram4_quant.ops.linear import LinearOptions
+from ideogram4_quant.tests.fused_block import Block, relative
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_kernels.py, in a process of its own", allow_module_level=True)
+
+TRITON = LinearOptions(backend="triton", gguf_compute="w8a8")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "bias"),
+    [
+        ({"*": "int8 smooth rotated"}, True),
+        ({"w2": "bf16", "*": "int8"}, False),
+        ({"w1": "Q4_K", "*": "int8 rotated"}, False),  # decoding a row takes the interpreter long
+    ],
+    ids=str,
+)
+def test_the_kernels_make_the_same_block(kinds, bias):
+    block = Block(kinds=kinds, bias=bias, inner=256)
+    inputs = block.inputs(2, 3)
+    want = block.unfused(*inputs)
+    block.options = TRITON
+    assert relative(block.fused(*inputs), want) < 1e-3
+
+
+def test_a_row_that_is_not_finite_stays_alone():
+    block = Block(inner=256, options=TRITON)
+    x, condition = block.inputs(1, 3)
+    clean = block.fused(x, condition, attention=block.per_token)
+    x[0, 1, 200] = float("nan")
+    out = block.fused(x, condition, attention=block.per_token)
+    assert out[0, 1].isnan().all()
+    assert torch.equal(out[0, ::2], clean[0, ::2])
