@@ -25,6 +25,7 @@ DELEGATED = {
     "verify": (".quant.cli", "compare the weights of two files"),
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
     "compare-merge": (".engine.compare.cli", "collect the pictures that shards made"),
+    "doctor": (".doctor.cli", "say what this machine has, lacks and can run"),
     "kernels": (".ops.kernels.cli", "compile the Triton kernels without a GPU"),
 }
 

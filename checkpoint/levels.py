@@ -83,9 +83,20 @@ def capability(int8: bool, bfloat16: bool) -> str:
     return "int8 and bfloat16" if bfloat16 else "int8 alone"
 
 
+BOTH, ALTERNATING, STREAMED = "both", "alternating", "streamed"
 # Activations, attention and the VAE's decoder at 1024 px, beside the weights.
 WORKING_MEMORY = 1_900_000_000
 _COPY_WORDS = re.compile(r"un?cond(itional)?|transformer|model", re.IGNORECASE)
+
+
+def residency(sizes: tuple[int, int], memory: int, working: int = WORKING_MEMORY) -> str:
+    """What a device holds: ``both`` copies, one (``alternating``), or none whole (``streamed``).
+
+    sizes: bytes of the two copies. memory: of the device. working: what a pass needs beside them.
+    """
+    if sum(sizes) + working <= memory:
+        return BOTH
+    return ALTERNATING if max(sizes) + working <= memory else STREAMED
 
 
 @dataclass(frozen=True)
@@ -163,9 +174,9 @@ def resolve(
     pairs = [pair for pair in (find_pair(name, usable) for name in order) if pair is not None]
     if not pairs:
         raise _nothing_found(level, catalogue)
-    for fits in (sum, max):
+    for wanted in (BOTH, ALTERNATING):
         for pair in pairs:
-            if fits(pair.weight_bytes()) + WORKING_MEMORY <= memory:
+            if residency(pair.weight_bytes(), memory) == wanted:
                 return pair
     return min(pairs, key=lambda pair: sum(pair.weight_bytes()))
 

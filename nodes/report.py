@@ -7,12 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.levels import AUTO, WORKING_MEMORY, Candidate, Pair
+from ..checkpoint.levels import (
+    ALTERNATING,
+    AUTO,
+    BOTH,
+    STREAMED,
+    WORKING_MEMORY,
+    Candidate,
+    Pair,
+    residency,
+)
 from ..ops.dispatch import BackendReport
 from ..ops.linear import LinearOptions, resolve_compute
 
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
 _PLAIN_LEVEL = "BF16"
+_RESIDENCY = {
+    BOTH: "everything stays there",
+    ALTERNATING: "one copy at a time, the other waits in RAM",
+    STREAMED: "weights are streamed from RAM, slow; pick a smaller level",
+}
 _SAMPLE = 1 << 16
 _SAMPLES = 16
 
@@ -132,16 +146,11 @@ def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
 
 def _memory_line(pair: Pair, machine: Machine) -> str:
     weights = pair.weight_bytes()
-    need = sum(weights) + WORKING_MEMORY
     line = (
         f"memory: {_gb(sum(weights))} of weights and about {_gb(WORKING_MEMORY)} at 1024 px; "
         f"{machine.device} has {_gb(machine.memory)}"
     )
-    if need <= machine.memory:
-        return f"{line}: everything stays there"
-    if max(weights) + WORKING_MEMORY <= machine.memory:
-        return f"{line}: one copy at a time, the other waits in RAM"
-    return f"{line}: weights are streamed from RAM, slow; pick a smaller level"
+    return f"{line}: {_RESIDENCY[residency(weights, machine.memory)]}"
 
 
 def _gb(nbytes: int) -> str:

@@ -8,7 +8,8 @@ their weights layer by layer. The order of loads is tested; what each costs on a
 
 from __future__ import annotations
 
-AUTO, BOTH, ALTERNATING, STREAMED = "auto", "both", "alternating", "streamed"
+from ..checkpoint.levels import ALTERNATING, AUTO, BOTH, STREAMED, residency
+
 CHOICES = (AUTO, BOTH, ALTERNATING, STREAMED)
 
 
@@ -18,8 +19,4 @@ def choose(asked: str, sizes: tuple[int, int], working: int, memory: int) -> str
     asked: one of CHOICES. sizes: bytes of the two copies. working: bytes that one pass needs beside
     them. memory: bytes of the device.
     """
-    if asked != AUTO:
-        return asked
-    if sum(sizes) + working <= memory:
-        return BOTH
-    return ALTERNATING if max(sizes) + working <= memory else STREAMED
+    return residency(sizes, memory, working) if asked == AUTO else asked

@@ -1,0 +1,135 @@
+"""``ideogram4-quant doctor``: the examination as text for people, or as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..ops.errors import CheckpointError
+from .comfyui import Host, find_host
+
+_FITS = {
+    "both": "both copies fit",
+    "alternating": "one copy fits, they take turns",
+    "streamed": "streamed from RAM, slow",
+    None: "memory unknown",
+}
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command; it sets ``func``, a handler ``(args) -> exit code``."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what this machine has, lacks and can run",
+        description="List the files that pictures need, their folders, what is missing, and what "
+        "the device supports. Nothing is downloaded or written. Exit code: 0 if a picture can be "
+        "made, 1 if something is missing or broken.",
+    )
+    parser.add_argument(
+        "--comfyui", type=Path, metavar="DIR", help="ComfyUI's folder, if it is not found by itself"
+    )
+    parser.add_argument(
+        "--sha256", action="store_true", help="read the files found, whole, for their checksums"
+    )
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    parser.set_defaults(func=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .examine import examine
+
+    found = examine(_host(args.comfyui), sha256=args.sha256)
+    print(json.dumps(found, indent=2) if args.json else "\n".join(_text(found)))
+    return 1 if found["missing"] else 0
+
+
+def _host(folder: Path | None) -> Host:
+    """The ComfyUI named, or the one found; CheckpointError says where was looked."""
+    if folder is None:
+        found = find_host()
+        if isinstance(found, str):
+            raise CheckpointError(found, hint="Name its folder with --comfyui.")
+        return found
+    if not (folder / "models").is_dir():
+        raise CheckpointError(
+            "this is not ComfyUI's folder",
+            file=folder,
+            found="no folder named models in it",
+            hint="Name the folder that holds ComfyUI's models folder.",
+        )
+    return Host.at(folder)
+
+
+def _text(found: dict) -> Iterator[str]:
+    host, device = found["comfyui"], found["device"]
+    yield f"ComfyUI {host['version'] or '(version unknown)'} in {host['root']}"
+    names = (f"{k} {v or 'not installed'}" for k, v in found["versions"].items())
+    yield f"this Python: {', '.join(names)}"
+    if not found["this_python_is_comfyuis"]:
+        yield f"  ComfyUI runs on another one, with versions of its own: {host['python']}"
+        yield f"  (this one is {sys.executable})"
+    yield ""
+    yield from _device(device)
+    yield ""
+    yield from _files(found)
+    yield ""
+    yield from _levels(found)
+    for note in found["notes"]:
+        yield f"note: {note}"
+    yield ""
+    if not found["missing"]:
+        yield "Nothing is missing: a picture can be made."
+        return
+    yield "Missing or broken:"
+    yield from (f"- {line}" for line in found["missing"])
+
+
+def _device(device: dict) -> Iterator[str]:
+    compute = "bfloat16" if device["bfloat16"] else "float32, as it has no bfloat16: slow"
+    yield f"device: {device['name']} ({device['type']}), {_gb(device['memory'])}"
+    yield f"  computes in {compute}"
+    for backend in device["backends"]:
+        can = "yes" if backend["available"] else "no "
+        yield f"  int8 by {backend['name']:<14}{can} {backend['reason']}"
+
+
+def _files(found: dict) -> Iterator[str]:
+    for kind, files in found["found"].items():
+        yield f"{kind}: {' or '.join(found['folders'][kind])}"
+        for file in files:
+            level = f", {file['level']}" if file["level"] else ""
+            yield f"  {file['name']}, {_gb(file['bytes'])}{level}"
+            if file.get("sha256"):
+                yield f"    SHA-256 {file['sha256']}"
+        if not files:
+            yield "  nothing that this pack can use"
+    yield ""
+    yield "published files (SHA-256 unknown here unless given; compare with the page):"
+    for item in found["expected"]:
+        here = "here   " if item["here"] else "not here"
+        odd = ", BUT OF ANOTHER SIZE: download it again" if item["size_differs"] else ""
+        known = f", SHA-256 {item['sha256']}" if item["sha256"] else ""
+        yield f"  {here} {item['name']}, {_gb(item['nbytes'])}{known}{odd}"
+        if not item["here"]:
+            yield f"           {item['url']} -> {item['folder']}"
+
+
+def _levels(found: dict) -> Iterator[str]:
+    yield "levels on this device (sizes of your files, else computed; times are not measured):"
+    for row in found["levels"]:
+        have = "" if row["conditional"] is None else "  you have it"
+        if have and row["unconditional"] is None:
+            have += ", without the unconditional copy"
+        size = f"{_gb(row['copy_bytes'])} a copy"
+        yield f"  {row['level']:<18} {size:<16} {_FITS[row['on_this_device']]}{have}"
+    if found["auto"] is not None:
+        yield f"auto picks {found['auto']}"
+
+
+def _gb(nbytes: int | None) -> str:
+    if nbytes is None:
+        return "size unknown"
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"

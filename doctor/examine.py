@@ -1,0 +1,172 @@
+"""Examines a machine: its files against what a picture needs, its device against the levels."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from ..checkpoint import open_checkpoint, open_encoder
+from ..checkpoint.levels import (
+    AUTO,
+    AUTO_ORDER,
+    LEVELS,
+    Catalogue,
+    Pair,
+    capability,
+    find_pair,
+    read_catalogue,
+    residency,
+    resolve,
+)
+from ..checkpoint.listing import Listing, list_files
+from ..checkpoint.safetensors_header import read_safetensors_header
+from ..ops.errors import CheckpointError, NotIdeogram4Error
+from .comfyui import Host, model_folders
+from .expected import EXPECTED, Expected, copy_bytes
+from .machine import Device, find_device, ram, versions
+
+_LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
+_SIZE_TOLERANCE = 0.02  # published sizes are rounded
+_CHUNK = 1 << 24
+Opened = dict[str, object]
+
+
+def examine(host: Host, *, sha256: bool = False) -> dict:
+    """Everything the doctor knows, as plain data; ``missing`` lists what keeps pictures away.
+
+    sha256: also reads every file found, whole, for its checksum.
+    """
+    folders, notes = model_folders(host.root)
+    listings = {kind: list_files(kind, roots) for kind, roots in folders.items()}
+    device = find_device()
+    models = read_catalogue(listings["diffusion_models"], open_checkpoint)
+    encoders, bad_encoders = _open_all(listings["text_encoders"], open_encoder)
+    vaes, bad_vaes = _open_all(listings["vae"], _open_vae)
+    pairs = {level: find_pair(level, models.candidates) for level in LEVELS}
+    broken = models.broken | bad_encoders | bad_vaes
+    found = {
+        "diffusion_models": [_file(c.name, c.path, c.header.level) for c in models.candidates],
+        "text_encoders": [_file(name, path, encoder.level) for name, path, encoder in encoders],
+        "vae": [_file(name, path, None) for name, path, _ in vaes],
+    }
+    if sha256:
+        for file in (file for files in found.values() for file in files):
+            file["sha256"] = _checksum(Path(file["path"]))
+    return {
+        "comfyui": {"root": str(host.root), "version": host.version, "python": str(host.python)},
+        "versions": versions(),
+        "this_python_is_comfyuis": _same_python(host.python),
+        "device": asdict(device) | {"int8": device.int8, "ram": ram()},
+        "folders": folders,
+        "found": found,
+        "broken": broken,
+        "expected": [_expected(item, listings[item.kind]) for item in EXPECTED],
+        "levels": [_level(level, pairs[level], device) for level in LEVELS],
+        "auto": _auto(models, device),
+        "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
+        "notes": notes,
+    }
+
+
+def _open_all(listing: Listing, open_file: Callable) -> tuple[list, dict[str, str]]:
+    """([(name, path, what opening it gave)], name -> why it is broken); others are passed over."""
+    opened, broken = [], {}
+    for name in listing.names:
+        try:
+            opened.append((name, listing.paths[name], open_file(listing.paths[name])))
+        except NotIdeogram4Error:
+            continue
+        except (CheckpointError, OSError) as error:
+            broken[name] = str(error)
+    return opened, broken
+
+
+def _open_vae(path: Path) -> None:
+    """NotIdeogram4Error unless the header is that of a FLUX.2 VAE."""
+    tensors = {} if path.is_dir() else read_safetensors_header(path)[1]
+    name, shape = _LATENT_STATISTICS
+    if name not in tensors or tuple(tensors[name].shape) != shape:
+        raise NotIdeogram4Error("this is not a FLUX.2 VAE", file=path, tensor=name)
+
+
+def _file(name: str, path: Path, level: str | None) -> dict:
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    size = sum(p.stat().st_size for p in files)
+    return {"name": name, "path": str(path), "bytes": size, "level": level}
+
+
+def _checksum(path: Path) -> str | None:
+    """SHA-256 of a file; None for a folder, which no page gives one for."""
+    if path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _expected(item: Expected, listing: Listing) -> dict:
+    """A published file and whether it is here, whole as far as its size tells."""
+    name = next((n for n in listing.names if n.rpartition("/")[2] == item.name), None)
+    here = None if name is None else listing.paths[name].stat().st_size
+    off = here and item.nbytes and abs(here / item.nbytes - 1) > _SIZE_TOLERANCE
+    return asdict(item) | {
+        "url": item.url,
+        "folder": listing.roots[-1],
+        "here": here is not None,
+        "size_differs": bool(off),
+    }
+
+
+def _level(level: str, pair: Pair | None, device: Device) -> dict:
+    first, second = (copy_bytes(level),) * 2 if pair is None else pair.weight_bytes()
+    fits = None if device.memory is None else residency((first, second), device.memory)
+    return {
+        "level": level,
+        "copy_bytes": first,
+        "on_this_device": fits,
+        "conditional": pair and pair.conditional.name,
+        "unconditional": pair and pair.unconditional and pair.unconditional.name,
+    }
+
+
+def _auto(models: Catalogue, device: Device) -> str | None:
+    """The level that auto picks here from the files found; None without any."""
+    order = AUTO_ORDER[capability(device.int8, device.bfloat16)]
+    try:
+        return resolve(AUTO, models, order, device.memory or 0).level
+    except CheckpointError:
+        return None
+
+
+def _missing(pairs: dict[str, Pair | None], encoders: list, vaes: list, folders: dict) -> list[str]:
+    """What to download, for people."""
+    found = [pair for pair in pairs.values() if pair is not None]
+    lines = []
+    if not found:
+        lines.append(f"no Ideogram 4 model: put both copies into {folders['diffusion_models'][-1]}")
+    elif all(pair.unconditional is None for pair in found):
+        levels = ", ".join(pair.level for pair in found)
+        lines.append(f"no unconditional copy beside the conditional one ({levels}): no guidance")
+    elif all(pair.conditional.header.linears_only for pair in found):
+        lines.append(
+            "your model holds linears only: download a complete one (FP8 or BF16) beside it, and "
+            "pick that as base_file in the loader"
+        )
+    if not encoders:
+        where = folders["text_encoders"][-1]
+        lines.append(f"no text encoder: put a Qwen3-VL-8B file into {where}")
+    if not vaes:
+        lines.append(f"no VAE: put flux2-vae.safetensors into {folders['vae'][-1]}")
+    return lines
+
+
+def _same_python(python: Path) -> bool:
+    # the environment counts, not the binary that its link leads to
+    return Path(sys.prefix).resolve() == python.parent.parent.resolve() or (
+        python.absolute() == Path(sys.executable).absolute()
+    )

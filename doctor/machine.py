@@ -1,0 +1,77 @@
+"""The device that would compute, and the versions of what computes on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from ..ops.dispatch import BackendReport, reports
+
+PACKAGES = ("torch", "triton", "triton-windows", "comfy-kitchen", "safetensors", "numpy")
+_BFLOAT16_FROM = (8, 0)  # Ampere; earlier cards emulate it
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory: bytes, None where nothing tells. bfloat16: whether products run in it."""
+
+    type: str
+    name: str
+    memory: int | None
+    bfloat16: bool
+    backends: tuple[BackendReport, ...]
+
+    @property
+    def int8(self) -> bool:
+        """Whether an int8 backend beside the plain formulas works here."""
+        return any(b.available and b.name != "reference" for b in self.backends)
+
+
+def find_device() -> Device:
+    """The accelerator that torch sees, else the CPU."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        bfloat16 = (properties.major, properties.minor) >= _BFLOAT16_FROM
+        return _device("cuda", properties.name, properties.total_memory, bfloat16)
+    if torch.backends.mps.is_available():
+        return _device("mps", "Apple GPU, which shares the RAM", ram(), True)
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        properties = torch.xpu.get_device_properties(0)
+        return _device("xpu", properties.name, properties.total_memory, True)
+    return _device("cpu", platform.processor() or platform.machine(), ram(), False)
+
+
+def _device(kind: str, name: str, memory: int | None, bfloat16: bool) -> Device:
+    return Device(kind, name, memory, bfloat16, reports(kind))
+
+
+def ram() -> int | None:
+    """Bytes of the machine's memory; None where neither psutil nor the system tells."""
+    try:
+        import psutil  # ComfyUI brings it
+
+        return psutil.virtual_memory().total
+    except ImportError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> its version in this Python; None where it is not installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    if found["triton-windows"] is not None:
+        found["triton"] = found["triton"] or found["triton-windows"]
+    del found["triton-windows"]
+    return found

@@ -1,0 +1,172 @@
+"""The doctor: what it finds in a ComfyUI's folders, what it says is missing, its exit code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from ideogram4_quant import cli
+from ideogram4_quant.checkpoint.levels import LEVELS, WORKING_MEMORY
+from ideogram4_quant.doctor import examine, expected
+from ideogram4_quant.doctor.comfyui import find_host, model_folders
+from ideogram4_quant.doctor.machine import Device
+from ideogram4_quant.ops.dispatch import BackendReport
+
+GB = 10**9
+
+
+@pytest.fixture
+def comfyui(tmp_path, monkeypatch) -> Path:
+    """An empty ComfyUI 0.33; a socket opened by the doctor would fail its test."""
+    root = tmp_path / "ComfyUI"
+    for folder in ("comfy_api", "models/diffusion_models", "models/text_encoders", "models/vae"):
+        (root / folder).mkdir(parents=True)
+    (root / "main.py").touch()
+    (root / "comfyui_version.py").write_text('__version__ = "0.33.0"\n')
+    monkeypatch.setenv("COMFYUI_PATH", str(root))
+
+    def refuse(*_, **__):
+        raise AssertionError("the doctor went to the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    return root
+
+
+@pytest.fixture
+def complete(comfyui, tiny) -> Path:
+    """The same with both copies of a small model, its encoder and its VAE."""
+    models = comfyui / "models"
+    for file in (tiny.conditional_file, tiny.unconditional_file):
+        (models / "diffusion_models" / file.name).symlink_to(file)
+    (models / "text_encoders" / "encoder").symlink_to(tiny.encoder_dir, target_is_directory=True)
+    (models / "vae" / "vae.safetensors").symlink_to(tiny.vae_file)
+    return comfyui
+
+
+def as_json(capsys, *arguments: str) -> tuple[int, dict]:
+    code = cli.main(["doctor", "--json", *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_empty_comfyui_lacks_everything(comfyui, capsys):
+    code, found = as_json(capsys)
+    assert code == 1
+    assert [line.split(":")[0] for line in found["missing"]] == [
+        "no Ideogram 4 model",
+        "no text encoder",
+        "no VAE",
+    ]
+    assert found["comfyui"]["version"] == "0.33.0"
+    assert found["auto"] is None
+    for item in found["expected"]:
+        assert not item["here"]
+        assert item["url"].startswith("https://huggingface.co/")
+        assert Path(item["folder"]) == comfyui / "models" / item["kind"]
+
+
+def test_complete_comfyui_can_make_pictures(complete, capsys):
+    code, found = as_json(capsys)
+    assert (code, found["missing"]) == (0, [])
+    bf16 = found["levels"][LEVELS.index("BF16")]
+    assert bf16["conditional"]
+    assert bf16["unconditional"]
+    assert bf16["copy_bytes"] < GB
+    assert found["auto"] == "BF16"
+    assert [file["name"].split("/")[0] for file in found["found"]["text_encoders"]] == ["encoder"]
+    assert [file["name"] for file in found["found"]["vae"]] == ["vae.safetensors"]
+
+
+def test_text_says_the_same_for_people(complete, capsys):
+    assert cli.main(["doctor", "--comfyui", str(complete)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("ComfyUI 0.33.0", "comfy-kitchen", "int8 by", "Nothing is missing", "auto picks"):
+        assert words in shown
+    assert "ideogram4_int8_convrot.safetensors, 9.58 GB" in shown
+
+
+def test_checksums_are_those_of_the_files(complete, tiny, capsys):
+    _, found = as_json(capsys, "--sha256")
+    files = {file["name"]: file["sha256"] for file in found["found"]["diffusion_models"]}
+    whole = hashlib.sha256(tiny.conditional_file.read_bytes()).hexdigest()
+    assert files[tiny.conditional_file.name] == whole
+
+
+def test_lone_conditional_copy_is_named(complete, tiny, capsys):
+    (complete / "models" / "diffusion_models" / tiny.unconditional_file.name).unlink()
+    code, found = as_json(capsys)
+    assert code == 1
+    assert "no unconditional copy" in found["missing"][0]
+
+
+def test_broken_download_is_named_with_its_reason(complete, tiny, capsys):
+    cut = complete / "models" / "diffusion_models" / "ideogram4_fp8_scaled.safetensors"
+    whole = tiny.conditional_file.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    code, found = as_json(capsys)
+    assert code == 1
+    assert cut.name in found["missing"][0]
+    assert "ownload" in found["missing"][0]
+    (item,) = [item for item in found["expected"] if item["name"] == cut.name]
+    assert item["here"]
+    assert item["size_differs"]
+
+
+def test_other_models_are_passed_over(complete, tiny, capsys):
+    other = complete / "models" / "diffusion_models" / "other.safetensors"
+    other.symlink_to(tiny.vae_file)
+    code, found = as_json(capsys)
+    assert code == 0
+    assert len(found["found"]["diffusion_models"]) == 2
+
+
+def test_folders_of_the_extra_file_are_read(complete, tiny, tmp_path, capsys):
+    pytest.importorskip("yaml")
+    (complete / "models" / "vae" / "vae.safetensors").unlink()
+    (tmp_path / "shared" / "vaes").mkdir(parents=True)
+    (tmp_path / "shared" / "vaes" / "v.safetensors").symlink_to(tiny.vae_file)
+    extra = complete / "extra_model_paths.yaml"
+    extra.write_text("mine:\n  base_path: ../shared\n  vae: |\n    vaes\n  unet: dit\n")
+    code, found = as_json(capsys)
+    assert code == 0
+    assert [file["name"] for file in found["found"]["vae"]] == ["v.safetensors"]
+    assert found["folders"]["diffusion_models"][-1] == str(tmp_path / "shared" / "dit")
+    extra.write_text("mine: [")
+    folders, notes = model_folders(complete)
+    assert set(folders) == {"diffusion_models", "text_encoders", "vae", "loras"}
+    assert "no valid YAML" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("memory", "fits"),
+    [(22 * GB, "both"), (12 * GB, "alternating"), (9 * GB, "streamed")],
+)
+def test_levels_say_what_fits_a_card(comfyui, monkeypatch, memory, fits):
+    backends = (BackendReport("triton", True, "here"),)
+    card = Device("cuda", "a card", memory, True, backends)
+    monkeypatch.setattr(examine, "find_device", lambda: card)
+    found = examine.examine(find_host())
+    int8 = found["levels"][LEVELS.index("INT8 W8A8")]
+    assert int8["on_this_device"] == fits
+    assert int8["copy_bytes"] + WORKING_MEMORY < 12 * GB
+
+
+def test_computed_sizes_are_those_of_published_files():
+    published = {item.level: item.nbytes for item in expected.EXPECTED if "convrot" in item.name}
+    (level, nbytes), *_ = published.items()
+    assert abs(expected.copy_bytes(level) / nbytes - 1) < 0.01
+
+
+@pytest.mark.parametrize("where", ["--comfyui", "nowhere"])
+def test_missing_comfyui_is_an_error_with_advice(tmp_path, monkeypatch, capsys, where):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    named = ["--comfyui", str(tmp_path)] if where == "--comfyui" else []
+    if not named and not isinstance(find_host(), str):
+        pytest.skip("the pack lies in a ComfyUI's custom_nodes")
+    assert cli.main(["doctor", *named]) == 1
+    assert "Name" in capsys.readouterr().err
