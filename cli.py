@@ -23,6 +23,8 @@ DELEGATED = {
     "quantize": (".quant.cli", "write a model at another level"),
     "inspect": (".quant.cli", "say what a model file is"),
     "verify": (".quant.cli", "compare the weights of two files"),
+    "calibrate": (".engine.calibration_cli", "watch every linear while captions are sampled"),
+    "fragility": (".engine.calibration_cli", "rank the linears of a calibration"),
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
     "compare-merge": (".engine.compare.cli", "collect the pictures that shards made"),
     "doctor": (".doctor.cli", "say what this machine has, lacks and can run"),

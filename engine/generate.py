@@ -68,12 +68,12 @@ class GenerateRequest:
 @dataclass(frozen=True)
 class Models:
     """What makes a picture. Without ``unconditional`` there is no guidance; ``encoder`` may be
-    None where features are given."""
+    None where features are given, ``vae`` where nothing is decoded."""
 
     conditional: Ideogram4Transformer2DModel
     unconditional: Ideogram4Transformer2DModel | None
     encoder: TextEncoder | None
-    vae: Vae
+    vae: Vae | None
 
 
 @dataclass(frozen=True)

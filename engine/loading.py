@@ -58,7 +58,7 @@ def open_pair(
 def load_pair(
     pair: tuple[Checkpoint, Checkpoint | None],
     encoder: TextEncoder | None,
-    vae: Vae,
+    vae: Vae | None,
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,

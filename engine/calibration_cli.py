@@ -1,0 +1,106 @@
+"""``calibrate`` and ``fragility``: measure a model's linears, and say where it is fragile."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Register both commands; nothing heavy is imported until one runs."""
+    _add_calibrate(subparsers)
+    _add_fragility(subparsers)
+
+
+def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="watch every linear while captions are sampled; write a calibration",
+        description="Sample captions with both copies, twice; write what the inputs of every "
+        "linear look like and what quantizing each alone would cost, step by step.",
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("model", metavar="MODEL", help="the conditional copy, or a file with both")
+    files.add_argument("--uncond", metavar="F", help="the unconditional copy")
+    files.add_argument(
+        "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
+    )
+    files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
+    files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
+    files.add_argument("--out", type=Path, required=True, metavar="CAL", help="*.safetensors")
+    files.add_argument(
+        "--merge", nargs="+", default=[], metavar="CAL", help="earlier runs to add this one to"
+    )
+    files.add_argument("--overwrite", action="store_true", help="replace CAL if it exists")
+
+    picture = parser.add_argument_group("what is sampled")
+    picture.add_argument(
+        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl; for the pocket "
+        "model's size some of its training captions by default",
+    )  # fmt: skip
+    picture.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    picture.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    picture.add_argument("--width", type=int, help="multiple of 16 (default: 1024)")
+    picture.add_argument("--height", type=int, help="multiple of 16 (default: 1024)")
+    picture.add_argument("--preset", choices=("quality", "default", "turbo"), default="default")
+    picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
+    picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
+    picture.add_argument(
+        "--copies", choices=("both", "conditional"), default="both", help="conditional: one copy"
+    )
+
+    measured = parser.add_argument_group("what is measured")
+    measured.add_argument("--tokens", type=int, default=64, help="rows a call (default: 64)")
+    measured.add_argument(
+        "--channels", type=int, default=256, help="output channels a linear (default: 256)"
+    )
+    measured.add_argument(
+        "--alphas", type=float, nargs="*", metavar="A", help="smoothing strengths to try"
+    )
+    measured.add_argument(
+        "--types", nargs="*", metavar="TYPE", help="GGUF types to try (default: Q8_0 to Q4_K)"
+    )
+    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(func=_run("run_calibrate"))
+
+
+def _add_fragility(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "fragility",
+        help="rank the linears of a calibration, draw layers x steps",
+        description="The linears that quantization hurts most, and a heat map of all.",
+    )
+    parser.add_argument("calibration", metavar="CAL")
+    parser.add_argument(
+        "--of", default="int8", metavar="C", help="int8 (default), int8 rotated, Q4_K, ..."
+    )
+    parser.add_argument("--worst", type=int, default=20, metavar="N", help="rows (default: 20)")
+    parser.add_argument("--heatmap", type=Path, metavar="PNG", help="draw it")
+    parser.add_argument("--overwrite", action="store_true", help="replace PNG if it exists")
+    parser.add_argument("--json", action="store_true", help="print the whole ranking as JSON")
+    parser.set_defaults(func=run_fragility)
+
+
+def _run(name: str):
+    def handle(args: argparse.Namespace) -> int:
+        from . import calibration_commands
+
+        return getattr(calibration_commands, name)(args)
+
+    return handle
+
+
+def run_fragility(args: argparse.Namespace) -> int:
+    """Handler of ``fragility``: the exit code."""
+    from ..quant.calibration import Calibration
+    from ..quant.fragility import fragility_table, heat_map, to_json
+
+    calibration = Calibration.load(args.calibration)
+    if args.json:
+        print(json.dumps(to_json(calibration, args.of), indent=2))
+    else:
+        print(fragility_table(calibration, args.of, args.worst))
+    if args.heatmap is not None:
+        heat_map(calibration, args.heatmap, args.of, overwrite=args.overwrite)
+    return 0

@@ -1,0 +1,94 @@
+"""How a linear may be quantized to INT8, by name, and the smoothing vectors that takes.
+
+A calibration measures candidates under these names: ``int8``, ``int8 rotated``,
+``int8 smooth 0.5``, ``int8 smooth 0.5 rotated``; and GGUF types under their own (``Q4_K``: the
+weights alone).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ops.rotation import largest_group
+from .calibration import LayerStats
+
+ALPHAS = (0.35, 0.5, 0.65, 0.8)
+"""SmoothQuant strengths that a calibration tries; 0.5 is the paper's."""
+
+BLOCK_CANDIDATES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
+
+MIN_GROUP = 16
+"""Rotations over fewer values than this are not worth their time."""
+
+_NAME = re.compile(r"int8(?: smooth (?P<alpha>\d(?:\.\d{1,3})?))?(?P<rotated> rotated)?")
+_FLOOR = 1e-5  # of the largest channel: a channel that was never heard is not amplified further
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """``alpha``: SmoothQuant's strength, None for no smoothing; ``rotated``: ConvRot's rotation."""
+
+    alpha: float | None = None
+    rotated: bool = False
+
+    @property
+    def name(self) -> str:
+        """As a calibration calls it."""
+        smooth = "" if self.alpha is None else f" smooth {self.alpha:g}"
+        return f"int8{smooth}{' rotated' if self.rotated else ''}"
+
+    @classmethod
+    def parse(cls, name: str) -> Treatment | None:
+        """The treatment of a name; None for another candidate, such as a GGUF type."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        alpha = match["alpha"]
+        return cls(None if alpha is None else float(alpha), match["rotated"] is not None)
+
+    @property
+    def native(self) -> bool:
+        """Whether ComfyUI's own container can say it."""
+        return self.alpha is None
+
+
+def int8_treatments(alphas: Sequence[float] = ALPHAS) -> list[Treatment]:
+    """Without smoothing and with each of ``alphas``, each unrotated and rotated."""
+    plain = [Treatment(alpha) for alpha in (None, *alphas)]
+    return [*plain, *(replace(treatment, rotated=True) for treatment in plain)]
+
+
+def rotation_group(in_features: int, limit: int = 256) -> int | None:
+    """The rotation's group for rows of this length; None where no useful one divides them."""
+    group = largest_group(in_features, limit)
+    return group if group is not None and group >= MIN_GROUP else None
+
+
+def input_group(module: str) -> str:
+    """Linears of one group read the same input, so they share a smoothing vector and a rotation.
+
+    w1 and w3 do: their input is then quantized once.
+    """
+    return module.replace("feed_forward.w3", "feed_forward.w1")
+
+
+def smoothing(members: Sequence[LayerStats], alpha: float) -> Tensor:
+    """``s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)``, fp32 [K], of geometric mean 1.
+
+    ``members`` are the linears that share the input. The weight's columns are multiplied by s, the
+    activations divided. Source: SmoothQuant, arXiv 2211.10438, eq. 4.
+    """
+    x = _floored(torch.stack([stats.absmax for stats in members]).amax(0))
+    w = _floored(torch.stack([stats.weight_absmax for stats in members]).amax(0))
+    logarithm = alpha * x.log() - (1 - alpha) * w.log()
+    return (logarithm - logarithm.mean()).exp().float()
+
+
+def _floored(values: Tensor) -> Tensor:
+    wide = values.double()
+    return wide.clamp_min(max(wide.max().item() * _FLOOR, 1e-30))

@@ -1,0 +1,262 @@
+"""The profiler on the pocket model: its figures against recomputed ones, sick layers, commands."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ideogram4_quant.cli import main
+from ideogram4_quant.engine.calibrate import Prompt, calibrate, watched
+from ideogram4_quant.engine.encoder import load_encoder
+from ideogram4_quant.engine.generate import GenerateRequest, Models
+from ideogram4_quant.engine.loading import open_pair
+from ideogram4_quant.engine.transformer import load_transformer
+from ideogram4_quant.ops.reference import int8_linear, quantize_rows
+from ideogram4_quant.ops.rotation import rotate
+from ideogram4_quant.pocket import data, diseases, paths
+from ideogram4_quant.pocket.encoder import CaptionEncoder
+from ideogram4_quant.quant import Calibration, CalibrationError, Run
+from ideogram4_quant.quant.profiler import Profiler, ProfilerOptions
+from ideogram4_quant.quant.treatments import Treatment, smoothing
+
+OPTIONS = ProfilerOptions(tokens=48, channels=64, alphas=(0.5,), blocks=("Q4_K",))
+REQUEST = GenerateRequest("", 128, 64, steps=3)
+FILES = paths.dit_path("cond"), paths.dit_path("uncond")
+CANDIDATES = ("int8", "int8 smooth 0.5", "int8 rotated", "int8 smooth 0.5 rotated", "Q4_K")
+
+
+@pytest.fixture(scope="module")
+def models():
+    pair = open_pair(*FILES)
+    return Models(*(load_transformer(ck, ck.copies[0]) for ck in pair), None, None)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    texts = [prompt.caption for prompt in data.prompt_batch("calibration", 2)]
+    features = load_encoder(paths.encoder_dir()).encode(texts)
+    return [Prompt(t, f) for t, f in zip(texts, features, strict=True)]
+
+
+def measure(models, prompts, **changes):
+    choice = {"digests": {"conditional": "a", "unconditional": "b"}, "options": OPTIONS, **changes}
+    return calibrate(models, prompts, REQUEST, **choice)
+
+
+@pytest.fixture(scope="module")
+def clean(models, prompts):
+    return measure(models, prompts)
+
+
+def test_every_linear_of_both_copies_is_watched_at_every_step(clean, models, prompts):
+    assert clean.layers.keys() == watched(models).keys()
+    assert len(clean.layers) == 31 + 30  # the unconditional copy reads no text
+    assert clean.times == tuple(sorted(round(step.time, 6) for step in REQUEST.plan()))
+    tokens = sum(32 + len(prompt.features) for prompt in prompts) * 3
+    assert clean.layer("conditional", "layers.0.attention.qkv").tokens == tokens
+    assert clean.layer("unconditional", "layers.0.attention.qkv").tokens == 2 * 32 * 3
+    for key, stats in clean.layers.items():
+        assert tuple(stats.noise) == tuple(
+            name
+            for name in CANDIDATES
+            if stats.shape[1] % 256 == 0 or name in CANDIDATES[:2] or "rotated" in name
+        ), key
+        assert all(0 < stats.error(name) < 0.5 for name in stats.noise), key
+    assert clean.provenance[0].prompts == 2
+    assert clean.provenance[0].steps == 3
+
+
+def test_figures_are_those_of_the_inputs(prompts):
+    """A linear of two calls, everything recomputed from the inputs kept by the test."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(256, 40, bias=False)
+    calls = [torch.randn(1, n, 256, generator=generator) for n in (30, 20)]
+    calls[1][..., 7] *= 50
+    profiler = Profiler({"conditional.layers.0.w": linear}, [0.5, 0.1], OPTIONS)
+    for phase in (profiler.statistics, profiler.errors):
+        with phase():
+            for time, x in zip((0.1, 0.5), calls, strict=True):
+                profiler.at(time)
+                linear(x)
+    linear(calls[0] * 1e6)  # the hooks are gone
+    stats = profiler.result(Run({}, "", 1, (0,), 2, 1, 1)).layer("conditional", "layers.0.w")
+    x, weight = torch.cat([c[0] for c in calls]), linear.weight.detach()
+    assert stats.tokens == 50
+    assert torch.equal(stats.absmax, x.abs().amax(0))
+    assert torch.equal(stats.weight_absmax, weight.abs().amax(0))
+    torch.testing.assert_close(stats.second_moment, x.square().mean(0), rtol=1e-5, atol=0)
+    wide = x.double()
+    kurtosis = (wide - wide.mean()).pow(4).mean() / wide.var(correction=0) ** 2
+    assert stats.kurtosis == pytest.approx(kurtosis.item(), rel=1e-5)
+    peaks = x.abs().amax(1) / x.abs().median(1).values
+    assert stats.largest_peak == pytest.approx(peaks.max().item())
+    assert stats.peak_to_median.tolist() == pytest.approx(
+        [peaks[:30].mean().item(), peaks[30:].mean().item()], rel=1e-5
+    )
+    smooth = smoothing([stats], 0.5)
+    for name, rows in {
+        "int8": weight,
+        "int8 smooth 0.5": weight * smooth,
+        "int8 rotated": rotate(weight, 256),
+        "int8 smooth 0.5 rotated": rotate(weight * smooth, 256),
+    }.items():
+        q, scale = quantize_rows(rows)
+        treatment = Treatment.parse(name)
+        assert treatment.name == name
+        for column, call in enumerate(calls):
+            y = int8_linear(
+                call[0], q, scale,
+                smooth=None if treatment.alpha is None else smooth,
+                rotation=256 if treatment.rotated else None,
+            )  # fmt: skip
+            wanted = call[0] @ weight.T
+            error = ((y - wanted).norm() / wanted.norm()).item()
+            assert stats.errors[name][column].item() == pytest.approx(error, rel=1e-3), name
+
+
+def test_w1_and_w3_share_their_smoothing():
+    x, members = torch.rand(9, 16), [torch.rand(8, 16), 9 * torch.rand(8, 16)]
+    from ideogram4_quant.quant import LayerStats
+
+    stats = [LayerStats.of(x, weight) for weight in members]
+    joint = smoothing(stats, 0.5)
+    wanted = (x.abs().amax(0) / torch.cat(members).abs().amax(0)).sqrt()
+    torch.testing.assert_close(joint, wanted / wanted.log().mean().exp())
+    silent = torch.cat([x[:, :8], torch.zeros(9, 8)], dim=1)
+    assert smoothing([LayerStats.of(silent, members[0])], 0.5).isfinite().all()
+
+
+def test_runs_over_halves_merge_to_the_run_over_all(clean, models, prompts):
+    halves = [measure(models, [prompt]) for prompt in prompts]
+    both = halves[0].merge(halves[1])
+    assert both.layers.keys() == clean.layers.keys()
+    for key, stats in both.layers.items():
+        whole = clean.layers[key]
+        assert stats.tokens == whole.tokens, key
+        assert torch.equal(stats.absmax, whole.absmax), key
+        torch.testing.assert_close(stats.square_sum, whole.square_sum, rtol=1e-12, atol=0)
+
+
+def sick_models(disease, strength, layers, encoder=None):
+    """The conditional copy with a disease in ``layers`` alone, with the healthy other copy."""
+    state = load_file(paths.dit_path("cond"))
+    sick = diseases.infect(state, disease, strength, encoder=encoder)
+    for name in state:
+        if name.startswith("layers.") and int(name.split(".")[1]) not in layers:
+            sick[name] = state[name]
+    return sick
+
+
+class Opened:
+    """What `load_transformer` asks of a checkpoint, over a state dict."""
+
+    def __init__(self, state, config):
+        self.paths, self._state, self._config = ("sick",), state, config
+        self.config = self
+
+    def to_dict(self):
+        return dict(self._config)
+
+    def stream(self, copy, **_):
+        yield from self._state.items()
+
+
+def test_channels_made_loud_in_one_layer_are_found_there(models, prompts, clean):
+    state = sick_models("channels", diseases.STRESS["channels"], {2})
+    opened = Opened(state, diseases.sick_config("channels"))
+    sick = measure(Models(load_transformer(opened), models.unconditional, None, None), prompts)
+    (first, error), (_, second) = sick.ranking("int8")[:2]
+    assert first == "conditional.layers.2.feed_forward.w2"
+    assert error > 4 * second
+    stats, healthy = sick.layers[first], clean.layers[first]
+    assert stats.kurtosis > 5 * healthy.kurtosis
+    # smoothing takes away what was planted, a rotation alone does not
+    assert stats.sqnr_db("int8 smooth 0.5") > stats.sqnr_db("int8 rotated") + 20
+    assert stats.sqnr_db("int8 smooth 0.5 rotated") > 35
+    others = [key for key in sick.layers if key != first and ".layers.2." not in key]
+    for key in others:
+        assert sick.layers[key].sqnr_db("int8") == pytest.approx(
+            clean.layers[key].sqnr_db("int8"), abs=0.5
+        ), key
+
+
+@pytest.mark.parametrize("strength", ["MODERATE", "STRESS"])
+def test_tokens_made_loud_are_found_in_every_w2(models, prompts, clean, strength):
+    encoder = CaptionEncoder(paths.encoder_dir())
+    value = diseases.MODERATE if strength == "MODERATE" else diseases.STRESS["tokens"]
+    state = sick_models("tokens", value, range(4), encoder)
+    opened = Opened(state, diseases.sick_config("tokens"))
+    sick = measure(Models(load_transformer(opened), models.unconditional, None, None), prompts)
+    w2 = [f"conditional.layers.{i}.feed_forward.w2" for i in range(4)]
+    lost = {k: clean.layers[k].sqnr_db("int8") - sick.layers[k].sqnr_db("int8") for k in w2}
+    if strength == "STRESS":
+        assert {key for key, _ in sick.ranking("int8")[:4]} == set(w2)
+        assert min(lost.values()) > 10
+        assert all(sick.layers[k].kurtosis > 5 * clean.layers[k].kurtosis for k in w2)
+    else:  # layer 0 is rough from the start: its own outliers hide moderate ones
+        assert sum(value > 0.3 for value in lost.values()) >= 3
+
+
+def test_linears_that_are_never_called_are_named():
+    called, silent = torch.nn.Linear(16, 4), torch.nn.Linear(16, 4)
+    profiler = Profiler(
+        {"conditional.layers.0.a": called, "conditional.layers.0.b": silent}, [0.0], OPTIONS
+    )
+    for phase in (profiler.statistics, profiler.errors):
+        with phase():
+            called(torch.rand(3, 16))
+    with pytest.raises(CalibrationError, match=r"conditional\.layers\.0\.b.*never called"):
+        profiler.result(Run({}, "", 1, (0,), 1, 1, 1))
+
+
+# ---- commands
+
+
+ARGUMENTS = [
+    "calibrate", str(FILES[0]), "--uncond", str(FILES[1]), "--encoder", str(paths.encoder_dir()),
+    "--steps", "2", "--tokens", "16", "--channels", "32", "--alphas", "0.5", "--types", "Q4_K",
+]  # fmt: skip
+
+
+def test_the_commands_write_rank_and_draw(tmp_path, capsys):
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    assert main([*ARGUMENTS, "--limit", "1", "--out", str(first)]) == 0
+    more = ["--limit", "1", "--seeds", "5", "--merge", str(first), "--out", str(second)]
+    assert main([*ARGUMENTS, *more]) == 0
+    capsys.readouterr()
+    merged = Calibration.load(second)
+    assert [run.seeds for run in merged.provenance] == [(0,), (5,)]
+    words = set(data.HELD_OUT_WORDS)
+    texts = [prompt.word for prompt in data.prompt_batch("calibration", 64)]
+    assert not words & set(texts)
+
+    png = tmp_path / "map.png"
+    arguments = ["fragility", str(second), "--of", "int8 rotated", "--worst", "3"]
+    assert main([*arguments, "--heatmap", str(png)]) == 0
+    table = capsys.readouterr().out
+    worst = merged.ranking("int8 rotated")[0]
+    assert worst[0] in table
+    assert f"{merged.layers[worst[0]].sqnr_db('int8 rotated'):.2f}" in table
+    with Image.open(png) as image:
+        assert image.width > 800
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    assert main(["fragility", str(second), "--json"]) == 0
+    ranking = json.loads(capsys.readouterr().out)
+    assert len(ranking) == 61
+    assert ranking[0]["error"] == max(row["error"] for row in ranking)
+    assert len(ranking[0]["error_at_steps"]) == 2
+
+
+def test_wrong_uses_end_before_the_work(tmp_path, capsys):
+    out = tmp_path / "c.safetensors"
+    out.touch()
+    assert main([*ARGUMENTS, "--out", str(out)]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "c.bin")]) == 1
+    assert "safetensors" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--out", str(tmp_path / "d.safetensors"), "--limit", "0"]) == 1
+    assert "too few prompts" in capsys.readouterr().err
+    assert main(["fragility", str(FILES[0])]) == 1
+    assert "no calibration" in capsys.readouterr().err
