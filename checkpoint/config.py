@@ -65,8 +65,8 @@ def sizes_from_shapes(
     found: dict[str, int] = {}
     for field, places in _FROM_SHAPES.items():
         for name, dimension in places:
-            if name in names:
-                found[field] = shape_of(name)[dimension]
+            if name in names and len(shape := shape_of(name)) > dimension:
+                found[field] = shape[dimension]
                 break
     layers = {int(match[1]) for match in map(_LAYER.match, names) if match}
     if layers:
@@ -91,6 +91,7 @@ def config_from(
         _check_value(key, size, path)
         _check_agree(key, size, values.setdefault(key, size), path)
     if hidden is not None:
+        _check_value("hidden size", hidden, path)
         # Files of linears alone do not tell the head dim. 256 is the real model's.
         head_dim = values.setdefault(
             "attention_head_dim", math.gcd(hidden, ModelConfig.attention_head_dim)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..gguf_loader import GGUFHeader, read_header
 from ..ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
@@ -50,6 +52,10 @@ class Container:
         """Bytes on the disk."""
         return sum(file.size for file in self.files)
 
+    def load(self) -> dict[str, Tensor]:
+        """Every tensor as it is stored, in memory: the files may vanish afterwards."""
+        return {name: raw.read() for name, raw in self.tensors.items()}
+
 
 def open_container(path: str | os.PathLike[str]) -> Container:
     """The headers of a safetensors or GGUF file, of an index of shards, or of a folder with one.
@@ -84,7 +90,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def json_object(text: str, key: str, path: Path) -> dict[str, Any]:
     """The JSON object in the metadata value ``key``; CorruptFileError if it is none."""
-    return parse_json(text.encode(), path, f"metadata {key}")
+    raw = text.encode("utf-8")
+    if len(raw) > _MAX_CONFIG:
+        raise CorruptFileError(
+            f"metadata {key} is too long",
+            file=path,
+            found=len(raw),
+            needed=f"at most {_MAX_CONFIG}",
+        )
+    return parse_json(raw, path, f"metadata {key}")
 
 
 def stated_quantization(container: Container) -> dict[str, Any]:

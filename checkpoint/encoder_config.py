@@ -72,7 +72,8 @@ def encoder_config(container: Container, entries: Mapping[str, Entry]) -> dict[s
 
 def _from_shapes(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
     def rows(name: str) -> int | None:
-        return entries[name].shape[0] if name in entries else None
+        shape = entries[name].shape if name in entries else ()
+        return shape[0] if shape else None
 
     layers = {int(match[1]) for match in map(_LAYER.match, entries) if match}
     attention = "layers.0.self_attn"
@@ -80,7 +81,6 @@ def _from_shapes(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
         head_dim = DEFAULTS["head_dim"]
     head_dim = rows(f"{attention}.q_norm.weight") or head_dim
     queries, keys = rows(f"{attention}.q_proj.weight"), rows(f"{attention}.k_proj.weight")
-    embedding = entries.get("embed_tokens.weight")
     found = {
         "hidden_size": rows("layers.0.input_layernorm.weight"),
         "num_hidden_layers": max(layers, default=0) + 1,
@@ -88,7 +88,7 @@ def _from_shapes(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
         "num_attention_heads": queries // head_dim if queries else None,
         "num_key_value_heads": keys // head_dim if keys else None,
         "intermediate_size": rows("layers.0.mlp.up_proj.weight"),
-        "vocab_size": embedding.shape[0] if embedding else None,
+        "vocab_size": rows("embed_tokens.weight"),
     }
     return {key: size for key, size in found.items() if size is not None}
 
@@ -130,7 +130,8 @@ def _check(config: Mapping[str, Any], path: Path) -> None:
         "num_hidden_layers": _is_size(config.get("num_hidden_layers"), _MAX_LAYERS),
         "rms_norm_eps": isinstance(config["rms_norm_eps"], float)
         and 0 < config["rms_norm_eps"] < 1,
-        "rope_theta": isinstance(config["rope_theta"], int | float) and config["rope_theta"] > 1,
+        "rope_theta": isinstance(config["rope_theta"], int | float)
+        and 1 < config["rope_theta"] < 1e12,
         "mrope_section": isinstance(sections, list)
         and len(sections) == 3
         and all(map(_is_size, sections)),

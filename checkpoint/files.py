@@ -47,14 +47,29 @@ class SourceFile:
         return cls(path, state.st_size, state.st_mtime_ns)
 
     def read(self, offset: int, nbytes: int) -> Tensor:
-        """``nbytes`` bytes from ``offset`` on, as uint8; CheckpointError if the file changed."""
-        data = torch.empty(nbytes, dtype=torch.uint8)
-        rest = memoryview(data.numpy())
+        """``nbytes`` bytes from ``offset`` on, as uint8.
+
+        Raises CheckpointError if the file changed since it was opened, or while this reads it, or
+        cannot be read.
+        """
+        try:
+            return self._read(offset, nbytes)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read: {error.strerror or error}", file=self.path
+            ) from error
+
+    def _check_unchanged(self, file: BinaryIO) -> None:
+        if SourceFile.of(self.path, file) != self:
+            raise CheckpointError(
+                "the file changed after it was opened", file=self.path, hint="Open it again."
+            )
+
+    def _read(self, offset: int, nbytes: int) -> Tensor:
         with open(self.path, "rb", buffering=0) as file:
-            if SourceFile.of(self.path, file) != self:
-                raise CheckpointError(
-                    "the file changed after it was opened", file=self.path, hint="Open it again."
-                )
+            self._check_unchanged(file)
+            data = torch.empty(nbytes, dtype=torch.uint8)
+            rest = memoryview(data.numpy())
             file.seek(offset)
             while rest:  # one call may bring only a part: Linux stops at 2 GiB
                 count = file.readinto(rest)
@@ -67,6 +82,7 @@ class SourceFile:
                         hint=DOWNLOAD_AGAIN,
                     )
                 rest = rest[count:]
+            self._check_unchanged(file)
         return data
 
 
@@ -82,7 +98,18 @@ class RawTensor:
     nbytes: int
 
     def read(self) -> Tensor:
-        """The stored values; blocks of GGUF as uint8 [..., bytes of a row]."""
+        """The stored values; blocks of GGUF as uint8 [..., bytes of a row].
+
+        Raises CheckpointError (a type that torch has not) and what :meth:`SourceFile.read` raises.
+        """
+        if self.dtype not in BLOCK_TYPES and self.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                "this type is not read",
+                file=self.file.path,
+                tensor=self.key,
+                found=self.dtype,
+                needed=f"one of {', '.join(TORCH_DTYPES)}",
+            )
         data = self.file.read(self.offset, self.nbytes)
         if self.dtype in BLOCK_TYPES:
             kind = BLOCK_TYPES[self.dtype]

@@ -20,6 +20,8 @@ from ..ops.layouts import nf4_tensor
 from .codecs import Stored
 from .parts import Parts
 
+_MAX_OFFSET = 1e6  # the mean of a model's largest weights is below 1
+
 
 @dataclass(frozen=True)
 class Nf4(Stored):
@@ -110,7 +112,8 @@ def _absmax(parts: Parts, count: int, state: Mapping[str, Any]) -> Tensor:
     if raw is None or raw.dtype != "U8":
         return _floats(parts, "absmax", count)
     size, offset = state.get("nested_blocksize"), state.get("nested_offset")
-    if type(size) is not int or size < 1 or not isinstance(offset, int | float):
+    usable = isinstance(offset, int | float) and -_MAX_OFFSET < offset < _MAX_OFFSET
+    if type(size) is not int or size < 1 or not usable:
         raise parts.corrupt(
             "unusable double quantization",
             f"nested_blocksize {size}, nested_offset {offset}",
@@ -121,7 +124,9 @@ def _absmax(parts: Parts, count: int, state: Mapping[str, Any]) -> Tensor:
         raise parts.corrupt(f"{raw.key} has a wrong size", codes.numel(), count)
     table = _floats(parts, "nested_quant_map", 256)
     scales = _floats(parts, "nested_absmax", -(-count // size))
-    return table[codes.int()] * scales.repeat_interleave(size)[:count] + float(offset)
+    # no more copies of a scale than there are blocks, whatever the description says
+    repeated = scales.repeat_interleave(min(size, count))[:count]
+    return table[codes.int()] * repeated + float(offset)
 
 
 def _floats(parts: Parts, role: str, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..ops.errors import CorruptFileError, PairMismatchError
+from ..ops.errors import CorruptFileError, PairMismatchError, printable
 from .canonical import canonical_shapes
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
@@ -146,7 +146,7 @@ def _report_ignored(
             "%s: ignored %d tensors that are not of Ideogram 4's transformer, such as %s",
             containers[0].path,
             len(ignored),
-            ignored[0],
+            printable(ignored[0]),
         )
 
 

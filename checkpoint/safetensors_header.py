@@ -14,10 +14,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ..ops.errors import CorruptFileError, TruncatedFileError
+from ..ops.errors import CorruptFileError, TruncatedFileError, printable
 from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
 
-MAX_HEADER = 100_000_000  # the format's own limit
+# The format allows 100 MB. Both copies with all their scales take 0.2 MB, and JSON grows up to
+# 25-fold in memory, so that a header's size and the number of its values are bounded.
+MAX_HEADER = 1 << 22
+_MAX_VALUES = 1 << 18  # names and texts; lists and objects
+_MAX_TENSORS = 1 << 14
 _MAX_DIMS = 32
 _BITS = {
     "BOOL": 8,
@@ -71,8 +75,12 @@ def read_safetensors_header(
         if 8 + length > file.size:
             raise _truncated(file, "the header", 8 + length)
         text = first + stream.read(length - 1)
-    entries = _parse(text, path)
+    entries = parse_json(text, path, "the header")
     metadata = _metadata(entries.pop("__metadata__", {}), path)
+    if len(entries) > _MAX_TENSORS:
+        raise CorruptFileError(
+            "too many tensors", file=path, found=len(entries), needed=f"at most {_MAX_TENSORS}"
+        )
     tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_extents(file, tensors)
@@ -80,7 +88,10 @@ def read_safetensors_header(
 
 
 def parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from an untrusted file; CorruptFileError if it is none, or names repeat."""
+    """A JSON object from an untrusted file of at most ``MAX_HEADER`` bytes.
+
+    CorruptFileError if it is none, if names repeat, or if it would take far more memory than text.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         items = dict(pairs)
@@ -90,21 +101,25 @@ def parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
             raise ValueError(f"{twice!r} occurs twice")
         return items
 
+    # cheap upper bounds; a quote inside a text is escaped and opens none
+    texts = (text.count(b'"') - text.count(b'\\"')) // 2
+    if max(texts, text.count(b"[") + text.count(b"{")) > _MAX_VALUES:
+        raise CorruptFileError(
+            f"{what} holds too many values", file=path, needed=f"at most {_MAX_VALUES}"
+        )
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in text:  # only an escape can bring half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(
-            f"{what} is no usable JSON: {error}", file=path, hint=DOWNLOAD_AGAIN
+            f"{what} is no usable JSON: {printable(str(error))}", file=path, hint=DOWNLOAD_AGAIN
         ) from error
     if not isinstance(value, dict):
         raise CorruptFileError(
             f"{what} is no JSON object", file=path, found=type(value).__name__, hint=DOWNLOAD_AGAIN
         )
     return value
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    return parse_json(text, path, "the header")
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
@@ -138,10 +153,12 @@ def _tensor(file: SourceFile, name: str, entry: Any, data_start: int) -> RawTens
     bits = math.prod(shape) * _BITS[dtype]
     begin, end = offsets
     if 8 * (end - begin) != bits:
-        raise corrupt(
-            f"its data does not fit {dtype} {shape}", f"{end - begin} bytes", f"{bits / 8:g} bytes"
-        )
+        raise corrupt(f"its data does not fit {dtype} {shape}", f"{end - begin} bytes", _size(bits))
     return RawTensor(file, name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _size(bits: int) -> str:
+    return f"{-(-bits // 8)} bytes" if bits < 1 << 67 else "more bytes than any disk has"
 
 
 def _naturals(value: Any) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.new_file import OutputExistsError, WriteError, check_output, check_space, new_file
+from .safetensors_header import MAX_HEADER
 
 __all__ = [
     "OutputExistsError",
@@ -41,7 +42,6 @@ _DTYPES = {
     torch.uint64: "U64",
     torch.float64: "F64",
 }
-_MAX_HEADER = 100_000_000  # readers refuse a longer one
 _ALIGNMENT = 8
 
 
@@ -135,9 +135,9 @@ def _encode_header(
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    if len(text) > _MAX_HEADER:
+    if len(text) > MAX_HEADER:
         raise WriteError(
-            "the header is too long", file=path, found=len(text), needed=f"at most {_MAX_HEADER}"
+            "the header is too long", file=path, found=len(text), needed=f"at most {MAX_HEADER}"
         )
     return struct.pack("<Q", len(text)) + text, offsets, end
 

@@ -8,7 +8,9 @@ from typing import BinaryIO
 
 from ..ops.errors import CorruptFileError, TruncatedFileError
 
-MAX_HEADER = 1 << 28  # bytes; a language model's header with 150,000 tokens takes 6 MB
+MAX_HEADER = 1 << 24  # bytes; a language model's header with 150,000 tokens takes 6 MB
+MAX_TEXTS = 1 << 22  # bytes of names and texts in all, those of arrays apart
+_STEP = 1 << 20
 _FIRST_READ = 1 << 16
 DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 
@@ -19,9 +21,9 @@ _U64 = struct.Struct("<Q")
 class Cursor:
     """Reads little-endian values one after the other; ``pos`` is the offset in the file.
 
-    The file is read in steps that double, so a small header costs one small read. Asking beyond
-    the file's end raises TruncatedFileError, beyond ``MAX_HEADER`` CorruptFileError; both happen
-    before anything of the asked size is allocated.
+    The file is read in steps, so a small header costs one small read. Asking beyond the file's end
+    raises TruncatedFileError, beyond ``MAX_HEADER`` CorruptFileError; both happen before anything
+    of the asked size is allocated.
     """
 
     def __init__(self, file: BinaryIO, path: Path, file_size: int) -> None:
@@ -29,7 +31,8 @@ class Cursor:
         self.file_size = file_size
         self.pos = 0
         self._file = file
-        self._data = b""
+        self._data = bytearray()
+        self._texts_left = MAX_TEXTS
 
     def require(self, size: int, what: str) -> None:
         """Make ``size`` bytes from here on available, or raise."""
@@ -53,7 +56,11 @@ class Cursor:
                 hint=DOWNLOAD_AGAIN,
             )
         target = min(self.file_size, MAX_HEADER, max(end, _FIRST_READ, 2 * len(self._data)))
-        self._data += self._file.read(target - len(self._data))
+        while len(self._data) < target:
+            piece = self._file.read(min(_STEP, target - len(self._data)))
+            if not piece:
+                break
+            self._data += piece
         if end > len(self._data):
             raise TruncatedFileError(
                 "the file became shorter while it was read",
@@ -80,11 +87,23 @@ class Cursor:
         """The next ``size`` bytes."""
         self.require(size, what)
         self.pos += size
-        return self._data[self.pos - size : self.pos]
+        with memoryview(self._data) as view:
+            return bytes(view[self.pos - size : self.pos])
 
     def text(self, what: str) -> str:
         """A string: its length as 8 bytes, then UTF-8."""
-        raw = self.bytes(self.u64(what), what)
+        size = self.u64(what)
+        self.require(size, what)  # a short download is told as one
+        self._texts_left -= size
+        if self._texts_left < 0:
+            raise CorruptFileError(
+                f"the texts of the header are too long: {what}",
+                file=self.path,
+                found=f"{size} bytes",
+                needed=f"at most {MAX_TEXTS} bytes in all",
+                hint=DOWNLOAD_AGAIN,
+            )
+        raw = self.bytes(size, what)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:

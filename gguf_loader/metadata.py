@@ -15,7 +15,8 @@ from ..ops.errors import CorruptFileError
 from .cursor import DOWNLOAD_AGAIN, Cursor
 from .types import SCALAR_CODES, ValueType
 
-_MAX_STRINGS = 1 << 24  # in all arrays together; a vocabulary has 150,000
+_MAX_STRINGS = 1 << 22  # in all arrays together; a vocabulary has 150,000
+_MAX_BUILT = 1 << 19  # elements of an array that is read into memory, inner ones included
 _INNER_ARRAY = 32  # an array inside an array costs as much as that many strings
 _MAX_NESTING = 4
 _SCALARS = {kind: struct.Struct("<" + code) for kind, code in SCALAR_CODES.items()}
@@ -23,12 +24,16 @@ _SCALARS = {kind: struct.Struct("<" + code) for kind, code in SCALAR_CODES.items
 
 @dataclass(frozen=True)
 class ArrayRef:
-    """A metadata array left in the file; :meth:`GGUFHeader.array` reads it."""
+    """A metadata array left in the file; :meth:`GGUFHeader.array` reads it.
+
+    ``elements`` counts those of inner arrays too.
+    """
 
     type: ValueType
     count: int
     offset: int
     nbytes: int
+    elements: int
 
 
 def read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
@@ -70,7 +75,8 @@ def _skip_array(cursor: Cursor, what: str, budget: int, nesting: int) -> tuple[A
     start = cursor.pos
     if kind in _SCALARS:
         cursor.skip(count * _SCALARS[kind].size, what)
-        return ArrayRef(kind, count, start, cursor.pos - start), budget
+        return ArrayRef(kind, count, start, cursor.pos - start, count), budget
+    elements = count
     budget -= count * (_INNER_ARRAY if kind is ValueType.ARRAY else 1)
     if budget < 0 or (kind is ValueType.ARRAY and nesting == 1):
         raise CorruptFileError(
@@ -85,8 +91,17 @@ def _skip_array(cursor: Cursor, what: str, budget: int, nesting: int) -> tuple[A
     else:
         cursor.require(12 * count, what)  # every inner array takes 12 bytes at least
         for _ in range(count):
-            _, budget = _skip_array(cursor, what, budget, nesting - 1)
-    return ArrayRef(kind, count, start, cursor.pos - start), budget
+            inner, budget = _skip_array(cursor, what, budget, nesting - 1)
+            elements += inner.elements
+    return ArrayRef(kind, count, start, cursor.pos - start, elements), budget
+
+
+def check_built(ref: ArrayRef, path: Path, key: str) -> None:
+    """CorruptFileError for an array that is too long to build."""
+    if ref.elements > _MAX_BUILT:
+        raise CorruptFileError(
+            f"the array {key!r} is too long", file=path, found=ref.elements, needed=_MAX_BUILT
+        )
 
 
 def decode_array(

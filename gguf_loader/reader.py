@@ -16,19 +16,20 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from .cursor import DOWNLOAD_AGAIN, Cursor
-from .metadata import ArrayRef, decode_array, read_metadata
+from .metadata import ArrayRef, check_built, decode_array, read_metadata
 from .types import TENSOR_TYPES
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
-_MAX_ENTRIES = 1 << 16  # tensors, and metadata keys; the largest models have a few thousand
+_MAX_ENTRIES = 1 << 14  # tensors, and metadata keys; the largest models have a few thousand
 _MAX_ALIGNMENT = 1 << 20
 
 
@@ -64,20 +65,32 @@ class GGUFHeader:
     def array(self, key: str) -> list[Any]:
         """The elements of the metadata array ``key``, read from the file now.
 
-        Raises KeyError (no such array) and CheckpointError (the file changed since it was opened).
+        Raises KeyError (no such array), CheckpointError (the file changed since it was opened, or
+        cannot be read) and CorruptFileError (texts that are no UTF-8, more than 2^19 elements).
         """
         ref = self.metadata[key]
         if not isinstance(ref, ArrayRef):
             raise KeyError(f"{key} is no array")
-        with open(self.path, "rb") as file:
-            state = os.fstat(file.fileno())
-            if (state.st_size, state.st_mtime_ns) != (self.file_size, self.mtime_ns):
-                raise CheckpointError(
-                    "the file changed after it was opened", file=self.path, hint="Open it again."
-                )
-            file.seek(ref.offset)
-            data = file.read(ref.nbytes)
-        return decode_array(data, 0, ref.type, ref.count, self.path, key)[0]
+        check_built(ref, self.path, key)
+        try:
+            with open(self.path, "rb") as file:
+                state = os.fstat(file.fileno())
+                if (state.st_size, state.st_mtime_ns) != (self.file_size, self.mtime_ns):
+                    raise self._changed()
+                file.seek(ref.offset)
+                data = file.read(ref.nbytes)
+            return decode_array(data, 0, ref.type, ref.count, self.path, key)[0]
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read: {error.strerror or error}", file=self.path
+            ) from error
+        except (struct.error, ValueError) as error:  # lengths that the header did not have
+            raise self._changed() from error
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(
+            "the file changed after it was opened", file=self.path, hint="Open it again."
+        )
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:

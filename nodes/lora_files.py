@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..ops.errors import CheckpointError, CorruptFileError
+from ..checkpoint.container import open_container
+from ..ops.errors import CheckpointError, CorruptFileError, printable
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 # prefix -> the copy that it names; None: the file does not say
@@ -72,6 +74,19 @@ class LoraFile:
         return {**(self.updates.get(None, {}) if everyone else {}), **named}
 
 
+def read_lora(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory: the file may change or vanish afterwards.
+
+    Raises CorruptFileError, TruncatedFileError and CheckpointError (no safetensors file).
+    """
+    container = open_container(path)
+    if container.kind != "safetensors":
+        raise CheckpointError(
+            "a LoRA is read from safetensors files", file=path, found=container.kind
+        )
+    return container.load()
+
+
 def parse_lora(
     state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], file: str
 ) -> LoraFile:
@@ -96,7 +111,12 @@ def parse_lora(
             result.unknown.append(name)
             continue
         copy, module, kind = place
-        parts.setdefault((copy, module), {})[kind] = tensor
+        found = parts.setdefault((copy, module), {})
+        if kind in found:
+            raise CorruptFileError(
+                f"its {kind} half is stored twice, under two names", file=file, tensor=name
+            )
+        found[kind] = tensor
     pieces: dict[tuple[str | None, str], dict[int | None, LowRank]] = {}
     for (copy, module), found in parts.items():
         fused, third = _fused(module)
@@ -166,7 +186,7 @@ def _low_rank(
                 "one half of a LoRA pair is missing", file=file, tensor=module, needed=half
             )
     down, up = found["down"].float(), found["up"].float()
-    rank = down.shape[0]
+    rank = len(down) if down.ndim else 0
     for half, tensor, needed in (("down", down, (rank, shape[1])), ("up", up, (shape[0], rank))):
         if tuple(tensor.shape) != needed or rank == 0:
             raise CorruptFileError(
@@ -177,8 +197,16 @@ def _low_rank(
                 needed=needed,
                 hint="It was trained for a model of another size.",
             )
-    alpha = float(found["alpha"]) if "alpha" in found else float(rank)
-    return LowRank(down, up * (alpha / rank))
+    alpha = found.get("alpha", torch.tensor(float(rank))).float()
+    up = up * (alpha / rank) if alpha.numel() == 1 else alpha
+    if up.shape != found["up"].shape or not (up.isfinite().all() and down.isfinite().all()):
+        raise CorruptFileError(
+            "the LoRA holds NaN or infinity, or an alpha that is no number",
+            file=file,
+            tensor=module,
+            found=f"alpha {alpha.tolist() if alpha.numel() < 2 else list(alpha.shape)}",
+        )
+    return LowRank(down, up)
 
 
 def _fuse(found: Mapping[int | None, LowRank], rows: int) -> LowRank:
@@ -205,5 +233,5 @@ def describe(file: LoraFile) -> str:
         lines.append(f"{said}: {len(updates)} linears, rank {shown}")
     if file.unknown:
         kinds = sorted({re.sub(r"\d+", "N", name) for name in file.unknown})
-        lines.append(f"not loaded: {len(file.unknown)} tensors, such as {kinds[0]}")
+        lines.append(f"not loaded: {len(file.unknown)} tensors, such as {printable(kinds[0])}")
     return "\n".join(lines)

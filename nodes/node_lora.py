@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import safetensors.torch
 from comfy_api.latest import io
-from safetensors import SafetensorError
 
-from ..ops.errors import CorruptFileError
-from .lora_files import describe, parse_lora
+from .lora_files import describe, parse_lora, read_lora
 from .lora_loading import add_lora, linear_shapes
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
@@ -101,13 +98,7 @@ class LoadLora(io.ComfyNode):
         if lora == NONE:
             return io.NodeOutput(conditional, unconditional, _NOTHING_PICKED)
         path = host_listing(FOLDERS).path(lora)
-        try:
-            state = safetensors.torch.load_file(path)
-        except SafetensorError as error:
-            raise CorruptFileError(
-                f"this file cannot be read ({error})", file=path, hint="Download it again."
-            ) from error
-        found = parse_lora(state, linear_shapes(conditional), lora)
+        found = parse_lora(read_lora(path), linear_shapes(conditional), lora)
         if found.unknown:
             logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
         outputs = []

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.sd
-import comfy.utils
 from torch import Tensor
 
-from ..ops.errors import NotIdeogram4Error
+from ..checkpoint.container import open_container
+from ..ops.errors import CorruptFileError, NotIdeogram4Error
 
 LATENT_CHANNELS = 32
 PATCH = 2
@@ -21,11 +21,14 @@ _HOST_WIDTHS = (128, 256, 512, 512)
 
 def load_vae(path: Path) -> comfy.sd.VAE:
     """A FLUX.2 VAE file as the host's VAE; NotIdeogram4Error for other kinds of VAE."""
-    state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    container = open_container(path)
+    if container.kind != "safetensors":
+        raise NotIdeogram4Error("a VAE is read from safetensors files", file=path)
+    state = container.load()
     _check(state, path)
-    widths, blocks = _shape(state)
+    widths, blocks = _shape(state, path)
     if widths == _HOST_WIDTHS:
-        vae = comfy.sd.VAE(sd=state, metadata=metadata)
+        vae = comfy.sd.VAE(sd=state, metadata=container.metadata)
         vae.throw_exception_if_invalid()
         return vae
     return _narrow_vae(state, widths, blocks)
@@ -33,7 +36,7 @@ def load_vae(path: Path) -> comfy.sd.VAE:
 
 def _check(state: dict[str, Tensor], path: Path) -> None:
     statistics = state.get("bn.running_mean")
-    if statistics is None or statistics.shape[0] != LATENT_CHANNELS * PATCH**2:
+    if statistics is None or tuple(statistics.shape) != (LATENT_CHANNELS * PATCH**2,):
         raise NotIdeogram4Error(
             "this is not a FLUX.2 VAE",
             file=path,
@@ -57,10 +60,14 @@ def _first_block(level: int, block: int) -> str:
     return f"encoder.down.{level}.block.{block}.conv1.weight"
 
 
-def _shape(state: dict[str, Tensor]) -> tuple[tuple[int, ...], int]:
+def _shape(state: dict[str, Tensor], path: Path) -> tuple[tuple[int, ...], int]:
     """The encoder's channels at each resolution, and its residual blocks a resolution."""
     widths: list[int] = []
-    while (weight := state.get(_first_block(len(widths), 0))) is not None:
+    while (weight := state.get(name := _first_block(len(widths), 0))) is not None:
+        if weight.ndim != 4 or not weight.numel():
+            raise CorruptFileError(
+                "this is no convolution", file=path, tensor=name, found=list(weight.shape)
+            )
         widths.append(weight.shape[0])
     blocks = 0
     while _first_block(0, blocks) in state:

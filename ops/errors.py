@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from os import PathLike
 
+_LONGEST = 300  # characters of what a file says of itself, such as a tensor's name
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """``text`` cut to a readable length, in characters that every log and terminal can show.
+
+    Names come from files, so from anyone: control characters would steer a terminal, and halves of
+    surrogate pairs cannot be encoded.
+    """
+    if len(text) > longest:
+        text = f"{text[:longest]}... ({len(text):,} characters)"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class Ideogram4QuantError(Exception):
     """Base of every error the pack raises on purpose.
 
     The message reads ``FILE: tensor NAME: MESSAGE (found X, needed Y). HINT`` with the parts that
-    are given; they stay available as attributes.
+    are given, each made :func:`printable`; they stay available as attributes.
     """
 
     def __init__(
@@ -33,15 +48,15 @@ class Ideogram4QuantError(Exception):
     def _render(self) -> str:
         parts = []
         if self.file is not None:
-            parts.append(f"{self.file}: ")
+            parts.append(f"{printable(self.file, 1 << 12)}: ")
         if self.tensor is not None:
-            parts.append(f"tensor {self.tensor}: ")
-        parts.append(self.message.rstrip("."))
+            parts.append(f"tensor {printable(self.tensor)}: ")
+        parts.append(printable(self.message.rstrip("."), 4 * _LONGEST))
         details = []
         if self.found is not None:
-            details.append(f"found {self.found}")
+            details.append(f"found {printable(str(self.found), 4 * _LONGEST)}")
         if self.needed is not None:
-            details.append(f"needed {self.needed}")
+            details.append(f"needed {printable(str(self.needed), 4 * _LONGEST)}")
         if details:
             parts.append(f" ({', '.join(details)})")
         parts.append(".")

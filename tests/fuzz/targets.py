@@ -1,0 +1,178 @@
+"""What is fuzzed: bytes in, a model file on the disk, every reader of it, and what may happen then.
+
+The first byte of an input picks a target, the rest is its payload. A reader may raise an error of
+the pack that names the file, and nothing else; the second value of `run` is what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
+from ideogram4_quant.checkpoint.container import Container, open_container
+from ideogram4_quant.gguf_loader import ArrayRef
+from ideogram4_quant.ops.errors import Ideogram4QuantError
+
+SECONDS = 1.0
+MEGABYTES = 64
+_DATA = 1 << 16  # bytes behind a header that the harness frames
+_LOADED = 1 << 20  # tensors of larger files are not read
+
+Open = Callable[[Path], object]
+
+
+def raw(name: str) -> Open:
+    """The payload is the file."""
+
+    def build(payload: bytes, folder: Path) -> Path:
+        path = folder / name
+        path.write_bytes(payload)
+        return path
+
+    return build
+
+
+def framed(name: str) -> Open:
+    """The payload is the JSON of a safetensors header, a zero byte and data.
+
+    The header's length and more data are added, so that a mutated header stays a whole one.
+    """
+
+    def build(payload: bytes, folder: Path) -> Path:
+        path = folder / name
+        header, _, data = payload.partition(b"\0")
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data + bytes(_DATA))
+        return path
+
+    return build
+
+
+def beside(name: str, opened: str) -> Open:
+    """The payload is a JSON file beside good weights: an index of shards, or a config."""
+
+    def build(payload: bytes, folder: Path) -> Path:
+        (folder / name).write_bytes(payload)
+        return folder / opened
+
+    return build
+
+
+def read_everything(path: Path) -> None:
+    """Every way from a path to tensors: the container, the transformer, the text encoder."""
+    container = open_container(path)
+    _check_container(container)
+    for opener in (open_checkpoint, open_encoder):
+        try:
+            opened = opener(path)
+            _read(opened, container.size)
+        except Ideogram4QuantError as error:
+            _check_error(error)
+
+
+def _check_container(container: Container) -> None:
+    for tensor in container.tensors.values():
+        assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= tensor.file.size
+    for key, value in container.metadata.items():
+        if isinstance(value, ArrayRef):
+            try:
+                container.array(key)
+            except Ideogram4QuantError as error:
+                _check_error(error)
+
+
+def _read(opened, size: int) -> None:
+    copies = getattr(opened, "copies", None)
+    for copy in copies or (None,):
+        arguments = () if copy is None else (copy,)
+        shapes = opened.shapes(*arguments)
+        assert all(size > 0 for shape in shapes.values() for size in shape)
+        if size <= _LOADED:
+            for name, tensor in opened.stream(*arguments):
+                assert tuple(tensor.shape) == shapes[name]
+                getattr(tensor, "dequantize", tensor.float)()
+
+
+def read_lora(path: Path) -> None:
+    from ideogram4_quant.nodes import lora_files
+
+    shapes = {"layers.0.attention.qkv": (48, 16), "layers.0.attention.o": (16, 16)}
+    state = lora_files.read_lora(path)
+    lora_files.describe(lora_files.parse_lora(state, shapes, str(path)))
+
+
+TARGETS: tuple[tuple[str, Open, Callable[[Path], None]], ...] = (
+    ("gguf", raw("model.gguf"), read_everything),
+    ("safetensors", raw("model.safetensors"), read_everything),
+    ("header", framed("model.safetensors"), read_everything),
+    ("lora", framed("lora.safetensors"), read_lora),
+    ("index", beside("m.safetensors.index.json", "m.safetensors.index.json"), read_everything),
+    ("config", beside("config.json", "encoder.safetensors"), read_everything),
+)
+
+
+def number(name: str) -> int:
+    """The first byte that picks the target of that name."""
+    return next(i for i, target in enumerate(TARGETS) if target[0] == name)
+
+
+def run(data: bytes, folder: Path) -> tuple[str, str] | None:
+    """None where an input is handled as promised; else (a key for its kind, what happened).
+
+    folder: a folder of this process's own, best in memory.
+    """
+    if not data:
+        return None
+    name, build, read = TARGETS[data[0] % len(TARGETS)]
+    peak, start = _peak(), time.process_time()
+    try:
+        try:
+            read(build(data[1:], folder))
+        except Ideogram4QuantError as error:
+            _check_error(error)
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-" not in f.filename]
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].name}"
+        return f"{name}: {type(error).__name__} in {place}", traceback.format_exc()
+    seconds, grown = time.process_time() - start, (_peak() - peak) / 1024
+    if seconds > SECONDS:
+        return f"{name}: slow", f"{seconds:.2f} CPU seconds"
+    if grown > MEGABYTES:
+        return f"{name}: memory", f"{grown:.0f} MB more"
+    return None
+
+
+def _check_error(error: Ideogram4QuantError) -> None:
+    assert error.file, f"no file in {error!r}"
+    str(error).encode()  # can be printed
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def write_neighbours(folder: Path) -> None:
+    """The good files that the payload of `beside` lies beside."""
+    from ideogram4_quant.checkpoint import write_safetensors
+    from ideogram4_quant.tests.fuzz import seeds
+
+    write_safetensors(folder / "m-00001-of-00002.safetensors", seeds.transformer(0))
+    write_safetensors(folder / "m-00002-of-00002.safetensors", seeds.transformer(1))
+    write_safetensors(folder / "encoder.safetensors", seeds.encoder())
+
+
+def split(path: Path) -> tuple[dict, bytes]:
+    """The header of a safetensors file and its data."""
+    content = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def join(header: dict, data: bytes) -> bytes:
+    """The payload of `framed` that makes a safetensors file of a header and data."""
+    return json.dumps(header).encode() + b"\0" + data

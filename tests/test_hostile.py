@@ -1,0 +1,362 @@
+"""Files from strangers: each is fine, or an error of the pack told in a second and in 64 MB."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ideogram4_quant.checkpoint import files as checkpoint_files
+from ideogram4_quant.checkpoint import open_checkpoint, open_encoder, write_safetensors
+from ideogram4_quant.checkpoint.container import open_container
+from ideogram4_quant.gguf_loader import read_header
+from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
+from ideogram4_quant.ops.errors import (
+    CheckpointError,
+    CorruptFileError,
+    Ideogram4QuantError,
+    TruncatedFileError,
+)
+from ideogram4_quant.tests import hostile_files as hostile
+from ideogram4_quant.tests.fuzz import seeds, targets
+
+FINDINGS = Path(__file__).parent / "fuzz" / "findings"
+CORPUS = Path(__file__).parent / "fuzz" / "corpus"
+SECONDS, MEGABYTES = targets.SECONDS, targets.MEGABYTES
+
+
+def cost(function: Callable[[], object]) -> tuple[float, float]:
+    """(CPU seconds, MB of resident memory above what there was before) of a call."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, start = _resident("VmRSS"), time.process_time()
+    function()
+    return time.process_time() - start, (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    targets.write_neighbours(folder)
+    return folder
+
+
+def refused(open_file: Callable[[Path], object], path: Path, case: hostile.Case) -> str | None:
+    """None if the file is refused as promised, else what went wrong."""
+    caught: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            open_file(path)
+        except Exception as error:
+            caught.append(error)
+
+    seconds, megabytes = cost(attempt)
+    if not caught:
+        return f"{case.name}: opened"
+    error = caught[0]
+    if not isinstance(error, CheckpointError):
+        return f"{case.name}: {error!r}"
+    if error.file != str(path) or (case.tensor and error.tensor != case.tensor):
+        return f"{case.name}: names {error.file} and {error.tensor}"
+    if len(str(error)) > 5000:
+        return f"{case.name}: a message of {len(str(error))} characters"
+    if seconds > SECONDS or megabytes > MEGABYTES:
+        return f"{case.name}: {seconds:.2f} s and {megabytes:.0f} MB"
+    return None
+
+
+OPENERS = (open_checkpoint, open_encoder, read_lora)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does"
+)
+@pytest.mark.parametrize(
+    ("suffix", "cases"),
+    [(".safetensors", hostile.safetensors_cases), (".gguf", hostile.gguf_cases)],
+)
+def test_every_case_is_refused(tmp_path: Path, suffix: str, cases):
+    problems, count = [], 0
+    for case in cases():
+        path = case.write(tmp_path / f"m{suffix}")
+        openers = OPENERS if len(case.content) < 1 << 20 else OPENERS[:1]
+        problems += [refused(open_file, path, case) for open_file in openers]
+        count += 1
+    assert [problem for problem in problems if problem] == []
+    assert count > 150
+
+
+def test_the_cases_start_from_good_files(tmp_path: Path):
+    """What the corpus varies is fine before."""
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(hostile.safetensors(hostile._entry()))
+    assert set(open_container(path).tensors) == {hostile.NAME, "other"}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(hostile.gguf([hostile.info()], [hostile.entry(8, hostile.text(b"x"))]))
+    assert set(read_header(path).tensors) == {"t"}
+
+
+def test_every_place_of_a_gguf_header(folder: Path, tmp_path: Path):
+    good = seeds.gguf(tmp_path / "good.gguf")
+    header = good.read_bytes()[: read_header(good).data_offset][:700]
+    rest = good.read_bytes()[len(header) :]
+    number = bytes([targets.number("gguf")])
+    found = {targets.run(number + h + rest, folder) for h in hostile.field_mutations(header)}
+    assert found == {None}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_every_value_of_a_safetensors_header(folder: Path, tmp_path: Path, kind: str):
+    path = seeds.write_all(tmp_path)[kind]
+    header, data = targets.split(path)
+    number = bytes([targets.number("header")])
+    found = {
+        targets.run(number + targets.join(changed, data), folder)
+        for changed in hostile.value_mutations(header)
+    }
+    assert found == {None}
+
+
+@pytest.mark.parametrize("place", sorted({*FINDINGS.glob("*.bin"), *CORPUS.glob("*")}), ids=str)
+def test_what_the_fuzzer_found_and_kept(folder: Path, place: Path):
+    assert targets.run(place.read_bytes(), folder) is None
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> list[bytes]:
+    return list(seeds.inputs(tmp_path_factory.mktemp("seeds")).values())
+
+
+def test_the_seeds_are_good(folder: Path, first: list[bytes]):
+    """Else the fuzzer would look at nothing but refusals."""
+    for data in first:
+        name, build, _ = targets.TARGETS[data[0]]
+        path = build(data[1:], folder)
+        read = []
+        for load in (
+            lambda p: open_checkpoint(p).load("conditional"),
+            lambda p: open_encoder(p).load(),
+            lambda p: parse_lora(read_lora(p), SHAPES, str(p)),
+        ):
+            with suppress(Ideogram4QuantError):
+                read.append(load(path))
+        assert len(read) == 1, name
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_mutated_files_are_refused_or_fine(folder: Path, first: list[bytes], data: st.DataObject):
+    content = bytearray(data.draw(st.sampled_from(first)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(1, len(content)))
+        size = data.draw(st.sampled_from([0, 1, 8, 64]))
+        token = data.draw(st.one_of(st.sampled_from(_TOKENS), st.binary(max_size=8)))
+        content[at : at + size] = token
+    assert targets.run(bytes(content), folder) is None
+
+
+_TOKENS = (
+    *(struct.pack("<Q", value) for value in (0, 1, *hostile.HUGE)),
+    *(b"[", b"{", b'"', b"]", b"}", b",", b"null", b"-1", b"1e999", b"9223372036854775808"),
+    *(b'"BF16"', b'"I8"', b'"U8"', b'"F64"', b'"F4"', b"\\ud800", b"\xff", b"../"),
+)
+
+
+# --- files that change, links and names -----------------------------------------------------------
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, seeds.transformer())
+    opened = open_checkpoint(path)
+    empty = torch.empty
+
+    def shrink(*arguments, **keywords):  # between the check of the file and the first byte
+        os.truncate(path, 2000)
+        return empty(*arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint_files.torch, "empty", shrink)
+    with pytest.raises(TruncatedFileError, match=r"m\.safetensors: the file ends early"):
+        opened.load("conditional")
+
+
+def test_a_file_that_is_rewritten_while_it_is_read(tmp_path: Path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, seeds.transformer())
+    opened = open_checkpoint(path)
+    empty = torch.empty
+
+    def rewrite(*arguments, **keywords):
+        os.utime(path, ns=(1, 1))
+        return empty(*arguments, **keywords)
+
+    monkeypatch.setattr(checkpoint_files.torch, "empty", rewrite)
+    with pytest.raises(CheckpointError, match="changed after it was opened"):
+        opened.load("conditional")
+
+
+def test_a_file_that_vanishes(tmp_path: Path):
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, seeds.transformer())
+    opened = open_checkpoint(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be read: No such file"):
+        opened.load("conditional")
+    path = seeds.gguf(tmp_path / "m.gguf")
+    header = read_header(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"m\.gguf: cannot be read: No such file"):
+        header.array("a.list")
+
+
+def test_an_array_that_is_other_than_in_the_header(tmp_path: Path):
+    """Same size, same time, other bytes: the lengths inside are checked again."""
+    path = seeds.gguf(tmp_path / "m.gguf")
+    state, header = path.stat(), read_header(path)
+    content = bytearray(path.read_bytes())
+    at = header.metadata["a.texts"].offset
+    content[at : at + 8] = struct.pack("<Q", 1 << 62)
+    path.write_bytes(content)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(CheckpointError, match="changed after it was opened"):
+        header.array("a.texts")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../secret.safetensors", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:x"),
+        *("\ud800", "a\0b", "x" * 300, 7, None, ["m-00001-of-00002.safetensors"]),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_safetensors(tmp_path / "secret.safetensors", seeds.transformer())
+    index = folder / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"adaln_proj.weight": name}}))
+    opened = []
+    plain = open
+
+    def watched(file, *arguments, **keywords):
+        opened.append(str(file))
+        return plain(file, *arguments, **keywords)
+
+    monkeypatch.setattr("builtins.open", watched)
+    with pytest.raises(CheckpointError) as caught:
+        open_container(index)
+    assert caught.value.file == str(index)
+    assert [file for file in opened if not file.startswith(str(folder))] == []
+
+
+def test_names_in_a_file_are_keys_and_never_paths(tmp_path: Path):
+    """Tensors called like files are ignored like any stranger."""
+    path = tmp_path / "m.safetensors"
+    strange = {"../../etc/passwd": torch.zeros(1), "..": torch.zeros(1), "a\0b": torch.zeros(1)}
+    write_safetensors(path, seeds.transformer() | strange)
+    opened = open_checkpoint(path)
+    assert not set(strange) & set(opened.shapes("conditional"))
+    assert len(opened.load("conditional")) == len(seeds.transformer())
+
+
+def test_links_that_lead_nowhere_and_in_circles(tmp_path: Path):
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
+    (tmp_path / "circle.safetensors").symlink_to(tmp_path / "circle.safetensors")
+    for name in ("gone.safetensors", "circle.safetensors"):
+        with pytest.raises(CheckpointError, match=name):
+            open_container(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_no_model_and_never_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: there is no such file"):
+        open_container(tmp_path / "m.safetensors")
+
+
+# --- what is said ---------------------------------------------------------------------------------
+
+
+def test_messages_can_be_printed_and_read(tmp_path: Path):
+    """Control characters of a name do not reach the terminal, nor four megabytes the log."""
+    name = "\x1b[2J\n\r" + "x" * 1_000_000
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(hostile.safetensors({name: {"dtype": "F7"}}))
+    with pytest.raises(CorruptFileError) as caught:
+        open_container(path)
+    said = str(caught.value)
+    assert caught.value.tensor == name
+    assert said.isprintable()
+    assert len(said) < 1000
+    assert r"\x1b[2J\n\r" in said
+
+
+# --- LoRAs ----------------------------------------------------------------------------------------
+
+SHAPES = {"layers.0.attention.qkv": (48, 16), "layers.0.attention.o": (16, 16)}
+_DOWN = "diffusion_model.layers.0.attention.qkv.lora_A.weight"
+_UP = "diffusion_model.layers.0.attention.qkv.lora_B.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({_DOWN: None}, "layers.0.attention.qkv"),
+        ({_UP: None}, "layers.0.attention.qkv"),
+        ({_UP: torch.zeros(48, 3)}, "layers.0.attention.qkv"),
+        ({_UP: torch.zeros(48, 2, 1)}, "layers.0.attention.qkv"),
+        ({_DOWN: torch.zeros(())}, "layers.0.attention.qkv"),
+        ({_DOWN: torch.zeros(0, 16), _UP: torch.zeros(48, 0)}, "layers.0.attention.qkv"),
+        ({_DOWN: torch.full((2, 16), float("nan"))}, "layers.0.attention.qkv"),
+        ({_UP: torch.full((48, 2), float("inf"))}, "layers.0.attention.qkv"),
+        ({_DOWN.replace("lora_A.weight", "alpha"): torch.ones(3)}, "layers.0.attention.qkv"),
+        ({_DOWN.replace("lora_A.weight", "alpha"): torch.ones(0)}, "layers.0.attention.qkv"),
+        (
+            {_DOWN.replace("lora_A.weight", "alpha"): torch.tensor(float("inf"))},
+            "layers.0.attention.qkv",
+        ),
+        ({_DOWN.replace("lora_A.weight", "dora_scale"): torch.ones(48)}, None),
+    ],
+)
+def test_a_lora_that_does_not_fit_is_named(tmp_path: Path, change: dict, named: str | None):
+    path = tmp_path / "lora.safetensors"
+    state = {**seeds.lora(), **change}
+    write_safetensors(path, {k: v for k, v in state.items() if v is not None})
+    with pytest.raises(CheckpointError) as caught:
+        parse_lora(read_lora(path), SHAPES, path.name)
+    assert caught.value.file == path.name
+    assert named is None or caught.value.tensor == named
+
+
+def test_two_spellings_of_one_half_are_refused(tmp_path: Path):
+    path = tmp_path / "lora.safetensors"
+    other = _DOWN.replace("diffusion_model.", "transformer.")
+    write_safetensors(path, {**seeds.lora(), other: torch.ones(2, 16)})
+    with pytest.raises(CorruptFileError, match="twice"):
+        parse_lora(read_lora(path), SHAPES, path.name)
+
+
+def test_a_pickle_under_any_name_is_no_lora(tmp_path: Path):
+    path = tmp_path / "lora.safetensors"
+    torch.save({_DOWN: torch.zeros(2, 16)}, path)
+    with pytest.raises(CorruptFileError, match="pickle"):
+        read_lora(path)
+
+
+def test_a_gguf_file_is_no_lora(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="read from safetensors"):
+        read_lora(seeds.gguf(tmp_path / "lora.gguf"))
