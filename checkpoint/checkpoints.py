@@ -22,6 +22,7 @@ from .config import ModelConfig, same_model
 from .container import Container
 from .entries import Entry, Progress, check_shapes, stream_entries, unquantized
 from .files import DOWNLOAD_AGAIN
+from .folding import Folding
 from .grammar import CONDITIONAL, UNCONDITIONAL
 
 
@@ -73,6 +74,15 @@ class Checkpoint:
             for module in unquantized(self.entries[copy])
         )
 
+    def folding(self, copy: str) -> Folding | None:
+        """What was folded into a copy of these files; None for a file in original coordinates.
+
+        ``load`` and ``stream`` have undone it. Raises CorruptFileError for a record that no writer
+        leaves.
+        """
+        stored = next((e.stored_folding for e in self.entries.get(copy, {}).values()), None)
+        return None if stored is None else stored.folding
+
     def reads_text(self, copy: str) -> bool:
         """Whether ``llm_cond_norm`` and ``llm_cond_proj`` are there; the unconditional copy never
         uses them, and some files leave them out of it."""
@@ -93,15 +103,18 @@ class Checkpoint:
         *,
         dtype: torch.dtype = torch.bfloat16,
         progress: Progress | None = None,
+        only: Collection[str] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """``(canonical name, tensor)`` one by one; memory holds one tensor at a time.
 
         A quantized linear is a QuantizedTensor that dequantizes to ``dtype``; everything else is
-        in ``dtype``. ``progress(done, total)`` counts stored bytes. Raises what :meth:`shapes`
+        in ``dtype``. ``progress(done, total)`` counts stored bytes. ``only``: the names wanted,
+        all of them if None. Raises what :meth:`shapes`
         raises, before anything is read.
         """
         entries, shapes = self._plan(copy)
-        return stream_entries(entries, shapes, dtype, progress)
+        names = [name for name in shapes if only is None or name in only]
+        return stream_entries(entries, names, dtype, progress)
 
     def load(
         self,

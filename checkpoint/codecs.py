@@ -9,6 +9,7 @@ as one, for q, k, v stored apart).
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..ops.blocks import FORMATS, dequantize
-from ..ops.layouts import fp8_tensor, gguf_tensor, int8_tensor
+from ..ops.fold import Fold
+from ..ops.layouts import folded_tensor, fp8_tensor, gguf_tensor, int8_tensor
 from .files import BLOCK_TYPES
 from .parts import Parts
 
@@ -55,6 +57,13 @@ class Stored(ABC):
         """The weight's true values, rounded to ``dtype`` once."""
         return self.tensor(dtype).dequantize()
 
+    def unfolded(self, fold: Fold, dtype: torch.dtype) -> Tensor:
+        """As :meth:`tensor`, for a linear of a folded file: W of the ``W'`` that is stored.
+
+        OpError for a format that is not written folded.
+        """
+        return folded_tensor(self.tensor(dtype), fold)
+
     @classmethod
     def stack(cls, items: Sequence[Stored]) -> Stored | None:
         """All rows of ``items``, all of this class, as one weight; None if no such form exists."""
@@ -83,6 +92,9 @@ class Plain(Stored):
         return self.data.to(dtype)
 
     dense = tensor
+
+    def unfolded(self, fold: Fold, dtype: torch.dtype) -> Tensor:
+        return fold.unfold(self.data.float()).to(dtype)
 
     @classmethod
     def stack(cls, items: Sequence[Plain]) -> Plain | None:
@@ -127,6 +139,24 @@ class Int8(Stored):
             rotation=self.rotation,
             validate=True,
         )
+
+    def unfolded(self, fold: Fold, dtype: torch.dtype) -> Tensor:
+        """The fold as the smoothing, rotation and scales of the layout, where it has these."""
+        if self.smooth is not None or None not in (self.rotation, fold.rotation):
+            return super().unfolded(fold, dtype)
+        absorbed = fold.row_rotation is None and fold.rows is not None
+        own = int8_tensor(
+            self.data,
+            self.scale * fold.rows if absorbed else self.scale,
+            dtype=dtype,
+            smooth=fold.smooth,
+            rotation=self.rotation or fold.rotation,
+            validate=True,
+        )
+        if fold.row_rotation is None:
+            return own
+        outputs = dataclasses.replace(fold, smooth=None, rotation=None)
+        return folded_tensor(own, outputs)
 
     @classmethod
     def stack(cls, items: Sequence[Int8]) -> Int8 | None:

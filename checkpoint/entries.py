@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..ops.errors import CorruptFileError, OpError
+from ..ops.fold import Fold
 from ..ops.linear import ACTIVATION_DTYPES
 from .codecs import Blocks, Fp8, Int8, Plain, Stored
 from .files import DOWNLOAD_AGAIN
+from .folding import StoredFolding
 from .nf4 import Nf4
 from .parts import Parts
 
@@ -27,11 +29,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the model: a single stored weight, or several whose rows follow each other."""
+    """One tensor of the model: a single stored weight, or several whose rows follow each other.
+
+    ``stored_folding`` is that of the file, which :meth:`read` undoes.
+    """
 
     name: str
     pieces: tuple[Parts, ...]
     linear: bool
+    stored_folding: StoredFolding | None = None
 
     @cached_property
     def codecs(self) -> tuple[type[Stored], ...]:
@@ -73,11 +79,18 @@ class Entry:
     def read(self, dtype: torch.dtype) -> Tensor:
         """The tensor: for a quantized linear a QuantizedTensor, else floats in ``dtype``.
 
-        Raises CorruptFileError if stored parts do not fit each other.
+        In original coordinates, whatever was folded into it. Raises CorruptFileError if stored
+        parts do not fit each other.
         """
         try:
             stored = [c.read(p) for c, p in zip(self.codecs, self.pieces, strict=True)]
             whole = stored[0] if len(stored) == 1 else self._stack(stored)
+            fold = self._fold()
+            if fold is not None and whole is not None and self.linear:
+                return whole.unfolded(fold, dtype)
+            if fold is not None:
+                dense = torch.cat([item.dense(torch.float32) for item in stored])
+                return fold.unfold(dense.reshape(len(dense), -1)).reshape(dense.shape).to(dtype)
             if whole is None:
                 return torch.cat([item.dense(dtype) for item in stored])
             return whole.tensor(dtype) if self.linear else whole.dense(dtype)
@@ -90,6 +103,12 @@ class Entry:
                 needed=error.needed,
                 hint=DOWNLOAD_AGAIN,
             ) from error
+
+    def _fold(self) -> Fold | None:
+        if self.stored_folding is None or not self.name.endswith(".weight"):
+            return None
+        module = self.name.removesuffix(".weight")
+        return self.stored_folding.folding.of(module, self.shape[0])
 
     def _stack(self, stored: list[Stored]) -> Stored | None:
         kinds = {type(item) for item in stored}

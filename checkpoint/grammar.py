@@ -95,6 +95,10 @@ _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, rev
 _PREFIX = "|".join(re.escape(prefix) for prefix in sorted(PREFIXES, key=len, reverse=True))
 _KEY = re.compile(f"(?P<prefix>{_PREFIX})(?P<module>{_MODULE.pattern})\\.(?P<suffix>{_SUFFIX})")
 
+_FOLD_KEY = re.compile(
+    f"(?P<prefix>{_PREFIX})fold\\.(?P<module>{_MODULE.pattern})\\.(?P<kind>smooth|rotation)"
+)
+
 
 @dataclass(frozen=True)
 class Key:
@@ -123,6 +127,12 @@ def parse_key(key: str) -> Key | None:
         piece = number if whole in _PIECES else None
     parameter, _ = SUFFIXES[match["suffix"]]
     return Key(match["prefix"], f"{module}.{parameter}", piece, match["suffix"])
+
+
+def parse_fold_key(key: str) -> tuple[str, str, str] | None:
+    """(prefix, module, ``smooth`` or ``rotation``) of a folded file's record, or None."""
+    match = _FOLD_KEY.fullmatch(key)
+    return None if match is None else (match["prefix"], match["module"], match["kind"])
 
 
 def build_entries(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,16 @@ from .container import Container, json_object, open_container, read_json, stated
 from .copies import COPY_FOLDERS, check_copy_name, tell_copy
 from .entries import Entry, main_level
 from .files import RawTensor
-from .grammar import CONDITIONAL, MARKERS, PREFIXES, Key, build_entries, parse_key
+from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
+from .grammar import (
+    CONDITIONAL,
+    MARKERS,
+    PREFIXES,
+    Key,
+    build_entries,
+    parse_fold_key,
+    parse_key,
+)
 from .layouts import check_is_ideogram4, layout_of
 
 logger = logging.getLogger(__name__)
@@ -92,8 +102,7 @@ def _open_pair(folders: Mapping[str, Path]) -> dict[str, Part]:
     for copy, folder in folders.items():
         if folder.is_dir():
             container = open_container(folder)
-            keys = _parse(container)
-            found[copy] = _part(container, keys)
+            found[copy] = _part(container, _parse(container), _folds(container).get(None, {}))
     return found
 
 
@@ -102,8 +111,9 @@ def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part
     groups: dict[str | None, dict[Key, RawTensor]] = {}
     for key, raw in _parse(container).items():
         groups.setdefault(PREFIXES[key.prefix], {})[key] = raw
+    folds = _folds(container)
     if set(groups) <= {None}:
-        part = _part(container, groups.get(None, {}))
+        part = _part(container, groups.get(None, {}), folds.get(None, {}))
         verdict = tell_copy(container, part[2], copy)
         return {verdict.copy: part}, verdict.reason
     if None in groups:  # sd.cpp: the other copy has a prefix of its own
@@ -114,14 +124,35 @@ def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part
                 tensor=next(iter(groups[None].values())).key,
             )
         groups[CONDITIONAL] = groups.pop(None)
+        folds[CONDITIONAL] = folds.pop(None, {})
     reason = "the prefixes of the keys name the copies"
-    return {name: _part(container, groups[name]) for name in sorted(groups)}, reason
+    found = {n: _part(container, groups[n], folds.get(n, {})) for n in sorted(groups)}
+    return found, reason
 
 
 def _parse(container: Container) -> dict[Key, RawTensor]:
     """The tensors of Ideogram 4 among those of the container."""
     parsed = ((parse_key(name), raw) for name, raw in container.tensors.items())
     return {key: raw for key, raw in parsed if key is not None}
+
+
+def _folds(container: Container) -> dict[str | None, dict[tuple[str, str], RawTensor]]:
+    """copy (None: not named) -> what was folded into it; CorruptFileError if that got lost."""
+    found: dict[str | None, dict[tuple[str, str], RawTensor]] = {}
+    for name, raw in container.tensors.items():
+        parsed = parse_fold_key(name)
+        if parsed is not None:
+            prefix, module, kind = parsed
+            found.setdefault(PREFIXES[prefix], {})[module, kind] = raw
+    stated = next((container.metadata[k] for k in LORA_BASIS_KEYS if k in container.metadata), None)
+    if stated == FOLDED and not found:
+        raise CorruptFileError(
+            "smoothing was folded into these weights, and the record of it was removed",
+            file=container.path,
+            needed="its fold.* tensors",
+            hint="Loaded so, every LoRA would come out wrong: use the file as it was written.",
+        )
+    return found
 
 
 def _report_ignored(
@@ -139,7 +170,8 @@ def _report_ignored(
     ]
     for container in containers:
         for key in container.tensors:
-            if parse_key(key) is None and key.rpartition(".")[2] not in MARKERS:
+            known_key = parse_key(key) is not None or parse_fold_key(key) is not None
+            if not known_key and key.rpartition(".")[2] not in MARKERS:
                 ignored.append(key)
     if ignored:
         logger.warning(
@@ -150,9 +182,19 @@ def _report_ignored(
         )
 
 
-def _part(container: Container, keys: dict[Key, RawTensor]) -> Part:
+def _part(
+    container: Container,
+    keys: dict[Key, RawTensor],
+    folds: Mapping[tuple[str, str], RawTensor],
+) -> Part:
     entries = build_entries(keys.items(), stated_quantization(container))
     check_is_ideogram4(entries, container)
+    if folds:
+        stored = StoredFolding(folds)
+        entries = {
+            name: dataclasses.replace(entry, stored_folding=stored)
+            for name, entry in entries.items()
+        }
     return container, keys, entries
 
 

@@ -21,12 +21,16 @@ FORMATS = {
     "Ideogram4QuantGGUF": "ideogram4_quant_gguf",
     "Ideogram4QuantFP8": "ideogram4_quant_fp8",
     "Ideogram4QuantNF4": "ideogram4_quant_nf4",
+    "Ideogram4QuantFoldedInt8": "ideogram4_quant_folded_int8",
+    "Ideogram4QuantFoldedGGUF": "ideogram4_quant_folded_gguf",
 }
 _STORAGE = {
     "Ideogram4QuantInt8": torch.int8,
     "Ideogram4QuantGGUF": torch.uint8,
     "Ideogram4QuantFP8": torch.float8_e4m3fn,
     "Ideogram4QuantNF4": torch.uint8,
+    "Ideogram4QuantFoldedInt8": torch.int8,
+    "Ideogram4QuantFoldedGGUF": torch.uint8,
 }
 for _layout, _format in FORMATS.items():
     QUANT_ALGOS.setdefault(

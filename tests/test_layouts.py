@@ -19,6 +19,7 @@ from ideogram4_quant.ops.rotation import rotate
 torch.set_num_threads(1)
 
 INT8, GGUF, FP8, NF4 = (f"Ideogram4Quant{name}" for name in ("Int8", "GGUF", "FP8", "NF4"))
+FOLDED_INT8, FOLDED_GGUF = "Ideogram4QuantFoldedInt8", "Ideogram4QuantFoldedGGUF"
 K = 512
 SMOOTH = torch.rand(K, generator=torch.Generator().manual_seed(9)) + 0.5
 
@@ -35,7 +36,11 @@ KINDS = {
     "fp8 tensor": (FP8, {"per_row": False}, 0.0280),
     "nf4": (NF4, {}, 0.1000),
     "nf4 across rows": (NF4, {"block_size": 96}, 0.1000),
+    "folded int8": (FOLDED_INT8, {"fold_smooth": SMOOTH, "fold_rotation": 64}, 0.0110),
+    "folded int8 rotated": (FOLDED_INT8, {"fold_smooth": SMOOTH, "rotation": 256}, 0.0110),
+    "folded Q8_0": (FOLDED_GGUF, {"fold_smooth": SMOOTH, "qtype": "Q8_0"}, 0.0080),
 }
+BLOCKS = (GGUF, FOLDED_GGUF)  # encoded to the least error: whole blocks, no stochastic rounding
 SLICEABLE = [name for name in KINDS if name != "nf4 across rows"]
 
 
@@ -98,13 +103,16 @@ def test_a_zero_row_and_an_outlier_survive(kind):
     assert abs(got[7, 100] - 5) < 0.3
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] != GGUF])
+@pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] not in BLOCKS])
 @pytest.mark.parametrize("k", [1, 63, 130])
 def test_any_in_features(kind, k):
     if "rotated" in kind:
         k = 64 * (k % 7 or 5)
     layout, options, bound = KINDS[kind]
-    options = {**options, "smooth": SMOOTH[:k]} if "smooth" in options else dict(options)
+    smooth = {name: SMOOTH[:k] for name in ("smooth", "fold_smooth") if name in options}
+    options = {**options, **smooth}
+    if "rotated" not in kind:
+        options.pop("fold_rotation", None)
     if options.get("rotation") == 256:
         options["rotation"] = 16
     weight = randn(5, k)
@@ -451,7 +459,7 @@ def test_a_patched_weight_goes_back_into_its_own_layout(kind, seed, mode):
     assert again._qdata.shape == qt._qdata.shape
     for name in ("rotation", "qtype", "block_size"):
         assert getattr(again._params, name, None) == getattr(qt._params, name, None)
-    noise = 1.0 if not seed or KINDS[kind][0] == GGUF else 1.6
+    noise = 1.0 if not seed or KINDS[kind][0] in BLOCKS else 1.6
     assert relative(again.dequantize(), patched) < noise * KINDS[kind][2] + 2e-3
     qt.copy_(again)
     assert identical(qt, again)
@@ -464,7 +472,7 @@ def test_requantizing_unchanged_weights_changes_nothing(kind):
     assert relative(again.dequantize(), qt.dequantize()) < (0.02 if kind == "Q4_K" else 1e-6)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] != GGUF])
+@pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] not in BLOCKS])
 def test_stochastic_rounding_has_the_right_mean_and_a_seed(kind):
     weight = randn(3, K, seed=5) * 0.02
     one, same, other = (
