@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
 from ..ops.errors import Ideogram4QuantError
+from .calibration import Calibration
 from .errors import QuantOptionError
+from .fold import ALL
 from .inspect import inspect_file
 from .quantize import plan_quantization, quantize_checkpoint
 from .recipes import LAYOUTS, RECIPES, QuantOptions, TypeRule
@@ -67,6 +69,19 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--linears", choices=("blocks", "all"), help="quantize those in the blocks, or all"
+    )
+    parser.add_argument(
+        "--calibration", metavar="F", help="what calibrate wrote for this model: for --fold"
+    )
+    parser.add_argument(
+        "--fold",
+        nargs="*",
+        metavar="NAME",
+        help="for hosts without this pack: put the smoothing of these linears (default: all that "
+        "can) into the weights before them; LoRAs are then right in this pack alone",
+    )
+    parser.add_argument(
+        "--alpha", type=float, metavar="A", help="SmoothQuant's exponent (default: 0.5)"
     )
     parser.add_argument("--licence", metavar="TEXT", help="recorded where SRC names none")
     parser.add_argument("--overwrite", action="store_true", help="replace F if it exists")
@@ -157,6 +172,9 @@ def _quantize(args: argparse.Namespace) -> int:
         types=tuple(map(_type_rule, args.types)),
         linears=args.linears,
         licence=args.licence,
+        calibration=None if args.calibration is None else Calibration.load(args.calibration),
+        fold=() if args.fold is None else tuple(args.fold) or (ALL,),
+        **({} if args.alpha is None else {"alpha": args.alpha}),
     )
     choice = {
         "copy": args.copy,

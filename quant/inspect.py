@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..checkpoint import open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.container import open_container
 from .source import BaseLike
 from .tables import human_bytes, text_table
 
+_FOLDED = (
+    "LoRAs are right in this pack, which undoes it, and wrong in hosts that do not know the fold.* "
+    "tensors"
+)
 _SHOWN = 72  # characters of a metadata value in the table
 
 
@@ -31,7 +35,8 @@ class Inspection:
     """What :func:`inspect_file` found; ``copy_reason`` says which rule told the copies apart.
 
     ``size`` in bytes, all files together; ``types`` in the file's own words, largest first;
-    ``protected``: linears that a quantized file keeps in high precision.
+    ``protected``: linears that a quantized file keeps in high precision. ``folded``: linears whose
+    inputs are divided, and some rotated, by the weights before them.
     """
 
     path: str
@@ -44,6 +49,7 @@ class Inspection:
     size: int
     types: tuple[TypeCount, ...]
     protected: tuple[str, ...]
+    folded: tuple[str, ...]
     metadata: Mapping[str, object]
 
     def to_dict(self) -> dict[str, object]:
@@ -64,6 +70,8 @@ class Inspection:
         ]
         if self.protected:
             facts.append(("protected", f"{len(self.protected)}: {', '.join(self.protected)}"))
+        if self.folded:
+            facts.append(("folded", f"{len(self.folded)} linears; {_FOLDED}"))
         width = max(len(name) for name, _ in facts)
         parts = ["\n".join(f"{name.ljust(width)}  {value}" for name, value in facts)]
         rows = [
@@ -81,7 +89,7 @@ def inspect_file(
 ) -> Inspection:
     """Layout, level, copies and why, config, types, sizes and metadata of a model file or folder.
 
-    Reads headers only. Raises what ``open_checkpoint`` raises.
+    Reads headers, and of a folded file what was folded. Raises what ``open_checkpoint`` raises.
     """
     checkpoint = open_checkpoint(path, base)
     files = tuple(str(file) for file in checkpoint.paths)
@@ -96,8 +104,15 @@ def inspect_file(
         size=checkpoint.size,
         types=_types(checkpoint.paths),
         protected=tuple(checkpoint.protected),
+        folded=_folded(checkpoint),
         metadata=checkpoint.metadata,
     )
+
+
+def _folded(checkpoint: Checkpoint) -> tuple[str, ...]:
+    foldings = (checkpoint.folding(copy) for copy in checkpoint.copies)
+    found = [name for f in foldings if f for name in (*f.smooth, *f.rotation)]
+    return tuple(dict.fromkeys(found))
 
 
 def _types(paths: tuple[Path, ...]) -> tuple[TypeCount, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import __version__
+from ..checkpoint.folding import FOLDED
 from ..ops.errors import CheckpointError
 from .plan import TensorPlan
 from .recipes import QuantOptions, Recipe
@@ -107,10 +108,12 @@ class Provenance:
     sources: tuple[SourceFile, ...]
     source_level: str
     licence: str | None
+    folded: bool = False
 
     def _common(self) -> dict[str, str]:
         sources = [file.__dict__ for file in self.sources]
-        return {
+        basis = {"lora_basis": FOLDED} if self.folded else {}
+        return basis | {
             "config": _json(self.config),
             "quantization": _json(self.recipe),
             "source": _json(sources),

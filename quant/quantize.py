@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..checkpoint.folding import Folding
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
 from ..gguf_loader import GGUFSpec, write_gguf
 from ..ops.errors import CorruptFileError
 from .encode import encode_tensor
 from .encodings import Blocks
 from .errors import QuantOptionError
+from .fold import (
+    FoldPlan,
+    check_fold_options,
+    fold_tensor,
+    make_folding,
+    plan_fold,
+    stored_record,
+)
 from .measure import ErrorMeter, channel_absmax
 from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
@@ -29,6 +40,7 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes: those read for the hash, then those written."""
 
+_GGML_TYPES = {torch.float32: 0, torch.int32: 26}
 _SUFFIXES = {"native": ".safetensors", "transformer-lab": ".safetensors", "gguf": ".gguf"}
 
 
@@ -42,15 +54,23 @@ class QuantPlan:
     source: Source
     out: Path
     tensors: tuple[TensorPlan, ...]
+    fold: FoldPlan | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data to write; the header comes on top."""
-        return planned_bytes(self.tensors)
+        record = sum(math.prod(s) * dtype.itemsize for dtype, s in self.fold_record.values())
+        return planned_bytes(self.tensors) + record
+
+    @property
+    def fold_record(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of the tensors that say what was folded."""
+        return {} if self.fold is None else self.fold.record
 
     @property
     def notes(self) -> list[str]:
-        return rotation_notes(self.recipe, self.tensors)
+        folded = [] if self.fold is None else [self.fold.note]
+        return rotation_notes(self.recipe, self.tensors) + folded
 
     def stored_name(self, plan: TensorPlan, suffix: str) -> str:
         """Name in the file of one stored tensor."""
@@ -101,7 +121,11 @@ def plan_quantization(
             options.calibration.check_shapes(each, shapes)
     tensors = tuple(plan_tensors(recipe, options, found.shapes()))
     check_levels(found, recipe, ((p.copy, p.name) for p in tensors if p.quantized))
-    return QuantPlan(recipe, layout, options, found, Path(out), tensors)
+    fold = None
+    if options.fold:
+        check_fold_options(recipe, layout, options)
+        fold = plan_fold(recipe, options.fold, tensors, found.config["attention_head_dim"])
+    return QuantPlan(recipe, layout, options, found, Path(out), tensors, fold)
 
 
 def quantize_checkpoint(
@@ -139,7 +163,7 @@ def quantize_checkpoint(
     check_space(check_output(out, overwrite=overwrite), plan.nbytes)
     counter = _Counter(progress, plan)
     provenance = _provenance(plan, counter)
-    encoder = _Encoder(plan, _uncertain(plan, provenance))
+    encoder = _Encoder(plan, _uncertain(plan, provenance), _folding(plan))
     if plan.layout == "gguf":
         metadata = provenance.gguf(plan.recipe)
         write, specs = write_gguf, _gguf_specs(plan)
@@ -187,9 +211,10 @@ class _Counter:
 class _Encoder:
     """Turns the source's stream into stored tensors and keeps the figures of each."""
 
-    def __init__(self, plan: QuantPlan, uncertain: Mapping[str, str]) -> None:
+    def __init__(self, plan: QuantPlan, uncertain: Mapping[str, str], folding: Folding) -> None:
         self._plan = plan
         self._uncertain = uncertain
+        self._folding = folding
         self.results: list[TensorResult] = []
         self.meter = ErrorMeter()
 
@@ -212,12 +237,25 @@ class _Encoder:
                 absmax = channel_absmax(tensor)
                 calibration = self._plan.options.calibration
                 calibration.check_weight(copy, plan.module, absmax, self._uncertain[copy])
+            tensor = fold_tensor(name, tensor, self._folding)
             stored, meter = encode_tensor(plan, tensor, file=file)
             self.results.append(_result(self._plan, plan, meter))
             if plan.linear:
                 self.meter.merge(meter)
             for suffix, part in stored.items():
                 yield self._plan.stored_name(plan, suffix), part
+        for name, record in stored_record(self._folding):
+            yield name, record.view(torch.uint8) if self._plan.layout == "gguf" else record
+
+
+def _folding(plan: QuantPlan) -> Folding:
+    """The factors of the plan's fold; reads the norms that take them."""
+    if plan.fold is None:
+        return Folding()
+    norms = plan.source.read(plan.fold.copy, plan.fold.norms)
+    dtype = torch.float32 if plan.layout == "gguf" else torch.bfloat16
+    options = plan.options
+    return make_folding(plan.fold, options.calibration, norms, options.alpha, dtype)
 
 
 def _result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter | None) -> TensorResult:
@@ -236,13 +274,15 @@ def _result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter | None) -> Te
 
 
 def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
+    folded = {} if plan.fold is None else plan.fold.to_dict() | {"alpha": plan.options.alpha}
     return Provenance(
         copies=plan.source.copies,
         config=plan.source.config,
-        recipe=recipe_record(plan.recipe, plan.layout, plan.options, plan.tensors),
+        recipe=recipe_record(plan.recipe, plan.layout, plan.options, plan.tensors) | folded,
         sources=hash_files(plan.source.paths, counter.hashed),
         source_level=plan.source.level,
         licence=licence_of(plan.source.metadata, plan.options),
+        folded=plan.fold is not None,
     )
 
 
@@ -267,12 +307,18 @@ def _safetensors_specs(plan: QuantPlan) -> list[TensorSpec]:
             stored[suffix] = (constant.dtype, tuple(constant.shape))
         for suffix, (dtype, shape) in stored.items():
             specs.append(TensorSpec(plan.stored_name(tensor, suffix), dtype, shape))
-    return specs
+    record = (TensorSpec(name, *stored) for name, stored in plan.fold_record.items())
+    return [*specs, *record]
 
 
 def _gguf_specs(plan: QuantPlan) -> list[GGUFSpec]:
-    return [
+    specs = [
         GGUFSpec(tensor.name, tensor.shape, tensor.encoding.ggml_type)
         for tensor in plan.tensors
         if isinstance(tensor.encoding, Blocks)  # all of them, in this layout
     ]
+    record = [
+        GGUFSpec(name, shape, _GGML_TYPES[dtype])
+        for name, (dtype, shape) in plan.fold_record.items()
+    ]
+    return specs + record

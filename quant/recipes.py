@@ -95,6 +95,9 @@ class QuantOptions:
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
     - ``calibration``: statistics of the linears' inputs, of this very model.
+    - ``fold``: linears (names or patterns, or ``"all"``) whose smoothing goes into the weights
+      before them, for hosts without this pack; see ``quant.fold``. Needs a calibration.
+    - ``alpha``: SmoothQuant's exponent, 0 (weights alone) to 1 (activations alone).
     """
 
     layout: str = "native"
@@ -104,6 +107,8 @@ class QuantOptions:
     linears: str | None = None
     licence: str | None = None
     calibration: Calibration | None = None
+    fold: tuple[str, ...] = ()
+    alpha: float = 0.5
 
 
 def recipe_of(level: str) -> Recipe:

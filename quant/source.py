@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, check_pair, open_checkpoint
@@ -67,6 +68,12 @@ class Source:
     def shapes(self) -> dict[str, Mapping[str, tuple[int, ...]]]:
         """copy -> canonical tensor name -> shape, in the order in which they are read."""
         return {copy: checkpoint.shapes(copy) for checkpoint, copy in self.parts}
+
+    def read(self, copy: str, names: Collection[str]) -> dict[str, Tensor]:
+        """The tensors of these canonical names, dense in fp32."""
+        own = next(checkpoint for checkpoint, each in self.parts if each == copy)
+        found = own.stream(copy, dtype=torch.float32, only=names)
+        return {n: t.dequantize() if isinstance(t, QuantizedTensor) else t for n, t in found}
 
     def stream(self) -> Iterator[tuple[Path, str, str, Tensor]]:
         """(file, copy, name, tensor) of every tensor, one at a time; dequantized they are fp32."""

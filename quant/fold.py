@@ -1,0 +1,239 @@
+"""``--fold``: smoothing, and a rotation of attention.o, put into the weights before each linear.
+
+For hosts that run INT8 or GGUF files without this pack. SmoothQuant (arXiv 2211.10438) divides a
+linear's input by ``s = max|x|^alpha / max|w|^(1 - alpha)`` and multiplies its columns by it; here
+the division goes into what makes the input: a norm's weight, the v rows of qkv, the rows of w3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+from torch import Tensor
+
+from ..checkpoint.folding import Folding, Site, sites
+from ..ops.rotation import largest_group
+from .calibration import Calibration
+from .errors import CalibrationError, QuantOptionError
+from .plan import TensorPlan
+from .recipes import MIN_GROUP, QuantOptions, Recipe
+
+ALL = "all"
+"""The name in ``QuantOptions.fold`` that means every linear whose input can be folded."""
+
+_EXTREME = 1e5  # a factor beyond this is a dead channel's
+
+# Pattern of linears -> why their inputs stay as they are.
+_NOT_FOLDABLE: tuple[tuple[str, str], ...] = (
+    ("input_proj", "its input is the latent picture itself"),
+    ("adaln_proj", "it sees one token a step, which costs nothing in any format"),
+    ("t_embedding.*", "it sees one token a step, which costs nothing in any format"),
+    ("*adaln_modulation", "an activation lies before it, which takes no factor"),
+    ("final_layer.linear", "the norm before it has no weight"),
+)
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What will be folded into one copy, from names and shapes alone.
+
+    ``sites``: where; ``rotation``: linear -> group; ``widths``: linear -> in_features, for every
+    linear whose input is divided.
+    """
+
+    copy: str
+    sites: tuple[Site, ...]
+    rotation: Mapping[str, int]
+    widths: Mapping[str, int]
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Tensors that must be read before the factors are known: weights of norms."""
+        return tuple(f"{site.producer}.weight" for site in self.sites if _is_norm(site))
+
+    @property
+    def record(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of what :func:`stored_record` will yield, in its order."""
+        vectors = {f"fold.{m}.smooth": (torch.float32, (k,)) for m, k in self.widths.items()}
+        groups = {f"fold.{m}.rotation": (torch.int32, (1,)) for m in self.rotation}
+        return vectors | groups
+
+    @property
+    def note(self) -> str:
+        """What a user of the file must know."""
+        return (
+            f"the smoothing of {len(self.widths)} linears is folded into the weights before them: "
+            "LoRAs are right on this file in this pack alone, which undoes it from the fold.* "
+            "tensors; in other hosts they come out wrong"
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """For the metadata."""
+        return {"folded": list(self.widths), "folded_rotation": dict(self.rotation)}
+
+
+def check_fold_options(recipe: Recipe, layout: str, options: QuantOptions) -> None:
+    """QuantOptionError unless ``options.fold`` goes with the level, the layout and the rest."""
+    if layout == "transformer-lab":
+        raise QuantOptionError(
+            "a file of linears alone cannot be folded: the norms, which take the factors, are in "
+            "another file",
+            found=f"layout {layout}",
+            hint="Its linears carry smoothing vectors of their own; fold the native layout.",
+        )
+    if options.calibration is None:
+        raise QuantOptionError(
+            "folding needs the sizes of the activations",
+            needed="a calibration of this model",
+            hint="Make one with ideogram4-quant calibrate, and give it as --calibration.",
+        )
+    if not 0 <= options.alpha <= 1:
+        raise QuantOptionError("alpha out of range", found=options.alpha, needed="0 to 1")
+
+
+def smooth_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) -> Tensor:
+    """``max|x|^alpha / max|w|^(1 - alpha)`` over its geometric mean, fp64 [K].
+
+    ``x_absmax``, ``weight_absmax`` [K]: the largest values of each input channel. A channel without
+    input or without weight gets 1: nothing can be gained there.
+    """
+    x, w = x_absmax.double(), weight_absmax.double()
+    alive = (x > 0) & (w > 0)
+    if not bool(alive.any()):
+        return torch.ones_like(x)
+    logs = alpha * x.log() - (1 - alpha) * w.log()
+    logs = torch.where(alive, logs - logs[alive].mean(), 0.0)
+    return logs.exp().clamp(1 / _EXTREME, _EXTREME)
+
+
+def remaining_factor(
+    norm_weight: Tensor, factors: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """``n / round(n / s)``: what a norm's weight ``n`` [K] takes of ``s`` once stored in ``dtype``.
+
+    fp32 [K], positive. The linear's columns are multiplied by this and not by ``s``, so that the
+    rounding of the norm costs nothing. Where the weight is 0 or would become 0 the factor is 1.
+    """
+    true, rounded = norm_weight.double(), (norm_weight.double() / factors).to(dtype).double()
+    usable = (true != 0) & (rounded != 0) & rounded.isfinite()
+    return torch.where(usable, true / torch.where(usable, rounded, 1.0), 1.0).float()
+
+
+def plan_fold(
+    recipe: Recipe, patterns: Collection[str], tensors: Sequence[TensorPlan], head_dim: int
+) -> FoldPlan:
+    """Which inputs of the quantized linears among ``tensors``, of one copy, are folded where.
+
+    ``patterns``: names of linears, with wildcards, or :data:`ALL`. Where INT8 weights are not
+    rotated anyway, the input of attention.o is, in the largest group up to ``head_dim``. Raises
+    QuantOptionError, with the reason, for a named linear whose input nothing can absorb.
+    """
+    widths = {t.module: t.shape[1] for t in tensors if t.linear}
+    quantized = {t.module for t in tensors if t.quantized}
+    known = _sites_among({t.module for t in tensors})
+    _refuse_unfoldable(patterns, known, widths)
+    chosen = tuple(
+        site
+        for site in known
+        if any(_means(p, consumer) for p in patterns for consumer in site.consumers)
+        and not quantized.isdisjoint(site.consumers)
+    )
+    group = None
+    if recipe.weight_type == "INT8" and recipe.rotation is None:
+        group = largest_group(head_dim, head_dim)
+    turned = [c for site in chosen if site.rotates for c in site.consumers]
+    rotation = dict.fromkeys(turned, group) if group is not None and group >= MIN_GROUP else {}
+    consumers = [c for site in chosen for c in site.consumers]
+    return FoldPlan(tensors[0].copy, chosen, rotation, {c: widths[c] for c in consumers})
+
+
+def make_folding(
+    plan: FoldPlan,
+    calibration: Calibration,
+    norms: Mapping[str, Tensor],
+    alpha: float = 0.5,
+    norm_dtype: torch.dtype = torch.bfloat16,
+) -> Folding:
+    """The factors themselves: from activations and weights, then what the norms can take of them.
+
+    ``norms``: the tensors named in ``plan.norms``, or more of the model. Raises CalibrationError,
+    naming the linear, for one that the calibration did not watch.
+    """
+    smooth = {}
+    for site in plan.sites:
+        watched = [calibration.layer(plan.copy, consumer) for consumer in site.consumers]
+        for consumer, stats in zip(site.consumers, watched, strict=True):
+            if stats is None:
+                raise CalibrationError(
+                    "no statistics of this linear, whose input is to be folded",
+                    file=calibration.path,
+                    tensor=f"{plan.copy}.{consumer}",
+                    hint="Calibrate the whole model (ideogram4-quant calibrate).",
+                )
+        x = torch.stack([stats.absmax for stats in watched]).amax(0)
+        w = torch.stack([stats.weight_absmax for stats in watched]).amax(0)
+        factors = smooth_factors(x, w, alpha)
+        if _is_norm(site):
+            factors = remaining_factor(norms[f"{site.producer}.weight"], factors, norm_dtype)
+        smooth |= dict.fromkeys(site.consumers, factors.float())
+    return Folding(smooth, dict(plan.rotation))
+
+
+def fold_tensor(name: str, tensor: Tensor, folding: Folding) -> Tensor:
+    """One canonical tensor in the folded basis: the same object where nothing is folded into it.
+
+    ``tensor``: fp32 or fp64, plain or quantized; the result is plain where it is another one.
+    """
+    fold = folding.of(name.removesuffix(".weight"), len(tensor)) if _is_weight(name) else None
+    if fold is None:
+        return tensor
+    if isinstance(tensor, QuantizedTensor):
+        tensor = tensor.dequantize()
+    return fold.fold(tensor.reshape(len(tensor), -1)).reshape(tensor.shape)
+
+
+def stored_record(folding: Folding) -> Iterator[tuple[str, Tensor]]:
+    """The ``fold.*`` tensors of a file: F32 [K] vectors and I32 [1] groups, in a fixed order."""
+    for module, vector in folding.smooth.items():
+        yield f"fold.{module}.smooth", vector.float().contiguous()
+    for module, group in folding.rotation.items():
+        yield f"fold.{module}.rotation", torch.tensor([group], dtype=torch.int32)
+
+
+def _is_norm(site: Site) -> bool:
+    return "norm" in site.producer
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith(".weight")
+
+
+def _means(pattern: str, module: str) -> bool:
+    return pattern == ALL or fnmatchcase(module, pattern)
+
+
+def _sites_among(modules: Collection[str]) -> list[Site]:
+    """The sites of a model with these modules; a copy without its text part lacks one."""
+    layers = {module.split(".")[1] for module in modules if module.startswith("layers.")}
+    return [site for site in sites(len(layers)) if site.producer in modules]
+
+
+def _refuse_unfoldable(
+    patterns: Collection[str], known: Collection[Site], linears: Collection[str]
+) -> None:
+    foldable = {consumer for site in known for consumer in site.consumers}
+    for pattern in patterns:
+        named = [linear for linear in linears if _means(pattern, linear)]
+        if any(linear in foldable for linear in named):
+            continue
+        reasons = ((n, why) for n in named for p, why in _NOT_FOLDABLE if fnmatchcase(n, p))
+        module, reason = next(reasons, (pattern, "no linear has this name"))
+        raise QuantOptionError(
+            f"its input cannot be folded: {reason}",
+            tensor=module,
+            needed="attention.qkv, attention.o, feed_forward.w1, w2, w3 or llm_cond_proj",
+        )
