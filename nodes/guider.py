@@ -28,6 +28,7 @@ from .model_loading import source_of
 logger = logging.getLogger(__name__)
 _ADDITIONAL = "ideogram4_quant_unconditional"
 _STREAM = "ideogram4_quant_streamed"
+_ALL = 1e20  # bytes, more than any device has: what the host asks for where weights stay in RAM
 IMAGE_ONLY = [[None, {}]]  # a conditioning without text: the model then runs image tokens alone
 
 
@@ -36,7 +37,9 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
 
     Each runs with its own model options, so that a patch on one never acts on the other. Without an
     unconditional model there is nothing to guide away from: the conditional prediction is the
-    result. keep: which copies stay on the device, one of `residency.CHOICES`.
+    result. keep: which copies stay on the device, one of `residency.CHOICES`. A pass that runs out
+    of memory is made again, once in a run, with the next smaller residency: the step's inputs are
+    as they were, so the picture is the same.
     """
 
     def __init__(
@@ -61,11 +64,14 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         self._last_velocity: Tensor | None = None
         self._turn: comfy.model_patcher.ModelPatcher | None = None  # on the device, if in turns
         self._working_memory = 0
+        self._shrunk = False  # out of memory once in this run
 
     def outer_sample(self, noise, latent_image, sampler, sigmas, *args, **kwargs):
         self._steps = self.guidance.plan(sigmas.tolist())
         self._last_velocity = self._turn = None
+        self._shrunk = False
         if self.unconditional is None:
+            self.kept = residency.BOTH  # all that there is; the host streams what does not fit
             return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         self._negative = comfy.sampler_helpers.convert_cond(IMAGE_ONLY)
         self._unconditional_options = self._own_options(sigmas)
@@ -104,7 +110,19 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         return super().outer_predict_noise(x, timestep, model_options or {}, seed)
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
-        model_options = model_options or {}
+        velocity = self._last_velocity
+        while True:
+            try:
+                return self._predict(x, timestep, model_options or {})
+            except Exception as error:
+                if not management.is_oom(error):
+                    raise
+                reason = error.with_traceback(None)  # its frames hold what the pass had allocated
+            self._make_room(reason)
+            self._last_velocity = velocity
+
+    def _predict(self, x: Tensor, timestep: Tensor, model_options: dict) -> Tensor:
+        """Both copies' predictions, combined: denoised latents [B, C, H, W]."""
         skippable = not model_options.get("disable_cfg1_optimization", False)
         if self.unconditional is None or (math.isclose(self.cfg, 1.0) and skippable):
             return self._predict_conditional(x, timestep, model_options)
@@ -160,9 +178,10 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         sizes = (patcher.model_size(), self.unconditional.model_size())
         memory = management.get_total_memory(patcher.load_device)
         self.kept = residency.choose(self.keep, sizes, int(least), memory)
+        self._working_memory = need
         if self.kept == residency.ALTERNATING:
             patcher.remove_additional_models(_ADDITIONAL)
-            self._turn, self._working_memory = patcher, need
+            self._turn = patcher
         else:
             patcher.set_additional_models(_ADDITIONAL, [self.unconditional])
         if self.kept == residency.STREAMED:
@@ -175,10 +194,30 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
             )
 
     def _take_turn(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
-        if self._turn is None or self._turn is patcher:
+        if self.kept != residency.ALTERNATING or self._turn is patcher:
             return
         management.load_models_gpu([patcher], memory_required=self._working_memory)
         self._turn = patcher
+
+    def _make_room(self, reason: Exception) -> None:
+        """Go on with the next smaller residency; OutOfDeviceMemoryError if this helped already."""
+        device = self.model_patcher.load_device
+        smaller = residency.smaller(self.kept, copies=1 if self.unconditional is None else 2)
+        if self._shrunk or smaller is None:
+            free = management.get_free_memory(device)
+            raise residency.out_of_memory(self.kept, free) from reason
+        logger.warning(
+            "out of device memory with %s copies on the device; this step is made again, and the "
+            "next ones, with residency %s: slower, the same picture",
+            self.kept,
+            smaller,
+        )
+        self._shrunk, self.kept, self._turn = True, smaller, None
+        management.free_memory(_ALL, device)
+        management.soft_empty_cache()
+        if smaller == residency.STREAMED:
+            copies = [p for p in (self.model_patcher, self.unconditional) if p is not None]
+            management.load_models_gpu(copies, memory_required=_ALL)
 
     def _own_options(self, sigmas: Tensor) -> dict:
         """The unconditional copy's model options, prepared as the host prepares the other's."""

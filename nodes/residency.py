@@ -8,7 +8,10 @@ their weights layer by layer. The order of loads is tested; what each costs on a
 
 from __future__ import annotations
 
+import torch
+
 from ..checkpoint.levels import ALTERNATING, AUTO, BOTH, STREAMED, residency
+from ..ops.errors import Ideogram4QuantError
 
 CHOICES = (AUTO, BOTH, ALTERNATING, STREAMED)
 
@@ -20,3 +23,25 @@ def choose(asked: str, sizes: tuple[int, int], working: int, memory: int) -> str
     them. memory: bytes of the device.
     """
     return residency(sizes, memory, working) if asked == AUTO else asked
+
+
+def smaller(kept: str, copies: int = 2) -> str | None:
+    """The next residency that needs less of the device; None below ``streamed``."""
+    if kept == STREAMED:
+        return None
+    return ALTERNATING if kept == BOTH and copies > 1 else STREAMED
+
+
+class OutOfDeviceMemoryError(Ideogram4QuantError, torch.cuda.OutOfMemoryError):
+    """No residency is left to try; the host, which knows the second kind, unloads its models."""
+
+
+def out_of_memory(kept: str, free: int) -> OutOfDeviceMemoryError:
+    """What to change. kept: the residency that failed last; free: bytes left on the device."""
+    way = "" if kept == STREAMED else f"residency {smaller(kept)}, "
+    return OutOfDeviceMemoryError(
+        f"out of device memory in a step, with residency {kept}",
+        found=f"{free / 1e9:.2f} GB free",
+        hint=f"Try {way}a smaller picture or batch, a smaller level (Q4_K is the smallest), or "
+        "close what else uses the device.",
+    )
