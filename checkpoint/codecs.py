@@ -23,6 +23,9 @@ from ..ops.layouts import folded_tensor, fp8_tensor, gguf_tensor, int8_tensor
 from .files import BLOCK_TYPES
 from .parts import Parts
 
+SMOOTH_INT8 = "ideogram4_quant_int8"
+"""Format name, in ``comfy_quant``, of int8 weights that need their smoothing vector."""
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -118,7 +121,9 @@ class Int8(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
-        parts.check_format("int8_tensorwise")
+        parts.check_format("int8_tensorwise", SMOOTH_INT8)
+        if parts.quantization().get("format") == SMOOTH_INT8 and "smooth" not in parts.roles:
+            raise parts.corrupt("a smoothed weight without its vector", "no smooth", "smooth")
         return "INT8 W8A8 rotated" if parts.rotation() else "INT8 W8A8"
 
     @classmethod

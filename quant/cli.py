@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from .errors import QuantOptionError
 from .fold import ALL
 from .inspect import inspect_file
 from .quantize import plan_quantization, quantize_checkpoint
-from .recipes import LAYOUTS, RECIPES, QuantOptions, TypeRule
+from .recipes import LAYOUTS, RECIPES, TREATMENTS, QuantOptions, TypeRule
 from .verify import verify_file
 
 COPIES = (CONDITIONAL, UNCONDITIONAL)
@@ -71,22 +72,45 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         "--linears", choices=("blocks", "all"), help="quantize those in the blocks, or all"
     )
     parser.add_argument(
-        "--calibration", metavar="F", help="what calibrate wrote for this model: for --fold"
-    )
-    parser.add_argument(
         "--fold",
         nargs="*",
         metavar="NAME",
         help="for hosts without this pack: put the smoothing of these linears (default: all that "
         "can) into the weights before them; LoRAs are then right in this pack alone",
     )
-    parser.add_argument(
-        "--alpha", type=float, metavar="A", help="SmoothQuant's exponent (default: 0.5)"
-    )
+    _add_calibrated(parser)
     parser.add_argument("--licence", metavar="TEXT", help="recorded where SRC names none")
     parser.add_argument("--overwrite", action="store_true", help="replace F if it exists")
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
     parser.set_defaults(func=_quantize)
+
+
+def _add_calibrated(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("by calibration")
+    group.add_argument("--calibration", metavar="CAL", help="what calibrate wrote of this model")
+    group.add_argument(
+        "--treatment",
+        choices=TREATMENTS,
+        help="smooth: SmoothQuant on top of an INT8 level; auto: for each linear the best that was "
+        "measured; auto-native: the best that stock ComfyUI loads too",
+    )
+    group.add_argument(
+        "--alpha",
+        type=float,
+        metavar="A",
+        help="strength of smoothing (default: the best measured)",
+    )
+    group.add_argument(
+        "--protect-budget",
+        metavar="8%|SIZE",
+        help="keep the most fragile linears in bf16: a share of them, or what adds SIZE (700MB)",
+    )
+    group.add_argument(
+        "--protect-below",
+        type=float,
+        metavar="DB",
+        help="keep linears in bf16 whose output would be below this SQNR",
+    )
 
 
 def _add_inspect(subparsers: argparse._SubParsersAction) -> None:
@@ -164,6 +188,22 @@ def _type_rule(text: str) -> TypeRule:
     return TypeRule(pattern, qtype)
 
 
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?(%|[kMG]?B)")
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _budget(text: str | None) -> dict[str, float | int]:
+    """The option of QuantOptions that ``8%`` or ``700MB`` means."""
+    if text is None:
+        return {}
+    match = _BUDGET.fullmatch(text.strip())
+    if match is None:
+        raise QuantOptionError("--protect-budget", found=text, needed="as 8% or 700MB")
+    if match[2] == "%":
+        return {"protect_share": float(match[1]) / 100}
+    return {"protect_bytes": round(float(match[1]) * _UNITS[match[2]])}
+
+
 @_one_line_errors
 def _quantize(args: argparse.Namespace) -> int:
     options = QuantOptions(
@@ -174,7 +214,10 @@ def _quantize(args: argparse.Namespace) -> int:
         licence=args.licence,
         calibration=None if args.calibration is None else Calibration.load(args.calibration),
         fold=() if args.fold is None else tuple(args.fold) or (ALL,),
-        **({} if args.alpha is None else {"alpha": args.alpha}),
+        treatment=args.treatment,
+        alpha=args.alpha,
+        protect_below=args.protect_below,
+        **_budget(args.protect_budget),
     )
     choice = {
         "copy": args.copy,

@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoint.codecs import SMOOTH_INT8
 from ..ops.blocks import FORMATS, dequantize, quantize
-from ..ops.reference import quantize_rows
+from ..ops.reference import quantize_rows, smooth_rotate_quantize_rows
 from ..ops.rotation import rotate
 
 Shape = tuple[int, ...]
@@ -66,36 +67,44 @@ class Plain:
         return parts[self.suffix].float()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NativeInt8:
-    """``q = round(R(W) / scale)``, ``scale = absmax(R(W)) / 127`` a row: ComfyUI's container.
+    """``q = round(R(W * smooth) / scale)``, ``scale = absmax / 127`` a row: ComfyUI's container.
 
     ``weight`` int8 [N, K], ``weight_scale`` fp32 [N, 1], ``comfy_quant`` the JSON that stock
-    ComfyUI reads, in its own spelling. R is ConvRot's rotation in groups of ``rotation``.
+    ComfyUI reads, in its own spelling. R is ConvRot's rotation in groups of ``rotation``. With
+    ``smooth`` fp32 [K], stored beside them, the format is one of our own name: the stock loader
+    refuses it, where it would otherwise drop the vector and compute something else.
     """
 
     rotation: int | None = None
+    smooth: Tensor | None = None
 
     @property
     def label(self) -> str:
-        return "INT8" if self.rotation is None else f"INT8 rot{self.rotation}"
+        smooth = "" if self.smooth is None else " smooth"
+        return f"INT8{smooth}" + ("" if self.rotation is None else f" rot{self.rotation}")
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
         return {"weight": (torch.int8, shape), "weight_scale": (torch.float32, (shape[0], 1))}
 
     def constants(self) -> dict[str, Tensor]:
-        config: dict[str, object] = {"format": "int8_tensorwise"}
+        smoothed = self.smooth is not None
+        config: dict[str, object] = {"format": SMOOTH_INT8 if smoothed else "int8_tensorwise"}
         if self.rotation is not None:
             config |= {"convrot": True, "convrot_groupsize": self.rotation}
-        return {"comfy_quant": torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)}
+        text = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+        return {"comfy_quant": text} | ({"smooth": self.smooth.float()} if smoothed else {})
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        q, scale = quantize_rows(rows if self.rotation is None else rotate(rows, self.rotation))
+        smoothed = rows if self.smooth is None else rows * self.smooth.float()
+        q, scale = smooth_rotate_quantize_rows(smoothed, None, self.rotation)
         return {"weight": q, "weight_scale": scale[:, None]}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         values = parts["weight"].float() * parts["weight_scale"]
-        return values if self.rotation is None else rotate(values, self.rotation)
+        values = values if self.rotation is None else rotate(values, self.rotation)
+        return values if self.smooth is None else values / self.smooth.float()
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,12 +20,11 @@ from ..ops.rotation import largest_group
 from .calibration import Calibration
 from .errors import CalibrationError, QuantOptionError
 from .plan import TensorPlan
-from .recipes import MIN_GROUP, QuantOptions, Recipe
+from .recipes import QuantOptions, Recipe
+from .treatments import DEFAULT_ALPHA, MIN_GROUP, smooth_factors
 
 ALL = "all"
 """The name in ``QuantOptions.fold`` that means every linear whose input can be folded."""
-
-_EXTREME = 1e5  # a factor beyond this is a dead channel's
 
 # Pattern of linears -> why their inputs stay as they are.
 _NOT_FOLDABLE: tuple[tuple[str, str], ...] = (
@@ -85,29 +84,16 @@ def check_fold_options(recipe: Recipe, layout: str, options: QuantOptions) -> No
             found=f"layout {layout}",
             hint="Its linears carry smoothing vectors of their own; fold the native layout.",
         )
+    if options.treatment is not None:
+        raise QuantOptionError(
+            "folding is a smoothing of its own", found=f"treatment {options.treatment}"
+        )
     if options.calibration is None:
         raise QuantOptionError(
             "folding needs the sizes of the activations",
             needed="a calibration of this model",
             hint="Make one with ideogram4-quant calibrate, and give it as --calibration.",
         )
-    if not 0 <= options.alpha <= 1:
-        raise QuantOptionError("alpha out of range", found=options.alpha, needed="0 to 1")
-
-
-def smooth_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) -> Tensor:
-    """``max|x|^alpha / max|w|^(1 - alpha)`` over its geometric mean, fp64 [K].
-
-    ``x_absmax``, ``weight_absmax`` [K]: the largest values of each input channel. A channel without
-    input or without weight gets 1: nothing can be gained there.
-    """
-    x, w = x_absmax.double(), weight_absmax.double()
-    alive = (x > 0) & (w > 0)
-    if not bool(alive.any()):
-        return torch.ones_like(x)
-    logs = alpha * x.log() - (1 - alpha) * w.log()
-    logs = torch.where(alive, logs - logs[alive].mean(), 0.0)
-    return logs.exp().clamp(1 / _EXTREME, _EXTREME)
 
 
 def remaining_factor(
@@ -121,6 +107,11 @@ def remaining_factor(
     true, rounded = norm_weight.double(), (norm_weight.double() / factors).to(dtype).double()
     usable = (true != 0) & (rounded != 0) & rounded.isfinite()
     return torch.where(usable, true / torch.where(usable, rounded, 1.0), 1.0).float()
+
+
+def fold_alpha(options: QuantOptions) -> float:
+    """The strength of the smoothing that is folded."""
+    return DEFAULT_ALPHA if options.alpha is None else options.alpha
 
 
 def plan_fold(

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..checkpoint.canonical import is_linear
 from ..ops.blocks import FORMATS
-from ..ops.rotation import largest_group
+from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Plain, Shape, SmoothInt8, stored_bytes
 from .errors import QuantOptionError
 from .recipes import (
     BLOCK_FALLBACKS,
     BLOCK_LINEARS,
     LAYOUTS,
-    MIN_GROUP,
     QuantOptions,
     Recipe,
     matches,
 )
+from .treatments import ROTATION, rotation_group
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class TensorPlan:
     """One source tensor and its encoding.
 
     ``linear``: the weight of a linear layer; ``quantized``: one that the recipe applies to;
-    ``protected``: left in bf16 because a pattern of ``QuantOptions.protect`` says so.
+    ``protected``: left in bf16 because a pattern of ``QuantOptions.protect`` or the calibration
+    says so; ``choice``: what the calibration chose and why, if it was asked.
     """
 
     copy: str
@@ -41,6 +42,7 @@ class TensorPlan:
     linear: bool
     quantized: bool = False
     protected: bool = False
+    choice: Choice | None = None
 
     @property
     def module(self) -> str:
@@ -68,10 +70,9 @@ def layout_of(recipe: Recipe, options: QuantOptions) -> str:
             "Transformer Lab's layout cannot say that a weight is rotated",
             hint="Use the level INT8 W8A8, or the native layout.",
         )
-    if options.smooth is not None and layout != "transformer-lab":
+    if options.smooth is not None and layout == "gguf":
         raise QuantOptionError(
-            f"the {layout} layout cannot carry smoothing vectors",
-            hint="Use the layout transformer-lab (INT8 W8A8).",
+            "the gguf layout cannot carry smoothing vectors", hint="Use an INT8 level."
         )
     if options.types and layout != "gguf":
         raise QuantOptionError(
@@ -96,18 +97,23 @@ def plan_tensors(
     linear, and for a smoothing vector of the wrong size.
     """
     layout = layout_of(recipe, options)
+    check_choice_options(recipe, options)
     _check_patterns(options, shapes)
-    chosen = options.linears or ("all" if layout == "transformer-lab" else "blocks")
+    targets = _targets(layout, options, shapes)
+    choices = choose(recipe, layout, options, targets)
     plans = []
     for copy, tensors in shapes.items():
         for name, shape in tensors.items():
             module, _, suffix = name.rpartition(".")
             linear = is_linear(name)
-            protected = linear and any(matches(p, copy, module) for p in options.protect)
-            wanted = chosen == "all" or fnmatchcase(module, BLOCK_LINEARS)
-            quantized = linear and wanted and not protected
-            if quantized:
-                encoding = _quantized(layout, recipe, options, copy, module, shape)
+            choice = choices.get((copy, module)) if linear else None
+            kept = choice is not None and choice.treatment is None
+            quantized = linear and (copy, module) in targets and not kept
+            protected = kept or (linear and any(matches(p, copy, module) for p in options.protect))
+            if quantized and recipe.weight_type == "INT8":
+                encoding = _int8(layout, recipe, options, choice, (copy, module), shape)
+            elif quantized:
+                encoding = _blocks(recipe, options, copy, module, shape)
             elif layout == "gguf":
                 encoding = _unquantized_blocks(suffix, shape, linear)
             elif layout == "transformer-lab" and not linear and suffix != "bias":
@@ -115,18 +121,46 @@ def plan_tensors(
             else:
                 encoding = Plain(torch.bfloat16, suffix)
             plans.append(
-                TensorPlan(copy, name, tuple(shape), encoding, linear, quantized, protected)
+                TensorPlan(copy, name, tuple(shape), encoding, linear, quantized, protected, choice)
             )
     return plans
 
 
-def _quantized(
-    layout: str, recipe: Recipe, options: QuantOptions, copy: str, module: str, shape: Shape
+def _targets(
+    layout: str, options: QuantOptions, shapes: Mapping[str, Mapping[str, Shape]]
+) -> dict[Linear, Shape]:
+    """The linears that the recipe applies to, without those that a pattern protects."""
+    chosen = options.linears or ("all" if layout == "transformer-lab" else "blocks")
+    targets = {}
+    for copy, tensors in shapes.items():
+        for name, shape in tensors.items():
+            module = name.rpartition(".")[0]
+            wanted = is_linear(name) and (chosen == "all" or fnmatchcase(module, BLOCK_LINEARS))
+            if wanted and not any(matches(p, copy, module) for p in options.protect):
+                targets[copy, module] = tuple(shape)
+    return targets
+
+
+def _int8(
+    layout: str,
+    recipe: Recipe,
+    options: QuantOptions,
+    choice: Choice | None,
+    linear: Linear,
+    shape: Shape,
 ) -> Encoding:
-    if layout == "native":
-        return NativeInt8(_group(shape[1], recipe.rotation))
+    smooth = _smooth_of(options.smooth, *linear, shape)
+    rotated = recipe.rotation is not None
+    if choice is not None:
+        rotated = choice.treatment.rotated
+        smooth = choice.smooth if smooth is None else smooth
     if layout == "transformer-lab":
-        return SmoothInt8(_smooth_of(options.smooth, copy, module, shape))
+        return SmoothInt8(smooth)
+    group = rotation_group(shape[1], recipe.rotation or ROTATION) if rotated else None
+    return NativeInt8(group, smooth)
+
+
+def _blocks(recipe: Recipe, options: QuantOptions, copy: str, module: str, shape: Shape) -> Blocks:
     qtype = next(
         (r.qtype for r in options.types if matches(r.pattern, copy, module)), recipe.weight_type
     )
@@ -137,11 +171,6 @@ def _quantized(
 def _unquantized_blocks(suffix: str, shape: Shape, linear: bool) -> Blocks:
     """Linears in bf16; norms, biases and the embedding are small, and every reader takes F32."""
     return Blocks("BF16" if linear else "F32", shape, suffix)
-
-
-def _group(in_features: int, rotation: int | None) -> int | None:
-    group = None if rotation is None else largest_group(in_features, rotation)
-    return group if group is not None and group >= MIN_GROUP else None
 
 
 def _smooth_of(
@@ -187,11 +216,12 @@ def rotation_notes(recipe: Recipe, plans: Sequence[TensorPlan]) -> list[str]:
         return []
     short: dict[int, list[TensorPlan]] = {}
     for plan in plans:
-        if isinstance(plan.encoding, NativeInt8) and plan.encoding.rotation != recipe.rotation:
+        group = rotation_group(plan.shape[-1], recipe.rotation)
+        if isinstance(plan.encoding, NativeInt8) and group != recipe.rotation:
             short.setdefault(plan.shape[1], []).append(plan)
     notes = []
     for width, found in short.items():
-        group = _group(width, recipe.rotation)
+        group = rotation_group(width, recipe.rotation)
         how = "not rotated" if group is None else f"rotated in groups of {group}"
         notes.append(
             f"{len(found)} linears with {width} inputs are {how}, not {recipe.rotation}: "

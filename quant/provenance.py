@@ -92,7 +92,13 @@ def recipe_record(
     if recipe.container == "safetensors":
         record["scale"] = "absmax / 127 per output channel"
         record["rotation"] = recipe.rotation
-        record["smoothed"] = names(p for p in plans if p.encoding.label == "INT8 smooth")
+        record["smoothed"] = names(
+            p for p in plans if getattr(p.encoding, "smooth", None) is not None
+        )
+        chosen = [plan for plan in plans if plan.choice is not None]
+        if chosen:
+            reasons = [plan.choice.reason for plan in chosen]
+            record["treatments"] = dict(zip(names(chosen), reasons, strict=True))
     else:
         record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
     return record

@@ -16,12 +16,14 @@ from ..checkpoint.folding import Folding
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
 from ..gguf_loader import GGUFSpec, write_gguf
 from ..ops.errors import CorruptFileError
+from .choose import choice_notes
 from .encode import encode_tensor
 from .encodings import Blocks
 from .errors import QuantOptionError
 from .fold import (
     FoldPlan,
     check_fold_options,
+    fold_alpha,
     fold_tensor,
     make_folding,
     plan_fold,
@@ -70,7 +72,9 @@ class QuantPlan:
     @property
     def notes(self) -> list[str]:
         folded = [] if self.fold is None else [self.fold.note]
-        return rotation_notes(self.recipe, self.tensors) + folded
+        choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
+        chosen = choice_notes(self.layout, choices)
+        return rotation_notes(self.recipe, self.tensors) + folded + chosen
 
     def stored_name(self, plan: TensorPlan, suffix: str) -> str:
         """Name in the file of one stored tensor."""
@@ -255,7 +259,7 @@ def _folding(plan: QuantPlan) -> Folding:
     norms = plan.source.read(plan.fold.copy, plan.fold.norms)
     dtype = torch.float32 if plan.layout == "gguf" else torch.bfloat16
     options = plan.options
-    return make_folding(plan.fold, options.calibration, norms, options.alpha, dtype)
+    return make_folding(plan.fold, options.calibration, norms, fold_alpha(options), dtype)
 
 
 def _result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter | None) -> TensorResult:
@@ -274,7 +278,7 @@ def _result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter | None) -> Te
 
 
 def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
-    folded = {} if plan.fold is None else plan.fold.to_dict() | {"alpha": plan.options.alpha}
+    folded = {} if plan.fold is None else plan.fold.to_dict() | {"alpha": fold_alpha(plan.options)}
     return Provenance(
         copies=plan.source.copies,
         config=plan.source.config,

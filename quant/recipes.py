@@ -66,8 +66,9 @@ _ALIASES = {"int8": "INT8 W8A8", "int8rotated": "INT8 W8A8 rotated", "convrot": 
 LAYOUTS = ("native", "transformer-lab")
 """Safetensors layouts: ComfyUI's container, or Transformer Lab's ``.wq/.ws/.smooth``."""
 
-MIN_GROUP = 16
-"""Rotations over fewer values than this are not worth their time."""
+TREATMENTS = ("smooth", "auto", "auto-native")
+"""What a calibration may decide: smoothing on top of the level, the best of all that was measured,
+or the best of what ComfyUI's own container can say."""
 
 # What a GGUF type falls back to where a row is no whole number of its blocks.
 BLOCK_FALLBACKS = ("Q8_0", "BF16")
@@ -89,15 +90,21 @@ class QuantOptions:
     - ``protect``: module names or patterns (``layers.*.feed_forward.w2``) that stay in bf16. A
       prefix ``conditional.`` or ``unconditional.`` restricts one to a copy; in all of these.
     - ``smooth``: module name -> SmoothQuant vector [in_features]: the weight's columns are
-      multiplied by it, the activations divided. Only Transformer Lab's layout can carry it.
+      multiplied by it, the activations divided. For INT8; in the native layout stock ComfyUI
+      refuses the file.
     - ``types``: GGUF types of single linears, first match wins.
     - ``linears``: ``"blocks"``, ``"all"``, or None for the layout's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
-    - ``calibration``: statistics of the linears' inputs, of this very model.
     - ``fold``: linears (names or patterns, or ``"all"``) whose smoothing goes into the weights
       before them, for hosts without this pack; see ``quant.fold``. Needs a calibration.
-    - ``alpha``: SmoothQuant's exponent, 0 (weights alone) to 1 (activations alone).
+    - ``calibration``: statistics of the linears' inputs, of this very model. The following need it.
+    - ``treatment``: one of :data:`TREATMENTS`; None: the level's own.
+    - ``alpha``: strength of smoothing, 0 (weights alone) to 1 (activations alone); None: the best
+      of those that were measured, and 0.5 where it is folded.
+    - ``protect_share``, ``protect_bytes``, ``protect_below``: keep the most fragile linears in
+      bf16: that share of those quantized, as many as cost that many bytes more, all whose output
+      would be below that many dB of SQNR.
     """
 
     layout: str = "native"
@@ -108,7 +115,11 @@ class QuantOptions:
     licence: str | None = None
     calibration: Calibration | None = None
     fold: tuple[str, ...] = ()
-    alpha: float = 0.5
+    treatment: str | None = None
+    alpha: float | None = None
+    protect_share: float | None = None
+    protect_bytes: int | None = None
+    protect_below: float | None = None
 
 
 def recipe_of(level: str) -> Recipe:

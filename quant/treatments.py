@@ -20,13 +20,18 @@ from .calibration import LayerStats
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 """SmoothQuant strengths that a calibration tries; 0.5 is the paper's."""
 
+DEFAULT_ALPHA = 0.5
+
 BLOCK_CANDIDATES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
+
+ROTATION = 256
+"""Group of ConvRot's rotation, where it divides the row."""
 
 MIN_GROUP = 16
 """Rotations over fewer values than this are not worth their time."""
 
 _NAME = re.compile(r"int8(?: smooth (?P<alpha>\d(?:\.\d{1,3})?))?(?P<rotated> rotated)?")
-_FLOOR = 1e-5  # of the largest channel: a channel that was never heard is not amplified further
+_EXTREME = 1e5  # a factor beyond this is a dead channel's
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def int8_treatments(alphas: Sequence[float] = ALPHAS) -> list[Treatment]:
     return [*plain, *(replace(treatment, rotated=True) for treatment in plain)]
 
 
-def rotation_group(in_features: int, limit: int = 256) -> int | None:
+def rotation_group(in_features: int, limit: int = ROTATION) -> int | None:
     """The rotation's group for rows of this length; None where no useful one divides them."""
     group = largest_group(in_features, limit)
     return group if group is not None and group >= MIN_GROUP else None
@@ -78,17 +83,26 @@ def input_group(module: str) -> str:
 
 
 def smoothing(members: Sequence[LayerStats], alpha: float) -> Tensor:
-    """``s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)``, fp32 [K], of geometric mean 1.
+    """``s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)`` over its geometric mean, fp32 [K].
 
     ``members`` are the linears that share the input. The weight's columns are multiplied by s, the
     activations divided. Source: SmoothQuant, arXiv 2211.10438, eq. 4.
     """
-    x = _floored(torch.stack([stats.absmax for stats in members]).amax(0))
-    w = _floored(torch.stack([stats.weight_absmax for stats in members]).amax(0))
-    logarithm = alpha * x.log() - (1 - alpha) * w.log()
-    return (logarithm - logarithm.mean()).exp().float()
+    x = torch.stack([stats.absmax for stats in members]).amax(0)
+    w = torch.stack([stats.weight_absmax for stats in members]).amax(0)
+    return smooth_factors(x, w, alpha).float()
 
 
-def _floored(values: Tensor) -> Tensor:
-    wide = values.double()
-    return wide.clamp_min(max(wide.max().item() * _FLOOR, 1e-30))
+def smooth_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) -> Tensor:
+    """``max|x|^alpha / max|w|^(1 - alpha)`` over its geometric mean, fp64 [K].
+
+    ``x_absmax``, ``weight_absmax`` [K]: the largest values of each input channel. A channel without
+    input or without weight gets 1: nothing can be gained there.
+    """
+    x, w = x_absmax.double(), weight_absmax.double()
+    alive = (x > 0) & (w > 0)
+    if not bool(alive.any()):
+        return torch.ones_like(x)
+    logs = alpha * x.log() - (1 - alpha) * w.log()
+    logs = torch.where(alive, logs - logs[alive].mean(), 0.0)
+    return logs.exp().clamp(1 / _EXTREME, _EXTREME)

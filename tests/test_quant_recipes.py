@@ -150,7 +150,6 @@ def test_transformer_lab_holds_linears_and_their_biases_alone():
         ("INT8 W8A8", QuantOptions(linears="some"), "unknown linears"),
         ("Q8_0", QuantOptions("transformer-lab"), "Q8_0 is a GGUF type"),
         ("INT8 W8A8 rotated", QuantOptions("transformer-lab"), "cannot say that a weight is rot"),
-        ("INT8 W8A8", QuantOptions(smooth={}), "native layout cannot carry smoothing"),
         ("Q4_K", QuantOptions(smooth={}), "gguf layout cannot carry smoothing"),
         ("INT8 W8A8", QuantOptions(types=(TypeRule("*", "Q8_0"),)), "are for GGUF levels"),
         ("Q4_K", QuantOptions(types=(TypeRule("*", "Q9"),)), "unknown GGUF type.*Q9"),

@@ -1,0 +1,258 @@
+"""Which INT8 treatment each linear gets, and which stay in bf16: decided by a calibration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from ..checkpoint.folding import sites
+from .calibration import LayerStats
+from .encodings import Shape
+from .errors import QuantOptionError
+from .recipes import TREATMENTS, QuantOptions, Recipe
+from .tables import human_bytes
+from .treatments import DEFAULT_ALPHA, Treatment, input_group, rotation_group, smoothing
+
+SMOOTHING_GAIN_DB = 0.5
+"""What a smoothing vector must gain over the best treatment without one to be chosen."""
+
+Linear = tuple[str, str]
+"""Copy and canonical module name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """One linear: ``treatment`` None means bf16; ``smooth`` fp32 [K] goes with its alpha.
+
+    ``sqnr_db`` is the output's under the treatment, as calibrated (NaN: not measured); ``reason``
+    says why, for the file's metadata.
+    """
+
+    treatment: Treatment | None
+    reason: str
+    sqnr_db: float = math.nan
+    smooth: Tensor | None = None
+
+
+def check_choice_options(recipe: Recipe, options: QuantOptions) -> None:
+    """QuantOptionError for options about treatments and protection that contradict each other."""
+    asked = {
+        "treatment": options.treatment is not None,
+        "alpha": options.alpha is not None and not options.fold,
+        "protect_share": options.protect_share is not None,
+        "protect_bytes": options.protect_bytes is not None,
+        "protect_below": options.protect_below is not None,
+    }
+    for name, low, high in (("alpha", 0, 1), ("protect_share", 0, 1), ("protect_bytes", 0, None)):
+        value = getattr(options, name)
+        if value is not None and not low <= value <= (math.inf if high is None else high):
+            raise QuantOptionError(f"{name} out of range", found=value, needed=f"{low} to {high}")
+    used = [name for name, given in asked.items() if given]
+    if not used:
+        return
+    if recipe.weight_type != "INT8":
+        raise QuantOptionError(f"{used[0]} is for INT8 levels", found=recipe.level)
+    if options.calibration is None:
+        raise QuantOptionError(
+            f"{used[0]} needs a calibration",
+            hint="Make one with ideogram4-quant calibrate, and give it (--calibration CAL).",
+        )
+    if options.treatment not in (None, *TREATMENTS):
+        raise QuantOptionError(
+            "unknown treatment", found=options.treatment, needed=f"one of {', '.join(TREATMENTS)}"
+        )
+    if options.treatment in ("auto", "auto-native") and options.alpha is not None:
+        raise QuantOptionError(
+            "alpha goes with the treatment smooth", found=f"treatment {options.treatment}"
+        )
+    if options.smooth is not None and options.treatment is not None:
+        raise QuantOptionError("smoothing vectors are given already", found=options.treatment)
+
+
+def choose(
+    recipe: Recipe, layout: str, options: QuantOptions, linears: Mapping[Linear, Shape]
+) -> dict[Linear, Choice]:
+    """A choice for each of ``linears``, those that the recipe quantizes.
+
+    Linears that read the same input get the same treatment and one smoothing vector. Empty where no
+    option asks for a calibration's word. Raises QuantOptionError where a budget needs an error that
+    was not measured.
+    """
+    check_choice_options(recipe, options)
+    if options.calibration is None or recipe.weight_type != "INT8":
+        return {}
+    groups: dict[Linear, list[Linear]] = {}
+    for copy, module in linears:
+        groups.setdefault((copy, input_group(module)), []).append((copy, module))
+    chosen: dict[Linear, Choice] = {}
+    for members in groups.values():
+        found = [options.calibration.layer(*member) for member in members]
+        shapes = [linears[member] for member in members]
+        if options.fold:
+            choices = _folded(recipe, options, members, found, shapes[0][1])
+        else:
+            choices = _treat(recipe, layout, options, found, shapes[0][1])
+        chosen.update(zip(members, choices, strict=True))
+    chosen = {linear: chosen[linear] for linear in linears}
+    return _protect(chosen, options, linears)
+
+
+def choice_notes(layout: str, choices: Mapping[Linear, Choice]) -> list[str]:
+    """What is protected, and what smoothing means for other programs, a line each."""
+    notes = []
+    kept = [module for (_, module), c in choices.items() if c.treatment is None]
+    if kept:
+        notes.append(f"kept in bf16, by their error: {', '.join(kept)}")
+    smooth = sum(choice.smooth is not None for choice in choices.values())
+    if smooth and layout == "native":
+        notes.append(
+            f"{smooth} linears carry a smoothing vector: stock ComfyUI refuses this file, this "
+            "pack loads it; the treatment auto-native writes one that both load"
+        )
+    return notes
+
+
+# ---- treatments
+
+
+def _treat(
+    recipe: Recipe,
+    layout: str,
+    options: QuantOptions,
+    found: Sequence[LayerStats | None],
+    in_features: int,
+) -> list[Choice]:
+    """The choice for each linear of one input group."""
+    rotatable = layout != "transformer-lab" and rotation_group(in_features) is not None
+    usual = Treatment(rotated=recipe.rotation is not None and rotatable)
+    stats = [each for each in found if each is not None]
+    if len(stats) < len(found):
+        return [Choice(usual, f"{usual.name}: not calibrated") for _ in found]
+    allowed = [t for t in _allowed(options, usual, stats) if rotatable or not t.rotated]
+    best = min(allowed, key=lambda treatment: _loss(stats, treatment), default=usual)
+    if options.treatment == "auto" and not best.native:
+        native = min((t for t in allowed if t.native), key=lambda t: _loss(stats, t), default=best)
+        gain = 10 * math.log10(max(_loss(stats, native), 1e-30) / max(_loss(stats, best), 1e-30))
+        best = best if gain >= SMOOTHING_GAIN_DB else native
+    smooth = None if best.alpha is None else smoothing(stats, best.alpha)
+    return [
+        Choice(best, _reason(each, best, allowed), each.sqnr_db(best.name), smooth)
+        for each in stats
+    ]
+
+
+def _folded(
+    recipe: Recipe,
+    options: QuantOptions,
+    members: Sequence[Linear],
+    found: Sequence[LayerStats | None],
+    in_features: int,
+) -> list[Choice]:
+    """The same where smoothing is folded: stored as the level says, as exact as if smoothed."""
+    rotatable = rotation_group(in_features) is not None
+    usual = Treatment(rotated=recipe.rotation is not None and rotatable)
+    consumers = {name for site in sites(1) for name in site.consumers}
+    choices = []
+    for (_, module), stats in zip(members, found, strict=True):
+        named = any(pattern == "all" or fnmatchcase(module, pattern) for pattern in options.fold)
+        foldable = re.sub(r"layers\.\d+", "layers.0", module) in consumers
+        alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
+        measured = replace(usual, alpha=alpha) if named and foldable else usual
+        db = math.nan if stats is None else stats.sqnr_db(measured.name)
+        choices.append(Choice(usual, f"{measured.name}: {db:.1f} dB", db))
+    return choices
+
+
+def _allowed(
+    options: QuantOptions, usual: Treatment, stats: Sequence[LayerStats]
+) -> list[Treatment]:
+    """The treatments to choose from, all measured but for an alpha that was given."""
+    if options.treatment is None and options.alpha is None:
+        return [usual]
+    if options.alpha is not None:
+        return [replace(usual, alpha=options.alpha)]
+    measured = [
+        treatment
+        for name in stats[0].noise
+        if all(name in each.noise for each in stats)
+        and (treatment := Treatment.parse(name)) is not None
+    ]
+    if options.treatment == "smooth":
+        return [t for t in measured if t.rotated == usual.rotated and not t.native]
+    if options.treatment == "auto-native":
+        return [t for t in measured if t.native]
+    return measured
+
+
+def _loss(stats: Sequence[LayerStats], treatment: Treatment) -> float:
+    """Squared relative output error, averaged over the group; inf if it was not measured."""
+    errors = [each.error(treatment.name) for each in stats]
+    return math.inf if any(map(math.isnan, errors)) else sum(e * e for e in errors) / len(errors)
+
+
+def _reason(stats: LayerStats, best: Treatment, allowed: Sequence[Treatment]) -> str:
+    db = stats.sqnr_db(best.name)
+    if math.isnan(db):
+        return f"{best.name}: asked for, not measured"
+    others = [t for t in allowed if t != best and not math.isnan(stats.error(t.name))]
+    if not others:
+        return f"{best.name}: {db:.1f} dB"
+    second = min(others, key=lambda treatment: stats.error(treatment.name))
+    return (
+        f"{best.name}: {db:.1f} dB, the best of {len(others) + 1}; "
+        f"{second.name} {stats.sqnr_db(second.name):.1f} dB"
+    )
+
+
+# ---- protection
+
+
+def _protect(
+    chosen: dict[Linear, Choice], options: QuantOptions, linears: Mapping[Linear, Shape]
+) -> dict[Linear, Choice]:
+    """The same with the linears in bf16 that the options protect by error."""
+    budgets = (options.protect_share, options.protect_bytes, options.protect_below)
+    if all(budget is None for budget in budgets):
+        return chosen
+    unknown = [linear for linear, choice in chosen.items() if math.isnan(choice.sqnr_db)]
+    if len(unknown) == len(chosen):
+        raise QuantOptionError(
+            "protection by error needs errors, and none was measured for this treatment",
+            file=options.calibration.path,
+            found=chosen[unknown[0]].treatment.name,
+            needed="one of " + ", ".join(options.calibration.candidates),
+        )
+    measured = [linear for linear in chosen if linear not in set(unknown)]
+    ranked = sorted(measured, key=lambda linear: chosen[linear].sqnr_db)
+    kept: dict[Linear, str] = {}
+    if options.protect_below is not None:
+        for linear in ranked:
+            if chosen[linear].sqnr_db < options.protect_below:
+                kept[linear] = f"below {options.protect_below:g} dB"
+    if options.protect_share is not None:
+        count = round(options.protect_share * len(chosen))
+        for linear in ranked[:count]:
+            kept.setdefault(linear, f"among the {count} most fragile of {len(chosen)}")
+    if options.protect_bytes is not None:
+        left = options.protect_bytes
+        for linear in ranked:
+            cost = math.prod(linears[linear])  # bf16 takes one byte more a weight
+            if cost <= left and linear not in kept:
+                kept[linear] = f"within the budget of {human_bytes(options.protect_bytes)}"
+                left -= cost
+    return {
+        linear: replace(
+            choice,
+            treatment=None,
+            smooth=None,
+            reason=f"bf16: {kept[linear]} ({choice.reason})",
+        )
+        if linear in kept
+        else choice
+        for linear, choice in chosen.items()
+    }
