@@ -153,4 +153,10 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         default="auto",
         help="how GGUF weights are multiplied (default: auto)",
     )
+    machine.add_argument(
+        "--attention",
+        choices=("sdpa", "int8", "auto"),
+        default="sdpa",
+        help="int8: faster and less exact, on NVIDIA with comfy-kitchen; auto: the faster one",
+    )
     parser.set_defaults(func=_handler("run_generate"))

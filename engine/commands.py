@@ -12,7 +12,8 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from ..ops import dispatch
+from ..ops import attention, dispatch
+from ..ops.autotune import Measure
 from ..ops.errors import CheckpointError, Ideogram4QuantError, OpError
 from ..ops.linear import LinearOptions
 from ..sampling import check_size
@@ -51,6 +52,7 @@ def run_generate(args: argparse.Namespace) -> int:
     device = default_device(args.device)
     if args.backend != dispatch.AUTO:
         dispatch.choose("int8_linear", (1, 1, 1), device, args.backend)  # is it there?
+    attention.check(args.attention, device)
     options = LinearOptions(args.backend, args.gguf_compute)
     place = {"device": device, "options": options}
 
@@ -63,7 +65,8 @@ def run_generate(args: argparse.Namespace) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        models = load_pair(pair, None, vae, progress=loaded, **place)
+        how = {"attention": args.attention, "measure": Measure()}
+        models = load_pair(pair, None, vae, progress=loaded, **how, **place)
     with tqdm(desc=pair[0].level, total=len(plan), unit="step", dynamic_ncols=True) as bar:
         result = generate(
             request,

@@ -11,6 +11,8 @@ import torch
 from diffusers import Ideogram4Transformer2DModel
 
 from ..checkpoint import Checkpoint, check_pair, open_checkpoint
+from ..ops.attention import SDPA
+from ..ops.autotune import Measure
 from ..ops.errors import CheckpointError
 from .encoder import TextEncoder
 from .generate import Models
@@ -63,13 +65,27 @@ def load_pair(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     options: LinearOptions | None = None,
+    attention: str = SDPA,
+    measure: Measure | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Models:
-    """`Models` from opened checkpoints; ``progress(copy, done, total)`` counts as loading does."""
+    """`Models` from opened checkpoints; ``progress(copy, done, total)`` counts as loading does.
+
+    The rest is as in `transformer.load_transformer`.
+    """
 
     def load(ck: Checkpoint, copy: str) -> Ideogram4Transformer2DModel:
         bar = None if progress is None else partial(progress, copy)
-        return load_transformer(ck, copy, device=device, dtype=dtype, options=options, progress=bar)
+        return load_transformer(
+            ck,
+            copy,
+            device=device,
+            dtype=dtype,
+            options=options,
+            attention=attention,
+            measure=measure,
+            progress=bar,
+        )
 
     first, second = pair
     conditional = load(first, "conditional")

@@ -22,8 +22,12 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 )
 from torch import Tensor, nn
 
+from ..ops.attention import SDPA, attention
+from ..ops.attention import check as check_attention
+from ..ops.autotune import Measure, layers_of, tune
+from ..ops.dispatch import AUTO
 from ..ops.errors import OpError
-from .linear import LinearOptions, default_device, default_dtype, install_weights
+from .linear import LinearOptions, QuantLinear, default_device, default_dtype, install_weights
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -50,7 +54,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FusedAttnProcessor:
-    """softmax(q k^T / sqrt(D)) v with q, k, v from one linear; an optional mask is honoured."""
+    """softmax(q k^T / sqrt(D)) v with q, k, v from one linear; an optional mask is honoured.
+
+    backend: see `ops.attention`.
+    """
+
+    def __init__(self, backend: str = SDPA) -> None:
+        self.backend = backend
 
     def __call__(
         self,
@@ -64,16 +74,17 @@ class FusedAttnProcessor:
         query, key, value = qkv.unbind(dim=2)  # [B, L, heads, D]
         query = _rotate(attn.norm_q(query), cos, sin)
         key = _rotate(attn.norm_k(key), cos, sin)
-        mixed = F.scaled_dot_product_attention(
+        mixed = attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=attention_mask,
+            attention_mask,
+            backend=self.backend,
         )
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def _skeleton(config: dict, with_text: bool) -> Ideogram4Transformer2DModel:
+def _skeleton(config: dict, with_text: bool, backend: str) -> Ideogram4Transformer2DModel:
     """diffusers' model on the meta device, with fused qkv and a real rotary table."""
     with torch.device("meta"):
         model = Ideogram4Transformer2DModel(**config)
@@ -81,7 +92,7 @@ def _skeleton(config: dict, with_text: bool) -> Ideogram4Transformer2DModel:
             attn = block.attention
             del attn.to_q, attn.to_k, attn.to_v
             attn.to_qkv = nn.Linear(attn.hidden_size, 3 * attn.hidden_size, bias=False)
-            attn.set_processor(FusedAttnProcessor())
+            attn.set_processor(FusedAttnProcessor(backend))
     if not with_text:
         for name in _TEXT_MODULES:
             setattr(model, name, None)
@@ -95,12 +106,16 @@ def load_transformer(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     options: LinearOptions | None = None,
+    attention: str = SDPA,
+    measure: Measure | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Ideogram4Transformer2DModel:
     """One copy of a checkpoint as diffusers' model, its linears through `ops.linear`.
 
     ``dtype`` is the compute dtype: fp32 on a CPU, bf16 elsewhere by default; fp16 overflows in this
-    model and is refused. The unconditional copy never reads text, so its text projection
+    model and is refused. ``attention``: of `ops.attention`. ``measure``: time the backends on the
+    shapes of the model before the first step; without it ``"auto"`` is the documented order, which
+    is what repeatable figures want. The unconditional copy never reads text, so its text projection
     (490 MB in bf16) is left out. Raises what ``ck.stream`` raises: a copy that is not there, or
     tensors that are missing.
     """
@@ -110,9 +125,10 @@ def load_transformer(
         raise OpError(
             "Ideogram 4 overflows in this dtype", found=dtype, needed="bfloat16 or float32"
         )
+    check_attention(attention, device)
     conditional = copy == "conditional"
     config = ck.config.to_dict()
-    model = _skeleton(config, with_text=conditional)
+    model = _skeleton(config, conditional, attention)
     tensors = ck.stream(copy, dtype=dtype, progress=progress)
     install_weights(
         model,
@@ -126,6 +142,10 @@ def load_transformer(
     # Positions reach 65536 + 127: the table stays fp32 in every compute dtype.
     head_dim, sections = config["attention_head_dim"], config["mrope_section"]
     model.rotary_emb = Ideogram4MRoPE(head_dim, config["rope_theta"], sections).to(device)
+    if measure is not None:
+        layers = layers_of(m.weight.data for m in model.modules() if isinstance(m, QuantLinear))
+        heads = (config["num_attention_heads"], head_dim) if attention == AUTO else None
+        tune(layers, device, dtype, measure, options=options, heads=heads)
     return model
 
 

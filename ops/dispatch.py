@@ -23,9 +23,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from torch import Tensor
 
-from . import reference
+from . import adapters, choices, reference
 from .errors import BackendUnavailableError, OpError
 
 logger = logging.getLogger(__name__)
@@ -43,11 +42,6 @@ REFERENCE_OPS: Mapping[str, Callable] = {
         "dequantize_rotate_quantize",
     )
 }
-
-# Epilogue values at a time: an int32 tile and its fp32 copy stay in a CPU's cache, and off one
-# they bound the memory beside the output.
-_EPILOGUE_TILE = {"cpu": 1 << 17}
-_EPILOGUE_TILE_DEVICE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -80,35 +74,79 @@ REFERENCE = Backend("reference", REFERENCE_OPS)
 
 # ---- policy: the one place that says what "auto" means
 
+# Where nothing was measured. After these comes the reference.
 _ORDER: Mapping[str, tuple[str, ...]] = {
     # CUTLASS in comfy-kitchen is the better GEMM where it is present; Triton fuses more.
     "cuda": ("comfy_kitchen", "triton", "int_mm"),
     "cpu": ("int_mm",),
 }
 _ORDER_ELSEWHERE = ("int_mm",)
+_PRODUCTS = ("int8_linear", "int8_gemm")
 
 
 def choose(
-    op: str, shape: tuple[int, int, int], device: torch.device, requested: str = AUTO
+    op: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    requested: str = AUTO,
+    *,
+    dtype: torch.dtype | None = None,
+    rotation: int | None = None,
 ) -> Backend:
     """The backend that runs ``op`` for ``shape`` (M, N, K) on ``device``.
 
-    ``"auto"`` takes the first of the device's order that is available and has the op, at last the
-    reference (for a GEMM with a warning). A name is obeyed, or refused with
-    BackendUnavailableError; an unknown name raises OpError. ``shape`` takes no part yet: measured
-    choices go here.
+    A name is obeyed, or refused with BackendUnavailableError; an unknown name raises OpError.
+    ``"auto"`` takes, for a product, the fastest that has the op by what was measured at load for
+    [N, K] (``choices``; of activations in ``dtype`` and weights in ``rotation``, 0 for none; None:
+    any). Else, said once in the log, the first of the device's order that is available and has the
+    op, at last the reference (for a product with a warning).
     """
     if requested != AUTO:
         return _named(requested, device)
+    if op in _PRODUCTS:
+        measured = _fastest(op, shape, device, dtype, rotation)
+        if measured is not None:
+            return measured
     refused = []
     for name in _ORDER.get(device.type, _ORDER_ELSEWHERE):
         found, reason = _probe(name, device)
         if found is not None and found.has(op):
             return found
         refused.append(f"{name}: {reason if found is None else f'has no {op}'}")
-    if op in ("int8_linear", "int8_gemm"):
+    if op in _PRODUCTS:
         _warn_slow(device, "; ".join(refused))
     return REFERENCE
+
+
+def candidates(op: str, device: torch.device) -> tuple[str, ...]:
+    """The names worth measuring for ``op`` on ``device``, in the documented order.
+
+    The reference is one where at most one other is there: it is what some processors do best.
+    """
+    names = []
+    for name in _ORDER.get(device.type, _ORDER_ELSEWHERE):
+        found, _ = _probe(name, device)
+        if found is not None and found.has(op):
+            names.append(name)
+    return tuple(names) if len(names) > 1 else (*names, REFERENCE.name)
+
+
+def _fastest(
+    op: str,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    rotation: int | None,
+) -> Backend | None:
+    tokens, n, k = shape
+    detail = None if rotation is None else str(rotation)
+    table = choices.table(device)
+    found = table.nearest(choices.LINEAR, n, k, tokens, choices.dtype_name(dtype), detail)
+    if found is None:
+        _log_unmeasured(device, candidates(op, device))
+        return None
+    backends = (_probe(name, device)[0] for name in found.ranking if name in _PROBES)
+    return next((b for b in backends if b is not None and b.has(op)), None)
 
 
 def reports(device: torch.device | str = "cpu") -> tuple[BackendReport, ...]:
@@ -135,6 +173,16 @@ def _named(name: str, device: torch.device) -> Backend:
 @cache
 def _warn_slow(device: torch.device, why: str) -> None:
     logger.warning("int8 layers run as plain torch formulas on %s, slowly (%s)", device, why)
+
+
+@cache
+def _log_unmeasured(device: torch.device, names: tuple[str, ...]) -> None:
+    if len(names) > 1:
+        logger.info(
+            "%s: some int8 layers were not measured at load; auto takes the first of %s there",
+            device,
+            ", ".join(names),
+        )
 
 
 # ---- probes: each backend once a device, keeping the reason
@@ -179,7 +227,7 @@ def _probe_comfy_kitchen(device: torch.device) -> tuple[Backend | None, str]:
         return None, "its CUDA backend has no int8_linear (no cuBLASLt)"
     if torch.cuda.get_device_capability(device) < (7, 5):
         return None, "its int8 kernels need compute capability 7.5"
-    return Backend("comfy_kitchen", {"int8_linear": _comfy_kitchen_linear}), "CUDA"
+    return Backend("comfy_kitchen", {"int8_linear": adapters.comfy_kitchen_linear}), "CUDA"
 
 
 @cache
@@ -194,7 +242,7 @@ def _probe_int_mm(device: torch.device) -> tuple[Backend | None, str]:
         return None, f"torch._int_mm fails: {str(error).splitlines()[0]}"
     if not torch.equal(got, want):
         return None, "torch._int_mm is not exact on this processor"
-    return Backend("int_mm", {"int8_gemm": _int_mm_gemm}), "torch._int_mm"
+    return Backend("int_mm", {"int8_gemm": adapters.int_mm_gemm}), "torch._int_mm"
 
 
 def _probe_reference(device: torch.device) -> tuple[Backend | None, str]:
@@ -207,86 +255,3 @@ _PROBES: Mapping[str, Callable[[torch.device], tuple[Backend | None, str]]] = {
     "int_mm": _probe_int_mm,
     "reference": _probe_reference,
 }
-
-
-# ---- the two adapters
-
-
-def _comfy_kitchen_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None = None,
-    *,
-    smooth: Tensor | None = None,
-    rotation: int | None = None,
-) -> Tensor:
-    """``reference.int8_linear`` by comfy-kitchen's CUDA kernels; ``x [M, K]``.
-
-    They know no smoothing: it is applied before them and rounded to the dtype of ``x``.
-    """
-    from comfy_kitchen.registry import registry
-
-    arguments = {
-        "x": x if smooth is None else (x.float() / smooth).to(x.dtype),
-        "weight": weight,
-        "weight_scale": weight_scale,
-        "bias": None if bias is None else bias.to(x.dtype),
-        "out_dtype": x.dtype,
-        "convrot": rotation is not None,
-        "convrot_groupsize": rotation or 256,
-    }
-    return registry.get_implementation("int8_linear", "cuda", arguments)(**arguments)
-
-
-def _int_mm_gemm(
-    q: Tensor,
-    scale_x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """``reference.int8_gemm`` with ``torch._int_mm``; the weight is read in place."""
-    m, n = q.shape[0], weight.shape[0]
-    product = _int_mm(q, weight) if m and n else q.new_empty((m, n), dtype=torch.int32)
-    tile = max(1, _EPILOGUE_TILE.get(q.device.type, _EPILOGUE_TILE_DEVICE) // max(n, 1))
-    if m <= tile:
-        return reference.scale_product(product, scale_x, weight_scale, bias, out_dtype)
-    out = torch.empty((m, n), dtype=out_dtype, device=q.device)
-    for start in range(0, m, tile):
-        rows = slice(start, start + tile)
-        out[rows] = reference.scale_product(
-            product[rows], scale_x[rows], weight_scale, bias, out_dtype
-        )
-    return out
-
-
-def _int_mm(q: Tensor, weight: Tensor) -> Tensor:
-    if q.device.type != "cpu":
-        return _padded_int_mm(q, weight)
-    if q.shape[1] == 1:  # torch 2.13 and 2.14 return unwritten memory here
-        return q.int() * weight.t().int()
-    return torch._int_mm(q, weight.t())
-
-
-def _padded_int_mm(q: Tensor, weight: Tensor) -> Tensor:
-    """For cuBLASLt, which takes more than 16 rows, and K and N in multiples of 8."""
-    m, k = q.shape
-    n = weight.shape[0]
-    if k % 8 or n % 8:
-        _warn_padded(n, k)
-        weight = torch.nn.functional.pad(weight, (0, -k % 8, 0, -n % 8))
-    if k % 8 or m < 32:
-        q = torch.nn.functional.pad(q, (0, -k % 8, 0, max(0, 32 - m)))
-    return torch._int_mm(q, weight.t())[:m, :n]
-
-
-@cache
-def _warn_padded(n: int, k: int) -> None:
-    logger.warning(
-        "torch._int_mm needs in_features and out_features in multiples of 8: a weight of %d x %d "
-        "is copied at every call",
-        n,
-        k,
-    )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, prequantized
+from . import choices, dispatch, prequantized
 from .errors import OpError
 from .fused import Activation
 from .library import define
@@ -21,7 +21,10 @@ W8A8_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K")
 """GGUF formats that ``"auto"`` runs through int8: their own error hides that of the activations."""
 
 FEW_TOKENS = 64
-"""Below this many, decoding is the cost of a GGUF layer: int8 would only add to its error."""
+"""Below this many, decoding is the cost of a GGUF layer: int8 would only add to its error.
+
+The least that is asked for where nothing was measured, and never less where it was (``choices``).
+"""
 
 
 @dataclass(frozen=True)
@@ -155,11 +158,17 @@ def gguf_linear(
     return _gguf_linear_op(x, blocks, qtype, bias, compute, rotation or 0, backend)
 
 
-def resolve_compute(compute: str, qtype: str, in_features: int, tokens: int = FEW_TOKENS) -> str:
-    """``"w8a8"`` or ``"dense"`` for ``LinearOptions.gguf_compute``; OpError for another word."""
+def resolve_compute(
+    compute: str, qtype: str, in_features: int, tokens: int = FEW_TOKENS, few: int = FEW_TOKENS
+) -> str:
+    """``"w8a8"`` or ``"dense"`` for ``LinearOptions.gguf_compute``; OpError for another word.
+
+    ``"auto"`` is dense for fewer than ``few`` tokens, a format of 6 or more bits, and in_features
+    that are no multiple of 256.
+    """
     if compute == "auto":
         through_int8 = qtype in W8A8_FORMATS and in_features % 256 == 0
-        return "w8a8" if through_int8 and tokens >= FEW_TOKENS else "dense"
+        return "w8a8" if through_int8 and tokens >= few else "dense"
     if compute not in ("w8a8", "dense"):
         raise OpError(
             "unknown compute mode", found=repr(compute), needed="'auto', 'w8a8' or 'dense'"
@@ -221,7 +230,9 @@ def _int8_linear(
         return x.new_empty((*x.shape[:-1], n))
     # A backend that only has the whole layer would have to smooth outside its quantizer.
     wanted = "int8_linear" if smooth is None else "int8_gemm"
-    chosen = dispatch.choose(wanted, (rows.shape[0], n, k), x.device, backend)
+    chosen = dispatch.choose(
+        wanted, (rows.shape[0], n, k), x.device, backend, dtype=x.dtype, rotation=rotation
+    )
     whole = chosen.ops.get("int8_linear")
     if whole is not None:
         out = whole(rows, weight, weight_scale, bias, smooth=smooth, rotation=rotation or None)
@@ -245,11 +256,25 @@ def _gguf_linear(
     rows = x.reshape(-1, k)
     if not rows.numel() or not n:
         return x.new_empty((*x.shape[:-1], n))
-    if resolve_compute(compute, qtype, k, rows.shape[0]) == "dense":
+    if _compute_here(compute, qtype, rows, n, backend) == "dense":
         out = _gguf_dense(rows, blocks, qtype, bias)
     else:
         out = _gguf_w8a8(rows, blocks, qtype, bias, rotation or None, backend)
     return out.reshape(*x.shape[:-1], n)
+
+
+def _compute_here(compute: str, qtype: str, x: Tensor, n: int, backend: str) -> str:
+    """``resolve_compute`` with what this device is like: ``x [M, K]``, N output channels.
+
+    Int8 that no backend speeds up would only add to the error, so ``"auto"`` is dense there.
+    """
+    m, k = x.shape
+    few = choices.table(x.device).few_tokens(qtype, n, k, choices.dtype_name(x.dtype))
+    found = resolve_compute(compute, qtype, k, m, FEW_TOKENS if few is None else few)
+    if found == "w8a8" and compute == "auto" and backend == dispatch.AUTO and few is None:
+        fast = dispatch.choose("int8_gemm", (m, n, k), x.device, dtype=x.dtype)
+        return "dense" if fast is dispatch.REFERENCE else found
+    return found
 
 
 def _gguf_w8a8(

@@ -96,9 +96,11 @@ def chunks(n: int, k: int) -> Iterator[slice]:
 # ---- implementations behind the custom ops
 
 
-def _choose(op: str, x: Tensor, n: int, backend: str) -> Callable:
+def _choose(
+    op: str, x: Tensor, n: int, backend: str, dtype: torch.dtype | None = None
+) -> Callable:
     shape = (x.numel() // x.shape[-1], n, x.shape[-1])
-    return dispatch.choose(op, shape, x.device, backend).get(op)
+    return dispatch.choose(op, shape, x.device, backend, dtype=dtype).get(op)
 
 
 def _quantize_rows(x, smooth, rotation, backend):
@@ -121,14 +123,14 @@ def _gate_residual(x, gate, y, weight, eps, backend):
 
 
 def _int8_product(q, scale, weight, weight_scale, bias, dtype, backend):
-    gemm = _choose("int8_gemm", q, weight.shape[0], backend)
+    gemm = _choose("int8_gemm", q, weight.shape[0], backend, dtype)
     return gemm(q, scale, weight.contiguous(), weight_scale.reshape(-1), bias, dtype)
 
 
 def _gguf_product(q, scale, blocks, qtype, bias, rotation, dtype, backend):
     n, (m, k) = blocks.shape[0], q.shape
     decode = _choose("dequantize_rotate_quantize", q, n, backend)
-    gemm = _choose("int8_gemm", q, n, backend)
+    gemm = _choose("int8_gemm", q, n, backend, dtype)
     if q.device.type != "cpu":
         weight, weight_scale = decode(blocks, qtype, (n, k), rotation or None)
         return gemm(q, scale, weight, weight_scale, bias, dtype)

@@ -16,6 +16,16 @@ from ideogram4_quant.tests.host.server import PACK_FOLDER, Server, environment, 
 SCRIPTS = Path(__file__).resolve().parent / "host" / "scripts"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measured choices of the tests are not those of the user."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        patch.setenv("LOCALAPPDATA", folder)
+        yield
+
+
 @pytest.fixture(scope="session")
 def host() -> Host:
     """A real ComfyUI; tests that need one skip with the reason where there is none."""

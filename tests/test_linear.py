@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ideogram4_quant.ops import blocks, dispatch, layouts, library, prequantized, reference
+from ideogram4_quant.ops import (
+    adapters,
+    blocks,
+    dispatch,
+    layouts,
+    library,
+    prequantized,
+    reference,
+)
 from ideogram4_quant.ops import linear as ops_linear
 from ideogram4_quant.ops.errors import BackendUnavailableError, OpError
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear, linear
@@ -153,20 +161,20 @@ def test_the_epilogue_in_tiles(monkeypatch):
     x = randn(37, 64)
     q, scale = reference.quantize_rows(randn(10, 64, seed=1))
     want = int8_linear(x, q, scale, randn(10, seed=2), backend="int_mm")
-    monkeypatch.setattr(dispatch, "_EPILOGUE_TILE", {"cpu": 50})
+    monkeypatch.setattr(adapters, "_EPILOGUE_TILE", {"cpu": 50})
     assert torch.equal(int8_linear(x, q, scale, randn(10, seed=2), backend="int_mm"), want)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (1, 8, 8), (16, 8, 16)])
 def test_padding_for_cublas(m, n, k, caplog):
     """Run on the CPU: what is added for cuBLASLt changes nothing."""
-    dispatch._warn_padded.cache_clear()
+    adapters._warn_padded.cache_clear()
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)
     w = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            got = dispatch._padded_int_mm(q, w)
+            got = adapters.padded_int_mm(q, w)
             assert torch.equal(got, reference.int32_product(q, w))
     assert len(caplog.records) == int(bool(n % 8 or k % 8))
 
@@ -284,9 +292,9 @@ def test_options_reach_the_layer(kind, backend, monkeypatch):
     used = []
     real = dispatch.choose
 
-    def spy(op, shape, device, requested="auto"):
+    def spy(op, shape, device, requested="auto", **kind):
         used.append(requested)
-        return real(op, shape, device, requested)
+        return real(op, shape, device, requested, **kind)
 
     monkeypatch.setattr(dispatch, "choose", spy)
     x, qt = randn(70, 256), make(kind, randn(8, 256, seed=1))
@@ -425,7 +433,7 @@ def test_the_comfy_kitchen_adapter_computes_the_same(monkeypatch):
         q, scale = reference.smooth_rotate_quantize_rows(
             w * options.get("smooth", 1), None, options.get("rotation")
         )
-        got = dispatch._comfy_kitchen_linear(x, q, scale, randn(8), **options)
+        got = adapters.comfy_kitchen_linear(x, q, scale, randn(8), **options)
         assert relative(got, reference.int8_linear(x, q, scale, randn(8), **options)) < 2e-3
 
 

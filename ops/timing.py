@@ -1,0 +1,50 @@
+"""How long a few functions take on a device, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was given; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type in ("xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def medians(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 5,
+    deadline: float | None = None,
+) -> dict[str, float] | None:
+    """Median seconds of each function; the rounds go through all of them in turn.
+
+    In turn, so that a machine whose speed drifts slows all alike. The first round warms up. What
+    takes twice as long as the best is not run a third time. At ``deadline`` (of
+    ``time.perf_counter``) what there is counts; None if a function was not reached.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds + 1):
+        best = min((min(values) for values in times.values() if values), default=0.0)
+        for name, function in functions.items():
+            if deadline is not None and time.perf_counter() >= deadline:
+                continue
+            if len(times[name]) < 2 or min(times[name]) <= 2 * best:
+                times[name].append(_seconds(function, device))
+    if not all(times.values()):
+        return None
+    return {name: statistics.median(values[1:] or values) for name, values in times.items()}
+
+
+def _seconds(function: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,197 @@
+"""What there is to measure for a model: its kinds of linears, and the candidates of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import attention, choices, dispatch
+from .choices import ATTENTION, GGUF, LINEAR, Key, Table, dtype_name
+from .linear import FEW_TOKENS, W8A8_FORMATS, LinearOptions, gguf_linear, int8_linear
+from .rotation import largest_group
+
+# 1024 px with its text, 512 px, and few tokens. A CPU takes one count, or it would take minutes.
+_TOKENS = {"cpu": (512,)}
+_TOKENS_DEVICE = (4608, 1536, 512)
+# From many to few: where decoding to floats has won, it wins for fewer tokens too.
+_GGUF_TOKENS = (2048, 512, 256, 128, FEW_TOKENS)
+_ERROR_TOKENS = 512
+# On a CPU, where time grows with the weights, this many of them stand for the whole.
+_CPU_WEIGHTS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of linear: ``"int8"`` or a GGUF format, ``[n, k]``, its rotation (0: none)."""
+
+    kind: str
+    n: int
+    k: int
+    rotation: int = 0
+
+
+def layers_of(weights: Iterable[Tensor]) -> tuple[Layer, ...]:
+    """The distinct kinds of quantized linears among ``weights``, those with most weights first."""
+    counts: Counter[Layer] = Counter()
+    for weight in weights:
+        params = getattr(weight, "_params", None)
+        shape = getattr(params, "matrix_shape", None)
+        if shape is None:
+            continue
+        n, k = shape
+        if hasattr(params, "qtype"):
+            counts[Layer(params.qtype, n, k)] += n * k
+        elif hasattr(params, "rotation"):
+            counts[Layer("int8", n, k, params.rotation or 0)] += n * k
+    return tuple(layer for layer, _ in counts.most_common())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement to make: what it is of, its candidates and the bytes that it takes.
+
+    ``make(tokens)`` allocates the inputs and returns one closure a candidate; ``scale`` is the
+    whole layer over the part of it that is timed; ``after``: not needed where decoding to floats
+    won one of those.
+    """
+
+    key: Key
+    candidates: tuple[str, ...]
+    nbytes: int
+    make: Callable[[int], Mapping[str, Callable[[], Tensor]]]
+    scale: float = 1.0
+    errors: Callable[[], Mapping[str, float]] | None = None
+    after: tuple[Key, ...] = ()
+
+    def is_settled(self, table: Table) -> bool:
+        """Whether ``table`` says already what this would tell."""
+        before = (table.get(key) for key in self.after)
+        if any(m is not None and m.ranking[0] == "dense" for m in before):
+            return True
+        known = table.get(self.key)
+        return known is not None and set(self.candidates) <= set(known.seconds)
+
+
+def jobs(
+    layers: Iterable[Layer],
+    device: torch.device,
+    dtype: torch.dtype,
+    options: LinearOptions,
+    heads: tuple[int, int] | None,
+) -> Iterator[Job]:
+    """Everything that is left to ``"auto"`` and has more than one candidate, in order of weight."""
+    layers = tuple(layers)
+    tokens = _TOKENS.get(device.type, _TOKENS_DEVICE)
+    for count in tokens:
+        if options.backend == dispatch.AUTO:
+            for layer in dict.fromkeys(_int8_layer(layer, options) for layer in layers):
+                if layer is not None:
+                    yield from _linear_job(layer, device, dtype, count)
+        if heads is not None:
+            yield from _attention_job(heads, device, dtype, count)
+    if (options.backend, options.gguf_compute) != (dispatch.AUTO, "auto"):
+        return
+    for layer in layers:
+        if layer.kind in W8A8_FORMATS and layer.k % 256 == 0:
+            counts = [_gguf_job(layer, device, dtype, count) for count in _GGUF_TOKENS]
+            for index, job in enumerate(counts):
+                yield replace(job, after=tuple(more.key for more in counts[:index]))
+
+
+def _int8_layer(layer: Layer, options: LinearOptions) -> Layer | None:
+    """The int8 product that a layer runs as; None for one that is computed densely."""
+    if layer.kind == "int8":
+        return layer
+    through_int8 = options.gguf_compute == "w8a8" or (
+        options.gguf_compute == "auto" and layer.kind in W8A8_FORMATS and layer.k % 256 == 0
+    )
+    return Layer("int8", layer.n, layer.k, largest_group(layer.k) or 0) if through_int8 else None
+
+
+def _linear_job(
+    layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int
+) -> Iterator[Job]:
+    n, k, rotation = layer.n, layer.k, layer.rotation or None
+    names = dispatch.candidates("int8_linear", device)
+    if len(names) < 2:
+        return
+    rows = _rows(n, k, device)
+
+    def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
+        x = _random((count, k), device, dtype)
+        weight = _random((rows, k), device, torch.int8)
+        scale = torch.full((rows,), 1e-3, device=device)
+        run = lambda name: int8_linear(x, weight, scale, rotation=rotation, backend=name)
+        return {name: lambda name=name: run(name) for name in names}
+
+    # x, its int8 copy, the weight, and the output as int32, fp32 and in dtype
+    nbytes = tokens * k * (dtype.itemsize + 1) + rows * k + tokens * rows * (8 + dtype.itemsize)
+    key = Key(LINEAR, n, k, choices.rounded(tokens), dtype_name(dtype), str(layer.rotation))
+    yield Job(key, names, nbytes, make, scale=n / rows)
+
+
+def _gguf_job(layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int) -> Job:
+    from .blocks import FORMATS
+
+    n, k = layer.n, layer.k
+    rows = _rows(n, k, device)
+    fmt = FORMATS[layer.kind]
+
+    def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
+        x = _random((count, k), device, dtype)
+        shape = (rows, k // fmt.block_size * fmt.type_size)
+        blocks = torch.zeros(shape, device=device, dtype=torch.uint8)  # as slow as any values
+        backend = dispatch.choose("int8_linear", (count, n, k), device, dtype=dtype).name
+        run = lambda how: gguf_linear(
+            x, blocks, layer.kind, (rows, k), compute=how, backend=backend
+        )
+        return {how: lambda how=how: run(how) for how in ("w8a8", "dense")}
+
+    # x and its int8 copy, the weight packed, in dtype and (on its way) in fp32, the output
+    nbytes = tokens * k * (dtype.itemsize + 1) + rows * k * (1 + dtype.itemsize + 4)
+    nbytes += tokens * rows * (8 + dtype.itemsize)
+    key = Key(GGUF, n, k, tokens, dtype_name(dtype), layer.kind)
+    return Job(key, ("w8a8", "dense"), nbytes, make, scale=n / rows)
+
+
+def _attention_job(
+    heads: tuple[int, int], device: torch.device, dtype: torch.dtype, tokens: int
+) -> Iterator[Job]:
+    names = attention.candidates(device)
+    if len(names) < 2:
+        return
+    number, size = heads
+
+    def inputs(count: int) -> tuple[Tensor, ...]:
+        shape = (1, number, count, size)
+        return tuple(_random(shape, device, dtype, seed) for seed in range(3))
+
+    def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
+        q, k, v = inputs(count)
+        return {name: lambda name=name: attention.BACKENDS[name](q, k, v) for name in names}
+
+    def errors() -> Mapping[str, float]:
+        return attention.errors(*inputs(_ERROR_TOKENS), names)
+
+    nbytes = tokens * number * size * (4 * dtype.itemsize + 3)
+    key = Key(ATTENTION, number, size, choices.rounded(tokens), dtype_name(dtype))
+    yield Job(key, names, nbytes, make, errors=errors)
+
+
+def _rows(n: int, k: int, device: torch.device) -> int:
+    """How many of the N output channels are timed."""
+    return n if device.type != "cpu" else min(n, max(1, _CPU_WEIGHTS // k))
+
+
+def _random(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Tensor:
+    """Standard normal, or int8 of -127..127, from a generator of its own: seeds are the user's."""
+    generator = torch.Generator(device).manual_seed(seed)
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, generator=generator, device=device, dtype=dtype)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)

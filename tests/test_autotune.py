@@ -1,0 +1,331 @@
+"""Measured choices: what is timed, kept, read again and obeyed; the times themselves are faked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ideogram4_quant.ops import (
+    autotune,
+    blocks,
+    choice_files,
+    choices,
+    dispatch,
+    reference,
+    tuning_jobs,
+)
+from ideogram4_quant.ops.autotune import Layer, Measure, layers_of, tune
+from ideogram4_quant.ops.choices import ALWAYS_DENSE, GGUF, LINEAR, Key, Measurement, Table
+from ideogram4_quant.ops.layouts import QuantizedTensor
+from ideogram4_quant.ops.linear import FEW_TOKENS, LinearOptions, gguf_linear, int8_linear
+
+CPU = torch.device("cpu")
+INT8 = Layer("int8", 48, 256)
+Q4_K = Layer("Q4_K", 48, 256)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known():
+    choices.forget(CPU)
+    yield
+    choices.forget(CPU)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fake_times(monkeypatch, **seconds):
+    """Every candidate takes what is given for it; returns the candidates that were timed."""
+    timed = []
+
+    def medians(functions, device, rounds=5, deadline=None):
+        for function in functions.values():
+            function()
+        timed.append(tuple(functions))
+        return {name: seconds[name] for name in functions}
+
+    monkeypatch.setattr(autotune, "medians", medians)
+    return timed
+
+
+def linear_key(layer, tokens=512, dtype="float32"):
+    return Key(LINEAR, layer.n, layer.k, tokens, dtype, str(layer.rotation))
+
+
+# ---- what is measured
+
+
+def test_layers_are_counted_by_kind_and_shape():
+    rotated = QuantizedTensor.from_float(randn(8, 64), "Ideogram4QuantInt8", rotation=64)
+    packed = QuantizedTensor.from_float(randn(64, 256), "Ideogram4QuantGGUF", qtype="Q4_K")
+    fp8 = QuantizedTensor.from_float(randn(8, 64), "Ideogram4QuantFP8")
+    plain = QuantizedTensor.from_float(randn(8, 64), "Ideogram4QuantInt8")
+    found = layers_of([rotated, plain, fp8, randn(4, 4), packed, plain])
+    assert found == (Layer("Q4_K", 64, 256), Layer("int8", 8, 64), Layer("int8", 8, 64, 64))
+
+
+def test_a_real_measurement_finds_every_candidate(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        table = tune([INT8, Q4_K], CPU, torch.float32, Measure(tmp_path))
+    found = table.get(linear_key(INT8))
+    assert set(found.seconds) == {"int_mm", "reference"}
+    assert all(0 < value < 5 for value in found.seconds.values())
+    assert set(table.get(Key(GGUF, 48, 256, 2048, "float32", "Q4_K")).seconds) == {"w8a8", "dense"}
+    # Q4_K runs as a rotated int8 product, which is measured as one
+    assert table.get(linear_key(Layer("int8", 48, 256, 256))) is not None
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("measured on cpu")]
+    assert len(lines) == len(table) == len(autotune.describe(CPU)) >= 3
+    assert "int8 linear 256 -> 48, 512 tokens, float32: " in autotune.describe(CPU)[0]
+
+
+def test_the_choice_follows_the_measurement(tmp_path, monkeypatch):
+    fake_times(monkeypatch, int_mm=2e-3, reference=1e-3)
+    assert dispatch.choose("int8_linear", (5, 48, 256), CPU).name == "int_mm"
+    tune([INT8], CPU, torch.float32, Measure(tmp_path))
+    for op in ("int8_linear", "int8_gemm"):
+        for tokens in (1, 512, 5000):
+            where = ((tokens, 48, 256), CPU)
+            assert dispatch.choose(op, *where, dtype=torch.float32, rotation=0).name == "reference"
+            assert dispatch.choose(op, *where, dtype=torch.bfloat16).name == "int_mm"
+            assert dispatch.choose(op, *where, rotation=256).name == "int_mm"
+    assert dispatch.choose("int8_gemm", (5, 48, 512), CPU).name == "int_mm"
+    assert dispatch.choose("int8_linear", (5, 48, 256), CPU, "int_mm").name == "int_mm"
+    # what needs the product alone takes the fastest that has it
+    probes = {**dispatch._PROBES, "reference": lambda device: (dispatch.Backend("reference"), "")}
+    monkeypatch.setattr(dispatch, "_PROBES", probes)
+    assert dispatch.choose("int8_gemm", (5, 48, 256), CPU).name == "int_mm"
+
+
+def test_the_nearest_measured_token_count_decides():
+    times = {512: {"int_mm": 1.0, "reference": 2.0}, 4608: {"int_mm": 2.0, "reference": 1.0}}
+    table = Table(Measurement(linear_key(INT8, tokens), t) for tokens, t in times.items())
+    choices.remember(CPU, table)
+    for tokens, name in ((1, "int_mm"), (1024, "int_mm"), (2560, "reference"), (9999, "reference")):
+        assert dispatch.choose("int8_linear", (tokens, 48, 256), CPU).name == name
+    assert [choices.rounded(n) for n in (0, 1, 512, 513, 4600)] == [512, 512, 512, 1024, 4608]
+
+
+def test_what_was_not_measured_takes_the_order_and_says_so_once(caplog):
+    dispatch._log_unmeasured.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            assert dispatch.choose("int8_linear", (5, 48, 256), CPU).name == "int_mm"
+    assert [record.getMessage() for record in caplog.records] == [
+        "cpu: some int8 layers were not measured at load; auto takes the first of int_mm, "
+        "reference there"
+    ]
+
+
+def test_only_what_is_left_to_auto_is_measured(tmp_path, monkeypatch):
+    timed = fake_times(monkeypatch, int_mm=1.0, reference=2.0, w8a8=1.0, dense=2.0)
+    layers = [INT8, Q4_K, Layer("Q8_0", 48, 256), Layer("Q4_K", 48, 64)]
+    kinds = {
+        LinearOptions(backend="int_mm"): set(),
+        LinearOptions(gguf_compute="dense"): {"int8"},
+        LinearOptions(gguf_compute="w8a8"): {"int8"},
+        LinearOptions(): {"int8", "gguf"},
+    }
+    for options, expected in kinds.items():
+        choices.forget(CPU)
+        timed.clear()
+        tune(layers, CPU, torch.float32, Measure(tmp_path / str(hash(options))), options=options)
+        names = {"int8" if "int_mm" in candidates else "gguf" for candidates in timed}
+        assert names == expected
+    # in the last case: INT8 and the rotated product behind Q4_K; five token counts of Q4_K
+    assert len(choices.table(CPU)) == 2 + 5
+
+
+def test_fewer_tokens_are_not_tried_where_decoding_has_won(tmp_path, monkeypatch):
+    fake_times(monkeypatch, int_mm=1.0, reference=2.0, w8a8=2.0, dense=1.0)
+    for _ in range(2):
+        table = tune([Q4_K], CPU, torch.float32, Measure(tmp_path))
+        assert [m.key.tokens for m in table if m.key.op == GGUF] == [2048]
+    assert table.few_tokens("Q4_K", 48, 256, "float32") == ALWAYS_DENSE
+
+
+@pytest.mark.parametrize(
+    ("w8a8_wins_from", "few"), [(64, 64), (128, 128), (512, 512), (None, ALWAYS_DENSE)]
+)
+def test_few_tokens_are_where_int8_starts_to_win(w8a8_wins_from, few):
+    measured = [
+        Measurement(
+            Key(GGUF, 48, 256, tokens, "float32", "Q4_K"),
+            {"w8a8": 1.0 if w8a8_wins_from and tokens >= w8a8_wins_from else 3.0, "dense": 2.0},
+        )
+        for tokens in (64, 128, 512)
+    ]
+    choices.remember(CPU, Table(measured))
+    assert choices.table(CPU).few_tokens("Q4_K", 48, 256, "float32") == few
+    assert choices.table(CPU).few_tokens("Q4_K", 48, 256, "bfloat16") is None
+    packed = blocks.quantize(randn(48, 256, seed=1), "Q4_K")
+    for tokens in (FEW_TOKENS, 200, 600):
+        x = randn(tokens, 256)
+        chosen = "w8a8" if tokens >= few else "dense"
+        want = gguf_linear(x, packed, "Q4_K", (48, 256), compute=chosen)
+        assert torch.equal(gguf_linear(x, packed, "Q4_K", (48, 256)), want)
+
+
+def test_bounds_of_time_and_memory_hold(tmp_path, caplog):
+    for bound in (Measure(tmp_path, seconds=0), Measure(tmp_path, memory=1000)):
+        with caplog.at_level(logging.INFO):
+            assert len(tune([INT8], CPU, torch.float32, bound)) == 0
+        assert "1 measurements did not fit" in caplog.messages[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_measured_under_compile(tmp_path, monkeypatch):
+    timed = fake_times(monkeypatch, int_mm=1.0, reference=2.0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    tune([INT8], CPU, torch.float32, Measure(tmp_path))
+    assert not timed
+
+
+def test_measuring_leaves_the_users_seed_alone(tmp_path):
+    torch.manual_seed(3)
+    want = torch.rand(4)
+    torch.manual_seed(3)
+    tune([INT8], CPU, torch.float32, Measure(tmp_path))
+    assert torch.equal(torch.rand(4), want)
+
+
+def test_a_candidate_that_fails_is_left_to_the_order(tmp_path, monkeypatch, caplog):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of memory\nmore")
+
+    monkeypatch.setattr(tuning_jobs, "int8_linear", broken)
+    assert len(tune([INT8], CPU, torch.float32, Measure(tmp_path))) == 0
+    assert "cannot measure int8 linear 256 -> 48" in caplog.text
+    assert int8_linear(randn(2, 8), *reference.quantize_rows(randn(3, 8))).shape == (2, 3)
+
+
+# ---- files
+
+
+def test_a_second_start_reads_the_file(tmp_path, monkeypatch):
+    timed = fake_times(monkeypatch, int_mm=2e-3, reference=1e-3)
+    tune([INT8], CPU, torch.float32, Measure(tmp_path))
+    choices.forget(CPU)
+    before = len(timed)
+    table = tune([INT8], CPU, torch.float32, Measure(tmp_path))
+    assert len(timed) == before
+    assert table.get(linear_key(INT8)).seconds == {"int_mm": 2e-3, "reference": 1e-3}
+    # another shape joins what is there
+    tune([Layer("int8", 16, 64)], CPU, torch.float32, Measure(tmp_path))
+    assert len(choice_files.load(tmp_path, CPU)) == 2
+    # a candidate that was not there then is measured now
+    monkeypatch.setattr(dispatch, "candidates", lambda op, device: ("int_mm", "reference", "new"))
+    job = next(iter(tuning_jobs.jobs([INT8], CPU, torch.float32, LinearOptions(), None)))
+    assert not job.is_settled(table)
+
+
+def test_versions_and_devices_have_files_of_their_own(tmp_path, monkeypatch):
+    first = choice_files.file_for(tmp_path, CPU)
+    assert first.parent == tmp_path
+    about = choice_files.environment(CPU)
+    assert {"device", "torch", "triton", "comfy_kitchen", "threads"} <= set(about)
+    for name in about:
+        changed = {**about, name: about[name] + " x"}
+        monkeypatch.setattr(choice_files, "environment", lambda device, c=changed: c)
+        assert choice_files.file_for(tmp_path, CPU) != first
+
+
+def _saved(folder):
+    measured = Measurement(linear_key(INT8), {"int_mm": 1.0, "reference": 2.0}, {"int_mm": 0.0})
+    choice_files.save(folder, CPU, Table([measured]))
+    return choice_files.file_for(folder, CPU)
+
+
+BROKEN = {
+    "empty": lambda text: "",
+    "cut": lambda text: text[: len(text) // 2],
+    "no json": lambda text: "\0" * 50,
+    "a list": lambda text: "[]",
+    "no measurements": lambda text: "{}",
+    "text for a number": lambda text: text.replace('"k": 256', '"k": "256"'),
+    "a zero size": lambda text: text.replace('"n": 48', '"n": 0'),
+    "a truth value": lambda text: text.replace('"n": 48', '"n": true'),
+    "an unknown op": lambda text: text.replace('"int8_linear"', '"rm -rf"'),
+    "no times": lambda text: text.replace('"int_mm": 1.0', '"int_mm": NaN'),
+    "a time of zero": lambda text: text.replace('"int_mm": 1.0', '"int_mm": 0'),
+    "times as a list": lambda text: json.dumps(
+        {"measurements": [{**json.loads(text)["measurements"][0], "seconds": [1]}]}
+    ),
+    "deep": lambda text: "[" * 100_000,
+    "too large": lambda text: text + " " * (1 << 23),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_reported_and_rebuilt(case, tmp_path, caplog):
+    path = _saved(tmp_path)
+    text = path.read_text()
+    assert len(choice_files.load(tmp_path, CPU)) == 1
+    broken = BROKEN[case](text)
+    assert broken != text
+    path.write_text(broken)
+    assert len(choice_files.load(tmp_path, CPU)) == 0
+    assert str(path) in caplog.text
+    assert "measuring again" in caplog.text
+    tune([INT8], CPU, torch.float32, Measure(tmp_path))
+    assert len(choice_files.load(tmp_path, CPU)) == 1
+
+
+def test_unknown_names_in_a_file_choose_nothing(tmp_path):
+    times = {"reference": 2.0, "os.system": 1.0}
+    choices.remember(CPU, Table([Measurement(linear_key(INT8), times)]))
+    assert dispatch.choose("int8_linear", (5, 48, 256), CPU).name == "reference"
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    tune([INT8], CPU, torch.float32, Measure(tmp_path / "file"))
+    assert "the measured choices are not kept" in caplog.text
+    assert len(choices.table(CPU)) == 1
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+import torch
+from ideogram4_quant.ops import choice_files
+from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
+folder, name = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+cpu = torch.device("cpu")
+for count in range(1, 40):
+    key = Key(LINEAR, name, count, 512, "float32", "0")
+    choice_files.save(folder, cpu, Table([Measurement(key, {"int_mm": 1.0})]))
+    assert len(choice_files.load(folder, cpu)), "half a file was seen"
+"""
+
+
+def test_two_processes_at_once_leave_a_whole_file(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-W", "error", "-c", _WRITER, str(tmp_path)]
+    running = [
+        subprocess.Popen([*command, str(n)], cwd=root, stderr=subprocess.PIPE, text=True)
+        for n in (1, 2)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "cannot be read" not in errors
+        assert "not kept" not in errors
+    entries = json.loads(next(tmp_path.iterdir()).read_text())["measurements"]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert {entry["n"] for entry in entries} & {1, 2}
+
+
+def test_the_users_folder_is_the_systems(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert choice_files.user_folder() == tmp_path / "ideogram4_quant"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert choice_files.user_folder().parts[-3:] == ("Library", "Caches", "ideogram4_quant")
