@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,14 +10,22 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
+import folder_paths
 import torch
 
 from ..checkpoint import Checkpoint
+from ..ops import choices
+from ..ops.autotune import Layer, Measure, layers_of, tune
+from ..ops.dispatch import AUTO
 from ..ops.linear import LinearOptions
+from .attention import check as check_attention
+from .attention import install
 from .headers import open_header
 from .host_ops import make_ops
+from .report import HOST_ATTENTION
 
 ATTACHMENT = "ideogram4_quant"
+LAYERS = "ideogram4_quant_layers"
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class ModelSource:
     bases: tuple[Path, ...] = ()
     options: LinearOptions = field(default_factory=LinearOptions)
     trusted: bool = False  # the user's word for the copy goes before the file's name
+    attention: str = HOST_ATTENTION
 
 
 def source_of(patcher: comfy.model_patcher.ModelPatcher) -> ModelSource | None:
@@ -50,6 +60,7 @@ def load_model(
     """
     header = open_header(source.path, source.bases, copy=source.copy if source.trusted else None)
     device, offload = management.get_torch_device(), management.unet_offload_device()
+    check_attention(source.attention, device)
     dtype = compute_dtype(device)
     config = _host_config(header)
     config.set_inference_dtype(dtype, None, device=device)
@@ -61,6 +72,8 @@ def load_model(
         dtype=dtype,
         progress=lambda done, total: progress.update_absolute(round(100 * done / max(total, 1))),
     )
+    layers = layers_of(state.values())
+    _measure(layers, header, source, device, dtype)
     model = config.get_model(state, "")
     plain = comfy.model_patcher.ModelPatcher
     patcher_class = plain if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -70,7 +83,43 @@ def load_model(
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, (source,))
     patcher.set_attachments(ATTACHMENT, source)
+    patcher.set_attachments(LAYERS, layers)
+    install(patcher, source.attention)
     return patcher
+
+
+def measured(patchers: Iterable[comfy.model_patcher.ModelPatcher]) -> choices.Table:
+    """What was measured for these models on the device that the host computes on."""
+    shapes = {
+        (layer.n, layer.k) for patcher in patchers for layer in patcher.get_attachment(LAYERS) or ()
+    }
+    table = choices.table(management.get_torch_device())
+    attention = choices.ATTENTION
+    return choices.Table(m for m in table if m.key.op == attention or (m.key.n, m.key.k) in shapes)
+
+
+def _measure(
+    layers: tuple[Layer, ...],
+    header: Checkpoint,
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Time what is left to ``auto``, before the model takes its memory; known results cost nothing.
+
+    They are kept in the host's user folder, out of reach of its web server.
+    """
+    folder = Path(folder_paths.get_system_user_directory("ideogram4_quant"))
+    config = header.config
+    heads = (config.num_attention_heads, config.attention_head_dim)
+    tune(
+        layers,
+        device,
+        dtype,
+        Measure(folder, make_room=lambda nbytes: management.free_memory(nbytes, device)),
+        options=source.options,
+        heads=heads if source.attention == AUTO else None,
+    )
 
 
 def _host_config(header: Checkpoint) -> comfy.supported_models.Ideogram4:

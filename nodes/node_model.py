@@ -24,13 +24,15 @@ from ..checkpoint.levels import (
 )
 from ..checkpoint.listing import stamp
 from ..ops import dispatch
+from ..ops.attention import reports as attention_reports
 from ..ops.errors import Ideogram4QuantError, PairMismatchError
 from ..ops.linear import LinearOptions
 from . import report
+from .attention import CHOICES as ATTENTIONS
 from .connections import leads_anywhere, running_graph
 from .headers import open_header
 from .model_files import host_listing
-from .model_loading import ModelSource, compute_dtype, load_model
+from .model_loading import ModelSource, compute_dtype, load_model, measured
 from .schema import CATEGORY
 
 BY_LEVEL = "by level"
@@ -122,6 +124,7 @@ class LoadIdeogram4(io.ComfyNode):
         trust_files: bool = False,
         backend: str = AUTO,
         gguf_compute: str = "auto",
+        attention: str = report.HOST_ATTENTION,
     ) -> io.NodeOutput:
         pair, bases = choose_files(
             level, conditional_file, unconditional_file, base_file, trust_files
@@ -134,9 +137,11 @@ class LoadIdeogram4(io.ComfyNode):
             if candidate is None or not connected:
                 models.append(None)
                 continue
-            source = ModelSource(candidate.path, copy, bases, options, trust_files)
+            source = ModelSource(candidate.path, copy, bases, options, trust_files, attention)
             models.append(load_model(source))
-        here = machine()
+        here = replace(
+            machine(), attention=attention, measured=measured(m for m in models if m is not None)
+        )
         if cls.hidden.extra_pnginfo is not None:  # what SaveImage writes into the file
             note = report.summary(pair, level, options, here)
             cls.hidden.extra_pnginfo["ideogram4_quant"] = note
@@ -211,6 +216,7 @@ def machine() -> report.Machine:
         memory=management.get_total_memory(device),
         dtype=str(compute_dtype(device)).removeprefix("torch."),
         backends=dispatch.reports(device),
+        attention_backends=attention_reports(device),
     )
 
 
@@ -275,8 +281,9 @@ def _inputs() -> list:
             default=AUTO,
             optional=True,
             advanced=True,
-            tooltip="What multiplies int8 matrices. auto takes the fastest that works here; "
-            "the report says which and why the others do not.",
+            tooltip="What multiplies int8 matrices. auto measures what works here at the first "
+            "load, 10 seconds at most, and takes the fastest; the report says which and why the "
+            "others do not.",
         ),
         io.Combo.Input(
             "gguf_compute",
@@ -285,7 +292,17 @@ def _inputs() -> list:
             optional=True,
             advanced=True,
             tooltip="How GGUF weights are multiplied: W8A8 on int8 matrix units (faster, a little "
-            "less exact), or 16-bit after decoding. auto: W8A8 for the 4- and 5-bit types, 16-bit "
-            "for Q8_0 and Q6_K.",
+            "less exact), or 16-bit after decoding. auto: W8A8 for the 4- and 5-bit types where it "
+            "is faster here, 16-bit for Q8_0 and Q6_K.",
+        ),
+        io.Combo.Input(
+            "attention",
+            options=list(ATTENTIONS),
+            default=report.HOST_ATTENTION,
+            optional=True,
+            advanced=True,
+            tooltip="host: what ComfyUI was started with. sdpa: torch's flash attention. int8: "
+            "comfy-kitchen's, faster on NVIDIA and less exact. auto: the faster of the two, "
+            "measured at the first load; the report says which and what it costs.",
         ),
     ]

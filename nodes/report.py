@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.levels import (
@@ -17,9 +17,11 @@ from ..checkpoint.levels import (
     Pair,
     residency,
 )
+from ..ops.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurement, Table
 from ..ops.dispatch import BackendReport
 from ..ops.linear import LinearOptions, resolve_compute
 
+HOST_ATTENTION = "host"
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
 _PLAIN_LEVEL = "BF16"
 _RESIDENCY = {
@@ -33,12 +35,16 @@ _SAMPLES = 16
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that will compute: its name, memory, compute dtype, int8 backends."""
+    """The device that will compute: its name, memory, compute dtype, backends, and what was
+    measured on it for the model at hand. ``attention`` is the setting that was asked for."""
 
     device: str
     memory: int
     dtype: str
     backends: tuple[BackendReport, ...]
+    attention: str = HOST_ATTENTION
+    attention_backends: tuple[BackendReport, ...] = ()
+    measured: Table = field(default_factory=Table)
 
 
 def summary(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> dict:
@@ -47,6 +53,7 @@ def summary(pair: Pair, asked: str, options: LinearOptions, machine: Machine) ->
         "level": pair.level,
         "asked": asked,
         "backend": _backend(pair.level, options, machine),
+        "attention": _attention(machine),
         "files": {
             copy: {
                 "name": candidate.name,
@@ -66,8 +73,10 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> st
     if pair.unconditional is None:
         lines.append("unconditional: no file of this level, so there is no guidance without one")
     lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
-    if _through_int8(pair.level, options):
+    if _may_run_int8(pair.level, options):
+        lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
+    lines += _attention_lines(machine)
     lines.append(_memory_line(pair, machine))
     if machine.dtype == "float32":
         lines.append(
@@ -127,7 +136,7 @@ def _protected_line(pair: Pair) -> str:
     return f"kept in 16 bits: {len(protected)} linears ({shown})"
 
 
-def _through_int8(level: str, options: LinearOptions) -> bool:
+def _may_run_int8(level: str, options: LinearOptions) -> bool:
     if level.startswith("Q"):
         return resolve_compute(options.gguf_compute, level, 256) == "w8a8"
     return level in _INT8_LEVELS
@@ -135,13 +144,62 @@ def _through_int8(level: str, options: LinearOptions) -> bool:
 
 def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
     """Which matrix product runs, and why."""
-    if not _through_int8(level, options):
+    if not _may_run_int8(level, options):
         decoded = "" if level == _PLAIN_LEVEL else ", weights decoded layer by layer"
         return f"dense {machine.dtype}{decoded}"
     if options.backend != AUTO:
         return f"{options.backend}, as asked"
+    few = _few_tokens(level, options, machine.measured)
+    if few == {ALWAYS_DENSE}:
+        return f"dense {machine.dtype}, weights decoded layer by layer: faster here than int8"
+    winners = dict.fromkeys(m.ranking[0] for m in _shown(machine.measured, LINEAR))
+    if winners:
+        return f"{' and '.join(winners)}, the fastest measured here for each shape"
     first: BackendReport | None = next((b for b in machine.backends if b.available), None)
     return "reference" if first is None else f"{first.name} ({first.reason})"
+
+
+def _few_tokens(level: str, options: LinearOptions, table: Table) -> set[int | None]:
+    """From how many tokens on int8 runs, by what was measured of the level's layers."""
+    if options.gguf_compute != AUTO:
+        return set()
+    keys = {(m.key.n, m.key.k, m.key.dtype) for m in table if m.key.detail == level}
+    return {table.few_tokens(level, *key) for key in keys}
+
+
+def _shown(table: Table, *ops: str) -> list[Measurement]:
+    """Of every layer the measurement with most tokens; a report of all would be long."""
+    most: dict[tuple, Measurement] = {}
+    for m in table:
+        kind = (m.key.op, m.key.n, m.key.k, m.key.dtype, m.key.detail)
+        if m.key.op in ops and (kind not in most or most[kind].key.tokens < m.key.tokens):
+            most[kind] = m
+    return sorted(most.values(), key=lambda m: (ops.index(m.key.op), -m.key.n * m.key.k))
+
+
+def _attention(machine: Machine) -> str:
+    """Which attention runs, and why."""
+    if machine.attention == HOST_ATTENTION:
+        return "the host's own setting"
+    if machine.attention != AUTO:
+        return f"{machine.attention}, as asked"
+    found = _shown(machine.measured, ATTENTION)
+    if found:
+        return f"{found[0].ranking[0]}, the fastest measured here"
+    return "sdpa, because there is nothing else here"
+
+
+def _attention_lines(machine: Machine) -> list[str]:
+    lines = [f"attention: {_attention(machine)}"]
+    if machine.attention == HOST_ATTENTION:
+        return lines
+    lines += [f"  {m}" for m in _shown(machine.measured, ATTENTION)]
+    lines += [f"  {b.name}: {b.reason}" for b in machine.attention_backends if not b.available]
+    if machine.attention == "int8":
+        lines.append(
+            "  int8: less exact than sdpa, by emulation a relative error of 0.010 against 0.002"
+        )
+    return lines
 
 
 def _memory_line(pair: Pair, machine: Machine) -> str:

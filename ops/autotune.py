@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,14 @@ class Measure:
     """That a loader should measure, where the results are kept, and the bounds it keeps to.
 
     ``folder`` None: ``choice_files.user_folder()``. ``seconds`` and ``memory`` (bytes beside the
-    model) bound one load; what they leave out is measured at the next one.
+    model) bound one load; what they leave out is measured at the next one. ``make_room(bytes)`` is
+    called before the first measurement, if there is any to make.
     """
 
     folder: Path | None = None
     seconds: float = SECONDS
     memory: int = MEMORY
+    make_room: Callable[[int], object] | None = None
 
 
 def tune(
@@ -67,9 +69,12 @@ def tune(
     deadline = time.perf_counter() + measure.seconds
     table, new, missing = known, 0, 0
     with torch.inference_mode():
-        for job in jobs(layers, device, dtype, options or LinearOptions(), heads):
+        left = jobs(layers, device, dtype, options or LinearOptions(), heads, measure.memory)
+        for job in left:
             if job.is_settled(table):
                 continue
+            if measure.make_room is not None and not (new or missing):
+                measure.make_room(measure.memory)
             result = _run(job, device, measure.memory, deadline)
             if result is None:
                 missing += 1

@@ -96,9 +96,7 @@ def chunks(n: int, k: int) -> Iterator[slice]:
 # ---- implementations behind the custom ops
 
 
-def _choose(
-    op: str, x: Tensor, n: int, backend: str, dtype: torch.dtype | None = None
-) -> Callable:
+def _choose(op: str, x: Tensor, n: int, backend: str, dtype: torch.dtype | None = None) -> Callable:
     shape = (x.numel() // x.shape[-1], n, x.shape[-1])
     return dispatch.choose(op, shape, x.device, backend, dtype=dtype).get(op)
 

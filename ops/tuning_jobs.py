@@ -20,8 +20,10 @@ _TOKENS_DEVICE = (4608, 1536, 512)
 # From many to few: where decoding to floats has won, it wins for fewer tokens too.
 _GGUF_TOKENS = (2048, 512, 256, 128, FEW_TOKENS)
 _ERROR_TOKENS = 512
-# On a CPU, where time grows with the weights, this many of them stand for the whole.
+# A part of the output channels stands for the whole: on a CPU, where time grows with them, as many
+# as make this many weights; elsewhere as many as fit the memory, in steps of this many.
 _CPU_WEIGHTS = 1 << 22
+_ROW_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -82,22 +84,26 @@ def jobs(
     dtype: torch.dtype,
     options: LinearOptions,
     heads: tuple[int, int] | None,
+    memory: int,
 ) -> Iterator[Job]:
-    """Everything that is left to ``"auto"`` and has more than one candidate, in order of weight."""
+    """Everything that is left to ``"auto"`` and has more than one candidate, in order of weight.
+
+    Each is cut to fit ``memory`` bytes, where it can be.
+    """
     layers = tuple(layers)
     tokens = _TOKENS.get(device.type, _TOKENS_DEVICE)
     for count in tokens:
         if options.backend == dispatch.AUTO:
             for layer in dict.fromkeys(_int8_layer(layer, options) for layer in layers):
                 if layer is not None:
-                    yield from _linear_job(layer, device, dtype, count)
+                    yield from _linear_job(layer, device, dtype, count, memory)
         if heads is not None:
             yield from _attention_job(heads, device, dtype, count)
     if (options.backend, options.gguf_compute) != (dispatch.AUTO, "auto"):
         return
     for layer in layers:
         if layer.kind in W8A8_FORMATS and layer.k % 256 == 0:
-            counts = [_gguf_job(layer, device, dtype, count) for count in _GGUF_TOKENS]
+            counts = [_gguf_job(layer, device, dtype, count, memory) for count in _GGUF_TOKENS]
             for index, job in enumerate(counts):
                 yield replace(job, after=tuple(more.key for more in counts[:index]))
 
@@ -113,13 +119,15 @@ def _int8_layer(layer: Layer, options: LinearOptions) -> Layer | None:
 
 
 def _linear_job(
-    layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int
+    layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int, memory: int
 ) -> Iterator[Job]:
     n, k, rotation = layer.n, layer.k, layer.rotation or None
     names = dispatch.candidates("int8_linear", device)
     if len(names) < 2:
         return
-    rows = _rows(n, k, device)
+    # x and its int8 copy; a channel's weights, and its outputs as int32, fp32 and in dtype
+    fixed, each = tokens * k * (dtype.itemsize + 1), k + tokens * (8 + dtype.itemsize)
+    rows = _rows(n, k, device, (memory - fixed) // each)
 
     def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
         x = _random((count, k), device, dtype)
@@ -128,17 +136,20 @@ def _linear_job(
         run = lambda name: int8_linear(x, weight, scale, rotation=rotation, backend=name)
         return {name: lambda name=name: run(name) for name in names}
 
-    # x, its int8 copy, the weight, and the output as int32, fp32 and in dtype
-    nbytes = tokens * k * (dtype.itemsize + 1) + rows * k + tokens * rows * (8 + dtype.itemsize)
     key = Key(LINEAR, n, k, choices.rounded(tokens), dtype_name(dtype), str(layer.rotation))
-    yield Job(key, names, nbytes, make, scale=n / rows)
+    yield Job(key, names, fixed + rows * each, make, scale=n / rows)
 
 
-def _gguf_job(layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int) -> Job:
+def _gguf_job(
+    layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int, memory: int
+) -> Job:
     from .blocks import FORMATS
 
     n, k = layer.n, layer.k
-    rows = _rows(n, k, device)
+    # as above; a weight is packed, in dtype, and on its way in fp32
+    fixed = tokens * k * (dtype.itemsize + 1)
+    each = k * (1 + dtype.itemsize + 4) + tokens * (8 + dtype.itemsize)
+    rows = _rows(n, k, device, (memory - fixed) // each)
     fmt = FORMATS[layer.kind]
 
     def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
@@ -151,11 +162,8 @@ def _gguf_job(layer: Layer, device: torch.device, dtype: torch.dtype, tokens: in
         )
         return {how: lambda how=how: run(how) for how in ("w8a8", "dense")}
 
-    # x and its int8 copy, the weight packed, in dtype and (on its way) in fp32, the output
-    nbytes = tokens * k * (dtype.itemsize + 1) + rows * k * (1 + dtype.itemsize + 4)
-    nbytes += tokens * rows * (8 + dtype.itemsize)
     key = Key(GGUF, n, k, tokens, dtype_name(dtype), layer.kind)
-    return Job(key, ("w8a8", "dense"), nbytes, make, scale=n / rows)
+    return Job(key, ("w8a8", "dense"), fixed + rows * each, make, scale=n / rows)
 
 
 def _attention_job(
@@ -182,9 +190,11 @@ def _attention_job(
     yield Job(key, names, nbytes, make, errors=errors)
 
 
-def _rows(n: int, k: int, device: torch.device) -> int:
-    """How many of the N output channels are timed."""
-    return n if device.type != "cpu" else min(n, max(1, _CPU_WEIGHTS // k))
+def _rows(n: int, k: int, device: torch.device, fitting: int) -> int:
+    """How many of the N output channels are timed, of which ``fitting`` fit the memory."""
+    if device.type == "cpu":
+        return min(n, max(1, _CPU_WEIGHTS // k))
+    return n if fitting >= n else min(n, max(1, fitting // _ROW_STEP) * _ROW_STEP)
 
 
 def _random(

@@ -180,6 +180,18 @@ def test_bounds_of_time_and_memory_hold(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
+def test_every_layer_of_the_model_fits_the_memory_of_a_gpu(monkeypatch):
+    """By shapes alone: what does not fit whole is timed on a part of its output channels."""
+    monkeypatch.setattr(dispatch, "candidates", lambda op, device: ("triton", "int_mm"))
+    shapes = [(13824, 4608), (12288, 4608), (4608, 12288), (4608, 4608)]
+    layers = [Layer(kind, *shape) for kind in ("int8", "Q4_K") for shape in shapes]
+    arguments = (torch.device("cuda"), torch.bfloat16, LinearOptions(), None, autotune.MEMORY)
+    found = list(tuning_jobs.jobs(layers, *arguments))
+    assert all(job.nbytes <= autotune.MEMORY for job in found)
+    assert all(1 <= job.scale <= 4 for job in found)
+    assert {job.key.tokens for job in found if job.key.op == LINEAR} == {512, 1536, 4608}
+
+
 def test_nothing_is_measured_under_compile(tmp_path, monkeypatch):
     timed = fake_times(monkeypatch, int_mm=1.0, reference=2.0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -221,7 +233,7 @@ def test_a_second_start_reads_the_file(tmp_path, monkeypatch):
     assert len(choice_files.load(tmp_path, CPU)) == 2
     # a candidate that was not there then is measured now
     monkeypatch.setattr(dispatch, "candidates", lambda op, device: ("int_mm", "reference", "new"))
-    job = next(iter(tuning_jobs.jobs([INT8], CPU, torch.float32, LinearOptions(), None)))
+    job = next(iter(tuning_jobs.jobs([INT8], CPU, torch.float32, LinearOptions(), None, 10**9)))
     assert not job.is_settled(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.nodes.connections import leads_anywhere
 from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
 from ideogram4_quant.nodes.lora_files import parse_lora, stack
+from ideogram4_quant.ops.choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
 from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.ops.errors import (
     CheckpointError,
@@ -510,6 +511,58 @@ def test_report_says_what_multiplies_and_why_not_the_others(model_file, level, c
     lines = report.text(chosen, "auto", options, machine(10**12)).splitlines()
     assert expected in lines
     assert ("  triton: no compiler here" in lines) == ("int_mm" in expected)
+
+
+def measurement(op: str, tokens: int, detail: str, **seconds: float) -> Measurement:
+    size = (18, 256) if op == ATTENTION else (4608, 12288)
+    return Measurement(Key(op, *size, tokens, "bfloat16", detail), seconds)
+
+
+def test_report_says_what_was_measured(model_file):
+    table = Table(
+        [
+            measurement(LINEAR, 4608, "0", int_mm=3e-3, triton=2e-3),
+            measurement(LINEAR, 512, "0", int_mm=1e-3, triton=2e-3),
+        ]
+    )
+    here = replace(machine(10**12), measured=table)
+    chosen = find_pair("INT8 W8A8", catalogue(f=Header("INT8 W8A8", BOTH)).candidates)
+    lines = report.text(chosen, "auto", LinearOptions(), here).splitlines()
+    assert "backend: triton, the fastest measured here for each shape" in lines
+    figures = "  int8 linear 12288 -> 4608, 4608 tokens, bfloat16: triton 2 ms, int_mm 3 ms"
+    assert figures in lines
+    assert not any("512 tokens" in line for line in lines)
+    assert "attention: the host's own setting" in lines
+    asked = report.text(chosen, "auto", LinearOptions(backend="int_mm"), here)
+    assert "backend: int_mm, as asked" in asked
+
+
+def test_report_says_where_decoding_is_faster(model_file):
+    chosen = find_pair("Q4_K", catalogue(f=Header("Q4_K", BOTH)).candidates)
+    for dense, expected in ((1e-3, "faster here than int8"), (3e-3, "backend: int_mm")):
+        table = Table([measurement(GGUF, 2048, "Q4_K", w8a8=2e-3, dense=dense)])
+        here = replace(machine(10**12), measured=table)
+        assert expected in report.text(chosen, "auto", LinearOptions(), here)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("host", "attention: the host's own setting"),
+        ("sdpa", "attention: sdpa, as asked"),
+        ("int8", "relative error of 0.010 against 0.002"),
+        ("auto", "int8, the fastest measured here"),
+    ],
+)
+def test_report_says_which_attention_and_what_it_costs(model_file, asked, expected):
+    chosen = find_pair("FP8", catalogue(f=Header("FP8", BOTH)).candidates)
+    found = measurement(ATTENTION, 4608, "", sdpa=9e-3, int8=3e-3)
+    table = Table([replace(found, errors={"sdpa": 2e-3, "int8": 1e-2})])
+    here = replace(machine(10**12), attention=asked, measured=table)
+    shown = report.text(chosen, "auto", LinearOptions(), here)
+    assert expected in shown
+    assert ("relative error: int8 1.0e-02, sdpa 2.0e-03" in shown) == (asked != "host")
+    assert report.summary(chosen, "auto", LinearOptions(), here)["attention"] in shown
 
 
 @pytest.mark.parametrize(
