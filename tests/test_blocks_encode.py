@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ideogram4_quant.ops.blocks import FORMATS, base, dequantize, quantize
+from ideogram4_quant.ops.blocks.search import ordered_sum
 from ideogram4_quant.ops.errors import OpError
 
 torch.set_num_threads(1)
@@ -105,8 +106,13 @@ def test_a_q6_k_block_made_by_hand():
 
 @pytest.mark.parametrize("name", PACKED)
 def test_bytes_depend_neither_on_threads_nor_on_chunks(name, monkeypatch):
-    weight = torch.cat([planted(), randn(21, 512, seed=2)])
-    importance = randn(512, seed=3).square() if name in K_FORMATS else None
+    weight = torch.cat([planted()[:12], randn(9, 512, seed=2)])
+    importance = randn(512, seed=3).square()
+    for column in (None, importance):
+        _same_bytes(weight, name, column, monkeypatch)
+
+
+def _same_bytes(weight, name, importance, monkeypatch):
     want = quantize(weight, name, importance)
     for threads, chunk in ((1, 11 * 256), (3, 7 * 256), (2, 40 * 256)):
         monkeypatch.setattr(type(FORMATS[name]), "encode_chunk", chunk)
@@ -140,9 +146,19 @@ def test_shapes_strides_and_dtypes(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_equals_the_cpu(name):
     weight = torch.cat([planted(), randn(64, 512, seed=5)])
-    importance = randn(512, seed=6).square() if name in K_FORMATS else None
-    got = quantize(weight.cuda(), name, None if importance is None else importance.cuda())
-    assert torch.equal(got.cpu(), quantize(weight, name, importance))
+    for importance in (None, randn(512, seed=6).square()):
+        got = quantize(weight.cuda(), name, importance)
+        assert torch.equal(got.cpu(), quantize(weight, name, importance))
+
+
+@pytest.mark.parametrize("shape", [(32, 1), (8, 1, 1), (32, 2), (16, 3, 5), (32, 3, 257), (1, 4)])
+def test_sums_run_from_first_to_last(shape):
+    terms = randn(*shape, seed=20) * torch.logspace(0, 6, shape[0]).view(-1, *[1] * len(shape[1:]))
+    total = terms[0].clone()
+    for term in terms[1:]:
+        total = total + term
+    assert torch.equal(ordered_sum(terms), total)
+    assert torch.equal(ordered_sum(terms.transpose(0, -1).contiguous().transpose(0, -1)), total)
 
 
 # ---- errors of the round trip
@@ -230,7 +246,7 @@ def test_more_bits_err_less():
     assert rmse(weight, "Q4_K") < rmse(weight, "Q4_1") < rmse(weight, "Q4_0")
 
 
-@pytest.mark.parametrize("name", K_FORMATS)
+@pytest.mark.parametrize("name", PACKED)
 def test_importance_moves_the_error_to_columns_that_matter_less(name):
     weight = randn(64, 512, seed=10)
     importance = torch.where(torch.arange(512) % 4 == 0, 100.0, 1.0)
@@ -239,7 +255,47 @@ def test_importance_moves_the_error_to_columns_that_matter_less(name):
         return ((values - weight).square() * importance).sum().item()
 
     plain, weighted = round_trip(weight, name), round_trip(weight, name, importance)
-    assert weighted_error(weighted) < 0.97 * weighted_error(plain)
+    assert weighted_error(weighted) < 0.95 * weighted_error(plain)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_importance_never_costs_a_block_more_than_its_error_without(name):
+    """On what breaks encoders, and where whole groups or blocks count for nothing."""
+    weight = planted(seed=16)
+    importance = randn(512, seed=17).square()
+    importance[64:96], importance[256:] = 0, 0
+    got = round_trip(weight, name, importance)
+    assert got.isfinite().all()
+    error = ((got - weight).double().square() * importance).sum(1)
+    plain = ((round_trip(weight, name) - weight).double().square() * importance).sum(1)
+    energy = (weight.double().square() * importance).sum(1)
+    assert (error <= plain * 1.001 + 1e-5 * energy).all(), (error / plain).tolist()
+    assert ((got - weight).abs() <= 2 * weight.abs().amax(1, keepdim=True)).all()
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("tail", ["lognormal", "outliers", "student"])
+def test_output_error_falls_by_half_a_decibel_on_heavy_tailed_inputs(name, tail):
+    """Calibrated on one half of the tokens, measured on the other, against ggml's own bytes."""
+    generator = torch.Generator().manual_seed(18)
+    tokens = torch.randn(1024, 512, generator=generator)
+    if tail == "lognormal":
+        tokens *= torch.randn(512, generator=generator).exp()
+    elif tail == "outliers":
+        tokens[:, ::43] *= 30
+    else:  # every token has its own scale, and so has every channel
+        channels = torch.randn(4, 512, generator=generator).square().sum(0).rsqrt()
+        tokens *= torch.randn(1024, 4, generator=generator).square().sum(1, keepdim=True).rsqrt()
+        tokens *= 2 * channels
+    calibration, fresh = tokens.chunk(2)
+    weight = randn(128, 512, seed=19) * 0.02
+
+    def output_error(stored):
+        return (fresh @ (stored - weight).T).square().sum()
+
+    weighted = round_trip(weight, name, calibration.square().mean(0))
+    gain = 10 * (output_error(round_trip(weight, name)) / output_error(weighted)).log10()
+    assert gain > 0.5
 
 
 # ---- what is refused
@@ -290,7 +346,7 @@ def test_other_misuse_is_refused():
             quantize(torch.zeros(2, 256), "Q4_K", torch.full((256,), value))
 
 
-@pytest.mark.parametrize("name", FLOATS + SIMPLE)
+@pytest.mark.parametrize("name", FLOATS)
 def test_unused_importance_is_said_once(name, caplog):
     base._warn_unused.cache_clear()
     weight = randn(2, 256, seed=13)

@@ -1,7 +1,8 @@
-"""Block encoding against ggml's C code: its bytes, measured once and kept as digests.
+"""Block encoding against ggml's C code: its bytes and errors, measured once and kept.
 
-``EXPECTED`` was measured from ggml_quantize_chunk of ggml-python 0.0.45 (x86-64, as pip builds
-it). Where that package is installed, the digests are measured anew and larger tensors compared:
+``EXPECTED`` and ``WITH_IMPORTANCE`` were measured from ggml_quantize_chunk of ggml-python 0.0.45
+(x86-64, as pip builds it). Where that package is installed, they are measured anew and larger
+tensors compared:
 
     pip install ggml-python==0.0.45        (builds from source, about 90 s)
 """
@@ -23,52 +24,52 @@ torch.set_num_threads(1)
 
 K = 768
 
-# (format, with importance): sha256 of ggml's bytes for `weights()`, and the RMSE they decode to.
+# sha256 of ggml's bytes for `weights()`, and the RMSE they decode to.
 EXPECTED = {
-    ("Q8_0", False): (
+    "Q8_0": (
         "539e677db6796e324db175fdd2a27997194b416069b01dbb0ffe20dcbc386ae2",
         0.000489287802,
     ),
-    ("Q4_0", False): (
+    "Q4_0": (
         "bac15b76e5a513d68f4ca26abed2c69f7084c5ef12761490983cd47c1ba8a338",
         0.00398077769,
     ),
-    ("Q4_1", False): (
+    "Q4_1": (
         "617d57a5d982d84dba34399f72803872a85d5bcfa684a7ee2301f7de2e909d7d",
         0.0049486972,
     ),
-    ("Q5_0", False): (
+    "Q5_0": (
         "a70545a0996dffdac3ba93f8e68a317c8c5b3ae8ba8862c89f7c54f62fd7730f",
         0.0030268287,
     ),
-    ("Q5_1", False): (
+    "Q5_1": (
         "b686eb1c25e72fc43cda45021db1254b8f9fcbe03a29e3aa7434cc11170c2c18",
         0.00220115403,
     ),
-    ("Q4_K", False): (
+    "Q4_K": (
         "c0acbfd75539d0e049c140c7e8910471d2fdd70f63e3aa4e5014d840878edab8",
         0.00337067017,
     ),
-    ("Q4_K", True): (
-        "52599d7695e1866311cc39e4275bf1fe013c2f37c7b09090e4db97960efef5ee",
-        0.00351745803,
-    ),
-    ("Q5_K", False): (
+    "Q5_K": (
         "f7c12f543deabd96c2bace02d00cb06f8b270f4cdc82189ee2daff13ed7bfa3b",
         0.00208664427,
     ),
-    ("Q5_K", True): (
-        "2b99782387630b7f9f40830e914d5ec61d745b4ec4ffeddfe15926237758d7b8",
-        0.00215182519,
-    ),
-    ("Q6_K", False): (
+    "Q6_K": (
         "dfdeef3befc70996fdcead9c5b74263cce5443737c2b39298cc48f99af7cfcd3",
         0.00134429872,
     ),
-    ("Q6_K", True): (
-        "b9b8ef5d161cabd2539dfe2fb1417a6225bfc16a7187b31d70426305deacf3ce",
-        0.00138096502,
-    ),
+}
+
+# What ggml reaches on `weights()` with `importance()`: sqrt(mean(importance * error^2)).
+WITH_IMPORTANCE = {
+    "Q8_0": 0.000502486714,
+    "Q4_0": 0.0040314913,
+    "Q4_1": 0.00309791778,
+    "Q5_0": 0.00306174275,
+    "Q5_1": 0.00183075172,
+    "Q4_K": 0.00324267042,
+    "Q5_K": 0.00201472061,
+    "Q6_K": 0.00125672373,
 }
 
 
@@ -100,22 +101,29 @@ def importance() -> np.ndarray:
     return values
 
 
-def encode(name: str, weight: np.ndarray, weighted: bool) -> np.ndarray:
-    column = torch.from_numpy(importance()) if weighted else None
-    return quantize(torch.from_numpy(weight), name, column).numpy()
+def encode(name: str, weight: np.ndarray, column: np.ndarray | None = None) -> np.ndarray:
+    return quantize(
+        torch.from_numpy(weight), name, None if column is None else torch.from_numpy(column)
+    ).numpy()
 
 
-def rmse(name: str, data: np.ndarray) -> float:
-    got = dequantize(torch.from_numpy(data), name, weights().shape).numpy()
-    return float(np.sqrt(np.square(got.astype(np.float64) - weights()).mean()))
+def rms_error(name: str, data: np.ndarray, weight: np.ndarray, column: np.ndarray | float) -> float:
+    got = dequantize(torch.from_numpy(data), name, weight.shape).numpy()
+    return float(np.sqrt((np.square(got.astype(np.float64) - weight) * column).mean()))
 
 
-@pytest.mark.parametrize(("name", "weighted"), list(EXPECTED))
-def test_bytes_are_those_that_ggml_gave(name, weighted):
-    digest, error = EXPECTED[name, weighted]
-    data = encode(name, weights(), weighted)
-    assert rmse(name, data) <= error * (1 + 1e-6)
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_bytes_are_those_that_ggml_gave(name):
+    digest, error = EXPECTED[name]
+    data = encode(name, weights())
+    assert rms_error(name, data, weights(), 1.0) <= error * (1 + 1e-6)
     assert hashlib.sha256(data.tobytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_with_importance_less_error_than_ggml_reaches_with_it(name):
+    error = rms_error(name, encode(name, weights(), importance()), weights(), importance())
+    assert error < 0.995 * WITH_IMPORTANCE[name]
 
 
 # ---- with ggml at hand
@@ -127,7 +135,9 @@ def ggml():
     return pytest.importorskip("ggml", reason=reason)
 
 
-def ggml_encode(ggml, name: str, weight: np.ndarray, weighted: bool) -> np.ndarray:
+def ggml_encode(
+    ggml, name: str, weight: np.ndarray, column: np.ndarray | None = None
+) -> np.ndarray:
     floats = ctypes.POINTER(ctypes.c_float)
     weight = np.ascontiguousarray(weight)
     out = np.zeros((len(weight), FORMATS[name].row_bytes(weight.shape[1])), dtype=np.uint8)
@@ -137,27 +147,41 @@ def ggml_encode(ggml, name: str, weight: np.ndarray, weighted: bool) -> np.ndarr
         out.ctypes.data_as(ctypes.c_void_p),
         0,
         *weight.shape,
-        importance().ctypes.data_as(floats) if weighted else None,
+        None if column is None else column.ctypes.data_as(floats),
     )
     assert written == out.size
     return out
 
 
-@pytest.mark.parametrize(("name", "weighted"), list(EXPECTED))
-def test_the_digests_are_of_ggml(ggml, name, weighted):
-    data = ggml_encode(ggml, name, weights(), weighted)
-    digest, error = EXPECTED[name, weighted]
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_the_figures_are_of_ggml(ggml, name):
+    digest, error = EXPECTED[name]
+    data = ggml_encode(ggml, name, weights())
     assert hashlib.sha256(data.tobytes()).hexdigest() == digest
-    assert rmse(name, data) == pytest.approx(error, rel=1e-6)
+    assert rms_error(name, data, weights(), 1.0) == pytest.approx(error, rel=1e-6)
+    weighted = ggml_encode(ggml, name, weights(), importance())
+    error = rms_error(name, weighted, weights(), importance())
+    assert error == pytest.approx(WITH_IMPORTANCE[name], rel=1e-6)
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][1] == FORMATS[name].type_size
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-12, 1.0, 2.0**9])
-@pytest.mark.parametrize(("name", "weighted"), list(EXPECTED))
-def test_equals_ggml_on_more_weights(ggml, name, weighted, magnitude):
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_equals_ggml_on_more_weights(ggml, name, magnitude):
     weight = gaussian(200, K, seed=3) * np.float32(magnitude)
     weight[100:] *= np.abs(weight[100:]) / np.float32(magnitude)
-    want = ggml_encode(ggml, name, weight, weighted).reshape(-1, FORMATS[name].type_size)
-    got = encode(name, weight, weighted).reshape(want.shape)
+    want = ggml_encode(ggml, name, weight).reshape(-1, FORMATS[name].type_size)
+    got = encode(name, weight).reshape(want.shape)
     different = np.nonzero((want != got).any(1))[0]
     assert different.size == 0, f"{different.size} of {len(want)} blocks, first {different[0]}"
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-12, 1.0, 2.0**9])
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_with_importance_beats_ggml_on_more_weights(ggml, name, magnitude):
+    weight = gaussian(200, K, seed=3) * np.float32(magnitude)
+    weight[100:] *= np.abs(weight[100:]) / np.float32(magnitude)
+    theirs = ggml_encode(ggml, name, weight, importance())
+    ours = encode(name, weight, importance())
+    error = rms_error(name, ours, weight, importance())
+    assert error < rms_error(name, theirs, weight, importance())

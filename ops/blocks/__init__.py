@@ -88,9 +88,10 @@ def dequantize(
 def quantize(weight: Tensor, qtype: int | str, importance: Tensor | None = None) -> Tensor:
     """Packed blocks of ``weight``: float [..., K] -> uint8 [..., K // block_size * type_size].
 
-    importance: [K], at or above zero, weighs the squared error of each column in the searches of
-    the K formats (an importance matrix: the mean square of the input). The bytes are those of
-    ggml's C code; they depend on nothing but the arguments, not on threads or chunks.
+    Without importance the bytes are those of ggml's C code. importance: [K], at or above zero, the
+    mean square of each input feature: the search then lowers the output error that it foretells,
+    ``sum importance * (decoded - weight)^2``, at the same size (see ``refine``). The float types
+    have nothing to search. The bytes depend on nothing but the arguments, not on threads or chunks.
     Raises OpError for NaN and infinity (with their count), for K that blocks do not fill, and for
     weights too large for the format's float16 scales.
     """

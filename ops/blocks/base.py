@@ -244,4 +244,4 @@ def _not_finite(name: str, weight: Tensor) -> OpError:
 @cache
 def _warn_unused(name: str) -> None:
     """Logged once a format."""
-    log.warning("importance has no effect on %s: only the K formats search with it", name)
+    log.warning("importance has no effect on %s: there is nothing to search", name)

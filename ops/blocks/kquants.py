@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .base import BlockFormat, divide, half_bytes, half_field, signed_peak
+from .refine import Limits, StoredFit, as_stored, refine
 from .search import (
     NEGLIGIBLE,
     AffineFit,
@@ -33,10 +34,15 @@ from .search import (
 
 SCALE_TOP = 63  # six bits
 
+# Steps of (scale, minimum) that the search with importance tries. Scales of Q6_K are fine (7 bits),
+# so that it takes more of them to reach another set of codes.
+AFFINE_MOVES = tuple((s, m) for s in (-1, 0, 1) for m in (-1, 0, 1) if s or m)
+SYMMETRIC_MOVES = tuple((s, 0) for s in (-8, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 8, 10, 12))
+
 
 class _KQuant(BlockFormat):
     block_size = 256
-    encode_chunk = 1 << 19
+    encode_chunk = 1 << 16
     uses_importance = True
 
 
@@ -61,13 +67,17 @@ class _AffineK(_KQuant):
             d, scale = _six_bits(fit.scale)
             dmin, minimum = _six_bits(fit.offset)
         else:
-            weight = _importance_weights(x, _columns(importance, 32))
+            importance = _columns(importance, 32)
+            weight = _importance_weights(x, importance)
             fit = self._fit(x, weight, top, grid(37, -0.9, 0.05, top))
             group_weight = ordered_sum(weight)
             d, scale = fit_positive(fit.scale, group_weight, SCALE_TOP)
             dmin, minimum = fit_positive(fit.offset, group_weight, SCALE_TOP)
+            stored = StoredFit(as_stored(d), scale, as_stored(dmin), minimum)
+            limits = Limits((0, top), (0, SCALE_TOP), (0, SCALE_TOP), AFFINE_MOVES)
+            d, scale, dmin, minimum = refine(x, importance, stored, limits)
         header = torch.cat([half_bytes(d), half_bytes(dmin), _pack_scales(scale, minimum)], 1)
-        step, shift = _as_stored(d) * scale, _as_stored(dmin) * minimum  # [8, n]
+        step, shift = as_stored(d) * scale, as_stored(dmin) * minimum  # [8, n]
         codes = torch.where(step != 0, (x + shift).div_(step), (x - fit.base).mul_(fit.inverse))
         codes = _rows(codes.round_().clamp_(0, top).to(torch.uint8))  # [n, 8, 32]
         return torch.cat([header, *self._pack_codes(codes)], 1)
@@ -145,7 +155,8 @@ class Q6_K(_KQuant):
 
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = _columns(weights, 16)  # [16, 16, n]
-        weight = x * x if importance is None else _columns(importance, 16)
+        importance = None if importance is None else _columns(importance, 16)
+        weight = x * x if importance is None else importance
         fit = fit_symmetric(x.view(16, -1), weight.view(16, -1), 32)
         group_scale, group_inverse, negligible = (field.view(x.shape[1:]) for field in fit)
         peak = signed_peak(group_scale, 0)
@@ -153,7 +164,10 @@ class Q6_K(_KQuant):
         empty = peak.abs() < NEGLIGIBLE
         d = inverse.reciprocal().masked_fill_(empty, 0)
         scale = (group_scale * inverse).round_().clamp_(max=127).masked_fill_(empty, 0)
-        step = _as_stored(d) * scale  # [16, n]
+        if importance is not None:
+            limits = Limits((-32, 31), scales=(-128, 127), moves=SYMMETRIC_MOVES)
+            d, scale, *_ = refine(x, importance, StoredFit(as_stored(d), scale), limits)
+        step = as_stored(d) * scale  # [16, n]
         codes = torch.where(step != 0, x / step, x * group_inverse).round_()
         codes = codes.clamp_(-32, 31).add_(32).masked_fill_(negligible | empty, 0)
         codes = _rows(codes.to(torch.uint8))
@@ -204,11 +218,6 @@ def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(positive, divide(float(SCALE_TOP), high), 0)
     codes = (values * inverse).round_().clamp_(max=SCALE_TOP)
     return divide(torch.where(positive, high, 0), float(SCALE_TOP)), codes
-
-
-def _as_stored(values: Tensor) -> Tensor:
-    """What a decoder reads back: rounded to float16."""
-    return values.to(torch.float16).to(torch.float32)
 
 
 # The six-bit scales and minima of groups 0 to 7, letters A to H, in 12 bytes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,15 @@ class SymmetricFit(NamedTuple):
 
 
 def ordered_sum(terms: Tensor) -> Tensor:
-    """Sum over dimension 0 from first to last: torch.sum's order depends on shape and threads."""
+    """Sum over dimension 0 from first to last: torch.sum's order depends on shape and threads.
+
+    numpy adds whole rows to an accumulator, one after another, where the rest of the array is one
+    contiguous run of several values (a single one it would sum pairwise).
+    """
+    if terms.device.type == "cpu" and terms.is_contiguous() and terms.numel() >= 2 * len(terms):
+        with np.errstate(all="ignore"):  # as torch: searches meet infinities, and pass them over
+            total = np.add.reduce(terms.view(len(terms), -1).numpy(), axis=0)
+        return torch.from_numpy(total).view(terms.shape[1:])
     first, *rest = terms.unbind(0)
     total = first.clone()
     for term in rest:
