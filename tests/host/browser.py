@@ -37,7 +37,8 @@ class Browser:
 
     def __init__(self, program: str, width: int = 1800, height: int = 1000):
         self.errors: list[str] = []
-        self._profile = tempfile.TemporaryDirectory(prefix="chromium-")
+        # its helpers may still write for a moment after it has ended
+        self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()
         self._in, from_browser = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]

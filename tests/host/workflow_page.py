@@ -72,6 +72,12 @@ def drop(page: Browser, name: str, workflow: dict) -> None:
     time.sleep(0.5)
 
 
+def as_api(page: Browser) -> dict:
+    """The graph on the page as the page would queue it: subgraphs opened up, in API format."""
+    queued = "(async () => JSON.stringify((await app.graphToPrompt()).output))()"
+    return json.loads(page.run(queued))
+
+
 def show(page: Browser, path: Path) -> None:
     """A picture of the whole graph."""
     close_dialogs(page)

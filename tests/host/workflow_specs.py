@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 _HF = "https://huggingface.co"
 _COMFY = f"{_HF}/Comfy-Org"
 EXAMPLE = "example.png"  # lies in the input folder of every ComfyUI
-_BLUE, _GREEN, _PURPLE, _GREY = "#3f789e", "#5c8a5c", "#7a5c99", "#444444"
+_BLUE, _GREEN, _PURPLE, _NOTE = "#6fb1e0", "#8fce8f", "#b79ad9", "#2b3138"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ _INT8 = [
 
 
 def _links(models: list[dict]) -> str:
-    return "\n".join(f"- [{m['name']}]({m['url']}) in `models/{m['directory']}`" for m in models)
+    return "\n".join(f"- [{m['name']}]({m['url']}) in **models/{m['directory']}**" for m in models)
 
 
 _SHARED = f"""**Text encoder and VAE**
@@ -77,17 +77,17 @@ For 24 GB cards, from the RTX 20 series on.
 """,
     "Q8_0": f"""**Ideogram 4, Q8_0 GGUF (19.7 GB)**, one of:
 
-- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q8_0): `ideogram4-q8_0.gguf`, both copies
-- [molbal]({_HF}/molbal/ideogram-4-gguf): two files, `ideogram4-transformer` and
-  `ideogram4-unconditional_transformer`
+- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q8_0): **ideogram4-q8_0.gguf**, both copies
+- [molbal]({_HF}/molbal/ideogram-4-gguf): two files, **ideogram4-transformer** and
+  **ideogram4-unconditional_transformer**
 
-in `models/diffusion_models`. Closest to the original; for 24 GB cards.
+in **models/diffusion_models**. Closest to the original; for 24 GB cards.
 """,
     "Q4_K": f"""**Ideogram 4, Q4_K GGUF (10.4 GB)**
 
-- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q4_k): `ideogram4-q4_k.gguf`, both copies
+- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q4_k): **ideogram4-q4_k.gguf**, both copies
 
-in `models/diffusion_models`. For 12 and 16 GB cards. The level *Q4_0* takes the files of
+in **models/diffusion_models**. For 12 and 16 GB cards. The level *Q4_0* takes the files of
 [leejet]({_HF}/leejet/ideogram-4-GGUF) and [molbal]({_HF}/molbal/ideogram-4-gguf).
 """,
 }
@@ -140,7 +140,7 @@ _CAPTION = {
 
 
 def _note(name: str, title: str, text: str, height: int) -> Node:
-    return Node(name, "MarkdownNote", title, {"text": text}, height=height, color=_GREY)
+    return Node(name, "MarkdownNote", title, {"text": text}, height=height, color=_NOTE)
 
 
 def _loaders(level: str, extra: str = "", height: int = 280) -> Column:
@@ -247,8 +247,8 @@ def _id(number: int) -> str:
 def _low_vram() -> Workflow:
     """Q4_K in turns, few steps, the encoder perhaps as GGUF: for cards of 8 GB."""
     extra = f"""
-**Or the encoder as GGUF (5 GB)**, in `models/text_encoders`: `Qwen3-VL-8B-Instruct-Q4_K_M.gguf` of
-[unsloth]({_HF}/unsloth/Qwen3-VL-8B-Instruct-GGUF)
+**Or the encoder as GGUF (5 GB)**, in **models/text_encoders**:
+**Qwen3-VL-8B-Instruct-Q4_K_M.gguf** of [unsloth]({_HF}/unsloth/Qwen3-VL-8B-Instruct-GGUF)
 
 The two copies take turns on the card (*residency: alternating*); turbo has the fewest steps.
 """
@@ -260,10 +260,11 @@ The two copies take turns on the card (*residency: alternating*); turbo has the 
 
 
 def _lora() -> Workflow:
-    text = """Put LoRAs for Ideogram 4 into `models/loras`. Any trainer's names will do, and any
+    text = """Put LoRAs for Ideogram 4 into **models/loras**. Any trainer's names will do, and any
 quantization level: the weights stay as they are.
 
-Chain another *Load LoRA for Ideogram 4* for a second one. The stock LoRA nodes work too.
+Press **R** and pick yours below; with *none* the workflow runs without one. Chain another
+*Load LoRA for Ideogram 4* for a second one. The stock LoRA nodes work too.
 """
     lora = Column(
         "2. LoRA",
