@@ -31,14 +31,27 @@ class Listing:
     def names(self) -> list[str]:
         return sorted(self.paths, key=str.casefold)
 
-    def problem(self, name: str | None) -> bool | str:
-        """For a node's validation: True, or what is wrong with the name.
+    @property
+    def choices(self) -> list[str]:
+        """For a node's list: the names, or where to put a file if there is none."""
+        return self.names or [f"(no file in models/{self.kind} yet)"]
 
-        None, the value of an input that another node will fill in, is no problem yet.
+    def problem(self, name: str | None, wanted: str = "") -> bool | str:
+        """For a node's validation: True, or what is wrong with the name and what to do.
+
+        None, the value of an input that another node will fill in, is no problem yet. wanted: the
+        file that most people want here, and where it is published.
         """
         if name is None or name.replace("\\", "/") in self.paths:
             return True
-        return f"{name!r} is not in {' or '.join(self.roots)}: pick another file"
+        folders = " or ".join(self.roots)
+        download = f" Most people want {wanted}." if wanted else ""
+        if not self.paths:
+            return f"There is no file in {folders}: put one there and press R.{download}"
+        return (
+            f"{name!r} is not in {folders}. Pick another file, or put that one there and press R."
+            + download
+        )
 
     def path(self, name: str) -> Path:
         """The path behind a name; CheckpointError names the folders that were looked in."""

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..checkpoint import EncoderCheckpoint, open_encoder
-from ..ops.errors import CheckpointError, NotIdeogram4Error
+from ..ops.errors import CheckpointError, NotIdeogram4Error, OpError
 from .host_ops import make_ops
 
 MAX_TOKENS = 2048
@@ -136,7 +136,7 @@ class _Tokenizer(host_encoder.Ideogram4Tokenizer):
         tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
         found = sum(len(chunk) for chunk in tokens[self.clip_name])
         if found > MAX_TOKENS:
-            raise CheckpointError(
+            raise OpError(
                 "the caption is too long",
                 found=f"{found} tokens",
                 needed=f"at most {MAX_TOKENS}",

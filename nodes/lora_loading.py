@@ -6,7 +6,7 @@ and removal is exact. The path goes in through the host's injections, as forward
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import comfy.model_patcher
 import torch
@@ -63,14 +63,16 @@ class _SidePaths:
         for module, update in self._paths.items():
             down = update.down.to(patcher.load_device, dtype)
             up = update.up.to(patcher.load_device, dtype)
-            self._handles.append(module.register_forward_hook(_hook(down, up)))
+            self._handles.append(module.register_forward_hook(side_path(down, up)))
 
     def _eject(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         while self._handles:
             self._handles.pop().remove()
 
 
-def _hook(down: Tensor, up: Tensor):
+def side_path(down: Tensor, up: Tensor) -> Callable[[torch.nn.Module, tuple, Tensor], Tensor]:
+    """A forward hook of a linear: ``y + up (down x)``; down [r, K], up [N, r]."""
+
     def add_side_path(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         x = inputs[0].to(down.dtype)
         side = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)

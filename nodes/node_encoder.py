@@ -9,6 +9,7 @@ from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 
 FOLDERS = "text_encoders"
+WANTED = "qwen3vl_8b_fp8_scaled.safetensors, from huggingface.co/Comfy-Org/Qwen3-VL"
 
 
 class LoadEncoder(io.ComfyNode):
@@ -34,7 +35,7 @@ class LoadEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder",
-                    options=host_listing(FOLDERS).names,
+                    options=host_listing(FOLDERS).choices,
                     tooltip="A Qwen3-VL-8B file in models/text_encoders: .safetensors or .gguf.",
                 )
             ],
@@ -49,7 +50,7 @@ class LoadEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        return host_listing(FOLDERS).problem(encoder)
+        return host_listing(FOLDERS).problem(encoder, WANTED)
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str) -> str:

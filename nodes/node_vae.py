@@ -9,6 +9,7 @@ from .schema import CATEGORY
 from .vae_loading import load_vae
 
 FOLDERS = "vae"
+WANTED = "flux2-vae.safetensors, from huggingface.co/Comfy-Org/flux2-dev"
 
 
 class LoadVAE(io.ComfyNode):
@@ -28,7 +29,7 @@ class LoadVAE(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae",
-                    options=host_listing(FOLDERS).names,
+                    options=host_listing(FOLDERS).choices,
                     tooltip="flux2-vae.safetensors, or the pocket model's VAE.",
                 )
             ],
@@ -43,7 +44,7 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae: str | None = None) -> bool | str:
-        return host_listing(FOLDERS).problem(vae)
+        return host_listing(FOLDERS).problem(vae, WANTED)
 
     @classmethod
     def fingerprint_inputs(cls, vae: str) -> str:

@@ -59,7 +59,7 @@ def test_each_step_runs_both_copies_at_its_sigma(found):
 
 
 def test_models_of_the_stock_loader_give_the_same(found):
-    assert found["stock models"]
+    assert found["stock models"] == {"guider": True, "sampler": True}
 
 
 @pytest.mark.parametrize("copy", ["conditional", "unconditional"])

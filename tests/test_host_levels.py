@@ -16,28 +16,23 @@ from ideogram4_quant.engine.generate import GenerateRequest, Models, generate, i
 from ideogram4_quant.engine.transformer import load_transformer
 from ideogram4_quant.engine.vae import load_vae
 from ideogram4_quant.pocket.data import HELD_OUT
-from ideogram4_quant.quant import quantize_checkpoint
+from ideogram4_quant.tests.host.level_files import ALL_LEVELS as LEVELS
+from ideogram4_quant.tests.host.level_files import write_level
 
 pytestmark = pytest.mark.host
 WIDTH, HEIGHT, SEED = 128, 64, 3
-LEVELS = ("BF16", "INT8 W8A8", "INT8 W8A8 rotated", "Q8_0", "Q6_K", "Q4_K", "Q4_0")
 COPIES = ("conditional", "unconditional")
 
 
 @pytest.fixture(scope="module")
 def files(pocket, tmp_path_factory) -> dict[str, dict[str, str]]:
-    """level -> copy -> file, each made from the pocket model by this package's quantizer."""
+    """level -> copy -> file, each made from the pocket model."""
     folder = tmp_path_factory.mktemp("levels")
-    sources = dict(zip(COPIES, (pocket.conditional_file, pocket.unconditional_file), strict=True))
-    found = {"BF16": {copy: str(path) for copy, path in sources.items()}}
-    for level in LEVELS[1:]:
-        ending = "gguf" if level.startswith("Q") else "safetensors"
-        found[level] = {}
-        for copy, source in sources.items():
-            out = folder / f"{level.replace(' ', '_')}_{copy}.{ending}"
-            quantize_checkpoint(source, level, out, copy=copy)
-            found[level][copy] = str(out)
-    return found
+    pair = list(zip(COPIES, (pocket.conditional_file, pocket.unconditional_file), strict=True))
+    return {
+        level: {copy: str(write_level(source, level, folder, copy)) for copy, source in pair}
+        for level in LEVELS
+    }
 
 
 @pytest.fixture(scope="module")

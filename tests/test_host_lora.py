@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ideogram4_quant.quant import quantize_checkpoint
 from ideogram4_quant.tests.host import graphs
+from ideogram4_quant.tests.host.level_files import ALL_LEVELS, write_level
 
 pytestmark = pytest.mark.host
-LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated", "Q8_0", "Q4_K")
+LEVELS = ALL_LEVELS[1:]
 SHAPES = {"layers.0.attention.qkv": (768, 256), "layers.1.feed_forward.w2": (256, 768)}
 SHAPES |= {"layers.2.attention.o": (256, 256), "layers.3.adaln_modulation": (1024, 256)}
 RANK = 4
@@ -69,11 +69,8 @@ def loras(models):
 @pytest.fixture(scope="module")
 def errors(tiny, loras, in_host, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("lora")
-    files = {"BF16": str(tiny.conditional_file)}
-    for level in LEVELS:
-        out = folder / f"{level.replace(' ', '_')}.{'gguf' if level[0] == 'Q' else 'safetensors'}"
-        quantize_checkpoint(tiny.conditional_file, level, out, copy="conditional")
-        files[level] = str(out)
+    source = tiny.conditional_file
+    files = {level: str(write_level(source, level, folder, "conditional")) for level in ALL_LEVELS}
     listing = folder / "files.json"
     listing.write_text(json.dumps(files))
     return in_host("lora.py", listing, loras)
@@ -103,6 +100,16 @@ def test_removal_leaves_no_trace(errors, level):
     assert errors[level]["hooks left"] == 0
 
 
+@pytest.mark.parametrize("case", ["rank 64", "split, rank 64", "two of rank 64"])
+def test_side_path_is_at_most_a_tenth_of_the_work(errors, case):
+    assert 0 < errors["work"][case] <= 0.1
+
+
+@pytest.mark.parametrize("level", ["BF16", *LEVELS])
+def test_bypass_of_the_host_works_beside_the_weights(errors, level):
+    assert errors[level]["bypass"] < max(1.1 * errors[level]["none"], 1e-5)
+
+
 def test_two_loras_through_the_server_and_back(server, loras):
     def graph(first: float, second: float) -> dict:
         found = graphs.with_sampler("lora", models=(("second", 0), ("second", 1)))
@@ -122,6 +129,34 @@ def test_two_loras_through_the_server_and_back(server, loras):
         saved = server.fetch(run.outputs["saved"]["images"][0])
         return Image.open(io.BytesIO(saved)).tobytes()
 
+    nothing = graph(1, 1)
+    for name in ("fused", "second"):
+        nothing[name]["inputs"]["lora"] = "none"
+    run = server.run(nothing)
+    assert run.status == "success", run.error
+    unpicked = Image.open(io.BytesIO(server.fetch(run.outputs["saved"]["images"][0]))).tobytes()
+
     plain, one, both = picture(0, 0), picture(1, 0), picture(1, 0.5)
+    assert unpicked == plain
     assert len({plain, one, both}) == 3
     assert picture(0, 0) == plain
+
+
+def test_stock_node_patches_both_copies_through_the_server(server, loras):
+    graph = graphs.with_sampler("stock lora", models=(("first", 0), ("other", 0)), level="Q8_0")
+    for name, output in (("first", 0), ("other", 1)):
+        graph[name] = graphs.node(
+            "LoraLoaderModelOnly",
+            model=("model", output),
+            lora_name="fused.safetensors",
+            strength_model=1.0,
+        )
+    pictures = []
+    for strength in (1.0, 0.0, 1.0):
+        graph["first"]["inputs"]["strength_model"] = strength
+        run = server.run(graph)
+        assert run.status == "success", run.error
+        pictures.append(server.fetch(run.outputs["saved"]["images"][0]))
+    with_it, without, again = (Image.open(io.BytesIO(data)).tobytes() for data in pictures)
+    assert with_it != without
+    assert with_it == again

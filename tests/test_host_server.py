@@ -9,6 +9,8 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
@@ -110,36 +112,17 @@ def test_our_models_in_the_stock_guider_make_the_same_picture(server):
     assert np.abs(first - second).max() <= 1
 
 
-def test_official_template_runs_on_our_loaders(server):
-    graph = graphs.with_guider("official", preset="default", size=(256, 256))
-    graph |= {
-        "zero": graphs.node("ConditioningZeroOut", conditioning=("positive", 0)),
-        "polish": graphs.node(
-            "CFGOverride", model=("model", 0), cfg=3.0, start_percent=0.7, end_percent=1.0
-        ),
-        "guider": graphs.node(
-            "DualModelGuider",
-            model=("polish", 0),
-            model_negative=("model", 1),
-            positive=("positive", 0),
-            negative=("zero", 0),
-            cfg=7.0,
-        ),
-        "preset": graphs.node(
-            "Ideogram4Scheduler", steps=20, width=256, height=256, mu=0.0, std=1.75
-        ),
-    }
-    assert picture(server, server.run(graph)).std() > 1
-
-
-def test_sampler_schedule_is_the_hosts(server):
-    ours = graphs.with_guider("ours", size=(256, 256))
-    host = graphs.with_guider("host", size=(256, 256))
-    host["preset"] = graphs.node(
-        "Ideogram4Scheduler", steps=12, width=256, height=256, mu=0.5, std=1.75
-    )
-    first, second = (picture(server, server.run(graph)) for graph in (ours, host))
-    assert np.array_equal(first, second)
+def test_schedule_is_the_hosts_and_one_of_its_own_goes_before_the_preset(server):
+    size = (256, 256)  # the host's node takes no less
+    ours, host = (graphs.with_guider(name, size=size) for name in ("ours", "host"))
+    sampler = graphs.with_sampler("own", size=size, preset="default")
+    sampler["sampled"]["inputs"] |= {"sigmas": ["preset", 0], "guidance": "7*11, 3"}
+    for graph in (host, sampler):
+        graph["preset"] = graphs.node(
+            "Ideogram4Scheduler", steps=12, width=256, height=256, mu=0.5, std=1.75
+        )
+    first, *others = (picture(server, server.run(graph)) for graph in (ours, host, sampler))
+    assert all(np.array_equal(first, other) for other in others)
 
 
 def test_image_to_image_keeps_more_of_the_picture_the_less_is_denoised(server):
@@ -208,6 +191,23 @@ def test_savings_are_reported(server):
     shown = text(server.run(graphs.with_sampler("saved", sampler=settings)), "report")
     assert "passes: 12 conditional, 3 unconditional" in shown
     assert "3 reused, 6 skipped" in shown
+    assert "saved 38% of the passes" in shown
+    assert "copies on the device: both" in shown
+    assert "128x64 is outside the trained sides" in shown
+
+
+def test_freed_memory_is_filled_again_with_the_same(server):
+    before = picture(server, server.run(graphs.with_sampler("freed", seed=15)))
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    marks = len(server.log)
+    deadline = time.monotonic() + 30
+    while server.get("/queue")["queue_pending"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)  # the server frees between two prompts
+    again = server.run(graphs.with_sampler("freed", seed=15))
+    assert np.array_equal(picture(server, again), before)
+    assert not again.cached
+    assert server.log[marks:].count("model_type FLOW") == 2
 
 
 def test_without_the_unconditional_copy_there_is_no_guidance(server):
@@ -237,7 +237,8 @@ def test_second_run_reads_no_file(server):
     again = server.run(graphs.with_guider(seed=12))
     assert again.status == "success"
     assert {"model", "encoder", "vae", "positive"} <= set(again.cached)
-    assert "model weight dtype" not in server.log[marks:]
+    assert "model_type FLOW" in server.log[:marks]
+    assert "model_type FLOW" not in server.log[marks:]
 
 
 def test_unconditional_is_read_only_if_connected(server):
@@ -330,9 +331,30 @@ def test_swapped_copies_are_refused(server):
     fails_with(server, graphs.with_sampler(**swapped), graphs.UNCONDITIONAL, "other copy")
 
 
-def test_swapped_connections_are_refused(server):
-    graph = graphs.with_sampler(models=(("model", 1), ("model", 0)))
-    fails_with(server, graph, "unconditional copy", "Swap")
+def test_swapped_and_doubled_connections_are_refused(server):
+    swapped = graphs.with_sampler(models=(("model", 1), ("model", 0)))
+    fails_with(server, swapped, "unconditional copy", "Swap")
+    doubled = graphs.with_sampler(models=(("model", 0), ("model", 0)))
+    fails_with(server, doubled, "unconditional input is the conditional copy", "Swap")
+
+
+def test_copies_of_two_models_are_refused(server, models):
+    """A pair whose halves are of different depth, as of another release."""
+    folder = models / "diffusion_models"
+    with safe_open(folder / graphs.UNCONDITIONAL, "pt") as opened:
+        metadata = opened.metadata()
+        kept = [name for name in opened.keys() if not name.startswith("layers.3.")]  # noqa: SIM118
+        tensors = {name: opened.get_tensor(name) for name in kept}
+    config = json.loads(metadata["config"]) | {"num_layers": 3}
+    shallow = folder / "shallow.safetensors"
+    save_file(tensors, shallow, metadata | {"config": json.dumps(config)})
+    try:
+        graph = graphs.with_sampler(
+            conditional_file=graphs.CONDITIONAL, unconditional_file=shallow.name
+        )
+        fails_with(server, graph, shallow.name, "num_layers", "same release")
+    finally:
+        shallow.unlink()
 
 
 def test_truncated_file_is_named(server, models):
@@ -364,6 +386,19 @@ def test_sizes_off_the_grid_are_refused_with_the_nearest(server):
 
 def test_long_captions_are_refused(server):
     fails_with(server, graphs.with_sampler(caption="word " * 3000), "2048")
+
+
+def test_missing_encoder_is_said_with_what_to_download(server):
+    with pytest.raises(Rejected) as caught:
+        server.run(graphs.with_sampler(encoder="qwen3vl_8b_fp8_scaled.safetensors"))
+    message = str(caught.value)
+    for words in ("text_encoders", "press R", "huggingface.co/Comfy-Org/Qwen3-VL"):
+        assert words in message
+    unplugged = graphs.with_sampler()
+    del unplugged["positive"]["inputs"]["clip"]
+    with pytest.raises(Rejected, match="Required input is missing"):
+        server.run(unplugged)
+    assert server.alive()
 
 
 def test_names_outside_the_folders_are_rejected_before_running(server):

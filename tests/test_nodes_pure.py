@@ -24,7 +24,7 @@ from ideogram4_quant.checkpoint.levels import (
     resolve,
 )
 from ideogram4_quant.checkpoint.listing import list_files, stamp
-from ideogram4_quant.nodes import report, residency
+from ideogram4_quant.nodes import headers, report, residency
 from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.nodes.connections import leads_anywhere
 from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
@@ -350,6 +350,17 @@ def test_names_are_looked_up_never_joined(tmp_path, name):
         listing.path(name)
 
 
+def test_folder_without_files_says_what_to_put_there(tmp_path):
+    empty = list_files("vae", [str(tmp_path)])
+    (shown,) = empty.choices
+    assert "models/vae" in shown
+    message = empty.problem(shown, "flux2-vae.safetensors")
+    for words in (str(tmp_path), "press R", "flux2-vae.safetensors"):
+        assert words in message
+    (tmp_path / "a.safetensors").touch()
+    assert list_files("vae", [str(tmp_path)]).choices == ["a.safetensors"]
+
+
 def test_names_that_another_node_fills_in_are_no_problem_yet(tmp_path):
     (tmp_path / "a.safetensors").touch()
     listing = list_files("models", [str(tmp_path)])
@@ -368,6 +379,33 @@ def test_stamp_and_fingerprint_change_with_the_file(tmp_path):
     assert stamp(path) != before
     assert report.fingerprint(path) != mark
     assert report.fingerprint(tmp_path) != report.fingerprint(path)
+
+
+def test_headers_are_read_once_for_each_state_of_a_file(tmp_path, monkeypatch):
+    read = []
+
+    def open_file(path, *_, **__):
+        read.append(path.name)
+        if path.name == "broken.gguf":
+            raise TruncatedFileError("ends early", file=path)
+        return object()
+
+    monkeypatch.setattr(headers, "open_checkpoint", open_file)
+    good, broken = tmp_path / "good.gguf", tmp_path / "broken.gguf"
+    for path in (good, broken):
+        path.write_bytes(b"1")
+    first = headers.open_header(good)
+    assert headers.open_header(good) is first
+    os.utime(good, ns=(0, 1))  # touched
+    assert headers.open_header(good) is not first
+    good.write_bytes(b"12")  # grown
+    os.utime(good, ns=(0, 1))
+    headers.open_header(good)
+    assert read == ["good.gguf"] * 3
+    for _ in range(2):  # an error is not kept: the download may be finished by now
+        with pytest.raises(TruncatedFileError):
+            headers.open_header(broken)
+    assert read[3:] == ["broken.gguf"] * 2
 
 
 def test_catalogue_passes_over_other_models_and_notes_broken_files(tmp_path):

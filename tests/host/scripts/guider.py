@@ -208,8 +208,8 @@ def order_of_passes(world: World) -> list:
     return [(copy, sigma) for copy, sigma, _ in traced(world)]
 
 
-def stock_models(world: World, files: dict) -> bool:
-    """Models of the host's own loader give the same latents in our guider."""
+def stock_models(world: World, files: dict) -> dict[str, bool]:
+    """Models of the host's own loader give the same latents in our guider and in our sampler."""
     import comfy.sd
     import comfy.supported_models as supported
     import torch
@@ -228,7 +228,17 @@ def stock_models(world: World, files: dict) -> bool:
         ]
     finally:
         supported.models.remove(Pocket)
-    return torch.equal(world.sample(*stock), world.sample())
+    node = inside.load(world.pack, "nodes.node_sampler").Sampler
+    settings = {"positive": world.positive, "preset": "turbo", "seed": 0, "steps": 3}
+    settings |= {"width": 128, "height": 64}
+    theirs, ours = (
+        node.execute(conditional=first, unconditional=second, **settings).args[0]["samples"]
+        for first, second in (stock, (world.conditional, world.unconditional))
+    )
+    return {
+        "guider": torch.equal(world.sample(*stock), world.sample()),
+        "sampler": torch.equal(theirs, ours),
+    }
 
 
 def patch_on_one_copy_stays_there(world: World) -> dict:

@@ -17,7 +17,7 @@ def main() -> None:
     pack, (files, loras) = inside.start()
     import torch
 
-    found = {}
+    found = {"work": work_added(pack)}
     with torch.inference_mode():
         inputs = make_inputs()
         merged = merge_with_host(pack, json.loads(Path(files).read_text())["BF16"], loras, inputs)
@@ -56,6 +56,68 @@ def stock(patcher, loras: str, name: str, strength: float):
     return comfy.sd.load_lora_for_models(patcher, None, state, strength, 0.0)[0]
 
 
+def bypass(patcher, loras: str, name: str):
+    """The host's own way beside the weights, of its Load LoRA (Bypass) nodes."""
+    import comfy.sd
+    import comfy.utils
+
+    state = comfy.utils.load_torch_file(str(Path(loras) / name))
+    return comfy.sd.load_bypass_lora_for_models(patcher, None, state, 1.0, 0.0)[0]
+
+
+def work_added(pack: str) -> dict[str, float]:
+    """Products of the side path over those of the linears, in a block of the real model."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = inside.load(pack, "checkpoint").ModelConfig()
+    canonical = inside.load(pack, "checkpoint.canonical").canonical_shapes(config)
+    names = inside.load(pack, "nodes.lora_files")
+    hook = inside.load(pack, "nodes.lora_loading").side_path
+    shapes = {
+        name.removesuffix(".weight"): shape
+        for name, shape in canonical.items()
+        if name.startswith("layers.0.") and len(shape) == 2
+    }
+
+    def flops(ranks: dict[str, int]) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            for module, (n, k) in shapes.items():
+                linear = torch.nn.Linear(k, n, bias=False, device="meta")
+                rank = ranks.get(module, 0)
+                if rank:
+                    down = torch.empty(rank, k, device="meta")
+                    linear.register_forward_hook(hook(down, torch.empty(n, rank, device="meta")))
+                linear(torch.empty(16, k, device="meta"))
+        return counter.get_total_flops()
+
+    def ranks(*files: dict) -> dict[str, int]:
+        parsed = [names.parse_lora(state, shapes, "f").updates[None] for state in files]
+        return {
+            module: names.stack([(p[module], 1.0) for p in parsed if module in p]).rank
+            for module in shapes
+        }
+
+    def halves(module: str, n: int, k: int) -> dict:
+        return {
+            f"{module}.lora_A.weight": torch.zeros(64, k),
+            f"{module}.lora_B.weight": torch.zeros(n, 64),
+        }
+
+    fused, split = {}, {}
+    for module, (n, k) in shapes.items():
+        fused |= halves(module, n, k)
+        if module.endswith("qkv"):
+            for part in ("to_q", "to_k", "to_v"):
+                split |= halves(module.replace("qkv", part), n // 3, k)
+        else:
+            split |= halves(module, n, k)
+    plain = flops({})
+    cases = {"rank 64": (fused,), "split, rank 64": (split,), "two of rank 64": (fused, fused)}
+    return {name: flops(ranks(*files)) / plain - 1 for name, files in cases.items()}
+
+
 def merge_with_host(pack: str, path: str, loras: str, inputs) -> dict:
     plain = load(pack, path)
     once = stock(plain, loras, "fused.safetensors", 1.0)
@@ -91,7 +153,9 @@ def measure(pack: str, path: str, loras: str, inputs, merged: dict) -> dict:
     errors = {key: inside.relative(out, merged[key]) for key, out in outputs.items()}
     split = run(with_lora(plain, "split.safetensors", 1.0), inputs)
     patched = run(stock(plain, loras, "fused.safetensors", 1.0), inputs)
+    bypassed = run(bypass(plain, loras, "fused.safetensors"), inputs)
     return errors | {
+        "bypass": inside.relative(bypassed, merged["one"]),
         "effect": inside.relative(merged["one"], merged["none"]),
         "split": inside.relative(split, merged["one"]),
         "patched": inside.relative(patched, merged["one"]),
