@@ -13,7 +13,11 @@ import torch
 from comfy.patcher_extension import PatcherInjection
 from torch import Tensor
 
+from ..checkpoint.folding import Folding
+from ..ops.errors import Ideogram4QuantError
+from .headers import open_header
 from .lora_files import LowRank, stack
+from .model_loading import source_of
 
 KEY = "ideogram4_quant_lora"
 
@@ -31,9 +35,15 @@ def linear_shapes(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[
 def add_lora(
     patcher: comfy.model_patcher.ModelPatcher, updates: Mapping[str, LowRank], strength: float
 ) -> comfy.model_patcher.ModelPatcher:
-    """A clone of the model with these updates on top of those it already has."""
+    """A clone of the model with these updates on top of those it already has.
+
+    The updates are of the original model; they are mapped where a model is in another basis.
+    """
     if not updates or strength == 0.0:
         return patcher
+    folding = remaining_folding(patcher)
+    if folding is not None:
+        updates = {n: LowRank(*folding.low_rank(n, u.down, u.up)) for n, u in updates.items()}
     patcher = patcher.clone()
     loaded = (*(patcher.get_attachment(KEY) or ()), (updates, strength))
     patcher.set_attachments(KEY, loaded)
@@ -45,6 +55,21 @@ def add_lora(
     # one injection for all, so that two LoRAs on a linear cost one pair of products
     patcher.set_injections(KEY, [_SidePaths(paths).injection()])
     return patcher
+
+
+def remaining_folding(patcher: comfy.model_patcher.ModelPatcher) -> Folding | None:
+    """What is still folded into a loaded model: nothing, unless a stock loader loaded the file.
+
+    This pack's loader undoes it. A stock one does not, and remembers the file's path.
+    """
+    _, (path, *_), *_ = patcher.cached_patcher_init or (None, (None,))
+    if source_of(patcher) is not None or not isinstance(path, str):
+        return None
+    try:
+        header = open_header(path)
+        return header.folding(header.copies[0])
+    except (Ideogram4QuantError, OSError):  # a file that only the stock loader reads
+        return None
 
 
 class _SidePaths:

@@ -7,7 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from .lora_files import describe, parse_lora, read_lora
-from .lora_loading import add_lora, linear_shapes
+from .lora_loading import add_lora, linear_shapes, remaining_folding
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 
@@ -101,8 +101,10 @@ class LoadLora(io.ComfyNode):
         found = parse_lora(read_lora(path), linear_shapes(conditional), lora)
         if found.unknown:
             logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
-        outputs = []
+        outputs, notes = [], [describe(found)]
         for copy, model in (("conditional", conditional), ("unconditional", unconditional)):
             updates = found.for_copy(copy, apply_to)
             outputs.append(None if model is None else add_lora(model, updates, strength))
-        return io.NodeOutput(*outputs, describe(found))
+            if model is not None and updates and remaining_folding(model) is not None:
+                notes.append(f"{copy}: mapped to the folded weights that a stock loader has loaded")
+        return io.NodeOutput(*outputs, "\n".join(notes))
