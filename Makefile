@@ -52,6 +52,7 @@ lint: setup
 	$(RUN) -m ruff check .
 
 bench: setup
+	$(RUN) -m ideogram4_quant bench
 	$(RUN) benchmarks/bench_linear.py
 	$(RUN) benchmarks/bench_blocks.py
 	$(RUN) benchmarks/model_3090.py

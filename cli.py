@@ -28,6 +28,8 @@ DELEGATED = {
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
     "compare-merge": (".engine.compare.cli", "collect the pictures that shards made"),
     "doctor": (".doctor.cli", "say what this machine has, lacks and can run"),
+    "selftest": (".ops.selftest", "check every backend of this device against the formulas"),
+    "bench": (".ops.bench", "time every backend of this device side by side"),
     "kernels": (".ops.kernels.cli", "compile the Triton kernels without a GPU"),
 }
 

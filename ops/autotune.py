@@ -138,5 +138,5 @@ def _measured(job: Job, device: torch.device, deadline: float) -> dict[str, floa
         best = min(few.values())
         behind = {n: t * tokens / _PROBE_TOKENS for n, t in few.items() if t > 8 * best}
     functions = {n: f for n, f in job.make(tokens).items() if n not in behind}
-    timed = medians(functions, device, rounds, deadline)
+    timed = medians(functions, device, rounds, deadline, prune=True)
     return None if timed is None else behind | timed

@@ -22,11 +22,13 @@ def medians(
     device: torch.device,
     rounds: int = 5,
     deadline: float | None = None,
+    *,
+    prune: bool = False,
 ) -> dict[str, float] | None:
     """Median seconds of each function; the rounds go through all of them in turn.
 
-    In turn, so that a machine whose speed drifts slows all alike. The first round warms up. What
-    takes twice as long as the best is not run a third time. At ``deadline`` (of
+    In turn, so that a machine whose speed drifts slows all alike. The first round warms up. With
+    ``prune``, what takes twice as long as the best is not run a third time. At ``deadline`` (of
     ``time.perf_counter``) what there is counts; None if a function was not reached.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -35,7 +37,8 @@ def medians(
         for name, function in functions.items():
             if deadline is not None and time.perf_counter() >= deadline:
                 continue
-            if len(times[name]) < 2 or min(times[name]) <= 2 * best:
+            behind = len(times[name]) >= 2 and min(times[name]) > 2 * best
+            if not (prune and behind):
                 times[name].append(_seconds(function, device))
     if not all(times.values()):
         return None

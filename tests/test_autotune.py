@@ -45,7 +45,7 @@ def fake_times(monkeypatch, **seconds):
     """Every candidate takes what is given for it; returns the candidates that were timed."""
     timed = []
 
-    def medians(functions, device, rounds=5, deadline=None):
+    def medians(functions, device, rounds=5, deadline=None, *, prune=False):
         for function in functions.values():
             function()
         timed.append(tuple(functions))

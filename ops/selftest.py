@@ -1,0 +1,274 @@
+"""``ideogram4-quant selftest``: every backend of this device against the plain torch formulas.
+
+The formulas run on the CPU, so a device that computes wrongly cannot agree with itself. Shapes are
+small and odd; a minute is the bound, and what it leaves out is reported as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import attention, blocks, dispatch, reference
+from .layouts import QuantizedTensor
+from .linear import LinearOptions, gguf_linear, int8_linear, linear
+
+SECONDS = 60.0
+OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
+
+# The largest relative error of outputs, beside the rounding of the dtype.
+_SAME_ROWS = 2e-3  # some int8 values of the activations may round the other way
+_EXACT = 1e-6
+_DENSE = 2e-3
+_ATTENTION = {attention.SDPA: 5e-3, attention.INT8: 5e-2}
+_EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+_K, _N, _M = 768, 200, 33
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line: what ran where, its error and the error allowed; ``note`` says what failed."""
+
+    check: str
+    backend: str
+    status: str
+    error: float | None = None
+    allowed: float | None = None
+    note: str = ""
+
+
+Check = tuple[str, str, float, Callable[[], float]]
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command ``selftest``."""
+    parser = subparsers.add_parser(
+        "selftest",
+        help="check every backend of this device against the formulas",
+        description="Run linears of every kind, quantizers and attention on every backend that is "
+        "there and compare them with plain torch on the CPU. Exit code 1 if one differs.",
+    )
+    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, print, and return 1 if a check failed."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    missing = [
+        r for r in (*dispatch.reports(device), *attention.reports(device)) if not r.available
+    ]
+    results = []
+    if not args.json:
+        print(f"torch {torch.__version__} on {device}")
+        for report in missing:
+            print(f"{'not there':<10} {report.name}: {report.reason}")
+    for result in selftest(device):
+        results.append(result)
+        if not args.json:
+            print(_line(result), flush=True)
+    counts = {status: sum(r.status == status for r in results) for status in (OK, FAILED, NOT_RUN)}
+    if args.json:
+        document = {
+            "device": str(device),
+            "results": [asdict(result) for result in results],
+            "missing": [asdict(report) for report in missing],
+        }
+        print(json.dumps(document, indent=1))
+    else:
+        print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    return 1 if counts[FAILED] or not counts[OK] else 0
+
+
+def selftest(device: torch.device, seconds: float = SECONDS) -> Iterator[Result]:
+    """The results, one by one."""
+    deadline = time.perf_counter() + seconds
+    for check, backend, allowed, measure in checks(device):
+        if time.perf_counter() >= deadline:
+            yield Result(check, backend, NOT_RUN, note=f"{seconds:.0f} s are over")
+            continue
+        try:
+            with torch.inference_mode():
+                error = measure()
+        except Exception as failure:  # whatever compilers, drivers and extensions come up with
+            reason = f"{type(failure).__name__}: {str(failure).strip()[:300]}"
+            yield Result(check, backend, FAILED, allowed=allowed, note=reason)
+            continue
+        # a comparison that a NaN fails
+        status = OK if error <= allowed else FAILED
+        yield Result(check, backend, status, error, allowed)
+
+
+def checks(device: torch.device) -> Iterator[Check]:
+    """(name, backend, allowed error, function that returns the error) of everything to check."""
+    names = [r.name for r in dispatch.reports(device) if r.available]
+    dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
+    for name in names:
+        yield "int8 product", name, _EXACT, lambda n=name: _product(n, device)
+        for op in ("smooth_rotate", "rmsnorm_scale", "swiglu"):
+            yield f"{op} to int8", name, _EXACT, lambda n=name, o=op: _quantizer(n, o, device)
+        yield "gate and residual", name, _EXACT, lambda n=name: _residual(n, device)
+        for dtype in dtypes:
+            for kind in ("plain", "smooth", "rotated", "smooth rotated"):
+                label = f"int8 linear, {kind}, {_short(dtype)}"
+                allowed = _SAME_ROWS + _EPS[dtype]
+                yield label, name, allowed, lambda n=name, k=kind, d=dtype: _int8(n, k, d, device)
+        for qtype in ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"):
+            label = f"GGUF {qtype} through int8"
+            allowed = 2 * _SAME_ROWS
+            yield label, name, allowed, lambda n=name, q=qtype: _gguf(n, q, "w8a8", device)
+    for qtype in blocks.FORMATS:
+        yield f"GGUF {qtype} decoded", "torch", 0.0, lambda q=qtype: _decoded(q, device)
+        yield (
+            f"GGUF {qtype} dense",
+            "torch",
+            _DENSE,
+            lambda q=qtype: _gguf("auto", q, "dense", device),
+        )
+    for layout in ("Ideogram4QuantFP8", "Ideogram4QuantNF4"):
+        yield f"{layout[14:]} dense", "torch", _DENSE, lambda x=layout: _dense(x, device)
+    for name in attention.candidates(device):
+        for dtype in dtypes:
+            label, allowed = f"attention, {_short(dtype)}", _ATTENTION[name] + _EPS[dtype]
+            yield label, name, allowed, lambda n=name, d=dtype: _attention(n, d, None, device)
+    masked = lambda: _attention(attention.SDPA, torch.float32, _mask(), device)
+    yield "attention with a mask", attention.SDPA, _ATTENTION[attention.SDPA], masked
+
+
+# ---- one function a check: the relative error against the formula on the CPU
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.cpu().double(), wanted.double()
+    return ((found - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
+
+
+def _activations() -> Tensor:
+    x = _randn(_M, _K)
+    x[:, ::97] *= 30  # outlier channels, and a row of zeros
+    x[5] = 0
+    return x
+
+
+def _product(name: str, device: torch.device) -> float:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(-127, 128, (_M, _K), generator=generator, dtype=torch.int8)
+    w = torch.randint(-128, 128, (_N, _K), generator=generator, dtype=torch.int8)
+    q[0], w[0] = 127, -128
+    arguments = (q, _randn(_M).abs(), w, _randn(_N).abs(), _randn(_N), torch.float32)
+    wanted = reference.int8_gemm(*arguments)
+    if name == "comfy_kitchen":  # it multiplies whole layers alone
+        return _int8(name, "plain", torch.float32, device)
+    run = dispatch.choose("int8_gemm", (_M, _N, _K), device, name).get("int8_gemm")
+    return _relative(run(*(_there(a, device) for a in arguments)), wanted)
+
+
+def _quantizer(name: str, op: str, device: torch.device) -> float:
+    """The larger of the scales' error and the part of the values that is off by more than one."""
+    op = f"{op}_quantize_rows"
+    smooth = torch.linspace(0.5, 2, _K)
+    leading: dict[str, tuple] = {
+        "smooth_rotate_quantize_rows": (_activations(),),
+        "rmsnorm_scale_quantize_rows": (
+            _activations(),
+            _randn(_K, seed=1),
+            _randn(_K, seed=2),
+            1e-5,
+        ),
+        "swiglu_quantize_rows": (_activations(), _randn(_M, _K, seed=1)),
+    }
+    arguments = (*leading[op], smooth, 256)
+    wanted, scales = getattr(reference, op)(*arguments)
+    run = dispatch.choose(op, (_M, _K, _K), device, name).get(op)
+    found, found_scales = run(*(_there(a, device) for a in arguments))
+    apart = (found.cpu().int() - wanted.int()).abs()
+    if (apart > 1).any() or (apart == 1).double().mean() > 1e-3:
+        return 1.0
+    return _relative(found_scales, scales)
+
+
+def _residual(name: str, device: torch.device) -> float:
+    arguments = (_activations(), _randn(_K), _randn(_M, _K, seed=1), _randn(_K, seed=2), 1e-5)
+    run = dispatch.choose("gate_residual_rmsnorm", (_M, _K, _K), device, name)
+    found = run.get("gate_residual_rmsnorm")(*(_there(a, device) for a in arguments))
+    return _relative(found, reference.gate_residual_rmsnorm(*arguments))
+
+
+def _int8(name: str, kind: str, dtype: torch.dtype, device: torch.device) -> float:
+    options = {
+        "smooth": torch.linspace(0.5, 2, _K) if "smooth" in kind else None,
+        "rotation": 256 if "rotated" in kind else None,
+    }
+    weight = QuantizedTensor.from_float(_randn(_N, _K, seed=1), "Ideogram4QuantInt8", **options)
+    x, bias = _activations().to(dtype), _randn(_N, seed=2)
+    q, scale = weight._qdata, weight._params.scale
+    wanted = reference.int8_linear(x.float(), q, scale, bias, **options)
+    there = {key: _there(value, device) for key, value in options.items()}
+    arguments = (_there(a, device) for a in (x, q, scale, bias))
+    return _relative(int8_linear(*arguments, backend=name, **there), wanted)
+
+
+def _gguf(name: str, qtype: str, compute: str, device: torch.device) -> float:
+    packed = blocks.quantize(_randn(_N, _K, seed=1), qtype)
+    x, bias, shape = _activations(), _randn(_N, seed=2), (_N, _K)
+    wanted = reference.gguf_linear(x, packed, qtype, shape, bias, compute=compute, rotation=256)
+    x, packed, bias = (_there(a, device) for a in (x, packed, bias))
+    found = gguf_linear(x, packed, qtype, shape, bias, compute=compute, rotation=256, backend=name)
+    return _relative(found, wanted)
+
+
+def _decoded(qtype: str, device: torch.device) -> float:
+    packed = blocks.quantize(_randn(_N, _K, seed=1), qtype)
+    wanted = blocks.dequantize(packed, qtype, (_N, _K))
+    return _relative(blocks.dequantize(_there(packed, device), qtype, (_N, _K)), wanted)
+
+
+def _dense(layout: str, device: torch.device) -> float:
+    weight = QuantizedTensor.from_float(_randn(_N, _K, seed=1), layout)
+    x, bias = _activations(), _randn(_N, seed=2)
+    wanted = F.linear(x, weight.dequantize(), bias)
+    return _relative(
+        linear(x.to(device), weight.to(device), bias.to(device), LinearOptions()), wanted
+    )
+
+
+def _attention(name: str, dtype: torch.dtype, mask: Tensor | None, device: torch.device) -> float:
+    q, k, v = (_randn(1, 2, 300, 256, seed=seed).to(dtype) for seed in range(3))
+    wanted = attention.reference(q, k, v, mask)
+    q, k, v, mask = (_there(a, device) for a in (q, k, v, mask))
+    if mask is not None:
+        return _relative(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), wanted)
+    return _relative(attention.attention(q, k, v, backend=name), wanted)
+
+
+def _mask() -> Tensor:
+    """Two segments that do not see each other."""
+    segment = (torch.arange(300) > 50)[None, None]
+    return segment[..., :, None] == segment[..., None, :]
+
+
+def _there(value: object, device: torch.device) -> object:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def _line(result: Result) -> str:
+    figures = ""
+    if result.error is not None:
+        figures = f"error {result.error:.1e}, allowed {result.allowed:.1e}"
+    return f"{result.status:<10} {result.backend:<14} {result.check:<36} {figures}{result.note}"
