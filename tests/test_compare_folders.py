@@ -80,11 +80,44 @@ def test_without_captions_the_text_metrics_are_a_marked_gap(folders):
     assert any("no prompt asks for text" in gap for gap in data["gaps"])
 
 
-def test_a_missing_picture_is_left_out_of_all(folders):
+def test_a_missing_picture_is_a_marked_gap(folders):
     (folders / "bad" / "exit.png").unlink()
+    sign("MORE", 0, 9).save(folders / "bad" / "more.png")
     out = folders / "out"
     run("--out", out, *named(folders, "reference", "bad"))
-    assert len(json.loads((out / "results.json").read_text())["cases"]) == len(WORDS) - 1
+    data = json.loads((out / "results.json").read_text())
+    assert len(data["cases"]) == len(WORDS)
+    assert len(data["systems"][1]["scores"]["psnr"]) == len(WORDS) - 1
+    assert any("bad: 1 of 4 pictures missing" in gap for gap in data["gaps"])
+    assert any("bad: 1 pictures left out" in gap for gap in data["gaps"])
+    assert "no picture" in (out / "report.html").read_text()
+
+
+def test_seeds_of_one_prompt_are_one_unit(folders):
+    same = dict.fromkeys((w.lower() for w in WORDS[:2]), caption("HELLO"))
+    captions = same | {f"{w.lower()}.png": json.loads(caption(w)) for w in WORDS[2:]}
+    (folders / "captions.json").write_text(json.dumps(captions))
+    out = folders / "out"
+    given = [*named(folders, "reference", "good"), "--captions", folders / "captions.json"]
+    run("--out", out, *given)
+    data = json.loads((out / "results.json").read_text())
+    assert [c["seed"] for c in data["cases"]] == [0, 0, 1, 0]  # exit, hello, open, sale
+    assert data["systems"][1]["metrics"]["psnr"]["prompts"] == 3
+    assert data["cases"][3]["text"] == "SALE"
+
+
+def test_a_missing_package_is_a_gap_with_a_way_out(folders, monkeypatch):
+    from ideogram4_quant.engine.compare import score
+
+    lacking = {"ssim": "torchmetrics", "ocr_exact": "rapidfuzz"}
+    monkeypatch.setattr(score, "missing_packages", lambda: lacking)
+    out = folders / "out"
+    given = [*named(folders, "reference", "good"), "--captions", folders / "captions.json"]
+    run("--out", out, *given)
+    data = json.loads((out / "results.json").read_text())
+    assert data["systems"][1]["metrics"].keys() == {"psnr", "ms_ssim"}
+    assert "SSIM: needs torchmetrics (pip install torchmetrics)" in data["gaps"]
+    assert "words read: needs rapidfuzz (pip install rapidfuzz)" in data["gaps"]
 
 
 def test_sizes_that_differ_name_both(folders):
@@ -98,6 +131,7 @@ def test_sizes_that_differ_name_both(folders):
     [
         ([], "either --system"),
         (["--pictures", "a"], "NAME=PATH"),
+        (["--pictures", "a=.", "--pictures", "a=.."], "share a name"),
         (["--pictures", "a=/nowhere/at/all"], "no folder"),
         (["--system", "a=/nowhere/at/all"], "needs --encoder"),
     ],
@@ -113,7 +147,7 @@ def test_an_empty_folder_and_foreign_names_are_errors(folders):
         run("--out", folders / "out", *named(folders, "reference", "empty"))
     (folders / "other").mkdir()
     sign("HELLO", 0, 0).save(folders / "other" / "else.png")
-    with pytest.raises(CompareError, match="share no file name"):
+    with pytest.raises(CompareError, match="shares no file name"):
         run("--out", folders / "out", *named(folders, "reference", "other"))
 
 

@@ -130,26 +130,32 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
 
 def _compare_folders(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
     from .cases import CompareError
-    from .results import SystemScores
-    from .score import Rendered, cases_from_folders, open_picture
+    from .score import rendered_folders
 
     folders = {name: Path(value) for name, value in map(_named, args.pictures)}
-    for name, folder in folders.items():
-        if not folder.is_dir():
-            raise CompareError(f"no folder of pictures for {name!r}", file=folder)
-    prompts = {}
-    if args.captions is not None:
-        prompts = json.loads(args.captions.read_text(encoding="utf-8"))
-    pairs = cases_from_folders(list(folders.values()), prompts)
-    stems = {case.key: stem for stem, case in pairs}
+    if len(folders) < len(args.pictures):
+        raise CompareError("two folders share a name", found=", ".join(folders))
+    prompts = {} if args.captions is None else _captions(args.captions)
+    reference = args.reference or next(iter(folders))
+    rendered, cases, more = rendered_folders(folders, reference, prompts)
+    settings = {"folders": [str(f) for f in folders.values()]}
+    return _finish(args, rendered, cases, scorers, [*notes, *more], settings)
 
-    def system(name: str, folder: Path) -> Rendered:
-        scores = SystemScores(name, "pictures", 0)
-        return Rendered(scores, lambda case: open_picture(folder, stems[case.key]))
 
-    rendered = [system(name, folder) for name, folder in folders.items()]
-    cases = [case for _, case in pairs]
-    return _finish(args, rendered, cases, scorers, notes, {"folders": [str(f) for f in folders]})
+def _captions(file: Path) -> dict[str, str]:
+    """File stem -> prompt; the names may have suffixes, and the prompts may be JSON themselves."""
+    from .cases import CompareError
+
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CompareError(f"is no JSON: {error}", file=file) from error
+    if not isinstance(data, dict):
+        raise CompareError("is no JSON object", file=file, needed='{"file name": "prompt"}')
+    return {
+        Path(name).stem: prompt if isinstance(prompt, str) else json.dumps(prompt)
+        for name, prompt in data.items()
+    }
 
 
 def _finish(args, rendered, cases, scorers, notes, settings) -> int:

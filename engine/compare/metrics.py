@@ -1,7 +1,7 @@
 """Fidelity and text metrics of one picture, from well-kept libraries.
 
-A metric that cannot be computed is ``None`` with a reason kept once in :class:`Unavailable`; it is
-never a silent zero.
+A metric that cannot be computed has no value, and :func:`missing_packages` says what it lacks; it
+is never a silent zero.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -183,3 +184,10 @@ PAIR_FUNCTIONS: Mapping[str, Callable[[Image.Image, Image.Image], float]] = {
     "ssim": ssim,
     "ms_ssim": ms_ssim,
 }
+
+_PACKAGES = {"ssim": "torchmetrics", "ms_ssim": "torchmetrics", "ocr_exact": "rapidfuzz"}
+
+
+def missing_packages() -> dict[str, str]:
+    """Metric -> the package that it lacks here."""
+    return {name: package for name, package in _PACKAGES.items() if find_spec(package) is None}

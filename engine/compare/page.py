@@ -14,7 +14,7 @@ from PIL import Image
 from .cases import Case
 from .metrics import METRICS
 from .results import Cell, Comparison, totals
-from .tables import cell_text
+from .tables import COLUMNS, cell_text, known_columns
 
 Picture = Callable[[str, Case], "Image.Image | None"]
 
@@ -68,20 +68,22 @@ def write_page(
 
 def _table(comparison: Comparison) -> str:
     metrics = comparison.metrics()
-    head = "".join(f"<th>{html.escape(METRICS[m].label)}</th>" for m in metrics)
+    known = known_columns(comparison)
+    labels = ["system", *known, *(METRICS[m].label for m in metrics)]
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
     rows = []
     for system in comparison.systems:
         cells = [(comparison.cell(system, m), METRICS[m].digits) for m in metrics]
         marked = " class=reference" if system.name == comparison.reference else ""
-        size = f"{system.bytes / 1e6:.1f}" if system.bytes else ""
+        first = "".join(f"<td>{html.escape(COLUMNS[c](system))}</td>" for c in known)
         rows.append(
-            f"<tr{marked}><td>{html.escape(system.name)}</td><td>{html.escape(system.level)}</td>"
-            f"<td>{size}</td>{''.join(_cell(*cell) for cell in cells)}</tr>"
+            f"<tr{marked}><td>{html.escape(system.name)}</td>{first}"
+            f"{''.join(_cell(*cell) for cell in cells)}</tr>"
         )
     gaps = "".join(f"<li>{html.escape(gap)}</li>" for gap in comparison.gaps)
     return (
-        f"<h2>Table</h2><div class=scroll><table><tr><th>system</th><th>level</th><th>MB</th>{head}"
-        f"</tr>{''.join(rows)}</table></div>" + (f"<p>Gaps:</p><ul>{gaps}</ul>" if gaps else "")
+        f"<h2>Table</h2><div class=scroll><table><tr>{head}</tr>{''.join(rows)}</table></div>"
+        + (f"<p>Gaps:</p><ul>{gaps}</ul>" if gaps else "")
     )
 
 

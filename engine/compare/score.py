@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,14 @@ from PIL import Image
 
 from ...ops.errors import OpError
 from .cases import Case, CompareError
-from .metrics import PAIR_FUNCTIONS, latent_sqnr, ocr_scores, text_asked
+from .metrics import (
+    METRICS,
+    PAIR_FUNCTIONS,
+    latent_sqnr,
+    missing_packages,
+    ocr_scores,
+    text_asked,
+)
 from .results import Comparison, SystemScores
 
 #: A scorer that the user's own weights make possible: (reference, picture, case) -> value or None.
@@ -55,8 +63,14 @@ def score(
         raise CompareError(f"the reference {reference!r} has no picture of any case")
     for item in rendered:
         _score_system(result, base, item, reader, scorers or {}, progress)
-    if not any(case.text for case in cases):
-        result.gaps.append("text metrics: no prompt asks for text")
+    result.gaps += [
+        f"{METRICS[metric].label}: needs {package} (pip install {package})"
+        for metric, package in missing_packages().items()
+    ]
+    silent = sum(case.text is None for case in cases)
+    if silent:
+        which = "no prompt asks" if silent == len(cases) else f"{silent} prompts do not ask"
+        result.gaps.append(f"text metrics: {which} for text")
     return result
 
 
@@ -91,15 +105,18 @@ def _score_system(
 
 
 def _score_picture(item, base, case, picture, wanted, reader, scorers) -> None:
-    scores = item.scores
+    scores, missing = item.scores, missing_packages()
     if item is not base:
         for name, function in PAIR_FUNCTIONS.items():
+            if name in missing:
+                continue
             try:
                 scores.set(name, case.key, function(wanted, picture))
             except OpError as error:
                 raise CompareError(f"{scores.name}, {case.file_stem}: {error}") from error
     read = (item.read or {}).get(case.key)
-    if case.text and (read is not None or reader is not None):
+    readable = read is not None or reader is not None
+    if case.text and readable and "ocr_exact" not in missing:
         read = reader(picture) if read is None else read
         for name, value in ocr_scores(case.text, read).items():
             scores.set(name, case.key, value)
@@ -126,32 +143,68 @@ def open_picture(folder: Path, stem: str) -> Image.Image | None:
     return None
 
 
-def cases_from_folders(
-    folders: Sequence[Path], prompts: Mapping[str, str]
-) -> list[tuple[str, Case]]:
-    """(file stem, case) for every picture name that all folders share.
+def stems_of(folder: Path) -> list[str]:
+    """Names of the pictures in a folder, without their suffixes; CompareError if there are none."""
+    stems = {f.stem for f in folder.glob("*") if f.suffix.lower() in _SUFFIXES}
+    if not stems:
+        raise CompareError("no picture in the folder", file=folder, needed="PNG, WebP or JPEG")
+    return sorted(stems)
 
-    ``prompts`` maps a file stem to its prompt; a picture without one has no text metrics. Raises
-    CompareError for an empty folder and for folders that share no name.
+
+def folder_cases(reference: Path, prompts: Mapping[str, str]) -> list[tuple[str, Case]]:
+    """(file stem, case) for every picture of the reference's folder.
+
+    ``prompts`` maps a file stem to its prompt; a picture without one has no text metrics. Pictures
+    of one prompt are its seeds, numbered as they come: together they are one unit of resampling.
     """
-    names = []
-    for folder in folders:
-        stems = {f.stem for f in sorted(folder.glob("*")) if f.suffix.lower() in _SUFFIXES}
-        if not stems:
-            raise CompareError("no picture in the folder", file=folder, needed="PNG, WebP or JPEG")
-        names.append(stems)
-    shared = set.intersection(*names)
-    if not shared:
-        raise CompareError(
-            "the folders share no file name",
-            found=", ".join(sorted(min(names, key=len))[:3]),
-            hint="Give the pictures of one prompt and seed the same name in every folder.",
+    counts: Counter[str] = Counter()
+    cases = []
+    for stem in stems_of(reference):
+        prompt = prompts.get(stem)
+        name = stem if prompt is None else prompt
+        width, height = open_picture(reference, stem).size
+        text = None if prompt is None else text_asked(prompt)
+        cases.append((stem, Case(name, counts[name], width, height, text=text)))
+        counts[name] += 1
+    return cases
+
+
+def rendered_folders(
+    folders: Mapping[str, Path], reference: str, prompts: Mapping[str, str]
+) -> tuple[list[Rendered], list[Case], list[str]]:
+    """Pictures already rendered, one folder a system, the same file names in all: what ``score``
+    takes, the cases of the reference's pictures, and notes on pictures that only others have.
+
+    Raises CompareError for a folder that is not there or empty, for an unknown reference, and for
+    one that shares no file name with the reference's.
+    """
+    if reference not in folders:
+        known = ", ".join(folders)
+        raise CompareError("the reference is none of the systems", found=known, needed=reference)
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise CompareError(f"no folder of pictures for {name!r}", file=folder)
+    pairs = folder_cases(folders[reference], prompts)
+    stems = {case.key: stem for stem, case in pairs}
+    notes = []
+    for name, folder in folders.items():
+        others = set(stems_of(folder))
+        if others.isdisjoint(stems.values()):
+            raise CompareError(
+                f"{name!r} shares no file name with the reference",
+                file=folder,
+                found=", ".join(sorted(others)[:3]),
+                needed=", ".join(sorted(stems.values())[:3]),
+                hint="Give the pictures of one prompt and seed the same name in every folder.",
+            )
+        more = len(others - set(stems.values()))
+        if more:
+            notes.append(f"{name}: {more} pictures left out that the reference does not have")
+
+    def system(name: str, folder: Path) -> Rendered:
+        return Rendered(
+            SystemScores(name, "", 0), lambda case: open_picture(folder, stems[case.key])
         )
-    return [(stem, _folder_case(folders[0], stem, prompts.get(stem))) for stem in sorted(shared)]
 
-
-def _folder_case(folder: Path, stem: str, prompt: str | None) -> Case:
-    width, height = open_picture(folder, stem).size
-    text = None if prompt is None else text_asked(prompt)
-    # The stem is part of the case, so that two seeds of one prompt stay two cases.
-    return Case(f"{stem}: {prompt or ''}", 0, width, height, text=text)
+    rendered = [system(name, folder) for name, folder in folders.items()]
+    return rendered, [case for _, case in pairs], notes

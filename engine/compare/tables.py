@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Mapping, Sequence
 
 from .metrics import METRICS
 from .results import Cell, Comparison, SystemScores, totals
@@ -16,14 +17,14 @@ def markdown(comparison: Comparison) -> str:
     ``=`` indistinguishable, ``+`` better, ``-`` worse.
     """
     metrics = comparison.metrics()
-    head = ["system", "level", "MB", *(METRICS[m].label for m in metrics)]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    columns = [*known_columns(comparison), *(METRICS[m].label for m in metrics)]
+    lines = [_row(["system", *columns]), _row(["---"] * (1 + len(columns)))]
     for system in comparison.systems:
-        name = (
-            f"**{system.name}** (reference)" if _is_reference(comparison, system) else system.name
-        )
+        reference = system.name == comparison.reference
+        name = f"**{system.name}** (reference)" if reference else system.name
+        known = [COLUMNS[c](system) for c in known_columns(comparison)]
         cells = [cell_text(comparison.cell(system, m), METRICS[m].digits) for m in metrics]
-        lines.append("| " + " | ".join([name, system.level, _megabytes(system), *cells]) + " |")
+        lines.append(_row([name, *known, *cells]))
     count = totals(comparison)
     lines.append("")
     lines.append(
@@ -75,9 +76,22 @@ def _csv_cell(cell: Cell | None) -> list[object]:
     return [interval.mean, interval.low, interval.high, interval.n, *bounds, cell.verdict or ""]
 
 
-def _is_reference(comparison: Comparison, system: SystemScores) -> bool:
-    return system.name == comparison.reference
-
-
-def _megabytes(system: SystemScores) -> str:
+def megabytes(system: SystemScores) -> str:
+    """Bytes of both copies in MB, empty where they are not known."""
     return f"{system.bytes / 1e6:.1f}" if system.bytes else ""
+
+
+#: What is known of a system before it is measured; pictures already rendered have neither.
+COLUMNS: Mapping[str, Callable[[SystemScores], str]] = {
+    "level": lambda system: system.level,
+    "MB": megabytes,
+}
+
+
+def known_columns(comparison: Comparison) -> list[str]:
+    """The names of :data:`COLUMNS` that any system fills."""
+    return [name for name, of in COLUMNS.items() if any(map(of, comparison.systems))]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -52,7 +52,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("FP8 per tensor", _stored(FP8Layout.NAME, per_row=False)),
     Scheme("NF4", _stored(NF4Layout.NAME)),
     *(Scheme(t, _stored(GGUFLayout.NAME, qtype=t)) for t in GGUF_TYPES),
-    *(Scheme(f"{t} as W8A8", _stored(GGUFLayout.NAME, qtype=t), "w8a8") for t in GGUF_TYPES),
+    *(Scheme(f"{t} as W8A8", _stored(GGUFLayout.NAME, qtype=t), "w8a8") for t in ("Q8_0", "Q4_K")),
 )
 
 
