@@ -1,5 +1,7 @@
 """The table of systems on the pocket model: what a row computes, and that it is made once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,11 +12,12 @@ from ideogram4_quant.engine.loading import load_pair, open_pair
 from ideogram4_quant.ops.linear import LinearOptions, linear
 from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.pocket.paths import dit_path
+from ideogram4_quant.pocket.table import __main__ as table
 from ideogram4_quant.pocket.table import systems
-from ideogram4_quant.pocket.table.__main__ import Maker, jobs_of
 from ideogram4_quant.pocket.table.models import VARIANTS
-from ideogram4_quant.pocket.table.painting import Studio, case_of
+from ideogram4_quant.pocket.table.painting import Studio, cases_of_part
 from ideogram4_quant.pocket.table.runs import RunStore, run_key
+from ideogram4_quant.quant.calibration import Calibration, LayerStats
 
 NAME = "layers.1.feed_forward.w2.weight"
 
@@ -24,35 +27,90 @@ def state():
     return load_file(dit_path("cond"))
 
 
+def stats(inputs, weight) -> LayerStats:
+    """Statistics of a linear whose output error in naive W8A8 grows with its outlier."""
+    found = LayerStats.of(inputs, weight)
+    noise = inputs.abs().amax().double().reshape(1)
+    return replace(found, signal=torch.ones(1, dtype=torch.float64), noise={"int8": noise})
+
+
+@pytest.fixture(scope="module")
+def calibration(state) -> Calibration:
+    """Of two layers' w1, w3, w2 and the stem, with outliers in w2's input."""
+    layers = {}
+    generator = torch.Generator().manual_seed(0)
+    for name in ("layers.0.feed_forward.w1", "layers.0.feed_forward.w3", "layers.0.feed_forward.w2",
+                 "layers.1.feed_forward.w2", "input_proj"):  # fmt: skip
+        weight = state[f"{name}.weight"].float()
+        x = torch.randn(64, weight.shape[1], generator=generator)
+        x[:, 5] *= {"layers.0.feed_forward.w2": 40, "layers.1.feed_forward.w2": 90}.get(name, 1)
+        x *= 500 if name == "input_proj" else 1
+        layers[f"conditional.{name}"] = stats(x, weight)
+    return Calibration(layers, (0.0,))
+
+
 @pytest.mark.parametrize("scheme", systems.SCHEMES, ids=lambda s: s.name)
-def test_unpacked_weights_multiply_as_the_packed_ones(state, scheme):
+def test_unpacked_weights_multiply_as_the_packed_ones(state, calibration, scheme):
     """What a row computes with is what `ops.linear` makes of the stored weight at each call."""
-    packed = systems.weights(scheme, {NAME: state[NAME]})
+    packed = systems.weights(scheme, {NAME: state[NAME]}, "conditional", calibration)
     ready = systems.unpacked(packed, scheme.compute)[NAME]
     x = torch.randn(96, 768, generator=torch.Generator().manual_seed(0))
     options = LinearOptions(gguf_compute=scheme.compute)
     assert torch.equal(linear(x, ready, None, options), linear(x, packed[NAME], None, options))
 
 
+def test_the_most_fragile_block_linears_stay_in_bf16(state, calibration):
+    assert systems.fragile(calibration, "conditional")[:2] == [
+        "layers.1.feed_forward.w2",
+        "layers.0.feed_forward.w2",
+    ]
+    (scheme,) = [s for s in systems.SCHEMES if s.name == "W8A8, 1 protected"]
+    some = {k: state[k] for k in (NAME, "layers.0.feed_forward.w2.weight", "input_proj.weight")}
+    kept = systems.weights(scheme, some, "conditional", calibration)
+    assert [name for name in some if kept[name] is some[name]] == [NAME, "input_proj.weight"]
+
+
+def test_smoothing_moves_the_outlier_into_the_weight_and_w1_and_w3_share_it(state, calibration):
+    (scheme,) = [s for s in systems.SCHEMES if s.name == "W8A8 + smooth"]
+    names = [f"layers.0.feed_forward.w{i}.weight" for i in (1, 2, 3)]
+    made = systems.weights(scheme, {n: state[n] for n in names}, "conditional", calibration)
+    first, second, third = (made[name]._params.smooth for name in names)
+    assert torch.equal(first, third)
+    weight = state[names[1]].float()
+    columns = weight.abs().amax(0)
+    expected = (calibration.layer("conditional", names[1][:-7]).absmax / columns).sqrt()
+    ratio = second / expected
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4)
+    assert torch.allclose(made[names[1]].dequantize(), weight, atol=weight.abs().max() / 50)
+
+
 def test_batches_paint_what_the_engine_paints_one_by_one(pocket):
-    studio = Studio(HELD_OUT[:3])
+    studio = Studio()
     pair = open_pair(pocket.conditional_file, pocket.unconditional_file)
     models = load_pair(pair, None, studio.vae, device="cpu")
-    painted = studio.paint(models, [case_of(p, 1) for p in HELD_OUT[:3]])
-    case = case_of(HELD_OUT[2], 1)
-    request = GenerateRequest(case.prompt, case.width, case.height, case.seed)
-    alone = generate(request, models, features=studio.features[2])
-    assert case.seed != HELD_OUT[2].seed
+    cases = cases_of_part(2)[:3]
+    painted = studio.paint(models, cases)
+    request = GenerateRequest(cases[2].prompt, cases[2].width, cases[2].height, cases[2].seed)
+    alone = generate(request, models, features=studio.features[cases[2].prompt])
     assert psnr(alone.image, painted.pictures[2]) > 60
     assert torch.allclose(alone.latents, painted.trajectories[2, -1], atol=1e-3)
 
 
-def test_a_run_is_made_once_and_again_for_other_weights(tmp_path):
+def test_parts_hold_every_prompt_once_with_its_own_seed_first():
+    cases = [case for part in range(4) for case in cases_of_part(part)]
+    assert len({case.key for case in cases}) == 2 * len(HELD_OUT) == len(cases)
+    assert [c.seed for c in cases[: len(HELD_OUT)]] == [p.seed for p in HELD_OUT]
+    assert [c.text for c in cases[len(HELD_OUT) :]] == [p.word for p in HELD_OUT]
+
+
+def test_a_run_is_made_once_and_again_for_other_weights(tmp_path, monkeypatch):
     pytest.importorskip("rapidocr")
+    two = cases_of_part(0)[:2]
+    monkeypatch.setattr(table, "cases_of_part", lambda part: two)
     store = RunStore(tmp_path)
     chosen = [s for s in systems.SCHEMES if s.name in ("BF16", "NF4")]
-    jobs = list(jobs_of(VARIANTS[:1], chosen, 1))
-    maker = Maker(store, 2)
+    jobs = list(table.jobs_of(VARIANTS[:1], chosen, [0]))
+    maker = table.Maker(store)
     for job in jobs:
         maker.make(job)
     reference, nf4 = store.newest().values()
@@ -64,13 +122,16 @@ def test_a_run_is_made_once_and_again_for_other_weights(tmp_path):
     assert 10 < nf4.scores["psnr"][0] < 60
     assert set(reference.scores) == {"ocr_exact", "ocr_distance"}
 
-    again = Maker(RunStore(tmp_path), 2)
+    again = table.Maker(RunStore(tmp_path))
     for job in jobs:
         again.make(job)
     assert again.studio is None  # nothing was painted
+
+
+def test_a_key_covers_weights_compute_cases_and_reference():
     tensors = {"conditional": {"a": torch.ones(2)}}
     other = {"conditional": {"a": torch.tensor([1.0, 2.0])}}
-    cases = again.cases(jobs[0])
+    cases = cases_of_part(0)
     keys = {
         run_key(tensors, "dense", cases, None),
         run_key(tensors, "w8a8", cases, None),
@@ -79,11 +140,12 @@ def test_a_run_is_made_once_and_again_for_other_weights(tmp_path):
         run_key(other, "dense", cases, None),
     }
     assert len(keys) == 5
+    assert run_key(tensors, "dense", cases_of_part(0), None) in keys
 
 
 def test_stress_is_for_the_systems_that_ask_for_it():
-    jobs = list(jobs_of(VARIANTS, systems.SCHEMES, 2))
+    jobs = list(table.jobs_of(VARIANTS, systems.SCHEMES, range(2)))
     stressed = {job.scheme.name for job in jobs if job.variant.stress}
     assert stressed == {s.name for s in systems.SCHEMES if s.stress}
-    assert [job.round for job in jobs] == sorted(job.round for job in jobs)
+    assert [job.part for job in jobs] == sorted(job.part for job in jobs)
     assert all(job.scheme.name == systems.REFERENCE for job in jobs[: len(VARIANTS)])

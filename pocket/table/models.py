@@ -32,6 +32,11 @@ class Variant:
     stress: bool = False
 
     @property
+    def slug(self) -> str:
+        """The name as a file name."""
+        return self.name.replace(", ", "-")
+
+    @property
     def config(self) -> dict:
         return diseases.sick_config(self.disease) if self.disease else dict(CONFIG)
 
@@ -62,8 +67,10 @@ def write_model(variant: Variant, folder: Path) -> dict[str, Path]:
     for copy, short in COPIES.items():
         config = {"_class_name": "Ideogram4Transformer2DModel", **variant.config}
         metadata = {"model_type": f"ideogram4_{short}", "config": json.dumps(config)}
-        files[copy] = folder / f"{variant.name.replace(', ', '-')}-{copy}.safetensors"
-        save_file(state_of(variant, copy), files[copy], metadata)
+        files[copy] = folder / f"{variant.slug}-{copy}.safetensors"
+        part = files[copy].with_suffix(".part")
+        save_file(state_of(variant, copy), part, metadata)
+        part.replace(files[copy])
     return files
 
 

@@ -16,19 +16,25 @@ from ...engine.generate import GenerateRequest, Models, initial_noise, sample
 from ...engine.transformer import prepare
 from ...engine.vae import load_vae
 from ...sampling import grid_size
-from ..data import HEIGHT, WIDTH, PocketPrompt
+from ..data import HEIGHT, HELD_OUT, WIDTH
 from ..paths import encoder_dir, vae_dir
 
 #: Prompts sampled together: the fastest on one core.
 BATCH = 16
 PRESET = "default"
+#: Prompts in a part of the table.
+PART = len(HELD_OUT) // 2
 _NEXT_SEED = 10_000
 
 
-def case_of(prompt: PocketPrompt, round_: int) -> Case:
-    """The prompt with its own seed, or in later rounds with another."""
-    seed = prompt.seed + _NEXT_SEED * round_
-    return Case(prompt.caption, seed, prompt.width, prompt.height, text=prompt.word)
+def cases_of_part(part: int) -> list[Case]:
+    """The pictures of one part of the table: half of the prompts with one seed each, so that two
+    parts hold every prompt once, with its own seed first."""
+    half = HELD_OUT[(part % 2) * PART : (part % 2 + 1) * PART]
+    return [
+        Case(p.caption, p.seed + _NEXT_SEED * (part // 2), p.width, p.height, text=p.word)
+        for p in half
+    ]
 
 
 @dataclass(frozen=True)
@@ -43,23 +49,24 @@ class Painted:
 class Studio:
     """What all systems share: the prompts' features, encoded once, and the VAE."""
 
-    def __init__(self, prompts: Sequence[PocketPrompt]) -> None:
+    def __init__(self) -> None:
         encoder = load_encoder(encoder_dir(), device="cpu")
-        self.features = encoder.encode([p.caption for p in prompts])
+        captions = [prompt.caption for prompt in HELD_OUT]
+        self.features = dict(zip(captions, encoder.encode(captions), strict=True))
         self.vae = load_vae(vae_dir(), device="cpu")
         self.steps = GenerateRequest("", WIDTH, HEIGHT, preset=PRESET).plan()
 
     def paint(
         self, models: Models, cases: Sequence[Case], progress: Callable[[int], object] | None = None
     ) -> Painted:
-        """One picture a case; ``cases[i]`` belongs to the i-th prompt."""
+        """One picture a case; the prompts are held-out ones."""
         started = time.process_time()
         pictures: list[Image.Image | None] = [None] * len(cases)
         paths: list[Tensor | None] = [None] * len(cases)
         rows, columns = grid_size(WIDTH, HEIGHT)
         unconditional = prepare(models.unconditional, rows, columns)
-        for batch in self._batches():
-            features = torch.stack([self.features[i] for i in batch])
+        for batch in self._batches(cases):
+            features = torch.stack([self.features[cases[i].prompt] for i in batch])
             conditional = prepare(models.conditional, rows, columns, features)
             channels = models.conditional.config.in_channels
             noise = [initial_noise(cases[i].seed, rows * columns, channels) for i in batch]
@@ -74,10 +81,10 @@ class Studio:
         seconds = (time.process_time() - started) / len(cases)
         return Painted(pictures, torch.stack(paths), seconds)
 
-    def _batches(self) -> list[list[int]]:
+    def _batches(self, cases: Sequence[Case]) -> list[list[int]]:
         groups: dict[int, list[int]] = {}
-        for i, features in enumerate(self.features):
-            groups.setdefault(len(features), []).append(i)
+        for i, case in enumerate(cases):
+            groups.setdefault(len(self.features[case.prompt]), []).append(i)
         return [
             group[i : i + BATCH]
             for _, group in sorted(groups.items())

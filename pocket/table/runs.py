@@ -29,7 +29,7 @@ SHORT_SIDE = 128
 
 @dataclass(frozen=True)
 class Run:
-    """What is known of one system on one model in one round; lists have an entry a case.
+    """What is known of one system on one model in one part; lists have an entry a case.
 
     ``seconds``: of a core, a picture. ``scores``: by metric. ``steps``: latent SQNR in dB after
     every step, empty for the reference.
@@ -37,7 +37,7 @@ class Run:
 
     variant: str
     scheme: str
-    round: int
+    part: int
     bytes: int
     seconds: float
     read: list[str]
@@ -74,14 +74,14 @@ class RunStore:
         return Painted(pictures, tensors.get("trajectories", torch.empty(0)), 0.0)
 
     def enter(self, key: str, run: Run) -> None:
-        """Make this the newest run of its model, system and round: what a table is made from."""
+        """Make this the newest run of its model, system and part: what a table is made from."""
         known = self._entries()
-        known[f"{run.variant} | {run.scheme} | {run.round}"] = key
+        known[f"{run.variant} | {run.scheme} | {run.part}"] = key
         text = json.dumps(known, indent=1)
         self._write("table.json", lambda part: part.write_text(text, encoding="utf-8"))
 
     def newest(self) -> dict[str, Run]:
-        """Key -> run, for the newest run of every model, system and round."""
+        """Key -> run, for the newest run of every model, system and part."""
         found = ((key, self.find(key)) for key in self._entries().values())
         return {key: run for key, run in found if run is not None}
 
