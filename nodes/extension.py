@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .node_caption import CheckCaption
+from .node_compare import CompareLevels
 from .node_encoder import LoadEncoder
 from .node_guider import DualCopyCFG, SamplingPreset
 from .node_lora import LoadLora
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     Sampler,
     DualCopyCFG,
     SamplingPreset,
+    CompareLevels,
 ]
 
 

@@ -27,6 +27,7 @@ NODES = (
     "Ideogram4QuantSampler",
     "Ideogram4QuantGuider",
     "Ideogram4QuantPreset",
+    "Ideogram4QuantCompare",
 )
 
 

@@ -93,8 +93,8 @@ def of_type(workflow: dict, kind: str) -> list[dict]:
 
 def test_every_workflow_is_here():
     stems = " ".join(file.stem for file in FILES)
-    assert len(FILES) >= 6
-    for words in ("INT8", "Q8_0", "Q4_K", "low VRAM", "LoRA", "image to image"):
+    assert len(FILES) >= 7
+    for words in ("INT8", "Q8_0", "Q4_K", "low VRAM", "LoRA", "image to image", "compare"):
         assert words in stems
     assert len({load(file)["id"] for file in FILES}) == len(FILES)
 
@@ -135,8 +135,9 @@ def test_downloads_are_named_where_the_page_and_the_reader_look(file):
             assert model["url"].endswith(f"/{model['name']}")
             assert not model["name"].endswith(".gguf"), "the page hides these links"
             assert model["url"] in notes
-    (loader,) = of_type(workflow, "Ideogram4QuantLoad")
-    assert loader["widgets_values"][0] in (AUTO, *LEVELS)
+    loaders = of_type(workflow, "Ideogram4QuantLoad")
+    assert loaders
+    assert all(loader["widgets_values"][0] in (AUTO, *LEVELS) for loader in loaders)
     (vae,) = of_type(workflow, "VAELoader")
     (encoder,) = of_type(workflow, "Ideogram4QuantLoadEncoder")
     for node in (vae, encoder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,32 +129,16 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
 
 def _compare_folders(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
     from .cases import CompareError
-    from .score import rendered_folders
+    from .score import read_captions_file, rendered_folders
 
     folders = {name: Path(value) for name, value in map(_named, args.pictures)}
     if len(folders) < len(args.pictures):
         raise CompareError("two folders share a name", found=", ".join(folders))
-    prompts = {} if args.captions is None else _captions(args.captions)
+    prompts = {} if args.captions is None else read_captions_file(args.captions)
     reference = args.reference or next(iter(folders))
     rendered, cases, more = rendered_folders(folders, reference, prompts)
     settings = {"folders": [str(f) for f in folders.values()]}
     return _finish(args, rendered, cases, scorers, [*notes, *more], settings)
-
-
-def _captions(file: Path) -> dict[str, str]:
-    """File stem -> prompt; the names may have suffixes, and the prompts may be JSON themselves."""
-    from .cases import CompareError
-
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CompareError(f"is no JSON: {error}", file=file) from error
-    if not isinstance(data, dict):
-        raise CompareError("is no JSON object", file=file, needed='{"file name": "prompt"}')
-    return {
-        Path(name).stem: prompt if isinstance(prompt, str) else json.dumps(prompt)
-        for name, prompt in data.items()
-    }
 
 
 def _finish(args, rendered, cases, scorers, notes, settings) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,3 +209,18 @@ def rendered_folders(
 
     rendered = [system(name, folder) for name, folder in folders.items()]
     return rendered, [case for _, case in pairs], notes
+
+
+def read_captions_file(file: Path) -> dict[str, str]:
+    """``{"file name": prompt}`` -> file stem -> prompt. Names may have suffixes, and prompts may be
+    JSON captions themselves. Raises CompareError for another content."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CompareError(f"is no JSON: {error}", file=file) from error
+    if not isinstance(data, dict):
+        raise CompareError("is no JSON object", file=file, needed='{"file name": "prompt"}')
+    return {
+        Path(name).stem: prompt if isinstance(prompt, str) else json.dumps(prompt)
+        for name, prompt in data.items()
+    }

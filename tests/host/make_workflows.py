@@ -1,7 +1,7 @@
 """Builds workflows/*.json and their pictures in ComfyUI's own interface.
 
-``python -m ideogram4_quant.tests.host.make_workflows``: the interface makes the nodes and writes
-the files, so that they are what a user's own export would be.
+``python -m ideogram4_quant.tests.host.make_workflows [TITLE ...]``: the interface makes the nodes
+and writes the files, so that they are what a user's own export would be.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -35,7 +36,7 @@ def _plain(column: Column) -> dict:
     return {"title": column.title, "color": column.color, "width": column.width, "nodes": nodes}
 
 
-def main() -> int:
+def main(titles: Sequence[str] = ()) -> int:
     host, program = find_host(), find_browser()
     if isinstance(host, str) or program is None:
         print(host if isinstance(host, str) else "no Chromium found (set CHROMIUM)")
@@ -51,7 +52,7 @@ def main() -> int:
         )
         server = Server(host, Path(base))
         try:
-            for workflow in WORKFLOWS:
+            for workflow in (w for w in WORKFLOWS if not titles or w.title in titles):
                 page = Browser(program)
                 open_page(page, server.url)
                 data = json.loads(build(page, workflow))
@@ -68,4 +69,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -314,6 +314,73 @@ Noise Mask* behind *VAE Encode*, and connect the mask there.
     return Workflow("Ideogram 4 image to image", _id(6), _renumbered(columns), links)
 
 
+def _compare() -> Workflow:
+    """The same caption and seed at two levels, side by side."""
+    text = """Both samplers get the same seed and caption, so every difference is the level's. The
+pictures are saved in `output/compare/Q8_0` and `output/compare/Q4_K`.
+
+For intervals, queue several runs with other captions; then disconnect the pictures and write into
+**folders**:
+
+    Q8_0 = compare/Q8_0
+    Q4_K = compare/Q4_K
+"""
+    shared = _loaders("Q8_0")
+    downloads = f"{_MODEL_NOTES['Q8_0']}\n{_MODEL_NOTES['Q4_K']}\n{_SHARED}"
+    models = [
+        _note("downloads", "Downloads", downloads, 400),
+        Node("first", "Ideogram4QuantLoad", "Reference: Q8_0", {"level": "Q8_0"}),
+        Node("second", "Ideogram4QuantLoad", "To compare: Q4_K", {"level": "Q4_K"}),
+        *(node for node in shared.nodes if node.name in ("encoder", "vae")),
+    ]
+    sample = [_note("about", "Compare levels", text, 260), Node("seed", "PrimitiveInt", "Seed")]
+    compare = Node("compare", "Ideogram4QuantCompare", widgets={"names": "Q8_0\nQ4_K"}, height=560)
+    links = [
+        ("compare", "table", "table", "source"),
+        *_CAPTION_LINKS,
+    ]
+    for i, (model, level) in enumerate((("first", "Q8_0"), ("second", "Q4_K"))):
+        sampler, decoded, saved = f"sampler{i}", f"decoded{i}", f"saved{i}"
+        sample += [
+            Node(sampler, "Ideogram4QuantSampler", f"Sample {level}"),
+            Node(decoded, "VAEDecode"),
+        ]
+        links += [
+            (model, "conditional", sampler, "conditional"),
+            (model, "unconditional", sampler, "unconditional"),
+            ("positive", "CONDITIONING", sampler, "positive"),
+            ("seed", "INT", sampler, "seed"),
+            (sampler, "latent", decoded, "samples"),
+            ("vae", "VAE", decoded, "vae"),
+            (decoded, "IMAGE", saved, "images"),
+            (decoded, "IMAGE", "compare", f"pictures.level{i}"),
+        ]
+    pictures = [
+        Node(
+            f"saved{i}",
+            "SaveImage",
+            f"Picture of {level}",
+            {"filename_prefix": f"compare/{level}/picture"},
+            height=420,
+        )
+        for i, level in enumerate(("Q8_0", "Q4_K"))
+    ]
+    columns = [
+        Column("1. Models", models, 420),
+        _BOXES,
+        _CAPTIONS,
+        Column("4. Sample both", sample, 360, _PURPLE),
+        Column("5. Pictures", pictures, 360, _PURPLE),
+        Column(
+            "6. Side by side",
+            [compare, Node("table", "PreviewAny", "Table", height=260)],
+            520,
+            _PURPLE,
+        ),
+    ]
+    return Workflow("Ideogram 4 compare levels", _id(7), columns, links)
+
+
 def _renumbered(columns: list[Column]) -> list[Column]:
     """The same columns, their titles counted from 1."""
     return [
@@ -332,4 +399,5 @@ WORKFLOWS = (
     _low_vram(),
     _lora(),
     _image_to_image(),
+    _compare(),
 )
