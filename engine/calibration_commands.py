@@ -15,6 +15,7 @@ from ..quant.errors import QuantOptionError
 from ..quant.fragility import fragility_table
 from ..quant.profiler import ProfilerOptions
 from ..quant.provenance import combined_hash, hash_files
+from ..quant.source import files_of
 from .calibrate import Prompt, calibrate
 from .compare.cases import read_cases
 from .encoder import load_encoder
@@ -108,10 +109,5 @@ def _is_pocket(ck: Checkpoint) -> bool:
 
 def _digests(pair: Sequence[Checkpoint | None]) -> dict[str, str]:
     """Copy -> hash of the files that it is read from."""
-    found = {}
-    for copy, ck in zip(COPIES, pair, strict=True):
-        if ck is not None:
-            opened = (ck, *ck.bases)
-            paths = dict.fromkeys(path for each in opened for path in each.paths)
-            found[copy] = combined_hash(hash_files(paths))
-    return found
+    copies = zip(COPIES, pair, strict=True)
+    return {copy: combined_hash(hash_files(files_of(ck))) for copy, ck in copies if ck is not None}

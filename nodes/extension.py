@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .node_calibrate import Calibrate
 from .node_caption import CheckCaption
 from .node_compare import CompareLevels
 from .node_encoder import LoadEncoder
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     DualCopyCFG,
     SamplingPreset,
     CompareLevels,
+    Calibrate,
 ]
 
 

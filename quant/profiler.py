@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.blocks import FORMATS
+from ..ops.fused import Activation, dense
 from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
 from .calibration import Calibration, LayerStats, Run
 from .encodings import Blocks
@@ -72,8 +73,8 @@ class Profiler:
         self._column = 0
 
     def at(self, time: float) -> None:
-        """What is called from now on belongs to this model time; one of ``times``."""
-        self._column = self.times.index(round(float(time), 6))
+        """What is called from now on belongs to the step nearest this model time."""
+        self._column = min(range(len(self.times)), key=lambda i: abs(self.times[i] - time))
 
     @contextmanager
     def statistics(self) -> Iterator[None]:
@@ -226,8 +227,9 @@ class _Seen:
         return x[(places + 7 * self._calls) % len(x)]
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor | Activation) -> Tensor:
     """The input as fp32 rows [T, K]."""
+    x = dense(x)
     return x.detach().reshape(-1, x.shape[-1]).float()
 
 

@@ -46,9 +46,7 @@ class Source:
 
     def paths_of(self, copy: str) -> tuple[Path, ...]:
         """The files that one copy is read from."""
-        own = next(checkpoint for checkpoint, each in self.parts if each == copy)
-        opened = (own, *own.bases)
-        return tuple(dict.fromkeys(path for checkpoint in opened for path in checkpoint.paths))
+        return files_of(next(checkpoint for checkpoint, each in self.parts if each == copy))
 
     @property
     def config(self) -> dict[str, object]:
@@ -80,6 +78,12 @@ class Source:
         for checkpoint, copy in self.parts:
             for name, tensor in checkpoint.stream(copy, dtype=torch.float32):
                 yield Path(checkpoint.paths[0]), copy, name, tensor
+
+
+def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Every file that a checkpoint is read from, those of its bases too, each once."""
+    opened = (checkpoint, *checkpoint.bases)
+    return tuple(dict.fromkeys(path for each in opened for path in each.paths))
 
 
 def open_source(

@@ -28,6 +28,7 @@ NODES = (
     "Ideogram4QuantGuider",
     "Ideogram4QuantPreset",
     "Ideogram4QuantCompare",
+    "Ideogram4QuantCalibrate",
 )
 
 

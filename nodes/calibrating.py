@@ -1,0 +1,132 @@
+"""Calibration on the host's models: hooks on their linears while the host's sampler runs, twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..checkpoint.canonical import is_linear
+from ..ops.errors import OpError
+from ..quant.calibration import Calibration, Run
+from ..quant.profiler import Profiler, ProfilerOptions
+from ..quant.provenance import combined_hash, hash_files
+from ..quant.source import files_of
+from .guidance import Guidance
+from .guider import DualCopyGuider
+from .headers import open_header
+from .model_loading import source_of
+
+TOKEN_PIXELS = 16
+COPIES = ("conditional", "unconditional")
+
+
+class ProfilingGuider(DualCopyGuider):
+    """The guider, telling a profiler the model time before each prediction."""
+
+    profiler: Profiler | None = None
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        if self.profiler is not None:
+            self.profiler.at(1.0 - float(timestep.flatten()[0]))
+        return super().predict_noise(x, timestep, model_options, seed)
+
+
+def calibrate(
+    conditional: comfy.model_patcher.ModelPatcher,
+    unconditional: comfy.model_patcher.ModelPatcher | None,
+    positive: list,
+    guidance: Guidance,
+    curve: Tensor,
+    latent: Tensor,
+    seeds: range,
+    options: ProfilerOptions | None = None,
+    callback: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Sample ``positive`` with each of ``seeds`` along the sigmas ``curve``; watch every linear.
+
+    ``latent`` [1, 128, H / 16, W / 16] gives the size. ``callback(steps done)`` counts the steps of
+    both passes. The models are as before when it is over, and after a failure too. Raises OpError
+    for models with patched weights, CalibrationError for linears that another patch bypasses.
+    """
+    models = dict(zip(COPIES, (conditional, unconditional), strict=True))
+    models = {copy: patcher for copy, patcher in models.items() if patcher is not None}
+    for copy, patcher in models.items():
+        if patcher.patches:
+            raise OpError(
+                f"the weights of the {copy} model are patched",
+                found=f"{len(patcher.patches)} patches",
+                needed="the model as it will be quantized",
+                hint="Take the LoRA off to calibrate.",
+            )
+    guider = ProfilingGuider(conditional, unconditional, positive, guidance)
+    times = [1.0 - sigma for sigma in curve[:-1].tolist()]
+    profiler = Profiler(_linears(models), times, options)
+    guider.profiler = profiler
+    done = 0
+
+    def step(*_) -> None:
+        nonlocal done
+        done += 1
+        if callback is not None:
+            callback(done)
+
+    for phase in (profiler.statistics, profiler.errors):
+        with phase():
+            for seed in seeds:
+                guider.sample(
+                    comfy.sample.prepare_noise(latent, seed),
+                    latent,
+                    comfy.samplers.sampler_object("euler"),
+                    curve,
+                    callback=step,
+                    disable_pbar=True,
+                    seed=seed,
+                )
+    return profiler.result(_run(models, positive, latent, seeds, len(times)))
+
+
+def _linears(models: dict[str, comfy.model_patcher.ModelPatcher]) -> dict[str, nn.Module]:
+    """Every linear by copy and canonical name, which the host's modules have."""
+    return {
+        f"{copy}.{name}": module
+        for copy, patcher in models.items()
+        for name, module in patcher.model.diffusion_model.named_modules()
+        if is_linear(f"{name}.weight") and getattr(module, "weight", None) is not None
+    }
+
+
+def _run(
+    models: dict[str, comfy.model_patcher.ModelPatcher],
+    positive: list,
+    latent: Tensor,
+    seeds: range,
+    steps: int,
+) -> Run:
+    digests = {}
+    for copy, patcher in models.items():
+        source = source_of(patcher)
+        if source is not None:  # of another loader: the weights themselves are compared then
+            header = open_header(source.path, source.bases, copy=copy if source.trusted else None)
+            digests[copy] = combined_hash(hash_files(files_of(header)))
+    features = hashlib.sha256()
+    for text, _ in positive:
+        if text is not None:
+            features.update(text.detach().float().cpu().contiguous().numpy().tobytes())
+    height, width = (side * TOKEN_PIXELS for side in latent.shape[-2:])
+    return Run(
+        models=digests,
+        prompts_sha256=features.hexdigest(),
+        prompts=len(positive),
+        seeds=tuple(seeds),
+        steps=steps,
+        width=width,
+        height=height,
+        versions={"ideogram4-quant": __version__, "torch": torch.__version__},
+    )

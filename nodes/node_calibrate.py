@@ -1,0 +1,134 @@
+"""Calibrate Ideogram 4: what quantizing each linear would cost, measured while sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..quant.calibration import Calibration
+from ..quant.fragility import fragility_table
+from ..sampling import check_size
+from .calibrating import TOKEN_PIXELS, calibrate
+from .sampling_inputs import (
+    make_guidance,
+    model_inputs,
+    preset_input,
+    schedule,
+    size_inputs,
+    steps_input,
+)
+from .schema import CATEGORY
+
+CalibrationType = io.Custom("IDEOGRAM4_CALIBRATION")
+LATENT_CHANNELS = 128
+SHOWN = 12
+
+
+class Calibrate(io.ComfyNode):
+    """Both copies and a caption -> a calibration file in the output folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="Ideogram4QuantCalibrate",
+            display_name="Calibrate Ideogram 4",
+            category=CATEGORY,
+            description=(
+                "Samples a caption with both copies, twice, and writes what the input of every "
+                "linear looks like and what quantizing each alone would cost, step by step. Use "
+                "the unquantized model. Chain the node over several captions."
+            ),
+            search_aliases=["calibration", "quantize", "smoothquant", "importance", "imatrix"],
+            is_output_node=True,
+            inputs=[
+                *model_inputs(),
+                preset_input(),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFF,
+                    tooltip="The first seed; more pictures take the seeds after it.",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="How many seeds are sampled. Each takes the time of two pictures.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="calibration/ideogram4",
+                    tooltip="Name of the file in the output folder; it gets a number.",
+                ),
+                *size_inputs(optional=True),
+                steps_input(),
+                CalibrationType.Input(
+                    "earlier",
+                    optional=True,
+                    tooltip="A calibration by another such node, to which this caption is added.",
+                ),
+            ],
+            outputs=[
+                CalibrationType.Output(
+                    id="calibration",
+                    display_name="calibration",
+                    tooltip="For another Calibrate node, which adds its caption.",
+                ),
+                io.String.Output(id="path", display_name="path", tooltip="The file."),
+                io.String.Output(
+                    id="report", display_name="report", tooltip="The most fragile linears."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        conditional,
+        positive,
+        preset: str,
+        seed: int,
+        pictures: int,
+        filename_prefix: str,
+        width: int = 1024,
+        height: int = 1024,
+        unconditional=None,
+        steps: int = 0,
+        earlier: Calibration | None = None,
+    ) -> io.NodeOutput:
+        check_size(width, height)
+        target = _target(filename_prefix)
+        curve, _ = schedule(preset, width, height, steps, 1.0)
+        size = (1, LATENT_CHANNELS, height // TOKEN_PIXELS, width // TOKEN_PIXELS)
+        latent = torch.zeros(size, device=management.intermediate_device())
+        progress = comfy.utils.ProgressBar(2 * pictures * (len(curve) - 1))
+        found = calibrate(
+            conditional,
+            unconditional,
+            positive,
+            make_guidance(preset),
+            curve,
+            latent,
+            range(seed, seed + pictures),
+            callback=progress.update_absolute,
+        )
+        if earlier is not None:
+            found = earlier.merge(found)
+        found.save(target)
+        report = f"{target.name}: {len(found.layers)} linears, {len(found.provenance)} runs\n\n"
+        return io.NodeOutput(found, str(target), report + fragility_table(found, count=SHOWN))
+
+
+def _target(prefix: str) -> Path:
+    """The next free name in the output folder, which the host keeps it in."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory()
+    )
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
