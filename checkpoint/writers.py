@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..ops.new_file import OutputExistsError, WriteError, check_output, check_space, new_file
+from ..ops.partial import Partial
 from .safetensors_header import MAX_HEADER
 
 __all__ = [
@@ -66,6 +67,7 @@ def write_safetensors(
     data: Iterable[tuple[str, Tensor]] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    partial: Partial | None = None,
 ) -> int:
     """Write ``tensors`` to ``path`` as one safetensors file; returns its size in bytes.
 
@@ -73,7 +75,8 @@ def write_safetensors(
     ``data`` yields every one of them once, as ``(name, tensor)`` in any order; only the tensor
     just yielded is held. In the file wider dtypes come first, so that every tensor is aligned to
     its own width, and within a width the order is that of ``tensors``: same input, same bytes.
-    ``progress(done, total)`` counts bytes of tensor data.
+    ``progress(done, total)`` counts bytes of tensor data. With ``partial`` tensors of an earlier
+    run may be skipped.
 
     Raises WriteError (names that repeat, data that does not match its spec, missing data, a full
     disk, no permission) and OutputExistsError; then nothing is left at ``path``.
@@ -89,19 +92,21 @@ def write_safetensors(
         specs = list(tensors)
     header, offsets, total = _encode_header(specs, metadata or {}, path)
     by_name = {spec.name: spec for spec in specs}
-    with new_file(path, len(header) + total, overwrite=overwrite) as file:
+    with new_file(path, len(header) + total, overwrite=overwrite, partial=partial) as file:
         file.write_at(0, header)
-        done = 0
+        start = len(header)
+        file.resume({name: (start + offsets[name], by_name[name].nbytes) for name in by_name})
         waiting = set(by_name)
         for name, tensor in data:
             _check_item(name, tensor, by_name, waiting, path)
             waiting.remove(name)
-            file.write_at(len(header) + offsets[name], tensor_bytes(tensor))
-            done += by_name[name].nbytes
+            file.write_at(start + offsets[name], tensor_bytes(tensor), part=name)
             if progress is not None:
-                progress(done, total)
-        if waiting:
-            raise WriteError(f"{len(waiting)} tensors got no data", file=path, tensor=min(waiting))
+                left = sum(by_name[each].nbytes for each in file.missing(waiting))
+                progress(total - left, total)
+        missing = file.missing(waiting)
+        if missing:
+            raise WriteError(f"{len(missing)} tensors got no data", file=path, tensor=min(missing))
     return len(header) + total
 
 

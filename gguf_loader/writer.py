@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops.new_file import WriteError, new_file
+from ..ops.partial import Partial
 from .reader import DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS
 from .types import SCALAR_CODES, TENSOR_TYPES, ValueType
 
@@ -54,6 +55,7 @@ def write_gguf(
     data: Iterable[tuple[str, Tensor]] | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    partial: Partial | None = None,
 ) -> int:
     """Write ``tensors`` and ``metadata`` to ``path`` as GGUF version 3; returns its size in bytes.
 
@@ -67,7 +69,8 @@ def write_gguf(
     (float32), str, a list or tuple of one of these, or :class:`Typed`. The order of ``metadata``
     and ``tensors`` is kept: same input, same bytes. ``general.alignment`` is obeyed.
 
-    The file is written under a temporary name in the same folder, flushed to the disk and renamed.
+    The file is written under a temporary name in the same folder, flushed to the disk and renamed;
+    with ``partial`` tensors of an earlier run may be skipped.
     Raises GGUFWriteError for a name, type, shape, value or data that does not fit the format or the
     announcement, and what `ops.new_file.new_file` raises; then ``path`` is as it was.
     """
@@ -82,22 +85,23 @@ def write_gguf(
     by_name = {spec.name: spec for spec in specs}
     total = sum(spec.nbytes for spec in specs)
     waiting = set(by_name)
-    done = 0
-    with new_file(path, size, overwrite=overwrite) as file:
+    with new_file(path, size, overwrite=overwrite, partial=partial) as file:
         file.write_at(0, header)
+        file.resume({spec.name: (offsets[spec.name], spec.nbytes) for spec in specs})
         for name, tensor in data:
             spec = by_name.get(name)
             if spec is None or name not in waiting:
                 problem = "came twice" if spec else "was not announced"
                 raise GGUFWriteError(f"data {problem}", file=path, tensor=name)
             waiting.remove(name)
-            file.write_at(offsets[name], _tensor_bytes(tensor, spec, path))
-            done += spec.nbytes
+            file.write_at(offsets[name], _tensor_bytes(tensor, spec, path), part=name)
             if progress is not None:
-                progress(done, total)
-        if waiting:
-            missing = next(spec.name for spec in specs if spec.name in waiting)
-            raise GGUFWriteError(f"{len(waiting)} tensors got no data", file=path, tensor=missing)
+                left = sum(by_name[each].nbytes for each in file.missing(waiting))
+                progress(total - left, total)
+        missing = file.missing(waiting)
+        if missing:
+            first = next(spec.name for spec in specs if spec.name in missing)
+            raise GGUFWriteError(f"{len(missing)} tensors got no data", file=path, tensor=first)
     return size
 
 

@@ -6,12 +6,13 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import CheckpointError, Ideogram4QuantError
+from .partial import Partial, ResumeError, check_unfinished, partial_path
 
 
 class WriteError(CheckpointError):
@@ -67,9 +68,15 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     return target
 
 
-def check_space(target: Path, size: int) -> None:
-    """Raise WriteError unless the disk of ``target`` has ``size`` bytes free."""
+def check_space(target: Path, size: int, *, resume: bool = False) -> None:
+    """Raise WriteError unless the disk of ``target`` has ``size`` bytes free.
+
+    With ``resume`` what an unfinished file holds already counts as free.
+    """
     free = shutil.disk_usage(target.parent).free
+    with suppress(OSError):
+        held = partial_path(target).stat()
+        free += getattr(held, "st_blocks", 0) * 512 if resume else 0
     if free < size:
         raise WriteError(
             "not enough free space on the disk",
@@ -108,42 +115,70 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
 class NewFile:
     """The file being written: :meth:`write_at` fills any place of it, in any order."""
 
-    def __init__(self, file: RawIOBase, target: Path) -> None:
+    def __init__(self, file: RawIOBase, target: Path, partial: Partial | None = None) -> None:
         self._file = file
         self._target = target
+        self._partial = partial
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of ``data`` at ``offset``; WriteError where the system refuses."""
+    def resume(self, places: Mapping[str, tuple[int, int]]) -> None:
+        """Look which parts an earlier run has written; part -> (offset, bytes)."""
+        if self._partial is not None:
+            with _as_write_errors(self._target):
+                self._partial.confirm(places)
+
+    def missing(self, parts: Collection[str]) -> set[str]:
+        """Those of ``parts`` that are not left as they are."""
+        return set(parts) - (set() if self._partial is None else self._partial.skipped)
+
+    def write_at(self, offset: int, data: bytes | memoryview, *, part: str | None = None) -> None:
+        """Write all of ``data`` at ``offset``; WriteError where the system refuses.
+
+        ``part`` names what a resumed run need not write again.
+        """
         rest = memoryview(data)
         with _as_write_errors(self._target):
             self._file.seek(offset)
             while rest:  # one call may take only a part: Linux stops at 2 GiB
                 rest = rest[self._file.write(rest) :]
+            if part is not None and self._partial is not None:
+                self._partial.done(part, data)
 
 
 @contextmanager
 def new_file(
-    path: str | os.PathLike[str], size: int, *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    overwrite: bool = False,
+    partial: Partial | None = None,
 ) -> Iterator[NewFile]:
     """A binary file of exactly ``size`` bytes to fill; on success it is at ``path``, else not.
 
     Written under a temporary name in the same folder, flushed to the disk, then renamed. Leaving
-    the block by any exception, Ctrl-C too, removes the temporary file. Raises WriteError (a full
-    disk, no permission) and what :func:`check_output` raises.
+    the block by any exception, Ctrl-C too, removes the temporary file; with ``partial`` it stays
+    unless the data itself was refused, and a later run goes on with it. Raises WriteError (a full
+    disk, no permission), ResumeError and what :func:`check_output` raises.
     """
     target = check_output(path, overwrite=overwrite)
-    check_space(target, size)
+    check_space(target, size, resume=partial is not None and partial.resume)
     temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    if partial is not None:
+        temporary = partial_path(target)
+        check_unfinished(target, resume=partial.resume, overwrite=overwrite)
+    keep = partial is not None
     try:
         with _as_write_errors(target):
-            # a plain open: a name of our own, with the permissions that the user's umask gives;
-            # unbuffered, so that no failed write is tried again when the file is closed
-            file = open(temporary, "xb", buffering=0)  # noqa: SIM115
+            file = _open(temporary, partial)
         with file:
             with _as_write_errors(target):
-                file.truncate(size)
-            yield NewFile(file, target)
+                if partial is None:
+                    file.truncate(size)
+                else:
+                    partial.start(file, target, size)
+            yield NewFile(file, target, partial)
             with _as_write_errors(target):
+                if partial is not None:
+                    file.truncate(size)  # without the lines after the end
                 written = os.fstat(file.fileno()).st_size
                 os.fsync(file.fileno())
         if written != size:
@@ -155,6 +190,21 @@ def new_file(
             )
         with _as_write_errors(target):
             _publish(temporary, target, overwrite)
+    except Ideogram4QuantError as error:
+        keep = keep and isinstance(error, WriteError | ResumeError)
+        raise
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if not keep:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _open(temporary: Path, partial: Partial | None) -> RawIOBase:
+    """A plain open: a name of our own, with the permissions that the user's umask gives.
+
+    Unbuffered, so that no failed write is tried again when the file is closed.
+    """
+    if partial is not None and not partial.resume:
+        temporary.unlink(missing_ok=True)
+    resumed = partial is not None and temporary.exists()
+    return open(temporary, "r+b" if resumed else "x+b", buffering=0)

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from pathlib import Path
 
 from tqdm import tqdm
 
 from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
 from ..ops.errors import Ideogram4QuantError
+from ..ops.partial import partial_path
+from .block_types import POLICIES
 from .calibration import Calibration
 from .errors import QuantOptionError
 from .fold import ALL
@@ -69,6 +72,19 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         help="another GGUF type for some linears, as layers.*.feed_forward.w2=Q6_K",
     )
     parser.add_argument(
+        "--policy",
+        choices=list(POLICIES),
+        default="uniform",
+        help="fragile: a higher GGUF type for w2 and adaLN (default: uniform)",
+    )
+    parser.add_argument(
+        "--target-gb",
+        type=float,
+        metavar="GB",
+        help="size of the GGUF file (10^9 bytes): a type for each linear, from the level up, with "
+        "the least summed output error; as calibrated, with --calibration",
+    )
+    parser.add_argument(
         "--linears", choices=("blocks", "all"), help="quantize those in the blocks, or all"
     )
     parser.add_argument(
@@ -80,7 +96,13 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_calibrated(parser)
     parser.add_argument("--licence", metavar="TEXT", help="recorded where SRC names none")
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="where to encode: cpu (default), cuda"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace F if it exists")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with F.partial, which an interrupted run left"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
     parser.set_defaults(func=_quantize)
 
@@ -157,6 +179,9 @@ def _one_line_errors(handler: Handler) -> Handler:
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
+            left = partial_path(Path(args.out)) if getattr(args, "out", None) else None
+            if left is not None and left.exists():
+                print(f"{left} holds what is done: --resume goes on with it", file=sys.stderr)
             return 130
 
     return reported
@@ -210,6 +235,8 @@ def _quantize(args: argparse.Namespace) -> int:
         layout=args.layout,
         protect=tuple(args.protect),
         types=tuple(map(_type_rule, args.types)),
+        policy=args.policy,
+        target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),
         linears=args.linears,
         licence=args.licence,
         calibration=None if args.calibration is None else Calibration.load(args.calibration),
@@ -230,7 +257,16 @@ def _quantize(args: argparse.Namespace) -> int:
         print(plan_quantization(args.source, args.level, args.out, **choice).table())
         return 0
     with _bar(args.level, "B") as progress:
-        report = quantize_checkpoint(args.source, args.level, args.out, **choice, progress=progress)
+        report = quantize_checkpoint(
+            args.source,
+            args.level,
+            args.out,
+            **choice,
+            progress=progress,
+            device=args.device,
+            resume=args.resume,
+            keep_partial=True,
+        )
     print(report.table())
     return 0
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.errors import OpError
-from .errors import NonFiniteWeightError
+from .errors import NonFiniteWeightError, QuantOptionError
 from .measure import ErrorMeter, dense_rows, row_chunks
 from .plan import TensorPlan
 
@@ -20,14 +20,33 @@ _PROTECT = "Protect this linear, or give it another type."
 _TOO_LARGE = ("has values too large for {type}", _PROTECT)
 
 
+def encoding_device(device: str | torch.device) -> torch.device:
+    """The device, checked. Raises QuantOptionError for one that is not there."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise QuantOptionError(
+            f"cannot encode on this device: {reason}", found=device, hint="Leave --device out."
+        ) from error
+    if found.type == "meta":
+        raise QuantOptionError("cannot encode on this device", found=device)
+    return found
+
+
 def encode_tensor(
-    plan: TensorPlan, tensor: Tensor, *, file: str | os.PathLike[str] | None = None
+    plan: TensorPlan,
+    tensor: Tensor,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, Tensor], ErrorMeter]:
-    """``(stored tensors by suffix, constants included; the error meter)``.
+    """``(stored tensors by suffix, constants included; the error meter)``, all on the CPU.
 
     ``tensor`` is plain or quantized, ``[N, K]`` or ``[K]``; beyond the result only a few rows of
-    it exist in fp32. Raises NonFiniteWeightError, naming ``file`` and the tensor, for a value that
-    is NaN or infinite or that the encoding cannot hold.
+    it exist in fp32, on ``device``. Raises NonFiniteWeightError, naming ``file`` and the tensor,
+    for a value that is NaN or infinite or that the encoding cannot hold.
     """
     matrix = tensor if tensor.ndim == 2 else tensor.reshape(1, -1)
     shape = tuple(matrix.shape)
@@ -36,8 +55,8 @@ def encode_tensor(
         for suffix, (dtype, size) in plan.encoding.parts(shape).items()
     }
     meter = ErrorMeter()
-    for rows in row_chunks(shape):
-        true = dense_rows(matrix, rows)
+    for rows in row_chunks(shape, device):
+        true = dense_rows(matrix, rows).to(device)
         _check_finite(true, plan, rows, file, _DAMAGED)
         try:
             parts = plan.encoding.encode(true)

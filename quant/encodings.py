@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -97,14 +97,14 @@ class NativeInt8:
         return {"comfy_quant": text} | ({"smooth": self.smooth.float()} if smoothed else {})
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        smoothed = rows if self.smooth is None else rows * self.smooth.float()
+        smoothed = rows if self.smooth is None else rows * self.smooth.to(rows)
         q, scale = smooth_rotate_quantize_rows(smoothed, None, self.rotation)
         return {"weight": q, "weight_scale": scale[:, None]}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         values = parts["weight"].float() * parts["weight_scale"]
         values = values if self.rotation is None else rotate(values, self.rotation)
-        return values if self.smooth is None else values / self.smooth.float()
+        return values if self.smooth is None else values / self.smooth.to(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,21 +128,25 @@ class SmoothInt8:
         return {} if self.smooth is None else {"smooth": self.smooth.float()}
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        q, scale = quantize_rows(rows if self.smooth is None else rows * self.smooth.float())
+        q, scale = quantize_rows(rows if self.smooth is None else rows * self.smooth.to(rows))
         return {"wq": q, "ws": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         values = parts["wq"].float() * parts["ws"][:, None]
-        return values if self.smooth is None else values / self.smooth.float()
+        return values if self.smooth is None else values / self.smooth.to(values)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """GGUF blocks of type ``qtype``, as bytes; F32 and BF16 are types like the others."""
+    """GGUF blocks of type ``qtype``, as bytes; F32 and BF16 are types like the others.
+
+    ``importance`` fp32 [K], the mean square of each input, leads the search for scales.
+    """
 
     qtype: str
     shape: Shape
     suffix: str = "weight"
+    importance: Tensor | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
@@ -161,7 +165,7 @@ class Blocks:
         return {}
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        return {self.suffix: quantize(rows, self.qtype)}
+        return {self.suffix: quantize(rows, self.qtype, self.importance)}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         data = parts[self.suffix]

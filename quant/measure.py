@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 _CHUNK = 1 << 20  # values held in fp32 at a time: 4 MiB, near the size of a core's cache
+_ACCELERATOR_CHUNK = 1 << 24  # launches cost more than memory there
 
 
 class ErrorMeter:
@@ -40,6 +41,17 @@ class ErrorMeter:
         if math.isnan(error) or error > self.max_abs_error:
             self.max_abs_error = error
 
+    def to_list(self) -> list[float]:
+        """What :meth:`of` takes."""
+        return [self.signal, self.noise, self.max_abs_error]
+
+    @classmethod
+    def of(cls, sums: Sequence[float]) -> ErrorMeter:
+        """The meter that gave these sums."""
+        meter = cls()
+        meter.signal, meter.noise, meter.max_abs_error = map(float, sums)
+        return meter
+
     @property
     def sqnr_db(self) -> float:
         """In dB: inf if nothing was lost, -inf if nothing but error is left, NaN if not finite."""
@@ -58,12 +70,16 @@ def _sum_of_squares(values: Tensor) -> float:
     return torch.dot(wide, wide).item()
 
 
-def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first dimension, about a million values each; none for a scalar or no rows."""
+def row_chunks(shape: tuple[int, ...], device: torch.device | None = None) -> Iterator[slice]:
+    """Slices of the first dimension, about a million values each (on an accelerator 16 million).
+
+    None for a scalar or no rows.
+    """
     if not shape:
         return
     width = math.prod(shape[1:])
-    step = max(1, _CHUNK // max(width, 1))
+    chunk = _CHUNK if device is None or device.type == "cpu" else _ACCELERATOR_CHUNK
+    step = max(1, chunk // max(width, 1))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 

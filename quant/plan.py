@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..checkpoint.canonical import is_linear
 from ..ops.blocks import FORMATS
+from .block_types import block_types, check_type_options, header_reserve
+from .calibration import Calibration
 from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Plain, Shape, SmoothInt8, stored_bytes
 from .errors import QuantOptionError
 from .recipes import (
-    BLOCK_FALLBACKS,
     BLOCK_LINEARS,
     LAYOUTS,
     QuantOptions,
@@ -99,8 +100,12 @@ def plan_tensors(
     layout = layout_of(recipe, options)
     check_choice_options(recipe, options)
     _check_patterns(options, shapes)
+    check_type_options(recipe, options)
     targets = _targets(layout, options, shapes)
     choices = choose(recipe, layout, options, targets)
+    types = {}
+    if layout == "gguf":
+        types = block_types(recipe, options, targets, _other_bytes(shapes, targets))
     plans = []
     for copy, tensors in shapes.items():
         for name, shape in tensors.items():
@@ -113,7 +118,8 @@ def plan_tensors(
             if quantized and recipe.weight_type == "INT8":
                 encoding = _int8(layout, recipe, options, choice, (copy, module), shape)
             elif quantized:
-                encoding = _blocks(recipe, options, copy, module, shape)
+                importance = _importance(options.calibration, copy, module, types[copy, module])
+                encoding = Blocks(types[copy, module], shape, importance=importance)
             elif layout == "gguf":
                 encoding = _unquantized_blocks(suffix, shape, linear)
             elif layout == "transformer-lab" and not linear and suffix != "bias":
@@ -160,12 +166,31 @@ def _int8(
     return NativeInt8(group, smooth)
 
 
-def _blocks(recipe: Recipe, options: QuantOptions, copy: str, module: str, shape: Shape) -> Blocks:
-    qtype = next(
-        (r.qtype for r in options.types if matches(r.pattern, copy, module)), recipe.weight_type
-    )
-    fits = [t for t in (qtype, *BLOCK_FALLBACKS) if shape[1] % FORMATS[t].block_size == 0]
-    return Blocks(fits[0], shape)
+def _importance(
+    calibration: Calibration | None, copy: str, module: str, qtype: str
+) -> Tensor | None:
+    """The mean square of each input [K]; None where none was seen, or nothing is searched.
+
+    Inputs that calibration never saw keep a millionth of the mean: another prompt may bring them.
+    """
+    stats = None if calibration is None else calibration.layer(copy, module)
+    if stats is None or not FORMATS[qtype].uses_importance:
+        return None
+    moment = stats.second_moment
+    mean = moment.mean()
+    return moment.clamp_min(1e-6 * mean) if bool(mean > 0) else None
+
+
+def _other_bytes(shapes: Mapping[str, Mapping[str, Shape]], targets: Mapping[Linear, Shape]) -> int:
+    """Bytes of a GGUF file without the linears that get a type."""
+    total = 0
+    for copy, tensors in shapes.items():
+        total += header_reserve(len(tensors))
+        for name, shape in tensors.items():
+            module, _, suffix = name.rpartition(".")
+            if not (is_linear(name) and (copy, module) in targets):
+                total += stored_bytes(_unquantized_blocks(suffix, shape, is_linear(name)), shape)
+    return total
 
 
 def _unquantized_blocks(suffix: str, shape: Shape, linear: bool) -> Blocks:

@@ -83,12 +83,15 @@ def recipe_record(
     def names(chosen: Iterable[TensorPlan]) -> list[str]:
         return [f"{p.copy}.{p.module}" if several else p.module for p in chosen]
 
+    led = any(getattr(plan.encoding, "importance", None) is not None for plan in plans)
     record: dict[str, object] = {
         "level": recipe.level,
         "layout": layout,
         "type": recipe.weight_type,
         "protected": names(p for p in plans if p.protected),
     }
+    if options.calibration is not None and options.calibration.path is not None:
+        record["calibration_sha256"] = hash_files([options.calibration.path])[0].sha256
     if recipe.container == "safetensors":
         record["scale"] = "absmax / 127 per output channel"
         record["rotation"] = recipe.rotation
@@ -101,6 +104,15 @@ def recipe_record(
             record["treatments"] = dict(zip(names(chosen), reasons, strict=True))
     else:
         record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
+        record["policy"] = options.policy
+        if options.target_bytes is not None:
+            record["target_bytes"] = options.target_bytes
+        mixed: dict[str, list[TensorPlan]] = {}
+        for plan in plans:
+            if plan.quantized and plan.encoding.label != recipe.weight_type:
+                mixed.setdefault(plan.encoding.label, []).append(plan)
+        record["other_types"] = {qtype: names(found) for qtype, found in mixed.items()}
+        record["scales"] = "least output error on calibrated inputs" if led else "as ggml"
     return record
 
 

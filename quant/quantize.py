@@ -5,36 +5,34 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..checkpoint.folding import Folding
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
 from ..gguf_loader import GGUFSpec, write_gguf
-from ..ops.errors import CorruptFileError
+from ..ops.partial import Partial, check_unfinished
 from .choose import choice_notes
-from .encode import encode_tensor
+from .encode import encoding_device
 from .encodings import Blocks
 from .errors import QuantOptionError
 from .fold import (
     FoldPlan,
     check_fold_options,
     fold_alpha,
-    fold_tensor,
     make_folding,
     plan_fold,
-    stored_record,
 )
-from .measure import ErrorMeter, channel_absmax
+from .measure import ErrorMeter
 from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
 from .recipes import QuantOptions, Recipe, recipe_of
-from .report import QuantReport, TensorResult, totals_table
+from .report import QuantReport, totals_table
 from .source import BaseLike, Source, SourceLike, check_levels, open_source
+from .stream import TensorStream, fingerprint, tensor_result
 from .tables import human_bytes
 
 _log = logging.getLogger(__name__)
@@ -83,7 +81,7 @@ class QuantPlan:
 
     def table(self) -> str:
         """What will be written, by type."""
-        planned = [_result(self, plan, None) for plan in self.tensors]
+        planned = [tensor_result(self, plan, ErrorMeter()) for plan in self.tensors]
         head = (
             f"{self.out}: {self.recipe.level} ({self.layout}), {' + '.join(self.source.copies)}, "
             f"{human_bytes(self.nbytes)} from {', '.join(map(str, self.source.paths))} "
@@ -143,15 +141,21 @@ def quantize_checkpoint(
     options: QuantOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    keep_partial: bool = False,
 ) -> QuantReport:
     """Write ``source`` (a checkpoint or its path) at ``level`` to ``out``; say what that cost.
 
     ``copy`` is needed where the source holds both copies and the layout one; ``base`` gives a
     linears-only source its other tensors; ``pair`` is the other copy for a layout that holds both.
     Streams: beside one tensor and its encoding nothing is held. The same input gives the same
-    bytes. Raises QuantOptionError, AlreadyQuantizedError, NonFiniteWeightError, WriteError and what
+    bytes. ``device`` encodes. With ``keep_partial`` an interrupted run leaves ``out.partial``, and
+    ``resume`` goes on with such a file, to the bytes of a run that was not interrupted. Raises
+    QuantOptionError, AlreadyQuantizedError, NonFiniteWeightError, WriteError, ResumeError and what
     ``open_checkpoint`` raises; then nothing new is at ``out``.
     """
+    device = encoding_device(device)
     plan = plan_quantization(
         source,
         level,
@@ -164,18 +168,29 @@ def quantize_checkpoint(
     )
     for note in plan.notes:
         _log.warning("%s", note)
-    check_space(check_output(out, overwrite=overwrite), plan.nbytes)
+    target = check_output(out, overwrite=overwrite)
+    check_space(target, plan.nbytes, resume=resume)
+    kept = resume or keep_partial
+    check_unfinished(target, resume=resume, overwrite=overwrite or not kept)
     counter = _Counter(progress, plan)
     provenance = _provenance(plan, counter)
-    encoder = _Encoder(plan, _uncertain(plan, provenance), _folding(plan))
     if plan.layout == "gguf":
         metadata = provenance.gguf(plan.recipe)
         write, specs = write_gguf, _gguf_specs(plan)
     else:
         metadata = provenance.safetensors()
         write, specs = write_safetensors, _safetensors_specs(plan)
+    partial = Partial(fingerprint(plan, metadata, device), resume=resume) if kept else None
+    uncertain = _uncertain(plan, provenance)
+    tensors = TensorStream(plan, _folding(plan), uncertain, device=device, partial=partial)
     size = write(
-        out, specs, metadata, data=encoder.stream(), overwrite=overwrite, progress=counter.written
+        out,
+        specs,
+        metadata,
+        data=tensors,
+        overwrite=overwrite,
+        progress=counter.written,
+        partial=partial,
     )
     return QuantReport(
         path=str(out),
@@ -184,8 +199,8 @@ def quantize_checkpoint(
         copies=plan.source.copies,
         size=size,
         source_size=counter.source_size,
-        tensors=tuple(encoder.results),
-        meter=encoder.meter,
+        tensors=tensors.results,
+        meter=tensors.meter,
         metadata=dict(metadata),
         notes=tuple(plan.notes),
     )
@@ -212,46 +227,6 @@ class _Counter:
             self._progress(done, self._total)
 
 
-class _Encoder:
-    """Turns the source's stream into stored tensors and keeps the figures of each."""
-
-    def __init__(self, plan: QuantPlan, uncertain: Mapping[str, str], folding: Folding) -> None:
-        self._plan = plan
-        self._uncertain = uncertain
-        self._folding = folding
-        self.results: list[TensorResult] = []
-        self.meter = ErrorMeter()
-
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the file, tensor); raises CorruptFileError if the source changed its shape."""
-        plans = {(plan.copy, plan.name): plan for plan in self._plan.tensors}
-        for file, copy, name, tensor in self._plan.source.stream():
-            plan = plans.get((copy, name))
-            if plan is None:
-                continue
-            if tuple(tensor.shape) != plan.shape:
-                raise CorruptFileError(
-                    "is not of the shape that the header gave",
-                    file=file,
-                    tensor=name,
-                    found=list(tensor.shape),
-                    needed=list(plan.shape),
-                )
-            if plan.quantized and copy in self._uncertain:
-                absmax = channel_absmax(tensor)
-                calibration = self._plan.options.calibration
-                calibration.check_weight(copy, plan.module, absmax, self._uncertain[copy])
-            tensor = fold_tensor(name, tensor, self._folding)
-            stored, meter = encode_tensor(plan, tensor, file=file)
-            self.results.append(_result(self._plan, plan, meter))
-            if plan.linear:
-                self.meter.merge(meter)
-            for suffix, part in stored.items():
-                yield self._plan.stored_name(plan, suffix), part
-        for name, record in stored_record(self._folding):
-            yield name, record.view(torch.uint8) if self._plan.layout == "gguf" else record
-
-
 def _folding(plan: QuantPlan) -> Folding:
     """The factors of the plan's fold; reads the norms that take them."""
     if plan.fold is None:
@@ -260,21 +235,6 @@ def _folding(plan: QuantPlan) -> Folding:
     dtype = torch.float32 if plan.layout == "gguf" else torch.bfloat16
     options = plan.options
     return make_folding(plan.fold, options.calibration, norms, fold_alpha(options), dtype)
-
-
-def _result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter | None) -> TensorResult:
-    several = len(plan.source.copies) > 1
-    meter = meter or ErrorMeter()
-    return TensorResult(
-        name=f"{tensor.copy}.{tensor.name}" if several else tensor.name,
-        shape=tensor.shape,
-        type=tensor.encoding.label,
-        nbytes=tensor.nbytes,
-        sqnr_db=meter.sqnr_db,
-        max_abs_error=meter.max_abs_error,
-        linear=tensor.linear,
-        protected=tensor.protected,
-    )
 
 
 def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:

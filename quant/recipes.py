@@ -93,12 +93,16 @@ class QuantOptions:
       multiplied by it, the activations divided. For INT8; in the native layout stock ComfyUI
       refuses the file.
     - ``types``: GGUF types of single linears, first match wins.
+    - ``policy``: a table of types by kind of linear (``quant.block_types.POLICIES``), after
+      ``types``; ``target_bytes``: the size of the file, for which types are chosen from the level
+      up so that the summed output error is least, as calibrated if a calibration is given.
     - ``linears``: ``"blocks"``, ``"all"``, or None for the layout's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
     - ``fold``: linears (names or patterns, or ``"all"``) whose smoothing goes into the weights
       before them, for hosts without this pack; see ``quant.fold``. Needs a calibration.
-    - ``calibration``: statistics of the linears' inputs, of this very model. The following need it.
+    - ``calibration``: statistics of the linears' inputs, of this very model: GGUF types are then
+      searched for the least output error. The following need it.
     - ``treatment``: one of :data:`TREATMENTS`; None: the level's own.
     - ``alpha``: strength of smoothing, 0 (weights alone) to 1 (activations alone); None: the best
       of those that were measured, and 0.5 where it is folded.
@@ -111,6 +115,8 @@ class QuantOptions:
     protect: tuple[str, ...] = ()
     smooth: Mapping[str, Tensor] | None = None
     types: tuple[TypeRule, ...] = ()
+    policy: str = "uniform"
+    target_bytes: int | None = None
     linears: str | None = None
     licence: str | None = None
     calibration: Calibration | None = None

@@ -73,10 +73,14 @@ class Source:
         found = own.stream(copy, dtype=torch.float32, only=names)
         return {n: t.dequantize() if isinstance(t, QuantizedTensor) else t for n, t in found}
 
-    def stream(self) -> Iterator[tuple[Path, str, str, Tensor]]:
-        """(file, copy, name, tensor) of every tensor, one at a time; dequantized they are fp32."""
+    def stream(self, only: Collection[tuple[str, str]]) -> Iterator[tuple[Path, str, str, Tensor]]:
+        """(file, copy, name, tensor) of the ``only`` (copy, name) pairs, one at a time.
+
+        Dequantized they are fp32.
+        """
         for checkpoint, copy in self.parts:
-            for name, tensor in checkpoint.stream(copy, dtype=torch.float32):
+            names = {name for each, name in only if each == copy}
+            for name, tensor in checkpoint.stream(copy, dtype=torch.float32, only=names):
                 yield Path(checkpoint.paths[0]), copy, name, tensor
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ideogram4_quant.quant import cli
+from ideogram4_quant.quant import cli, stream
 from ideogram4_quant.tests import quant_model as model
 
 
@@ -123,6 +123,33 @@ def test_interruption_is_no_traceback(tmp_path, source, run, monkeypatch):
     code, _, errors = run("quantize", source, "--level", "Q8_0", "--out", tmp_path / "q.gguf")
     assert code == 130
     assert "interrupted" in errors
+
+
+def test_ctrl_c_says_how_to_go_on_and_resume_does(tmp_path, source, run, monkeypatch):
+    out = tmp_path / "q.gguf"
+    words = ["quantize", source, "--level", "Q4_K", "--out", out, "--target-gb", "0.003"]
+    assert run(*words)[0] == 0
+    wanted = out.read_bytes()
+    out.unlink()
+    encode = stream.encode_tensor
+
+    def interrupted(plan, *args, **kwargs):
+        if plan.name == "layers.1.attention.qkv.weight":
+            raise KeyboardInterrupt
+        return encode(plan, *args, **kwargs)
+
+    monkeypatch.setattr(stream, "encode_tensor", interrupted)
+    code, _, errors = run(*words)
+    assert code == 130
+    assert "q.gguf.partial holds what is done: --resume goes on with it" in errors
+    monkeypatch.undo()
+    code, _, errors = run(*words)
+    assert code == 1
+    assert "Go on with it (--resume)" in errors
+    code, text, _ = run(*words, "--resume")
+    assert code == 0
+    assert "worst 10 of" in text
+    assert out.read_bytes() == wanted
 
 
 def test_verify_names_what_has_no_counterpart_and_what_changed(tmp_path, source, run):

@@ -1,0 +1,165 @@
+"""The source's tensors as the file's, one at a time, and what each of them lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.folding import Folding
+from ..ops.errors import CorruptFileError
+from ..ops.partial import Partial
+from .encode import encode_tensor
+from .encodings import Blocks
+from .fold import fold_tensor, stored_record
+from .measure import ErrorMeter, channel_absmax
+from .plan import TensorPlan
+from .report import TensorResult
+
+if TYPE_CHECKING:
+    from .quantize import QuantPlan
+
+
+class TensorStream:
+    """Turns the source's stream into stored tensors and keeps the figures of each.
+
+    ``uncertain``: copy -> hash of its file, for copies whose calibration is of another file, so
+    that their weights are compared with it. With ``partial``, tensors that an earlier run has
+    written are neither read nor written; their figures come from its notes.
+    """
+
+    def __init__(
+        self,
+        plan: QuantPlan,
+        folding: Folding,
+        uncertain: Mapping[str, str],
+        *,
+        device: torch.device | None = None,
+        partial: Partial | None = None,
+    ) -> None:
+        self._plan = plan
+        self._folding = folding
+        self._uncertain = uncertain
+        self._device = device
+        self._partial = partial
+        self._meters: dict[tuple[str, str], ErrorMeter] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the file, tensor); raises CorruptFileError if the source changed its shape."""
+        plans = {(plan.copy, plan.name): plan for plan in self._plan.tensors}
+        left = {key: plan for key, plan in plans.items() if not self._skip(plan)}
+        for file, copy, name, tensor in self._plan.source.stream(only=left):
+            plan = left[copy, name]
+            if tuple(tensor.shape) != plan.shape:
+                raise CorruptFileError(
+                    "is not of the shape that the header gave",
+                    file=file,
+                    tensor=name,
+                    found=list(tensor.shape),
+                    needed=list(plan.shape),
+                )
+            if plan.quantized and copy in self._uncertain:
+                absmax = channel_absmax(tensor)
+                calibration = self._plan.options.calibration
+                calibration.check_weight(copy, plan.module, absmax, self._uncertain[copy])
+            tensor = fold_tensor(name, tensor, self._folding)
+            encoded = folded_plan(plan, self._folding)
+            stored, meter = encode_tensor(encoded, tensor, file=file, device=self._device)
+            self._meters[copy, name] = meter
+            del tensor
+            while stored:
+                suffix = next(iter(stored))
+                yield self._plan.stored_name(plan, suffix), stored.pop(suffix)
+            if self._partial is not None:
+                self._partial.note(_key(plan), meter.to_list())
+        for name, record in stored_record(self._folding):
+            yield name, record.view(torch.uint8) if self._plan.layout == "gguf" else record
+
+    @property
+    def results(self) -> tuple[TensorResult, ...]:
+        """One a stored source tensor, in the file's order."""
+        return tuple(
+            tensor_result(self._plan, plan, self._meters[plan.copy, plan.name])
+            for plan in self._plan.tensors
+        )
+
+    @property
+    def meter(self) -> ErrorMeter:
+        """The sums over all linears."""
+        total = ErrorMeter()
+        for plan in self._plan.tensors:
+            if plan.linear:
+                total.merge(self._meters[plan.copy, plan.name])
+        return total
+
+    def _skip(self, plan: TensorPlan) -> bool:
+        """Whether an earlier run has written all of this tensor; then it stays."""
+        if self._partial is None or _key(plan) not in self._partial.notes:
+            return False
+        stored = {**plan.encoding.parts(plan.shape), **plan.encoding.constants()}
+        names = {self._plan.stored_name(plan, suffix) for suffix in stored}
+        if not names <= self._partial.finished:
+            return False
+        for name in names:
+            self._partial.skip(name)
+        self._meters[plan.copy, plan.name] = ErrorMeter.of(self._partial.notes[_key(plan)])
+        return True
+
+
+def tensor_result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter) -> TensorResult:
+    """The row of one tensor; the meter of nothing for a plan alone."""
+    several = len(plan.source.copies) > 1
+    return TensorResult(
+        name=f"{tensor.copy}.{tensor.name}" if several else tensor.name,
+        shape=tensor.shape,
+        type=tensor.encoding.label,
+        nbytes=tensor.nbytes,
+        sqnr_db=meter.sqnr_db,
+        max_abs_error=meter.max_abs_error,
+        linear=tensor.linear,
+        protected=tensor.protected,
+    )
+
+
+def folded_plan(plan: TensorPlan, folding: Folding) -> TensorPlan:
+    """The same with the importance of the folded inputs: ``E[(x / s)^2]``, and means in a rotation.
+
+    A rotation spreads every input over its group: were they uncorrelated, all would be alike.
+    """
+    encoding = plan.encoding
+    if not isinstance(encoding, Blocks) or encoding.importance is None:
+        return plan
+    importance = encoding.importance
+    smooth, rotation = folding.smooth.get(plan.module), folding.rotation.get(plan.module)
+    if smooth is not None:
+        importance = importance / smooth.float().square()
+    if rotation is not None:
+        importance = importance.view(-1, rotation).mean(1).repeat_interleave(rotation)
+    return replace(plan, encoding=replace(encoding, importance=importance))
+
+
+def fingerprint(
+    plan: QuantPlan, metadata: Mapping[str, object], device: torch.device | None
+) -> str:
+    """SHA-256 of everything that decides the file's bytes; the source by its hash in ``metadata``.
+
+    The device counts: sums of a rotation may differ between two of them in the last bit.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps([dict(metadata), str(device)], sort_keys=True).encode())
+    for tensor in plan.tensors:
+        digest.update(json.dumps([tensor.copy, tensor.name, tensor.encoding.label]).encode())
+        importance = getattr(tensor.encoding, "importance", None)
+        vectors = [*tensor.encoding.constants().values()]
+        for vector in vectors if importance is None else [*vectors, importance]:
+            digest.update(vector.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _key(plan: TensorPlan) -> str:
+    return f"{plan.copy}.{plan.name}"
