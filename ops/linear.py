@@ -176,6 +176,30 @@ def resolve_compute(
     return compute
 
 
+def gguf_compute(
+    blocks: Tensor,
+    qtype: str,
+    in_features: int,
+    tokens: int,
+    options: LinearOptions,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """``resolve_compute`` for ``blocks`` [N, row bytes] with what their device is like.
+
+    ``"auto"`` goes by what was measured there on activations of ``dtype`` (None: any), and is dense
+    where no backend speeds int8 up: it would only add to the error.
+    """
+    n, device = blocks.shape[0], blocks.device
+    few = choices.table(device).few_tokens(qtype, n, in_features, choices.dtype_name(dtype))
+    limit = FEW_TOKENS if few is None else few
+    found = resolve_compute(options.gguf_compute, qtype, in_features, tokens, limit)
+    left_open = (options.gguf_compute, options.backend) == ("auto", dispatch.AUTO) and few is None
+    if found == "w8a8" and left_open:
+        fastest = dispatch.choose("int8_gemm", (tokens, n, in_features), device, dtype=dtype)
+        return "dense" if fastest is dispatch.REFERENCE else found
+    return found
+
+
 # ---- checks
 
 
@@ -256,25 +280,12 @@ def _gguf_linear(
     rows = x.reshape(-1, k)
     if not rows.numel() or not n:
         return x.new_empty((*x.shape[:-1], n))
-    if _compute_here(compute, qtype, rows, n, backend) == "dense":
+    options = LinearOptions(backend, compute)
+    if gguf_compute(blocks, qtype, k, rows.shape[0], options, x.dtype) == "dense":
         out = _gguf_dense(rows, blocks, qtype, bias)
     else:
         out = _gguf_w8a8(rows, blocks, qtype, bias, rotation or None, backend)
     return out.reshape(*x.shape[:-1], n)
-
-
-def _compute_here(compute: str, qtype: str, x: Tensor, n: int, backend: str) -> str:
-    """``resolve_compute`` with what this device is like: ``x [M, K]``, N output channels.
-
-    Int8 that no backend speeds up would only add to the error, so ``"auto"`` is dense there.
-    """
-    m, k = x.shape
-    few = choices.table(x.device).few_tokens(qtype, n, k, choices.dtype_name(x.dtype))
-    found = resolve_compute(compute, qtype, k, m, FEW_TOKENS if few is None else few)
-    if found == "w8a8" and compute == "auto" and backend == dispatch.AUTO and few is None:
-        fast = dispatch.choose("int8_gemm", (m, n, k), x.device, dtype=x.dtype)
-        return "dense" if fast is dispatch.REFERENCE else found
-    return found
 
 
 def _gguf_w8a8(

@@ -42,3 +42,8 @@ def test_backends_are_measured_once_and_kept_in_the_users_folder(found):
     assert all("int_mm" in line and "reference" in line for line in found["lines"])
     assert len(found["kept"]) == 1
     assert found["kept"][0].startswith("__ideogram4_quant/measured-cpu-")
+
+
+def test_the_layouts_hooks_work_with_the_hosts_comfy_kitchen(found):
+    assert found["hooks"]["version"].startswith("0.2.")
+    assert max(found["hooks"]["errors"].values()) < 2e-3

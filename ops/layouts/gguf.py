@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .. import blocks
 from ..errors import OpError
-from ..linear import LinearOptions, gguf_linear, resolve_compute
+from ..linear import LinearOptions, gguf_compute, gguf_linear
 from ..prequantized import gguf_product
 from ..rotation import largest_group
 from .base import BaseParams, Layout, check_dtype, check_matrix, row_chunks
+from .hooks import InputHooks
 
 
-class GGUFLayout(Layout):
+class GGUFLayout(InputHooks, Layout):
     """``W = dequantize(qdata, qtype)``: uint8 ``[N, row_bytes]`` of one block format."""
 
     NAME = "Ideogram4QuantGGUF"
@@ -89,8 +90,8 @@ class GGUFLayout(Layout):
         """Rotated by the largest group where this weight runs through int8."""
         params = weight._params
         k = params.matrix_shape[1]
-        through_int8 = resolve_compute(options.gguf_compute, params.qtype, k, tokens) == "w8a8"
-        return (None, largest_group(k)) if through_int8 and not params.transposed else None
+        how = gguf_compute(weight._qdata, params.qtype, k, tokens, options)
+        return (None, largest_group(k)) if how == "w8a8" and not params.transposed else None
 
     @classmethod
     def multiply_rows(

@@ -9,7 +9,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
-from .. import dispatch, prequantized, reference
+from .. import prequantized, reference
 from ..errors import OpError
 from ..linear import LinearOptions, int8_linear
 from ..rotation import check_group, rotate
@@ -23,9 +23,10 @@ from .base import (
     row_chunks,
     uniform,
 )
+from .hooks import InputHooks
 
 
-class Int8Layout(Layout):
+class Int8Layout(InputHooks, Layout):
     """``W = R(qdata * scale) / smooth``: int8 ``[N, K]``, symmetric, its own inverse rotation."""
 
     NAME = "Ideogram4QuantInt8"
@@ -139,67 +140,6 @@ class Int8Layout(Layout):
             q, scale, weight._qdata, params.scale, bias, dtype, options.backend
         )
 
-    @classmethod
-    def linear_input_act(
-        cls,
-        weight: QuantizedTensor,
-        x: Tensor,
-        bias: Tensor | None = None,
-        input_act: str | None = None,
-        input_act_weight: Tensor | None = None,
-        input_act_eps: float = 0.0,
-        residual: Tensor | None = None,
-        residual_scale: Tensor | None = None,
-    ) -> Any:
-        """``residual + residual_scale * linear(act(x))`` with the activation in the quantizer.
-
-        A hook of comfy-kitchen 0.2.40. ``input_act``: None, ``"swiglu"`` (x holds gate and up side
-        by side) or ``"rms_norm"``; NotImplemented otherwise, and the caller does the parts.
-        """
-        params = weight._params
-        k = x.shape[-1] // 2 if input_act == "swiglu" else x.shape[-1]
-        if not _can_fuse(weight, x, k):
-            return NotImplemented
-        tail = (params.smooth, params.rotation, dispatch.AUTO)
-        if input_act in (None, "none"):
-            rows = prequantized.quantize_rows(x, *tail)
-        elif input_act == "swiglu":
-            gate, up = x.chunk(2, dim=-1)
-            rows = prequantized.gated_rows(gate, up, *tail)
-        elif input_act == "rms_norm" and input_act_weight is not None:
-            one = torch.ones((), device=x.device).expand(k)
-            rows = prequantized.normed_rows(x, input_act_weight, one, input_act_eps, *tail)
-        else:
-            return NotImplemented
-        out = _multiply(rows, weight, bias, x)
-        if residual is None:
-            return out
-        return torch.addcmul(residual.to(out.dtype), out, residual_scale.to(out.dtype))
-
-    @classmethod
-    def fused_rms_modulated(
-        cls,
-        x: Tensor,
-        weight: QuantizedTensor,
-        bias: Tensor | None,
-        norm_weight: Tensor,
-        norm_eps: float,
-        modulation_scale: Tensor,
-    ) -> Any:
-        """``linear(RMSNorm(x) * norm_weight * (1 + modulation_scale))``, normed in the quantizer.
-
-        A hook of comfy-kitchen 0.2.40; ``modulation_scale`` is one row for all tokens, else
-        NotImplemented.
-        """
-        params, k = weight._params, x.shape[-1]
-        fits = modulation_scale.numel() == k and norm_weight.numel() == k
-        if not fits or not _can_fuse(weight, x, k):
-            return NotImplemented
-        factor = 1.0 + modulation_scale.reshape(k).float()
-        tail = (params.smooth, params.rotation, dispatch.AUTO)
-        rows = prequantized.normed_rows(x, norm_weight.reshape(k), factor, norm_eps, *tail)
-        return _multiply(rows, weight, bias, x)
-
 
 def int8_tensor(
     q: Tensor,
@@ -278,16 +218,3 @@ def _quantize(
     scaled = values / torch.where(scale == 0, reference.SCALE_FLOOR, scale)
     rounded = scaled.round() if generator is None else (scaled + uniform(scaled, generator)).floor()
     return rounded.nan_to_num(nan=0.0).clamp(-127, 127).to(torch.int8), scale
-
-
-def _can_fuse(weight: QuantizedTensor, x: Tensor, k: int) -> bool:
-    """Only plain calls: what is odd, or traced, goes the checked way through its parts."""
-    fits = not weight._params.transposed and k == weight._params.matrix_shape[1]
-    return fits and x.numel() > 0 and not torch.compiler.is_compiling()
-
-
-def _multiply(
-    rows: tuple[Tensor, Tensor], weight: QuantizedTensor, bias: Tensor | None, x: Tensor
-) -> Tensor:
-    out = Int8Layout.multiply_rows(*rows, weight, bias, x.dtype, LinearOptions())
-    return out.reshape(*x.shape[:-1], out.shape[1])

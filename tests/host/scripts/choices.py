@@ -46,6 +46,7 @@ def main() -> None:
         found["mask_error"] = inside.relative(masked[0], unmasked)
         found["mask_lines"] = [line for line in records[before:] if "with a mask" in line]
         found["pytorch"] = host_backend(patcher)
+        found["hooks"] = hooks(pack)
         reloaded, _ = patcher.cached_patcher_init
         again = reloaded(*patcher.cached_patcher_init[1], disable_dynamic=True)
         found["reloaded"] = OVERRIDE in again.model_options["transformer_options"]
@@ -74,6 +75,29 @@ def one_pass(patcher, mask=None):
     context = torch.randn(1, 6, features, generator=generator)
     options = patcher.model_options["transformer_options"].copy()
     return model(x, torch.tensor([0.4]), context, mask, transformer_options=options)
+
+
+def hooks(pack: str) -> dict:
+    """Errors of the layouts' hooks under the host's version of comfy-kitchen, and that version."""
+    import importlib.metadata
+
+    import torch
+    from comfy.quant_ops import QuantizedTensor
+
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (
+        torch.randn(40, 512, generator=generator),
+        torch.randn(64, 1024, generator=generator),
+    )
+    gate, up = x.chunk(2, dim=-1)
+    gated = torch.nn.functional.silu(gate) * up
+    errors = {}
+    for layout, options in (("Int8", {"rotation": 64}), ("GGUF", {"qtype": "Q4_K"})):
+        packed = QuantizedTensor.from_float(weight, f"Ideogram4Quant{layout}", **options)
+        got = packed.layout_cls.linear_input_act(packed, x, None, "swiglu")
+        want = inside.load(pack, "ops.linear").linear(gated, packed)
+        errors[layout] = inside.relative(got, want)
+    return {"errors": errors, "version": importlib.metadata.version("comfy-kitchen")}
 
 
 def host_backend(patcher) -> bool:
