@@ -16,7 +16,14 @@ from .encodings import Shape
 from .errors import QuantOptionError
 from .recipes import TREATMENTS, QuantOptions, Recipe
 from .tables import human_bytes
-from .treatments import DEFAULT_ALPHA, Treatment, input_group, rotation_group, smoothing
+from .treatments import (
+    Treatment,
+    folded_treatment,
+    group_loss,
+    input_group,
+    rotation_group,
+    smoothing,
+)
 
 SMOOTHING_GAIN_DB = 0.5
 """What a smoothing vector must gain over the best treatment without one to be chosen."""
@@ -134,10 +141,14 @@ def _treat(
     if len(stats) < len(found):
         return [Choice(usual, f"{usual.name}: not calibrated") for _ in found]
     allowed = [t for t in _allowed(options, usual, stats) if rotatable or not t.rotated]
-    best = min(allowed, key=lambda treatment: _loss(stats, treatment), default=usual)
+    best = min(allowed, key=lambda treatment: group_loss(stats, treatment), default=usual)
     if options.treatment == "auto" and not best.native:
-        native = min((t for t in allowed if t.native), key=lambda t: _loss(stats, t), default=best)
-        gain = 10 * math.log10(max(_loss(stats, native), 1e-30) / max(_loss(stats, best), 1e-30))
+        native = min(
+            (t for t in allowed if t.native), key=lambda t: group_loss(stats, t), default=best
+        )
+        gain = 10 * math.log10(
+            max(group_loss(stats, native), 1e-30) / max(group_loss(stats, best), 1e-30)
+        )
         best = best if gain >= SMOOTHING_GAIN_DB else native
     smooth = None if best.alpha is None else smoothing(stats, best.alpha)
     return [
@@ -156,16 +167,14 @@ def _folded(
     """The same where smoothing is folded: stored as the level says, as exact as if smoothed."""
     rotatable = rotation_group(in_features) is not None
     usual = Treatment(rotated=recipe.rotation is not None and rotatable)
-    consumers = {name for site in sites(1) for name in site.consumers}
-    choices = []
-    for (_, module), stats in zip(members, found, strict=True):
-        named = any(pattern == "all" or fnmatchcase(module, pattern) for pattern in options.fold)
-        foldable = re.sub(r"layers\.\d+", "layers.0", module) in consumers
-        alpha = DEFAULT_ALPHA if options.alpha is None else options.alpha
-        measured = replace(usual, alpha=alpha) if named and foldable else usual
-        db = math.nan if stats is None else stats.sqnr_db(measured.name)
-        choices.append(Choice(usual, f"{measured.name}: {db:.1f} dB", db))
-    return choices
+    turns = {name: site.rotates for site in sites(1) for name in site.consumers}
+    first = re.sub(r"layers\.\d+", "layers.0", members[0][1])
+    named = any(p == "all" or fnmatchcase(m, p) for _, m in members for p in options.fold)
+    measured = usual
+    if named and first in turns and None not in found:
+        measured = folded_treatment(found, options.alpha, usual.rotated, turns[first])
+    figures = [math.nan if stats is None else stats.sqnr_db(measured.name) for stats in found]
+    return [Choice(usual, f"{measured.name}: {db:.1f} dB", db) for db in figures]
 
 
 def _allowed(
@@ -187,12 +196,6 @@ def _allowed(
     if options.treatment == "auto-native":
         return [t for t in measured if t.native]
     return measured
-
-
-def _loss(stats: Sequence[LayerStats], treatment: Treatment) -> float:
-    """Squared relative output error, averaged over the group; inf if it was not measured."""
-    errors = [each.error(treatment.name) for each in stats]
-    return math.inf if any(map(math.isnan, errors)) else sum(e * e for e in errors) / len(errors)
 
 
 def _reason(stats: LayerStats, best: Treatment, allowed: Sequence[Treatment]) -> str:

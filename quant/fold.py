@@ -16,12 +16,11 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ..checkpoint.folding import Folding, Site, sites
-from ..ops.rotation import largest_group
-from .calibration import Calibration
+from .calibration import Calibration, LayerStats
 from .errors import CalibrationError, QuantOptionError
 from .plan import TensorPlan
 from .recipes import QuantOptions, Recipe
-from .treatments import DEFAULT_ALPHA, MIN_GROUP, smooth_factors
+from .treatments import DEFAULT_ALPHA, Treatment, folded_treatment, rotation_group, smoothing
 
 ALL = "all"
 """The name in ``QuantOptions.fold`` that means every linear whose input can be folded."""
@@ -36,18 +35,19 @@ _NOT_FOLDABLE: tuple[tuple[str, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FoldPlan:
-    """What will be folded into one copy, from names and shapes alone.
+    """What will be folded into one copy, known before a weight is read.
 
-    ``sites``: where; ``rotation``: linear -> group; ``widths``: linear -> in_features, for every
-    linear whose input is divided.
+    ``sites``: where a factor is taken over. By linear: ``alphas`` the strength of the smoothing,
+    ``vectors`` the factors as planned (fp64 [K]), ``rotation`` the group.
     """
 
     copy: str
     sites: tuple[Site, ...]
+    alphas: Mapping[str, float]
+    vectors: Mapping[str, Tensor]
     rotation: Mapping[str, int]
-    widths: Mapping[str, int]
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -57,22 +57,23 @@ class FoldPlan:
     @property
     def record(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of what :func:`stored_record` will yield, in its order."""
-        vectors = {f"fold.{m}.smooth": (torch.float32, (k,)) for m, k in self.widths.items()}
-        groups = {f"fold.{m}.rotation": (torch.int32, (1,)) for m in self.rotation}
-        return vectors | groups
+        vectors = {
+            _name(m, "smooth"): (torch.float32, tuple(v.shape)) for m, v in self.vectors.items()
+        }
+        return vectors | {_name(m, "rotation"): (torch.int32, (1,)) for m in self.rotation}
 
     @property
     def note(self) -> str:
         """What a user of the file must know."""
         return (
-            f"the smoothing of {len(self.widths)} linears is folded into the weights before them: "
+            f"the smoothing of {len(self.alphas)} linears is folded into the weights before them: "
             "LoRAs are right on this file in this pack alone, which undoes it from the fold.* "
             "tensors; in other hosts they come out wrong"
         )
 
     def to_dict(self) -> dict[str, object]:
         """For the metadata."""
-        return {"folded": list(self.widths), "folded_rotation": dict(self.rotation)}
+        return {"folded": dict(self.alphas), "folded_rotation": dict(self.rotation)}
 
 
 def check_fold_options(recipe: Recipe, layout: str, options: QuantOptions) -> None:
@@ -83,6 +84,10 @@ def check_fold_options(recipe: Recipe, layout: str, options: QuantOptions) -> No
             "another file",
             found=f"layout {layout}",
             hint="Its linears carry smoothing vectors of their own; fold the native layout.",
+        )
+    if options.smooth is not None:
+        raise QuantOptionError(
+            "smoothing vectors are given already", hint="Folding computes its own: leave one out."
         )
     if options.treatment is not None:
         raise QuantOptionError(
@@ -109,68 +114,54 @@ def remaining_factor(
     return torch.where(usable, true / torch.where(usable, rounded, 1.0), 1.0).float()
 
 
-def fold_alpha(options: QuantOptions) -> float:
-    """The strength of the smoothing that is folded."""
-    return DEFAULT_ALPHA if options.alpha is None else options.alpha
-
-
 def plan_fold(
-    recipe: Recipe, patterns: Collection[str], tensors: Sequence[TensorPlan], head_dim: int
+    recipe: Recipe, options: QuantOptions, tensors: Sequence[TensorPlan], head_dim: int
 ) -> FoldPlan:
-    """Which inputs of the quantized linears among ``tensors``, of one copy, are folded where.
+    """Which inputs of the quantized linears among ``tensors``, of one copy, are folded and how.
 
-    ``patterns``: names of linears, with wildcards, or :data:`ALL`. Where INT8 weights are not
-    rotated anyway, the input of attention.o is, in the largest group up to ``head_dim``. Raises
-    QuantOptionError, with the reason, for a named linear whose input nothing can absorb.
+    Strengths are those of :func:`folded_treatment`. Where INT8 weights are not rotated anyway, the
+    input of attention.o may be, in the largest group up to ``head_dim``. Raises QuantOptionError,
+    with the reason, for a linear of ``options.fold`` whose input nothing can absorb, and
+    CalibrationError for one that the calibration did not watch.
     """
-    widths = {t.module: t.shape[1] for t in tensors if t.linear}
+    copy, calibration = tensors[0].copy, options.calibration
     quantized = {t.module for t in tensors if t.quantized}
     known = _sites_among({t.module for t in tensors})
-    _refuse_unfoldable(patterns, known, widths)
-    chosen = tuple(
-        site
-        for site in known
-        if any(_means(p, consumer) for p in patterns for consumer in site.consumers)
-        and not quantized.isdisjoint(site.consumers)
-    )
-    group = None
-    if recipe.weight_type == "INT8" and recipe.rotation is None:
-        group = largest_group(head_dim, head_dim)
-    turned = [c for site in chosen if site.rotates for c in site.consumers]
-    rotation = dict.fromkeys(turned, group) if group is not None and group >= MIN_GROUP else {}
-    consumers = [c for site in chosen for c in site.consumers]
-    return FoldPlan(tensors[0].copy, chosen, rotation, {c: widths[c] for c in consumers})
+    _refuse_unfoldable(options.fold, known, [t.module for t in tensors if t.linear])
+    int8 = recipe.weight_type == "INT8"
+    group = rotation_group(head_dim, head_dim)
+    smoothed, alphas, vectors, rotation = [], {}, {}, {}
+    for site in known:
+        named = any(_means(p, consumer) for p in options.fold for consumer in site.consumers)
+        if not named or quantized.isdisjoint(site.consumers):
+            continue
+        members = [_watched(calibration, copy, consumer) for consumer in site.consumers]
+        turns = int8 and site.rotates and group is not None
+        treatment = Treatment(DEFAULT_ALPHA if options.alpha is None else options.alpha)
+        if int8:
+            treatment = folded_treatment(members, options.alpha, recipe.rotation is not None, turns)
+        if treatment.alpha is not None:
+            smoothed.append(site)
+            alphas |= dict.fromkeys(site.consumers, treatment.alpha)
+            vectors |= dict.fromkeys(site.consumers, smoothing(members, treatment.alpha).double())
+        if turns and recipe.rotation is None and treatment.rotated:
+            rotation |= dict.fromkeys(site.consumers, group)
+    return FoldPlan(copy, tuple(smoothed), alphas, vectors, rotation)
 
 
 def make_folding(
-    plan: FoldPlan,
-    calibration: Calibration,
-    norms: Mapping[str, Tensor],
-    alpha: float = 0.5,
-    norm_dtype: torch.dtype = torch.bfloat16,
+    plan: FoldPlan, norms: Mapping[str, Tensor], norm_dtype: torch.dtype = torch.bfloat16
 ) -> Folding:
-    """The factors themselves: from activations and weights, then what the norms can take of them.
+    """The factors that remain where the norms that take them are stored in ``norm_dtype``.
 
-    ``norms``: the tensors named in ``plan.norms``, or more of the model. Raises CalibrationError,
-    naming the linear, for one that the calibration did not watch.
+    ``norms``: the tensors named in ``plan.norms``, or more of the model.
     """
-    smooth = {}
+    smooth = {consumer: vector.float() for consumer, vector in plan.vectors.items()}
     for site in plan.sites:
-        watched = [calibration.layer(plan.copy, consumer) for consumer in site.consumers]
-        for consumer, stats in zip(site.consumers, watched, strict=True):
-            if stats is None:
-                raise CalibrationError(
-                    "no statistics of this linear, whose input is to be folded",
-                    file=calibration.path,
-                    tensor=f"{plan.copy}.{consumer}",
-                    hint="Calibrate the whole model (ideogram4-quant calibrate).",
-                )
-        x = torch.stack([stats.absmax for stats in watched]).amax(0)
-        w = torch.stack([stats.weight_absmax for stats in watched]).amax(0)
-        factors = smooth_factors(x, w, alpha)
         if _is_norm(site):
-            factors = remaining_factor(norms[f"{site.producer}.weight"], factors, norm_dtype)
-        smooth |= dict.fromkeys(site.consumers, factors.float())
+            weight = norms[f"{site.producer}.weight"]
+            remaining = remaining_factor(weight, plan.vectors[site.consumers[0]], norm_dtype)
+            smooth |= dict.fromkeys(site.consumers, remaining)
     return Folding(smooth, dict(plan.rotation))
 
 
@@ -190,9 +181,25 @@ def fold_tensor(name: str, tensor: Tensor, folding: Folding) -> Tensor:
 def stored_record(folding: Folding) -> Iterator[tuple[str, Tensor]]:
     """The ``fold.*`` tensors of a file: F32 [K] vectors and I32 [1] groups, in a fixed order."""
     for module, vector in folding.smooth.items():
-        yield f"fold.{module}.smooth", vector.float().contiguous()
+        yield _name(module, "smooth"), vector.float().contiguous()
     for module, group in folding.rotation.items():
-        yield f"fold.{module}.rotation", torch.tensor([group], dtype=torch.int32)
+        yield _name(module, "rotation"), torch.tensor([group], dtype=torch.int32)
+
+
+def _name(module: str, kind: str) -> str:
+    return f"fold.{module}.{kind}"
+
+
+def _watched(calibration: Calibration, copy: str, module: str) -> LayerStats:
+    stats = calibration.layer(copy, module)
+    if stats is None:
+        raise CalibrationError(
+            "no statistics of this linear, whose input is to be folded",
+            file=calibration.path,
+            tensor=f"{copy}.{module}",
+            hint="Calibrate the whole model (ideogram4-quant calibrate).",
+        )
+    return stats
 
 
 def _is_norm(site: Site) -> bool:

@@ -22,7 +22,6 @@ from .errors import QuantOptionError
 from .fold import (
     FoldPlan,
     check_fold_options,
-    fold_alpha,
     make_folding,
     plan_fold,
 )
@@ -126,7 +125,7 @@ def plan_quantization(
     fold = None
     if options.fold:
         check_fold_options(recipe, layout, options)
-        fold = plan_fold(recipe, options.fold, tensors, found.config["attention_head_dim"])
+        fold = plan_fold(recipe, options, tensors, found.config["attention_head_dim"])
     return QuantPlan(recipe, layout, options, found, Path(out), tensors, fold)
 
 
@@ -233,12 +232,11 @@ def _folding(plan: QuantPlan) -> Folding:
         return Folding()
     norms = plan.source.read(plan.fold.copy, plan.fold.norms)
     dtype = torch.float32 if plan.layout == "gguf" else torch.bfloat16
-    options = plan.options
-    return make_folding(plan.fold, options.calibration, norms, fold_alpha(options), dtype)
+    return make_folding(plan.fold, norms, dtype)
 
 
 def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
-    folded = {} if plan.fold is None else plan.fold.to_dict() | {"alpha": fold_alpha(plan.options)}
+    folded = {} if plan.fold is None else plan.fold.to_dict()
     return Provenance(
         copies=plan.source.copies,
         config=plan.source.config,

@@ -105,7 +105,7 @@ class QuantOptions:
       searched for the least output error. The following need it.
     - ``treatment``: one of :data:`TREATMENTS`; None: the level's own.
     - ``alpha``: strength of smoothing, 0 (weights alone) to 1 (activations alone); None: the best
-      of those that were measured, and 0.5 where it is folded.
+      of those that were measured for each input; in a GGUF file, which smooths by folding, 0.5.
     - ``protect_share``, ``protect_bytes``, ``protect_below``: keep the most fragile linears in
       bf16: that share of those quantized, as many as cost that many bytes more, all whose output
       would be below that many dB of SQNR.

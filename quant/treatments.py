@@ -7,6 +7,7 @@ weights alone).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -80,6 +81,35 @@ def input_group(module: str) -> str:
     w1 and w3 do: their input is then quantized once.
     """
     return module.replace("feed_forward.w3", "feed_forward.w1")
+
+
+def group_loss(members: Sequence[LayerStats], treatment: Treatment) -> float:
+    """Squared relative output error, averaged over linears; inf if it was not measured."""
+    errors = [each.error(treatment.name) for each in members]
+    return math.inf if any(map(math.isnan, errors)) else sum(e * e for e in errors) / len(errors)
+
+
+def folded_treatment(
+    members: Sequence[LayerStats], alpha: float | None, rotated: bool, turns: bool
+) -> Treatment:
+    """What folding before ``members``, which share an input, comes nearest to.
+
+    ``alpha``: as asked for; None for the best measured, no smoothing included, and
+    :data:`DEFAULT_ALPHA` where none was. ``rotated``: the level rotates them at run time;
+    ``turns``: a rotation can be folded there, if the level does not.
+    """
+    turns = turns and not rotated
+    if alpha is not None:
+        return Treatment(alpha, rotated or turns)
+    measured = [
+        treatment
+        for name in members[0].noise
+        if all(name in each.noise for each in members)
+        and (treatment := Treatment.parse(name)) is not None
+        and (treatment.rotated == rotated or turns)
+    ]
+    usual = Treatment(DEFAULT_ALPHA, rotated or turns)
+    return min(measured, key=lambda treatment: group_loss(members, treatment), default=usual)
 
 
 def smoothing(members: Sequence[LayerStats], alpha: float) -> Tensor:

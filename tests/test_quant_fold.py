@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from ideogram4_quant.quant import (
     verify_file,
 )
 from ideogram4_quant.quant.errors import CalibrationError, QuantOptionError
-from ideogram4_quant.quant.fold import fold_tensor, remaining_factor, smooth_factors
+from ideogram4_quant.quant.fold import fold_tensor, remaining_factor
+from ideogram4_quant.quant.treatments import smooth_factors
 from ideogram4_quant.tests import fixtures_fold as fold
 from ideogram4_quant.tests import quant_model as model
 
@@ -211,7 +213,8 @@ def test_the_record_names_every_vector_and_rotation(files, level, weights):
         container.metadata.get("quantization") or container.metadata["ideogram4.quantization"]
     )
     assert set(recipe["folded"]) == smoothed
-    assert recipe["alpha"] == 0.5
+    assert set(recipe["folded"].values()) == {0.5}
+    assert recipe["folded_rotation"] == ({O0: 64} if level == "INT8 W8A8" else {})
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -270,6 +273,37 @@ def test_a_part_of_the_model_can_be_folded(source, calibration, tmp_path):
     found = [key for key in load_file(path) if key.startswith("fold.")]
     wanted = [f"fold.layers.{i}.feed_forward.{w}.smooth" for i in range(2) for w in ("w1", "w3")]
     assert sorted(found) == wanted
+
+
+def test_each_input_is_folded_as_was_measured_best(source, calibration, tmp_path):
+    """o: a rotation alone; qkv: nothing; w1 and w3: the best of both together; w2: as usual."""
+    measured = {
+        "attention.o": {"int8": 0.03, "int8 rotated": 0.01, "int8 smooth 0.65": 0.02},
+        "attention.qkv": {"int8": 0.01, "int8 smooth 0.5": 0.02, "int8 rotated": 0.001},
+        "feed_forward.w1": {"int8": 0.04, "int8 smooth 0.5": 0.03, "int8 smooth 0.8": 0.02},
+        "feed_forward.w3": {"int8": 0.04, "int8 smooth 0.5": 0.01, "int8 smooth 0.8": 0.03},
+    }
+    one = torch.ones(1, dtype=torch.float64)
+    layers = {
+        key: replace(
+            stats,
+            signal=one,
+            noise={c: e * e * one for c, e in measured.get(key.split(".", 3)[-1], {}).items()},
+        )
+        for key, stats in calibration.layers.items()
+    }
+    path = tmp_path / "measured.safetensors"
+    options = QuantOptions(calibration=Calibration(layers, (0.0,)), fold=("all",))
+    report = quantize_checkpoint(source, "INT8 W8A8", path, options=options)
+    folding = open_checkpoint(path).folding("conditional")
+    names = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    assert set(folding.smooth) == {f"layers.{i}.{name}" for i in range(2) for name in names}
+    assert folding.rotation == {f"layers.{i}.attention.o": 64 for i in range(2)}
+    recipe = json.loads(report.metadata["quantization"])
+    assert recipe["folded"]["layers.0.feed_forward.w3"] == 0.5
+    passes = fold.inputs(seed=1)
+    wanted = fold.run(fold.load(source), passes)
+    assert db(fold.run(fold.load(path), passes), wanted) > 25
 
 
 def test_a_folded_file_can_be_verified_and_quantized_again(files, source, tmp_path):
@@ -371,6 +405,7 @@ def test_a_lora_is_right_through_our_reader_and_wrong_where_the_fold_is_ignored(
         ({"fold": ("final_layer.linear",)}, "the norm before it has no weight"),
         ({"fold": ("input_proj",)}, "the latent picture itself"),
         ({"fold": ("layers.*.w4",)}, "no linear has this name"),
+        ({"smooth": {O0: torch.ones(256)}}, "smoothing vectors are given already"),
         ({"layout": "transformer-lab"}, "the norms, which take the factors"),
     ],
 )
