@@ -16,6 +16,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sampling import check_size
+from .costs import without_guidance
 from .guidance import Guidance
 from .guider import DualCopyGuider
 from .sampling_inputs import (
@@ -134,7 +135,7 @@ def _report(guider: DualCopyGuider, guidance: Guidance, curve: Tensor) -> list[s
     plan = guidance.plan(curve.tolist())
     steps = len(plan)
     if guider.unconditional is None:
-        return [_WITHOUT_GUIDANCE]
+        return [f"without guidance, as no unconditional copy is connected: {without_guidance()}"]
     count = Counter(step.unconditional for step in plan)
     lines = [f"passes: {steps} conditional, {count['run']} unconditional"]
     saved = steps - count["run"]
@@ -144,7 +145,6 @@ def _report(guider: DualCopyGuider, guidance: Guidance, curve: Tensor) -> list[s
     return [*lines, f"copies on the device: {guider.kept}"]
 
 
-_WITHOUT_GUIDANCE = "without guidance: no unconditional copy is connected; half the time"
 _SAVINGS = {"reuse": "reused", "skip": "skipped at guidance 1"}
 
 

@@ -20,6 +20,7 @@ from ..checkpoint.levels import (
 from ..ops.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurement, Table
 from ..ops.dispatch import BackendReport
 from ..ops.linear import LinearOptions, resolve_compute
+from . import costs
 
 HOST_ATTENTION = "host"
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
@@ -73,6 +74,8 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> st
     if pair.unconditional is None:
         lines.append("unconditional: no file of this level, so there is no guidance without one")
     lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
+    if pair.level.startswith("Q"):
+        lines.append(f"  {costs.gguf_compute(pair.level, _gguf_compute(pair.level, options))}")
     if _may_run_int8(pair.level, options):
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
@@ -138,8 +141,13 @@ def _protected_line(pair: Pair) -> str:
 
 def _may_run_int8(level: str, options: LinearOptions) -> bool:
     if level.startswith("Q"):
-        return resolve_compute(options.gguf_compute, level, 256) == "w8a8"
+        return _gguf_compute(level, options) == "w8a8"
     return level in _INT8_LEVELS
+
+
+def _gguf_compute(level: str, options: LinearOptions) -> str:
+    """What the linears of a block get at many tokens: their rows hold whole groups of 256."""
+    return resolve_compute(options.gguf_compute, level, 256)
 
 
 def _backend(level: str, options: LinearOptions, machine: Machine) -> str:

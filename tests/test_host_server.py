@@ -15,21 +15,11 @@ from safetensors.torch import save_file
 from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
 from ideogram4_quant.tests.host import graphs
+from ideogram4_quant.tests.host.locate import PACK
 from ideogram4_quant.tests.host.server import PACK_FOLDER, Rejected, Run, Server
 
 pytestmark = pytest.mark.host
-NODES = (
-    "Ideogram4QuantLoad",
-    "Ideogram4QuantLoadEncoder",
-    "Ideogram4QuantLoadVAE",
-    "Ideogram4QuantLoadLora",
-    "Ideogram4QuantCheckCaption",
-    "Ideogram4QuantSampler",
-    "Ideogram4QuantGuider",
-    "Ideogram4QuantPreset",
-    "Ideogram4QuantCompare",
-    "Ideogram4QuantCalibrate",
-)
+NODES = sorted(page.stem for page in (PACK / "web" / "docs").glob("*.md"))  # one a node
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +206,8 @@ def test_without_the_unconditional_copy_there_is_no_guidance(server):
     alone = graphs.with_sampler("alone", models=(("model", 0), None))
     shown = text(server.run(alone), "report")
     assert "without guidance" in shown
+    assert "half the passes" in shown
+    assert "words were legible" in shown
     at_one = graphs.with_sampler("one", sampler={"guidance": "1"})
     first = picture(server, server.run(alone))
     assert np.array_equal(first, picture(server, server.run(at_one)))
@@ -283,6 +275,10 @@ def test_report_names_files_copies_and_memory(server):
     shown = text(server.run(graph), "shown")
     for expected in ("level: BF16", graphs.CONDITIONAL, "model_type", "memory:", "backend:"):
         assert expected in shown
+    graph["model"]["inputs"]["level"] = "Q4_K"
+    shown = text(server.run(graph), "shown")
+    assert "computed as W8A8: on the pocket model" in shown
+    assert "unmeasured on a GPU" in shown
 
 
 def fails_with(server: Server, graph: dict, *words: str) -> None:

@@ -24,7 +24,7 @@ from ideogram4_quant.checkpoint.levels import (
     resolve,
 )
 from ideogram4_quant.checkpoint.listing import list_files, stamp
-from ideogram4_quant.nodes import headers, report, residency
+from ideogram4_quant.nodes import costs, headers, report, residency
 from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.nodes.connections import leads_anywhere
 from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
@@ -39,6 +39,8 @@ from ideogram4_quant.ops.errors import (
     TruncatedFileError,
 )
 from ideogram4_quant.ops.linear import LinearOptions
+
+PACK = Path(report.__file__).parents[1]
 
 # ---- captions
 
@@ -496,7 +498,7 @@ def test_ampere_tries_the_levels_in_the_documented_order():
 
 
 def test_help_page_lists_what_auto_tries():
-    page = (Path(report.__file__).parents[1] / "web/docs/Ideogram4QuantLoad.md").read_text("utf-8")
+    page = (PACK / "web/docs/Ideogram4QuantLoad.md").read_text("utf-8")
     for order in AUTO_ORDER.values():
         assert f"| {', '.join(order)} |" in page
 
@@ -548,6 +550,12 @@ def test_report_says_what_multiplies_and_why_not_the_others(model_file, level, c
     options = LinearOptions(gguf_compute=compute)
     lines = report.text(chosen, "auto", options, machine(10**12)).splitlines()
     assert expected in lines
+    cost = [line for line in lines if "on the pocket model" in line]
+    assert len(cost) == level.startswith("Q")
+    if cost:
+        figures = costs.figures()["choices"]
+        for kind in ("w8a8", "dense"):
+            assert f"{figures[f'{level} {kind}']['sqnr']} dB" in cost[0]
     assert ("  triton: no compiler here" in lines) == ("int_mm" in expected)
 
 
@@ -613,6 +621,22 @@ def test_report_says_what_fits(model_file, memory, expected):
     assert expected in shown
     assert "no bfloat16" in shown
     assert f"fingerprint {report.fingerprint(model_file)[:16]}" in shown
+
+
+def test_figures_of_every_gguf_level_are_there():
+    found = costs.figures()
+    levels = [level for level in LEVELS if level.startswith("Q")]
+    assert list(found["linear"]) == levels
+    for level in levels:
+        for kind in ("w8a8", "dense"):
+            assert 0 < found["choices"][f"{level} {kind}"]["sqnr"] < 100
+    assert str(found["prompts"]) in costs.without_guidance()
+    page = (PACK / "web/docs/Ideogram4QuantGuider.md").read_text("utf-8")
+    shown = {"reuse_unconditional 2": "reuse 2", "guidance_end 0.5": "guidance until half"}
+    for row, name in (shown | {"the conditional copy alone": "conditional alone"}).items():
+        measured = found["choices"][name]
+        cells = f"{measured['time']:.2f} | {measured['sqnr']} dB | {measured['words']} of"
+        assert f"| {row} | {cells} {found['prompts']} |" in page
 
 
 # ---- residency

@@ -141,6 +141,7 @@ def test_wheel_holds_weights_workflows_and_help(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = [
         *ROOT.glob("web/docs/*.md"),
+        ROOT / "nodes" / "costs.json",
         *ROOT.glob("workflows/*.json"),
         *(p for p in ROOT.glob("pocket/weights/**/*") if p.is_file()),
         *(ROOT / folder / "__init__.py" for folder in packages()),

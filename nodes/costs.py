@@ -1,0 +1,45 @@
+"""What a choice costs, in figures measured on the pocket model.
+
+They lie in costs.json, which ``benchmarks/bench_choices.py --write`` makes; nothing here is
+modelled, and nothing was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+_NAMES = {"w8a8": "W8A8", "dense": "16-bit"}
+_OTHER = {"w8a8": "dense", "dense": "w8a8"}
+
+
+@cache
+def figures() -> dict:
+    """``choices``: name -> sqnr (dB to BF16), words, time; ``linear``: level -> time ratio."""
+    return json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))
+
+
+def gguf_compute(level: str, compute: str) -> str:
+    """What it means that a GGUF level is computed as ``w8a8`` or ``dense``, against the other."""
+    other = _OTHER[compute]
+    measured = figures()["choices"]
+    times = [figures()["linear"][level], measured[f"{level} w8a8"]["time"]]  # of W8A8 to 16-bit
+    linear, pocket = times if compute == "w8a8" else [round(1 / time, 2) for time in times]
+    return (
+        f"computed as {_NAMES[compute]}: on the pocket model "
+        f"{measured[f'{level} {compute}']['sqnr']} dB of latent SQNR to BF16 "
+        f"({measured[f'{level} {other}']['sqnr']} dB as {_NAMES[other]}); time on a CPU {linear} x "
+        f"that of {_NAMES[other]} for a linear of the real size, {pocket} x for the pocket model, "
+        "which is too small for int8; unmeasured on a GPU"
+    )
+
+
+def without_guidance() -> str:
+    """What leaving the unconditional copy out costs, and what it saves."""
+    measured = figures()["choices"]
+    alone, both, of = measured["conditional alone"], measured["BF16"], figures()["prompts"]
+    return (
+        f"half the passes and half the memory; on the pocket model {alone['words']} of {of} words "
+        f"were legible this way, {both['words']} of {of} with both copies"
+    )
