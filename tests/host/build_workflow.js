@@ -1,6 +1,12 @@
 async (columns, links) => {
   const GAP = 60, TITLE = 30, PADDING = 20, HEADER = 50;
-  const settle = () => new Promise(done => setTimeout(done, 1500)); // nodes grow as they render
+  const shape = () => app.graph.nodes.map(node => node.size.join()).join();
+  const settle = async () => { // nodes grow as they render
+    for (let before = null; before !== shape();) {
+      before = shape();
+      await new Promise(done => setTimeout(done, 1500));
+    }
+  };
   const named = {};
   const make = (spec, width) => {
     const node = LiteGraph.createNode(spec.type);

@@ -18,6 +18,7 @@ _SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.VueNodes.Enabled": True,  # the caption nodes draw their editors in Nodes 2.0 only
 }
+_DRAWINGS = 20
 # A drop as the mouse would make it: the file lies in the event's data.
 _DROP = """
 async ([name, text]) => {
@@ -79,9 +80,14 @@ def as_api(page: Browser) -> dict:
 
 
 def show(page: Browser, path: Path) -> None:
-    """A picture of the whole graph."""
+    """A picture of the whole graph, as soon as the page draws it twice the same."""
     close_dialogs(page)
     page.run(_FIT)
-    time.sleep(1)
     quality = 80 if path.suffix == ".jpg" else None
-    page.screenshot(path, quality=quality, clip={"x": 60, "y": 40, "width": 1740, "height": 950})
+    clip, before = {"x": 60, "y": 40, "width": 1740, "height": 950}, None
+    for _ in range(_DRAWINGS):
+        time.sleep(1)
+        page.screenshot(path, quality=quality, clip=clip)
+        if path.read_bytes() == before:
+            return
+        before = path.read_bytes()

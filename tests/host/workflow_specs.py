@@ -317,7 +317,7 @@ Noise Mask* behind *VAE Encode*, and connect the mask there.
 def _compare() -> Workflow:
     """The same caption and seed at two levels, side by side."""
     text = """Both samplers get the same seed and caption, so every difference is the level's. The
-pictures are saved in `output/compare/Q8_0` and `output/compare/Q4_K`.
+pictures are saved in **output/compare/Q8_0** and **output/compare/Q4_K**.
 
 For intervals, queue several runs with other captions; then disconnect the pictures and write into
 **folders**:
