@@ -60,10 +60,19 @@ def default_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def default_dtype(device: torch.device, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The compute dtype asked for; without one, fp32 on a CPU (bf16 is slower there), else bf16."""
+    """The compute dtype asked for; without one, bf16 where the device computes it, else fp32.
+
+    fp32 on a CPU (bf16 is slower on most) and on NVIDIA before Ampere: int8 layers then take and
+    give fp32, and so the residual is fp32, as fp16 overflows in this model.
+    """
     if dtype is not None:
         return dtype
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    old = device.type == "cuda" and not torch.version.hip and _capability(device) < (8, 0)
+    return torch.float32 if device.type == "cpu" or old else torch.bfloat16
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _lean(weight: Tensor) -> Tensor:

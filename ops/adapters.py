@@ -18,6 +18,11 @@ _EPILOGUE_TILE = {"cpu": 1 << 17}
 _EPILOGUE_TILE_DEVICE = 1 << 26
 
 
+def kitchen_backend() -> str:
+    """comfy-kitchen's name of the backend with its own kernels for this torch: CUDA or ROCm."""
+    return "hip" if torch.version.hip else "cuda"
+
+
 def comfy_kitchen_linear(
     x: Tensor,
     weight: Tensor,
@@ -27,7 +32,7 @@ def comfy_kitchen_linear(
     smooth: Tensor | None = None,
     rotation: int | None = None,
 ) -> Tensor:
-    """``reference.int8_linear`` by comfy-kitchen's CUDA kernels; ``x [M, K]``.
+    """``reference.int8_linear`` by comfy-kitchen's CUDA or ROCm kernels; ``x [M, K]``.
 
     They know no smoothing: it is applied before them and rounded to the dtype of ``x``.
     """
@@ -42,7 +47,7 @@ def comfy_kitchen_linear(
         "convrot": rotation is not None,
         "convrot_groupsize": rotation or 256,
     }
-    return registry.get_implementation("int8_linear", "cuda", arguments)(**arguments)
+    return registry.get_implementation("int8_linear", kitchen_backend(), arguments)(**arguments)
 
 
 def int_mm_gemm(

@@ -3,7 +3,7 @@
 ========================  ======  =============  ======  =========
 op                        triton  comfy_kitchen  int_mm  reference
 ========================  ======  =============  ======  =========
-int8_linear (as a whole)  (1)     CUDA
+int8_linear (as a whole)  (1)     CUDA, ROCm
 int8_gemm                 yes                    yes     yes
 row quantizers            yes                            yes
 dequantize_rotate_q.      yes                            yes
@@ -196,8 +196,8 @@ def _probe(name: str, device: torch.device) -> tuple[Backend | None, str]:
         # The host may switch it off after it was probed.
         from comfy_kitchen.registry import registry
 
-        if not registry.is_available("cuda"):
-            return None, "its CUDA backend was switched off"
+        if not registry.is_available(adapters.kitchen_backend()):
+            return None, "its backend was switched off"
     return backend, reason
 
 
@@ -206,6 +206,13 @@ def _probe_triton(device: torch.device) -> tuple[Backend | None, str]:
     kernels = importlib.import_module(".kernels", __package__)
     available, reason = kernels.available(device)
     if not available:
+        if device.type == "cuda":  # once, as every probe is
+            logger.warning(
+                "no Triton kernels on %s: layers run on what else there is, and what surrounds "
+                "their products as plain torch formulas, slower. %s",
+                device,
+                reason,
+            )
         return None, reason
     ops = {name: getattr(kernels, name) for name in REFERENCE_OPS if hasattr(kernels, name)}
     return Backend("triton", ops), reason
@@ -219,15 +226,17 @@ def _probe_comfy_kitchen(device: torch.device) -> tuple[Backend | None, str]:
         from comfy_kitchen.registry import registry
     except ImportError as error:
         return None, str(error)
-    status = registry.list_backends().get("cuda", {})
-    if not registry.is_available("cuda"):
+    kind = adapters.kitchen_backend()
+    label = {"cuda": "CUDA", "hip": "ROCm"}[kind]
+    status = registry.list_backends().get(kind, {})
+    if not registry.is_available(kind):
         off = "disabled here" if status.get("disabled") else "not available"
-        return None, status.get("unavailable_reason") or f"its CUDA backend is {off}"
+        return None, status.get("unavailable_reason") or f"its {label} backend is {off}"
     if "int8_linear" not in status["capabilities"]:
-        return None, "its CUDA backend has no int8_linear (no cuBLASLt)"
-    if torch.cuda.get_device_capability(device) < (7, 5):
+        return None, f"its {label} backend has no int8_linear"
+    if kind == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
         return None, "its int8 kernels need compute capability 7.5"
-    return Backend("comfy_kitchen", {"int8_linear": adapters.comfy_kitchen_linear}), "CUDA"
+    return Backend("comfy_kitchen", {"int8_linear": adapters.comfy_kitchen_linear}), label
 
 
 @cache
@@ -238,8 +247,9 @@ def _probe_int_mm(device: torch.device) -> tuple[Backend | None, str]:
     want = q.int() @ w.int().t()
     try:
         got = torch._int_mm(q.to(device), w.to(device).t()).cpu()
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
-        return None, f"torch._int_mm fails: {str(error).splitlines()[0]}"
+    except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return None, f"torch._int_mm fails: {reason}"
     if not torch.equal(got, want):
         return None, "torch._int_mm is not exact on this processor"
     return Backend("int_mm", {"int8_gemm": adapters.int_mm_gemm}), "torch._int_mm"

@@ -29,6 +29,11 @@ _LAUNCHERS = {
 __all__ = ["available", *_LAUNCHERS]
 
 MIN_TRITON = (3, 2)
+# What compiling a launcher needs and ComfyUI's portable build for Windows leaves out.
+_EMBEDDED = (
+    ". An embedded Python also needs the folders include and libs of a full Python of the same "
+    "version"
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -76,7 +81,8 @@ def _available(device: torch.device) -> tuple[bool, str]:
         return False, str(error)
     problem = unsupported_by(triton.__version__, major * 10 + minor) or _probe(device)
     if problem:
-        return False, f"{found} cannot run a kernel on {device}: {problem}"
+        hint = _EMBEDDED if os.name == "nt" else ""
+        return False, f"{found} cannot run a kernel on {device}: {problem}{hint}"
     return True, f"{found}, sm_{major}{minor}"
 
 
