@@ -19,11 +19,14 @@ from tqdm import tqdm
 from ...engine.generate import Models
 from ...engine.loading import COPIES
 from ...engine.transformer import load_transformer
-from .calibrating import calibration_of
+from .calibrating import calibration_of, written
 from .models import VARIANTS, Variant, in_memory, state_of, stored_bytes
 from .painting import Studio, cases_of_part
+from .report import write_report
 from .runs import ReadOnce, Run, RunStore, run_key, scores_of, steps_of
 from .systems import REFERENCE, SCHEMES, Scheme, unpacked, weights
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "pocket-table.md"
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,7 @@ class Maker:
 
     def make(self, job: Job) -> None:
         """Make the job's run unless the store has it."""
-        calibration = None
-        if job.scheme.calibrated:
-            calibration = calibration_of(job.variant, self.store.folder)
-        tensors = {
-            copy: weights(job.scheme, state_of(job.variant, copy), copy, calibration)
-            for copy in COPIES
-        }
+        tensors = self._tensors(job)
         reference = self.references.get((job.variant, job.part))
         key = run_key(tensors, job.scheme.compute, cases_of_part(job.part), reference)
         if job.scheme.name == REFERENCE:
@@ -71,6 +68,18 @@ class Maker:
         if self.store.find(key) is None:
             self._paint(job, key, tensors, reference)
         self.store.enter(key, self.store.find(key))
+
+    def _tensors(self, job: Job) -> dict[str, dict[str, Tensor]]:
+        calibration = None
+        if job.scheme.calibrated:
+            calibration = calibration_of(job.variant, self.store.folder)
+        if job.scheme.treatment is not None:
+            folder = self.store.folder
+            return written(job.variant, job.scheme.treatment, calibration, folder)
+        return {
+            copy: weights(job.scheme, state_of(job.variant, copy), copy, calibration)
+            for copy in COPIES
+        }
 
     def _paint(
         self, job: Job, key: str, tensors: dict[str, dict[str, Tensor]], reference: str | None
@@ -118,16 +127,26 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--models", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--report", action=argparse.BooleanOptionalAction, default=None,
+        help="write the document from what the folder holds (default: when all rows are made)",
+    )  # fmt: skip
+    parser.add_argument("--paint", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--document", type=Path, default=DOCUMENT, metavar="MD")
     args = parser.parse_args()
     torch.set_num_threads(1)
     variants = [v for v in VARIANTS if not args.models or v.name in args.models]
     schemes = [s for s in SCHEMES if not args.systems or s.name in [REFERENCE, *args.systems]]
-    maker = Maker(RunStore(args.work))
-    jobs = list(jobs_of(variants, schemes, args.parts))
-    with tqdm(jobs, unit="run", dynamic_ncols=True) as bar:
-        for job in bar:
-            bar.set_description(f"{job.variant.name}, {job.scheme.name}, part {job.part}")
-            maker.make(job)
+    store = RunStore(args.work)
+    if args.paint:
+        maker = Maker(store)
+        with tqdm(list(jobs_of(variants, schemes, args.parts)), unit="run") as bar:
+            for job in bar:
+                bar.set_description(f"{job.variant.name}, {job.scheme.name}, part {job.part}")
+                maker.make(job)
+    whole = args.models is None and args.systems is None
+    if args.report or (args.report is None and whole):
+        print("\n".join(str(file) for file in write_report(store, args.document)))
 
 
 if __name__ == "__main__":

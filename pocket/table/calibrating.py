@@ -1,13 +1,20 @@
-"""A calibration of each model of the table, on captions without held-out words."""
+"""What goes through files: a calibration of each model, and what the quantizer writes with it.
+
+Calibrated on training captions: no held-out word is among them.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
+from ...checkpoint import open_checkpoint
 from ...engine.calibrate import Prompt, calibrate
 from ...engine.encoder import load_encoder
 from ...engine.generate import GenerateRequest
 from ...engine.loading import load_pair, open_pair
+from ...quant import QuantOptions, quantize_checkpoint
 from ...quant.calibration import Calibration
 from ...quant.profiler import ProfilerOptions
 from ...quant.provenance import combined_hash, hash_files
@@ -17,10 +24,12 @@ from .models import Variant, write_model
 from .painting import PRESET
 
 PROMPTS = 8
+#: A ranking needs no more; the maxima and moments see every token.
+MEASURED = ProfilerOptions(tokens=16, channels=64, blocks=())
 
 
 def calibration_of(variant: Variant, work: Path) -> Calibration:
-    """The variant's calibration: read from ``work``, or made there (about a core-minute)."""
+    """The variant's calibration: read from ``work``, or made there."""
     files = write_model(variant, work / "models")
     digests = {copy: combined_hash(hash_files([file])) for copy, file in files.items()}
     path = work / "calibrations" / f"{variant.slug}.safetensors"
@@ -37,7 +46,20 @@ def calibration_of(variant: Variant, work: Path) -> Calibration:
         [Prompt(text, some) for text, some in zip(captions, features, strict=True)],
         GenerateRequest("", WIDTH, HEIGHT, preset=PRESET),
         digests=digests,
-        options=ProfilerOptions(),
+        options=MEASURED,
     )
     found.save(path, overwrite=True)
+    return found
+
+
+def written(
+    variant: Variant, treatment: str, calibration: Calibration, work: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Copy -> canonical names -> tensors of the INT8 files that the quantizer writes."""
+    options = QuantOptions(calibration=calibration, treatment=treatment)
+    found = {}
+    for copy, source in write_model(variant, work / "models").items():
+        out = source.with_name(f"{source.stem}-{treatment}.safetensors")
+        quantize_checkpoint(source, "INT8 W8A8", out, copy=copy, options=options, overwrite=True)
+        found[copy] = open_checkpoint(out, copy=copy).load(copy)
     return found

@@ -15,7 +15,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ...checkpoint.canonical import is_linear
-from ...ops.layouts import FP8Layout, GGUFLayout, Int8Layout, NF4Layout, int8_tensor
+from ...ops.blocks import quantize
+from ...ops.layouts import FP8Layout, GGUFLayout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
 from ...ops.reference import dequantize_rotate_quantize
 from ...quant.calibration import Calibration
 from ...quant.recipes import BLOCK_LINEARS
@@ -30,7 +31,7 @@ PROTECTED = 2
 LADDER = (1, 4, 8)
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 
-#: (fp32 weight [N, K], smoothing vector [K] or None) -> how it is stored
+#: (fp32 weight [N, K], vector [K] of smoothing or importance, or None) -> how it is stored
 Store = Callable[[Tensor, "Tensor | None"], QuantizedTensor]
 
 
@@ -39,9 +40,10 @@ class Scheme:
     """One row of the table.
 
     ``store`` makes a quantized weight from the fp32 one (None: it stays in bf16). ``compute`` says
-    how GGUF weights are multiplied. ``smooth`` is SmoothQuant's alpha; ``protect`` the number of
-    linears of each copy that stay in bf16, the most fragile first: both need a calibration. With
-    ``stress`` the row is made at stress strength too.
+    how GGUF weights are multiplied. What needs a calibration: ``smooth`` is SmoothQuant's alpha;
+    ``protect`` the number of linears of each copy that stay in bf16, the most fragile first; with
+    ``importance`` the encoder weighs errors by the inputs' second moments; ``treatment`` is the
+    quantizer's, which writes files. With ``stress`` the row is made at stress strength too.
     """
 
     name: str
@@ -49,15 +51,23 @@ class Scheme:
     compute: str = "dense"
     smooth: float | None = None
     protect: int = 0
+    importance: bool = False
+    treatment: str | None = None
     stress: bool = False
 
     @property
     def calibrated(self) -> bool:
-        return self.smooth is not None or self.protect > 0
+        asked = (self.smooth is not None, self.protect > 0, self.importance, bool(self.treatment))
+        return any(asked)
 
 
 def _int8(weight: Tensor, smooth: Tensor | None) -> QuantizedTensor:
     return QuantizedTensor.from_float(weight, Int8Layout.NAME, smooth=smooth)
+
+
+def _important(weight: Tensor, importance: Tensor | None) -> QuantizedTensor:
+    blocks = quantize(weight, "Q4_K", importance)
+    return gguf_tensor(blocks, "Q4_K", tuple(weight.shape), dtype=torch.float32)
 
 
 def _stored(layout: str, **options: object) -> Store:
@@ -71,7 +81,9 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("W8A8 + smooth", _int8, smooth=ALPHA, stress=True),
     Scheme("W8A8 + protect", _int8, protect=PROTECTED, stress=True),
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
+    Scheme("ours: INT8 auto", treatment="auto", stress=True),
     Scheme("Q4_K", _stored(GGUFLayout.NAME, qtype="Q4_K")),
+    Scheme("ours: Q4_K, importance", _important, importance=True),
     Scheme("FP8 per row", _stored(FP8Layout.NAME, per_row=True)),
     Scheme("NF4", _stored(NF4Layout.NAME)),
     Scheme("Q8_0", _stored(GGUFLayout.NAME, qtype="Q8_0")),
@@ -104,6 +116,8 @@ def weights(
             vector = None
             if scheme.smooth is not None:
                 vector = smoothing_vector(calibration, copy, module, scheme.smooth)
+            elif scheme.importance:
+                vector = calibration.layer(copy, module).second_moment
             out[name] = scheme.store(tensor.float(), vector)
     return out
 

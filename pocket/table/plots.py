@@ -1,0 +1,118 @@
+"""The plots of the table: a panel a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...engine.compare.results import Comparison, SystemScores, pareto_front
+from ...engine.compare.statistics import bootstrap_mean, prompt_means
+from .systems import REFERENCE
+
+_BLUE, _RED, _GREY = "#30638e", "#d1495b", "#777777"
+#: Systems whose way along the trajectory is drawn, with their colours.
+_DRAWN = {
+    "Q8_0": "#1b9e77",
+    "FP8 per row": "#7570b3",
+    "W8A8": _RED,
+    "W8A8 + smooth": "#e6ab02",
+    "W8A8 rotated": _BLUE,
+    "ours: INT8 auto": "#000000",
+    "Q4_K": "#66a61e",
+    "NF4": _GREY,
+}
+
+
+def _panels(count: int, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0 * count, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes in panels:
+        axes.grid(True, alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, panels
+
+
+def fidelity(comparisons: Mapping[str, Comparison], path: Path) -> None:
+    """Latent SQNR after the last step over the bytes of both copies, with the Pareto front."""
+    figure, panels = _panels(len(comparisons), 6.0)
+    for axes, (name, comparison) in zip(panels, comparisons.items(), strict=True):
+        points = []
+        for system in comparison.systems:
+            cell = comparison.cell(system, "latent_sqnr")
+            if system.name != REFERENCE and cell is not None:
+                points.append((system.bytes / 1e6, cell.interval, system.name))
+        for size, interval, _ in points:
+            bars = [[interval.mean - interval.low], [interval.high - interval.mean]]
+            axes.errorbar(size, interval.mean, yerr=bars, fmt="o", ms=4, capsize=2, color=_BLUE)
+        _labels(axes, [(size, interval.mean, label) for size, interval, label in points])
+        front = pareto_front([(size, interval.mean) for size, interval, _ in points])
+        x, y = [points[i][0] for i in front], [points[i][1].mean for i in front]
+        axes.step(x, y, where="post", color=_RED, lw=1.0, label="Pareto front")
+        axes.set(title=name, xlabel="both copies (MB)")
+        axes.set_xlim(right=max(p[0] for p in points) + 3.2)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    panels[0].set_ylabel(f"latent SQNR to {REFERENCE} (dB)")
+    figure.savefig(path)
+
+
+def _labels(axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Labels right of their points, pushed apart where they would cover each other."""
+    low, high = axes.get_ylim()
+    step = (high - low) / 42
+    placed: list[tuple[float, float]] = []
+    for x, y, label in sorted(points, key=lambda p: p[1]):
+        place = y
+        for other_x, other_y in placed:
+            if abs(other_x - x) < 3.0 and place - other_y < step:
+                place = other_y + step
+        placed.append((x, place))
+        axes.annotate(
+            label, (x, y), xytext=(x + 0.25, place), fontsize=7, va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": _GREY},
+        )  # fmt: skip
+
+
+def trajectories(comparisons: Mapping[str, Comparison], path: Path) -> None:
+    """Mean latent SQNR after every step: where a system leaves the reference."""
+    figure, panels = _panels(len(comparisons), 4.4)
+    for axes, (name, comparison) in zip(panels, comparisons.items(), strict=True):
+        for system in comparison.systems:
+            if system.name in _DRAWN and system.steps:
+                steps = range(1, len(system.steps) + 1)
+                axes.plot(steps, system.steps, lw=1.4, color=_DRAWN[system.name], label=system.name)
+        axes.set(title=name, xlabel="sampling step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set_ylabel(f"latent SQNR to {REFERENCE} (dB)")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def ladders(rungs: Mapping[str, Sequence[tuple[int, SystemScores]]], path: Path) -> None:
+    """Latent SQNR over the number of linears that stay in bf16."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.grid(True, alpha=0.25)
+    for (name, found), color in zip(rungs.items(), (_BLUE, _RED, "#1b9e77"), strict=False):
+        counts, intervals = [], []
+        for k, scores in found:
+            means = prompt_means(scores.values["latent_sqnr"])
+            counts.append(k)
+            intervals.append(bootstrap_mean([means[p] for p in sorted(means)]))
+        mean = [i.mean for i in intervals]
+        bars = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+        axes.errorbar(counts, mean, yerr=bars, marker="o", ms=4, capsize=3, color=color, label=name)
+    axes.set_xlabel("linears of each copy kept in bf16, of 24, the most fragile first")
+    axes.set_ylabel(f"latent SQNR to {REFERENCE} (dB)")
+    axes.legend(frameon=False, fontsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path)
