@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ideogram4_quant.pocket.table import report
+from ideogram4_quant.engine.compare.statistics import Interval
+from ideogram4_quant.pocket.table import claims, report
 from ideogram4_quant.pocket.table.models import VARIANTS
 from ideogram4_quant.pocket.table.painting import PART, Painted, cases_of_part
 from ideogram4_quant.pocket.table.runs import Run, RunStore
+from ideogram4_quant.pocket.table.systems import SCHEMES
 
 # System -> latent SQNR of the last step in dB on the clean model, and the share of words read.
 LEVELS = {"W8A8": (30.0, 0.5), "W8A8 + smooth": (33.0, 0.5), "Q8_0": (45.0, 1.0)}
@@ -46,7 +48,7 @@ def store(tmp_path) -> RunStore:
     return store
 
 
-def document(tmp_path, names=("clean", "tokens", "pairs", "conditions")):
+def document(tmp_path, names=("clean", "tokens", "claims", "conditions")):
     marks = "".join(f"<!-- begin {n} -->\nold\n<!-- end {n} -->\n\nProse on {n}.\n" for n in names)
     file = tmp_path / "docs" / "table.md"
     (file.parent / "images").mkdir(parents=True)
@@ -67,12 +69,20 @@ def test_a_part_that_one_row_lacks_is_left_out_of_all(store):
 def test_pairs_are_differences_of_the_same_pictures(store):
     runs = list(store.newest().values())
     comparison = report.comparison_of(VARIANTS[0], runs, [0])
-    table = report.paired_table({"clean": comparison})
-    (line,) = [x for x in table.splitlines() if x.startswith("| W8A8 + smooth - W8A8 |")]
-    assert "+3.0 [3.0, 3.0] dB" in line  # the spread between prompts cancels
-    assert "dB =" not in line
-    assert "+0.0 [0.0, 0.0] % words =" in line
+    table = claims.claims_table({"clean": comparison})
+    (line,) = [x for x in table.splitlines() if x.startswith("| SmoothQuant improves")]
+    assert "agrees: +3.0 [3.0, 3.0] dB" in line  # the spread between prompts cancels
+    (line,) = [x for x in table.splitlines() if x.startswith("| naive W8A8 loses text")]
+    assert "agrees: +50.0 [" in line
     assert "FP8" not in table  # nothing of a row that was not run
+
+
+def test_a_verdict_follows_from_the_interval_alone():
+    assert claims.verdict(Interval(1.0, 0.5, 1.5, 9)) == "agrees"
+    assert claims.verdict(Interval(-1.0, -1.5, -0.5, 9)) == "**does not**"
+    assert claims.verdict(Interval(1.0, -0.1, 2.0, 9)) == "cannot be told"
+    names = {scheme.name for scheme in SCHEMES}
+    assert all({claim.name, claim.other} <= names for claim in claims.CLAIMS)
 
 
 def test_the_document_is_filled_and_its_prose_stays(store, tmp_path):
@@ -94,14 +104,14 @@ def test_the_document_is_filled_and_its_prose_stays(store, tmp_path):
 
 def test_a_document_without_a_place_is_an_error(store, tmp_path):
     with pytest.raises(report.DocumentError, match="tokens"):
-        report.write_report(store, document(tmp_path, ("clean", "pairs", "conditions")))
+        report.write_report(store, document(tmp_path, ("clean", "claims", "conditions")))
 
 
 def test_the_committed_document_has_every_place():
     from ideogram4_quant.pocket.table.__main__ import DOCUMENT
 
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name in (*(v.name for v in VARIANTS), "pairs", "conditions"):
+    for name in (*(v.name for v in VARIANTS), "claims", "conditions"):
         assert text.count(f"<!-- begin {name} -->") == 1
         assert text.count(f"<!-- end {name} -->") == 1
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .cases import Case
 from .metrics import METRICS
-from .results import Cell, Comparison, totals
+from .results import Cell, Comparison, extent
 from .tables import COLUMNS, cell_text, known_columns
 
 Picture = Callable[[str, Case], "Image.Image | None"]
@@ -29,7 +29,7 @@ table { border-collapse: collapse; } th, td { padding: .3rem .6rem; text-align: 
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 td.worse { color: #c0392b; } td.better { color: #1e8449; } td.gap { opacity: .5; }
 tr.reference td { background: var(--soft); font-weight: 600; }
-.pictures td { vertical-align: top; text-align: center; }
+.pictures td, .pictures th { vertical-align: top; text-align: center; }
 .pictures img { image-rendering: pixelated; width: 256px; height: auto; border-radius: 3px; }
 .pictures .score { font-size: .8rem; opacity: .75; }
 .prompt { max-width: 22rem; white-space: normal; overflow-wrap: anywhere; font-size: .8rem; }
@@ -47,13 +47,12 @@ def write_page(
     most_cases: int = 24,
 ) -> None:
     """Write the page; ``picture(system, case)`` gives a picture or ``None`` (a marked gap)."""
-    count = totals(comparison)
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{count['systems']} systems, {count['prompts']} prompts, {count['seeds']} seeds each; "
+        f"<p>{len(comparison.systems)} systems, {extent(comparison)}; "
         f"reference: <b>{html.escape(comparison.reference)}</b>. Means with 95 % bootstrap "
         "intervals over prompts. Red and green: the paired difference to the reference excludes "
         "zero.</p>",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,11 +163,9 @@ def write_json(comparison: Comparison, path: Path) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def totals(comparison: Comparison) -> Mapping[str, int]:
-    """How many systems and prompts the comparison holds, and the most seeds of one prompt."""
-    seeds = Counter(case.prompt_id for case in comparison.cases)
-    return {
-        "systems": len(comparison.systems),
-        "prompts": len(seeds),
-        "seeds": max(seeds.values(), default=0),
-    }
+def extent(comparison: Comparison) -> str:
+    """How much was compared: ``64 prompts, 2 seeds each`` (the most seeds of one prompt)."""
+    counts = Counter(case.prompt_id for case in comparison.cases)
+    seeds = max(counts.values(), default=0)
+    prompts = f"{len(counts)} prompt{'' if len(counts) == 1 else 's'}"
+    return f"{prompts}, {seeds} seed{'' if seeds == 1 else 's'} each"

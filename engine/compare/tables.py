@@ -7,10 +7,20 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 
 from .metrics import METRICS
-from .results import Cell, Comparison, SystemScores, totals
+from .results import Cell, Comparison, SystemScores, extent
 
 
 def markdown(comparison: Comparison) -> str:
+    """:func:`table`, what its marks mean, and the gaps."""
+    legend = (
+        f"{extent(comparison)}; 95 % bootstrap intervals over prompts, paired by prompt and seed. "
+        "`=`: indistinguishable from the reference (the interval of the paired difference spans "
+        "zero), `+` better, `-` worse."
+    )
+    return "\n".join([table(comparison), "", legend, *gap_lines(comparison)]) + "\n"
+
+
+def table(comparison: Comparison) -> str:
     """One row a system: level, size, and each metric as mean with its 95 % interval.
 
     A mark behind a text or score metric gives the paired verdict against the reference:
@@ -25,15 +35,12 @@ def markdown(comparison: Comparison) -> str:
         known = [COLUMNS[c](system) for c in known_columns(comparison)]
         cells = [cell_text(comparison.cell(system, m), METRICS[m].digits) for m in metrics]
         lines.append(_row([name, *known, *cells]))
-    count = totals(comparison)
-    lines.append("")
-    lines.append(
-        f"{count['prompts']} prompts, {count['seeds']} seeds each; 95 % bootstrap intervals over "
-        "prompts, paired by prompt and seed. `=`: indistinguishable from the reference (the "
-        "interval of the paired difference spans zero), `+` better, `-` worse."
-    )
-    lines.extend(f"- gap: {gap}" for gap in comparison.gaps)
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+def gap_lines(comparison: Comparison) -> list[str]:
+    """What is missing and why, a line each."""
+    return [f"- gap: {gap}" for gap in comparison.gaps]
 
 
 _MARKS = {"indistinguishable": " =", "better": " +", "worse": " -", None: ""}

@@ -14,33 +14,17 @@ from PIL import Image
 from ... import __version__
 from ...engine.compare.cases import Case
 from ...engine.compare.results import Comparison, SystemScores
-from ...engine.compare.tables import comma_separated, markdown
+from ...engine.compare.tables import comma_separated, gap_lines, table
 from ...engine.sheet import Row, contact_sheet
 from ...ops.errors import Ideogram4QuantError
 from ...quant.provenance import hash_files
 from ..data import HELD_OUT
 from ..paths import dit_path
+from .claims import claims_table
 from .models import COPIES, VARIANTS, Variant
 from .painting import cases_of_part
 from .runs import Run, RunStore
 from .systems import LADDER, PROTECTED, REFERENCE, SCHEMES
-
-#: (system, the one it is paired with): what the text asks about.
-PAIRS = (
-    ("W8A8 + smooth", "W8A8"),
-    ("W8A8 + protect", "W8A8"),
-    ("W8A8 + both", "W8A8 + smooth"),
-    ("W8A8 rotated", "W8A8"),
-    ("W8A8 rotated", "W8A8 + both"),
-    ("ours: INT8 auto", "W8A8 + both"),
-    ("ours: INT8 auto", "W8A8 rotated"),
-    ("W8A8", "FP8 per row"),
-    ("FP8 per row", "FP8 per tensor"),
-    ("Q8_0 as W8A8", "Q8_0"),
-    ("Q4_K as W8A8", "Q4_K"),
-    ("ours: Q4_K, importance", "Q4_K"),
-    ("Q4_K", "NF4"),
-)
 
 #: Systems that the contact sheet shows, and how many prompts.
 SHEET = (REFERENCE, "W8A8", "W8A8 + smooth", "W8A8 + protect", "W8A8 rotated", "ours: INT8 auto")
@@ -86,34 +70,6 @@ def _scores(runs: Sequence[Run]) -> SystemScores:
         steps += run.steps
     scores.steps = [sum(column) / len(steps) for column in zip(*steps, strict=True)]
     return scores
-
-
-def paired_table(comparisons: Mapping[str, Comparison]) -> str:
-    """Differences of pairs of systems on every model: latent SQNR in dB, words read in per cent."""
-    models = list(comparisons)
-    head = ["difference", *models]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
-    for name, other in PAIRS:
-        cells = [_paired(comparisons[model], name, other) for model in models]
-        if any(cells):
-            lines.append(f"| {name} - {other} | {' | '.join(cell or 'n/a' for cell in cells)} |")
-    return "\n".join(lines)
-
-
-def _paired(comparison: Comparison, name: str, other: str) -> str:
-    names = {system.name for system in comparison.systems}
-    if not {name, other} <= names:
-        return ""
-    parts = []
-    for metric, unit, factor in (("latent_sqnr", "dB", 1.0), ("ocr_exact", "% words", 100.0)):
-        cell = comparison.cell(comparison.system(name), metric, against=other)
-        if cell is None or cell.difference is None:
-            continue
-        d = cell.difference
-        low, high = d.low * factor, d.high * factor
-        mark = " =" if d.spans_zero else ""
-        parts.append(f"{d.mean * factor:+.1f} [{low:.1f}, {high:.1f}] {unit}{mark}")
-    return "<br>".join(parts)
 
 
 def ladder(comparison: Comparison) -> list[tuple[int, SystemScores]]:
@@ -189,8 +145,8 @@ def write_report(store: RunStore, document: Path) -> list[Path]:
         raise DocumentError("no part of the table is complete", file=store.folder)
     comparisons = {v.name: comparison_of(v, runs, parts) for v in VARIANTS}
     comparisons = {name: c for name, c in comparisons.items() if len(c.systems) > 1}
-    texts = {name: markdown(c) for name, c in comparisons.items()}
-    texts |= {"conditions": conditions(parts), "pairs": paired_table(comparisons)}
+    texts = {name: "\n".join([table(c), "", *gap_lines(c)]) for name, c in comparisons.items()}
+    texts |= {"conditions": conditions(parts), "claims": claims_table(comparisons)}
     document.write_text(fill(document.read_text(encoding="utf-8"), texts), encoding="utf-8")
     images = document.parent / "images"
     usual = {
@@ -200,10 +156,10 @@ def write_report(store: RunStore, document: Path) -> list[Path]:
     trajectories(usual, images / "pocket-trajectories.png")
     ladders({name: ladder(c) for name, c in usual.items()}, images / "pocket-ladder.png")
     sheet(store, parts[0]).save(images / "pocket-sheet.png", optimize=True)
-    table = document.with_suffix(".csv")
-    table.write_text(_csv(comparisons), encoding="utf-8")
+    figures = document.with_suffix(".csv")
+    figures.write_text(_csv(comparisons), encoding="utf-8")
     names = ("fidelity", "trajectories", "ladder", "sheet")
-    return [document, table, *(images / f"pocket-{name}.png" for name in names)]
+    return [document, figures, *(images / f"pocket-{name}.png" for name in names)]
 
 
 def _csv(comparisons: Mapping[str, Comparison]) -> str:
