@@ -7,6 +7,7 @@ never joined to a path.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ EXTENSIONS = (".safetensors", ".sft", ".gguf")
 # A sharded or two-folder model is one entry: the folder that one of these lies in.
 _INDEX_SUFFIX = ".safetensors.index.json"
 _COPY_FOLDERS = ("transformer", "unconditional_transformer")
+_NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f/\\<>:"|?*]')
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}
+_MAX_NAME = 200  # bytes: room for the ending of an unfinished file
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,34 @@ def list_files(kind: str, roots: list[str]) -> Listing:
         for name, path in _scan(Path(root)):
             paths.setdefault(name, path)
     return Listing(kind, tuple(roots), paths)
+
+
+def new_name(name: str, suffix: str) -> str:
+    """A plain file name ending in ``suffix``, which is added where there is none.
+
+    For names that a workflow gives to a file to be written: CheckpointError for one that leads to
+    another folder, is hidden, or is none on every system.
+    """
+
+    def refused(problem: str) -> CheckpointError:
+        return CheckpointError(
+            problem, file=repr(name), needed="a plain name such as my-model" + suffix
+        )
+
+    plain = name.strip()
+    if _NOT_IN_NAMES.search(plain):
+        raise refused("a file's name holds neither slashes nor any of <>:\"|?*")
+    if not plain.strip(".") or plain.startswith(".") or plain.endswith("."):
+        raise refused("not the name of a file")
+    ending = next((e for e in EXTENSIONS if plain.casefold().endswith(e)), None)
+    if ending is not None and ending != suffix:
+        raise refused(f"the level is written to {suffix} files")
+    plain = plain if ending is not None else plain + suffix
+    if plain.partition(".")[0].casefold() in _DEVICES:
+        raise refused("this name means a device on Windows")
+    if len(plain.encode()) > _MAX_NAME:
+        raise refused("the name is too long")
+    return plain
 
 
 def stamp(path: str | os.PathLike[str]) -> tuple:

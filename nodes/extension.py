@@ -11,6 +11,7 @@ from .node_encoder import LoadEncoder
 from .node_guider import DualCopyCFG, SamplingPreset
 from .node_lora import LoadLora
 from .node_model import LoadIdeogram4
+from .node_quantize import Quantize
 from .node_sampler import Sampler
 from .node_vae import LoadVAE
 
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     SamplingPreset,
     CompareLevels,
     Calibrate,
+    Quantize,
 ]
 
 

@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes: those read for the hash, then those written."""
 
 _GGML_TYPES = {torch.float32: 0, torch.int32: 26}
-_SUFFIXES = {"native": ".safetensors", "transformer-lab": ".safetensors", "gguf": ".gguf"}
+SUFFIXES = {"native": ".safetensors", "transformer-lab": ".safetensors", "gguf": ".gguf"}
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,11 @@ def plan_quantization(
     options = options or QuantOptions()
     recipe = recipe_of(level)
     layout = layout_of(recipe, options)
-    if Path(out).suffix != _SUFFIXES[layout]:
+    if Path(out).suffix != SUFFIXES[layout]:
         raise QuantOptionError(
             "the output's name does not fit its format",
             file=out,
-            needed=f"a name ending in {_SUFFIXES[layout]}",
+            needed=f"a name ending in {SUFFIXES[layout]}",
         )
     found = open_source(source, layout, copy=copy, base=base, pair=pair)
     target = check_output(out, overwrite=overwrite)

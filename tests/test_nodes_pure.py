@@ -23,7 +23,7 @@ from ideogram4_quant.checkpoint.levels import (
     read_catalogue,
     resolve,
 )
-from ideogram4_quant.checkpoint.listing import list_files, stamp
+from ideogram4_quant.checkpoint.listing import list_files, new_name, stamp
 from ideogram4_quant.nodes import costs, headers, report, residency
 from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.nodes.connections import leads_anywhere
@@ -664,3 +664,32 @@ def test_connected_outputs_are_seen():
     assert not leads_anywhere(graph, "1", 0)
     assert leads_anywhere(graph, "7", 0)
     assert leads_anywhere(None, "1", 0)
+
+
+# ---- names of new files
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("mine", "mine.gguf"),
+        (" mine.gguf ", "mine.gguf"),
+        ("v1.5 tuned", "v1.5 tuned.gguf"),
+        ("MINE.GGUF", "MINE.GGUF"),
+        ("größer", "größer.gguf"),
+    ],
+)
+def test_a_new_file_gets_a_plain_name_with_its_ending(name, wanted):
+    assert new_name(name, ".gguf") == wanted
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", " ", ".", "..", "../x", "a/b", "a\\b", "C:x", ".x", "x.", "x\0y", "x\ny", "a*"),
+        *("con", "LPT1.gguf", "x.safetensors", "x" * 300),
+    ],
+)
+def test_a_new_file_gets_no_other_name(name):
+    with pytest.raises(CheckpointError, match=r"needed a plain name such as my-model\.gguf"):
+        new_name(name, ".gguf")

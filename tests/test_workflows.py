@@ -61,6 +61,7 @@ TYPE_CAPTION = """
 })
 """
 
+PAINTING = [file for file in FILES if "SaveImage" in file.read_text(encoding="utf-8")]
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 
@@ -93,8 +94,8 @@ def of_type(workflow: dict, kind: str) -> list[dict]:
 
 def test_every_workflow_is_here():
     stems = " ".join(file.stem for file in FILES)
-    assert len(FILES) >= 7
-    for words in ("INT8", "Q8_0", "Q4_K", "low VRAM", "LoRA", "image to image", "compare"):
+    assert len(FILES) >= 8
+    for words in ("INT8", "Q8_0", "Q4_K", "low VRAM", "LoRA", "image to image", "compare", "own"):
         assert words in stems
     assert len({load(file)["id"] for file in FILES}) == len(FILES)
 
@@ -135,6 +136,9 @@ def test_downloads_are_named_where_the_page_and_the_reader_look(file):
             assert model["url"].endswith(f"/{model['name']}")
             assert not model["name"].endswith(".gguf"), "the page hides these links"
             assert model["url"] in notes
+    if of_type(workflow, "Ideogram4QuantQuantize"):
+        assert "models/diffusion_models" in notes
+        return
     loaders = of_type(workflow, "Ideogram4QuantLoad")
     assert loaders
     assert all(loader["widgets_values"][0] in (AUTO, *LEVELS) for loader in loaders)
@@ -259,7 +263,7 @@ def pocket_variant(workflow: dict) -> dict:
 
 @pytest.mark.host
 @pytest.mark.slow
-@every_file
+@pytest.mark.parametrize("file", PAINTING, ids=lambda file: file.stem)
 def test_workflow_runs_and_shows_its_picture(page, server, file):
     drop_on_empty(page, file.name, pocket_variant(load(file)))
     page.run("app.nodeOutputs = {}")
@@ -270,6 +274,29 @@ def test_workflow_runs_and_shows_its_picture(page, server, file):
     assert np.asarray(picture).std() > 1
     assert found_errors(page) == ""
     assert page.errors == []
+
+
+@pytest.mark.host
+def test_quantize_workflow_makes_the_file_of_each_copy(page, server, models):
+    (file,) = [file for file in FILES if file.stem.endswith("quantize your own")]
+    workflow = load(file)
+    sources = {"conditional": graphs.CONDITIONAL, "unconditional": graphs.UNCONDITIONAL}
+    for node in of_type(workflow, "Ideogram4QuantQuantize"):
+        source, _, copy = node["widgets_values"][:3]
+        assert ("unconditional" in source) == (copy == "unconditional")
+        node["widgets_values"][0] = sources[copy]
+        node.pop("widgets_values_named", None)
+        node["properties"].pop("models")
+    drop_on_empty(page, file.name, workflow)
+    assert found_errors(page) == ""
+    run = server.run(as_api(page))
+    assert run.status == "success", run.error
+    reports = [out["text"][0] for out in run.outputs.values() if "text" in out]
+    for copy in sources:
+        out = models / "diffusion_models" / f"ideogram4-{copy}-INT8_W8A8_rotated.safetensors"
+        assert out.is_file()
+        assert any(str(out) in report for report in reports)
+        out.unlink()
 
 
 @pytest.mark.host

@@ -45,7 +45,7 @@ def main(titles: Sequence[str] = ()) -> int:
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as base:
         make_base(Path(base))
-        for kind, name in PLACEHOLDERS.items():
+        for kind, name in PLACEHOLDERS:
             (Path(base) / "models" / kind / name).touch()
         Image.effect_mandelbrot((512, 512), (-2.2, -1.4, 0.8, 1.4), 60).save(
             Path(base) / "input" / EXAMPLE

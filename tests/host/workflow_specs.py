@@ -68,6 +68,13 @@ _SHARED = f"""**Text encoder and VAE**
 
 {_links([_ENCODER, _VAE])}
 """
+_FP8 = [
+    _model(name, "Ideogram-4/resolve/main/diffusion_models", "diffusion_models")
+    for name in (
+        "ideogram4_fp8_scaled.safetensors",
+        "ideogram4_unconditional_fp8_scaled.safetensors",
+    )
+]
 _MODEL_NOTES = {
     "INT8 W8A8 rotated": f"""**Ideogram 4, INT8 (2 x 9.6 GB)**
 
@@ -389,7 +396,59 @@ def _renumbered(columns: list[Column]) -> list[Column]:
     ]
 
 
-PLACEHOLDERS = {"text_encoders": _ENCODER["name"], "vae": _VAE["name"]}
+def _quantize() -> Workflow:
+    """Both copies to a level, each by a node of its own."""
+    text = f"""Makes INT8 or GGUF files of your own fine-tune, or of the FP8 release:
+
+{_links(_FP8)}
+
+Put your files into **models/diffusion_models**, press **R**, pick one copy in each node, a level,
+and press **Run**. It takes minutes to an hour; an interrupted run goes on where it was.
+"""
+    after = """Press **R**, and pick the level in *Load Ideogram 4 (quantized)* of any workflow of
+this pack. INT8 files load in ComfyUI's own nodes too.
+
+The reports name the layers that lost most. For GGUF, connect **calibration** of *Calibrate
+Ideogram 4*, run on these very files: the same size, less error. *target_gb* (advanced) gives the
+layers that need it a higher type.
+"""
+    nodes = [
+        Node(
+            copy,
+            "Ideogram4QuantQuantize",
+            f"Quantize the {copy} copy",
+            {"source": model["name"], "level": "INT8 W8A8 rotated", "copy": copy},
+            models=[model],
+        )
+        for copy, model in zip(("conditional", "unconditional"), _FP8, strict=True)
+    ]
+    reports = [
+        Node(f"{copy}_report", "PreviewAny", f"Report: {copy}", height=260)
+        for copy in ("conditional", "unconditional")
+    ]
+    columns = [
+        Column(
+            "1. Your files",
+            [
+                _note("files", "Quantize your own", text, 230),
+                _note("after", "And then", after, 230),
+            ],
+            width=420,
+        ),
+        Column("2. Quantize", nodes, width=420, color=_GREEN),
+        Column("3. Reports", reports, width=640, color=_PURPLE),
+    ]
+    links = [
+        (copy, "report", f"{copy}_report", "source") for copy in ("conditional", "unconditional")
+    ]
+    return Workflow("Ideogram 4 quantize your own", _id(8), columns, links)
+
+
+PLACEHOLDERS = [
+    ("text_encoders", _ENCODER["name"]),
+    ("vae", _VAE["name"]),
+    *(("diffusion_models", model["name"]) for model in _FP8),
+]
 """Files that the workflows name; empty ones keep the interface from marking them as missing."""
 
 WORKFLOWS = (
@@ -400,4 +459,5 @@ WORKFLOWS = (
     _lora(),
     _image_to_image(),
     _compare(),
+    _quantize(),
 )

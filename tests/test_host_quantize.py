@@ -1,0 +1,122 @@
+"""The quantizing node through the server: its file is the command's, nothing else is touched."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ideogram4_quant.quant import quantize_checkpoint
+from ideogram4_quant.tests.host import graphs
+from ideogram4_quant.tests.host.server import Rejected, Run, Server
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture
+def folder(models: Path) -> Iterator[Path]:
+    """models/diffusion_models, afterwards as before: other tests pick files by level."""
+    folder = models / "diffusion_models"
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        path.unlink()
+
+
+def graph(**inputs) -> dict:
+    chosen = {
+        "source": graphs.CONDITIONAL,
+        "level": "Q4_K",
+        "copy": "as in the file",
+        "filename": "",
+        "overwrite": False,
+        **inputs,
+    }
+    return {
+        "quantized": graphs.node("Ideogram4QuantQuantize", **chosen),
+        "report": graphs.node("PreviewAny", source=("quantized", 1)),
+    }
+
+
+def message(run: Run) -> str:
+    assert run.status == "error"
+    return run.error["exception_message"]
+
+
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [
+        ("Q4_K", "ideogram4-conditional-Q4_K.gguf"),
+        ("INT8 W8A8 rotated", "ideogram4-conditional-INT8_W8A8_rotated.safetensors"),
+    ],
+)
+def test_the_file_is_that_of_the_command(server, folder, tmp_path, level, name):
+    run = server.run(graph(level=level))
+    assert run.status == "success", run.error
+    wanted = tmp_path / name
+    quantize_checkpoint(folder / graphs.CONDITIONAL, level, wanted)
+    assert (folder / name).read_bytes() == wanted.read_bytes()
+    shown = run.outputs["report"]["text"][0]
+    assert level in shown
+    assert "worst 10 of" in shown
+    assert "Press R" in shown
+    assert not list(folder.glob("*.partial"))
+
+
+def test_existing_files_stay_unless_asked(server, folder):
+    (folder / "mine.gguf").write_bytes(b"mine")
+    run = server.run(graph(filename="mine"))
+    assert "mine.gguf: exists already" in message(run)
+    assert (folder / "mine.gguf").read_bytes() == b"mine"
+    run = server.run(graph(filename="mine", overwrite=True))
+    assert run.status == "success", run.error
+    assert (folder / "mine.gguf").stat().st_size > 10**6
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "a/b", "..\\x", "/tmp/x", ".hidden", "nul", "C:x", "x.safetensors", "..", "x\n"],
+)
+def test_names_do_not_leave_the_folder(server, folder, name):
+    before = sorted(path for path in folder.parent.parent.rglob("*") if path.is_file())
+    text = message(server.run(graph(filename=name)))
+    assert "needed a plain name" in text
+    after = sorted(path for path in folder.parent.parent.rglob("*") if path.is_file())
+    assert [p for p in after if p not in before and p.suffix in (".gguf", ".safetensors")] == []
+
+
+def test_sources_are_looked_up_and_checked(server, folder):
+    for source in ("no.safetensors", "../../secret.safetensors"):
+        with pytest.raises(Rejected) as caught:
+            server.run(graph(source=source))
+        assert "is not in" in json.dumps(caught.value.report) or "not in list" in json.dumps(
+            caught.value.report
+        )
+    run = server.run(graph(source="pocket-Q4_K-conditional.gguf", level="Q8_0"))
+    assert "already quantized below" in message(run)
+    assert not list(folder.glob("*.partial"))
+
+
+def test_an_interrupted_run_goes_on(server: Server, folder, tmp_path):
+    queued = graph(filename="slow", level="Q5_K")
+    prompt = server.post("/prompt", {"prompt": queued})["prompt_id"]
+    deadline = time.monotonic() + 120
+    unfinished = folder / "slow.gguf.partial"
+    while time.monotonic() < deadline and not unfinished.exists():
+        time.sleep(0.02)
+    server.post("/interrupt", {})
+    run = server.wait(prompt)
+    if run.status == "success":
+        pytest.skip("the machine was too fast to interrupt it")
+    assert any(kind == "execution_interrupted" for kind, _ in run.messages)
+    assert unfinished.exists()
+    assert not (folder / "slow.gguf").exists()
+    run = server.run(queued)
+    assert run.status == "success", run.error
+    wanted = tmp_path / "wanted.gguf"
+    quantize_checkpoint(folder / graphs.CONDITIONAL, "Q5_K", wanted)
+    assert (folder / "slow.gguf").read_bytes() == wanted.read_bytes()
+    assert not unfinished.exists()

@@ -1,0 +1,86 @@
+"""Memory of a quantization: that of the largest tensor a few times over, not that of the file."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ideogram4_quant.checkpoint.canonical import canonical_shapes
+from ideogram4_quant.checkpoint.config import ModelConfig
+from ideogram4_quant.tests import quant_model as model
+
+pytest.importorskip("resource")
+
+SCRIPT = """
+    import json, resource, sys
+    import torch
+    from ideogram4_quant.quant import quantize_checkpoint
+    torch.set_num_threads(1)
+    small, big, level, ending = sys.argv[1:]
+    quantize_checkpoint(small, level, small + ending)  # everything imported, caches filled
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = quantize_checkpoint(big, level, big + ending)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(json.dumps({"extra": (peak - base) * unit, "size": report.size}))
+"""
+
+
+def sparse(path, **changes):
+    """A bf16 file of zeros that takes no room; (bytes, values of the largest tensor)."""
+    config = {**model.CONFIG, **changes}
+    header, end, largest = {}, 0, 0
+    for name, shape in canonical_shapes(ModelConfig(**config)).items():
+        values = math.prod(shape)
+        place = [end, end + 2 * values]
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": place}
+        end += 2 * values
+        largest = max(largest, values)
+    header["__metadata__"] = {"model_type": "ideogram4_cond", "config": json.dumps(config)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return 8 + len(text) + end, largest
+
+
+def extra_memory(tmp_path, level, **changes):
+    """(bytes above those of a small run, bytes of the source, values of its largest tensor)."""
+    small, big = tmp_path / "small.safetensors", tmp_path / "big.safetensors"
+    sparse(small)
+    size, largest = sparse(big, **changes)
+    ending = ".gguf" if level.startswith("Q") else ".out.safetensors"
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), small, big, level, ending]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["size"] > size // 4
+    print(f"{level}: {found['extra'] / 1e6:.0f} MB for {size / 1e6:.0f} MB, largest {largest:,}")
+    return found["extra"], size, largest
+
+
+@pytest.mark.parametrize("level", ["Q8_0", "INT8 W8A8"])
+def test_memory_is_that_of_a_few_tensors(tmp_path, level):
+    extra, size, largest = extra_memory(
+        tmp_path, level, num_layers=12, num_attention_heads=4, intermediate_size=4096
+    )
+    assert size > 190e6
+    assert extra < 8 * largest + 50e6  # 50 MB for chunks and the allocator
+    assert extra < size / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["Q8_0", "INT8 W8A8 rotated"])
+def test_memory_on_a_file_of_several_gigabytes(tmp_path, level):
+    """Of the largest tensor bf16, fp32 and the result are held: two, four and a byte a value."""
+    extra, size, largest = extra_memory(
+        tmp_path, level, num_layers=16, num_attention_heads=18, intermediate_size=12288
+    )
+    assert size > 3e9
+    assert extra < 8 * largest + 50e6
+    assert extra < size / 10
