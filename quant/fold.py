@@ -8,7 +8,7 @@ the division goes into what makes the input: a norm's weight, the v rows of qkv,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -62,14 +62,20 @@ class FoldPlan:
         }
         return vectors | {_name(m, "rotation"): (torch.int32, (1,)) for m in self.rotation}
 
-    @property
-    def note(self) -> str:
+    def notes(self, layout: str) -> list[str]:
         """What a user of the file must know."""
-        return (
+        found = [
             f"the smoothing of {len(self.alphas)} linears is folded into the weights before them: "
             "LoRAs are right on this file in this pack alone, which undoes it from the fold.* "
             "tensors; in other hosts they come out wrong"
-        )
+        ]
+        if layout == "gguf":
+            found.append(
+                "the calibration leads the block scales without folding too, and on the pocket "
+                "model that alone was closer to the source: fold a GGUF file only if you have "
+                "measured a gain"
+            )
+        return found
 
     def to_dict(self) -> dict[str, object]:
         """For the metadata."""
@@ -147,6 +153,19 @@ def plan_fold(
         if turns and recipe.rotation is None and treatment.rotated:
             rotation |= dict.fromkeys(site.consumers, group)
     return FoldPlan(copy, tuple(smoothed), alphas, vectors, rotation)
+
+
+def folded_importance(tensors: Sequence[TensorPlan], plan: FoldPlan) -> tuple[TensorPlan, ...]:
+    """The same plans, with the importance of blocks that of the folded inputs: ``E[(x / s)^2]``."""
+    found = []
+    for tensor in tensors:
+        vector = plan.vectors.get(tensor.module) if tensor.linear else None
+        importance = getattr(tensor.encoding, "importance", None)
+        if vector is not None and importance is not None:
+            folded = (importance.double() / vector.square()).float()
+            tensor = replace(tensor, encoding=replace(tensor.encoding, importance=folded))
+        found.append(tensor)
+    return tuple(found)
 
 
 def make_folding(

@@ -22,6 +22,7 @@ from .errors import QuantOptionError
 from .fold import (
     FoldPlan,
     check_fold_options,
+    folded_importance,
     make_folding,
     plan_fold,
 )
@@ -68,7 +69,7 @@ class QuantPlan:
 
     @property
     def notes(self) -> list[str]:
-        folded = [] if self.fold is None else [self.fold.note]
+        folded = [] if self.fold is None else self.fold.notes(self.layout)
         choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
         chosen = choice_notes(self.layout, choices)
         return rotation_notes(self.recipe, self.tensors) + folded + chosen
@@ -126,6 +127,7 @@ def plan_quantization(
     if options.fold:
         check_fold_options(recipe, layout, options)
         fold = plan_fold(recipe, options, tensors, found.config["attention_head_dim"])
+        tensors = folded_importance(tensors, fold)
     return QuantPlan(recipe, layout, options, found, Path(out), tensors, fold)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ideogram4_quant.ops import layouts
+from ideogram4_quant.ops import layouts, reference
 from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.fold import Fold
 from ideogram4_quant.ops.linear import LinearOptions, linear
@@ -173,6 +173,21 @@ def test_a_slice_through_a_rotated_group_is_dense_and_right(mode):
         assert type(part) is torch.Tensor
         assert torch.equal(part, want)
     assert isinstance(folded[:FIRST:2], QuantizedTensor)
+
+
+def test_quantized_rows_are_taken_where_the_input_is_not_folded(mode):
+    """As the fused block hands them over."""
+    weight, x, bias = randn(N, K), randn(5, K, seed=3), randn(N, seed=5)
+    options = LinearOptions()
+    folded, _ = make("int8 rotated", FOLDS["rows of v, rotated"], weight)
+    layout = folded.layout_cls
+    recipe = layout.input_recipe(folded, 5, options)
+    assert recipe == (None, 256)
+    q, scale = reference.smooth_rotate_quantize_rows(x, *recipe)
+    y = layout.multiply_rows(q, scale, folded, bias, x.dtype, options)
+    assert relative(y, linear(x, folded, bias)) < 1e-6
+    inputs_too, _ = make("int8 rotated", FOLDS["all"], weight)
+    assert layout.input_recipe(inputs_too, 5, options) is None
 
 
 def test_only_layouts_that_are_written_folded_can_be():

@@ -20,6 +20,7 @@ from ideogram4_quant.quant import (
     Calibration,
     QuantOptions,
     inspect_file,
+    plan_quantization,
     quantize_checkpoint,
     verify_file,
 )
@@ -306,6 +307,22 @@ def test_each_input_is_folded_as_was_measured_best(source, calibration, tmp_path
     assert db(fold.run(fold.load(path), passes), wanted) > 25
 
 
+def test_blocks_are_led_by_the_folded_inputs(source, calibration, tmp_path):
+    options = QuantOptions(calibration=calibration)
+    out = tmp_path / "x.gguf"
+
+    def importance(options):
+        plan = plan_quantization(source, "Q4_K", out, options=options)
+        return plan, {t.module: t.encoding.importance for t in plan.tensors if t.quantized}
+
+    _, usual = importance(options)
+    plan, changed = importance(replace(options, fold=("all",)))
+    for module, led in changed.items():
+        vector = plan.fold.vectors.get(module, torch.ones(()))
+        torch.testing.assert_close(led, (usual[module] / vector.square()).float())
+    assert set(plan.fold.vectors) < set(changed)
+
+
 def test_a_folded_file_can_be_verified_and_quantized_again(files, source, tmp_path):
     verified = verify_file(files["INT8 W8A8"], source)
     assert verified.meter.sqnr_db > 35
@@ -332,6 +349,8 @@ def test_the_report_says_what_it_means_for_loras(source, calibration, tmp_path, 
         )
     assert any("LoRAs are right on this file in this pack alone" in note for note in report.notes)
     assert "in other hosts they come out wrong" in caplog.text
+    gguf = quantize_checkpoint(source, "Q8_0", tmp_path / "x.gguf", options=options)
+    assert any("fold a GGUF file only if" in note for note in gguf.notes)
 
 
 # ---- LoRA

@@ -73,6 +73,31 @@ class FoldedLayout(Layout):
         return y if bias is None else y + bias.to(y.dtype)
 
     @classmethod
+    def input_recipe(
+        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+    ) -> tuple[Tensor | None, int | None] | None:
+        """BASE's where the fold leaves the input alone; None where it changes it."""
+        fold = fold_of(weight._params)
+        if fold.smooth is not None or fold.rotation is not None:
+            return None
+        return cls.BASE.input_recipe(weight, tokens, options)
+
+    @classmethod
+    def multiply_rows(
+        cls,
+        q: Tensor,
+        scale: Tensor,
+        weight: QuantizedTensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        options: LinearOptions,
+    ) -> Tensor:
+        """BASE's product, and y out of the folded basis."""
+        y = cls.BASE.multiply_rows(q, scale, weight, None, dtype, options)
+        y = fold_of(weight._params).unfold_output(y)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @classmethod
     def can_slice_rows(cls, params: Any) -> bool:
         """As BASE; rotated rows come off in whole groups, see :meth:`slice_rows`."""
         return cls.BASE.can_slice_rows(params)
