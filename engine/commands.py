@@ -16,6 +16,7 @@ from ..ops import attention, dispatch
 from ..ops.autotune import Measure
 from ..ops.errors import CheckpointError, Ideogram4QuantError, OpError
 from ..ops.linear import LinearOptions
+from ..ops.new_file import replaced
 from ..sampling import check_size
 from .encoder import load_encoder
 from .generate import GenerateRequest, generate
@@ -136,4 +137,5 @@ def _settings(request: GenerateRequest, args: argparse.Namespace) -> dict:
 def _save(image: Image.Image, out: Path, settings: dict) -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("ideogram4_quant", json.dumps(settings))
-    image.save(out, pnginfo=info)
+    with replaced(out) as part:
+        image.save(part, pnginfo=info)

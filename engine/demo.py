@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoint import Checkpoint
 from ..ops.errors import CheckpointError, OpError
+from ..ops.new_file import make_folder, replaced
 from ..quant import RECIPES, quantize_checkpoint
 from ..sampling import preset as preset_of
 from .compare.metrics import psnr
@@ -143,7 +144,8 @@ def run(
             painted[level] = _paint(pair, vae, inputs.prompts, features, preset, reader, bar)
             _save(out / "pictures" / slug(level), painted[level])
     reports = [_report(level, files[level], painted[level], painted[levels[0]]) for level in levels]
-    _sheet(reports, painted).save(out / "contact-sheet.png")
+    with replaced(out / "contact-sheet.png") as part:
+        _sheet(reports, painted).save(part)
     result = {
         "levels": [asdict(r) for r in reports],
         "preset": preset,
@@ -160,7 +162,8 @@ def run(
         "machine": platform.machine(),
         "version": __version__,
     }
-    (out / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with replaced(out / "report.json") as part:
+        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(table(reports))
     print(f"{out / 'contact-sheet.png'}, {out / 'report.json'}: {result['seconds_in_all']:.0f} s")
     return result
@@ -217,9 +220,10 @@ def _paint(
 
 
 def _save(folder: Path, paintings: Sequence[Painting]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for number, painting in enumerate(paintings, 1):
-        painting.image.save(folder / f"{number:02d}-{painting.word.lower()}.png")
+        with replaced(folder / f"{number:02d}-{painting.word.lower()}.png") as part:
+            painting.image.save(part)
 
 
 def _report(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management as management
+import torch
 from comfy_api.latest import io
 
 from ..checkpoint import check_pair
@@ -35,6 +37,7 @@ from .model_files import host_listing
 from .model_loading import ModelSource, compute_dtype, load_model, measured
 from .schema import CATEGORY
 
+logger = logging.getLogger(__name__)
 BY_LEVEL = "by level"
 NONE = "none"
 _NO_FILE = (BY_LEVEL, NONE)
@@ -131,6 +134,9 @@ class LoadIdeogram4(io.ComfyNode):
         )
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
+        here = machine()  # before loading, so that it tells what is free now
+        expected, too_much = report.expected_memory(pair, here)
+        logger.log(logging.WARNING if too_much else logging.INFO, "%s", expected)
         models = []
         for copy, connected in zip(COPIES, wanted, strict=True):
             candidate = getattr(pair, copy)
@@ -139,9 +145,8 @@ class LoadIdeogram4(io.ComfyNode):
                 continue
             source = ModelSource(candidate.path, copy, bases, options, trust_files, attention)
             models.append(load_model(source))
-        here = replace(
-            machine(), attention=attention, measured=measured(m for m in models if m is not None)
-        )
+        found = measured(m for m in models if m is not None)
+        here = replace(here, attention=attention, measured=found)
         if cls.hidden.extra_pnginfo is not None:  # what SaveImage writes into the file
             note = report.summary(pair, level, options, here)
             cls.hidden.extra_pnginfo["ideogram4_quant"] = note
@@ -214,6 +219,8 @@ def machine() -> report.Machine:
     return report.Machine(
         device=management.get_torch_device_name(device),
         memory=management.get_total_memory(device),
+        free=int(management.get_free_memory(device)),
+        ram_free=int(management.get_free_memory(torch.device("cpu"))),
         dtype=str(compute_dtype(device)).removeprefix("torch."),
         backends=dispatch.reports(device),
         attention_backends=attention_reports(device),

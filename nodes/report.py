@@ -46,6 +46,8 @@ class Machine:
     attention: str = HOST_ATTENTION
     attention_backends: tuple[BackendReport, ...] = ()
     measured: Table = field(default_factory=Table)
+    free: int | None = None  # bytes of the device and of RAM, before anything is loaded
+    ram_free: int | None = None
 
 
 def summary(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> dict:
@@ -216,7 +218,24 @@ def _memory_line(pair: Pair, machine: Machine) -> str:
         f"memory: {_gb(sum(weights))} of weights and about {_gb(WORKING_MEMORY)} at 1024 px; "
         f"{machine.device} has {_gb(machine.memory)}"
     )
+    if machine.free is not None:
+        line += f", {_gb(machine.free)} of them free"
     return f"{line}: {_RESIDENCY[residency(weights, machine.memory)]}"
+
+
+def expected_memory(pair: Pair, machine: Machine) -> tuple[str, bool]:
+    """(what loading and a picture will take against what is free, whether that is too much).
+
+    Every copy is read into RAM whole before the host moves it to the device.
+    """
+    weights = pair.weight_bytes()
+    ram = sum(weights) if machine.ram_free is None else machine.ram_free
+    line = _memory_line(pair, machine)
+    needed = f"loading takes {_gb(sum(weights))} of RAM, {_gb(ram)} are free"
+    if sum(weights) <= ram:
+        return f"{line}; {needed}", False
+    advice = "the system may swap, or end ComfyUI: close other programs or pick a smaller level"
+    return f"{line}; {needed}: {advice}", True
 
 
 def _gb(nbytes: int) -> str:

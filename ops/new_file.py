@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file in use cannot be removed anyway
+    fcntl = None
 
 from .errors import CheckpointError, Ideogram4QuantError
 from .partial import Partial, ResumeError, check_unfinished, partial_path
@@ -32,6 +40,10 @@ _HINTS = {
     errno.EROFS: "The file system is read-only: choose another folder.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
+# ERROR_ACCESS_DENIED, _SHARING_VIOLATION, _LOCK_VIOLATION, _USER_MAPPED_FILE: what Windows says
+# where a file to be replaced is open, or mapped into a process that has loaded it
+_IN_USE = (5, 32, 33, 1224)
+_LEFT_FOR = 60  # seconds without a write until a temporary file may be a dead process's
 
 
 @contextmanager
@@ -68,6 +80,12 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
     return target
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """The folder ``path`` and those above it; WriteError where the system refuses."""
+    with _as_write_errors(Path(path)):
+        os.makedirs(path, exist_ok=True)
+
+
 def check_space(target: Path, size: int, *, resume: bool = False) -> None:
     """Raise WriteError unless the disk of ``target`` has ``size`` bytes free.
 
@@ -87,10 +105,25 @@ def check_space(target: Path, size: int, *, resume: bool = False) -> None:
         )
 
 
+def _replace(temporary: Path, target: Path) -> None:
+    """``os.replace``; WriteError where a program holds the old file, which Windows then keeps."""
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        if getattr(error, "winerror", None) not in _IN_USE or not target.exists():
+            raise
+        raise WriteError(
+            "cannot be replaced: a program has it open",
+            file=target,
+            found=error.strerror,
+            hint="Close what uses it (ComfyUI keeps model files open), or choose another name.",
+        ) from error
+
+
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
     """Rename; without ``overwrite`` a file that appeared meanwhile wins and an error says so."""
     if overwrite:
-        os.replace(temporary, target)
+        _replace(temporary, target)
     elif os.name == "nt":
         os.rename(temporary, target)  # refuses an existing target by itself
     else:
@@ -104,12 +137,41 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
         else:
             os.unlink(temporary)
     if os.name != "nt":  # the directory entry must survive a power cut as well
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # some network file systems cannot sync a folder
+        with suppress(OSError):  # some network file systems cannot sync a folder
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
                 os.fsync(folder)
-        finally:
-            os.close(folder)
+            finally:
+                os.close(folder)
+
+
+def _temporary(target: Path, suffix: str = "") -> Path:
+    """A name of our own beside ``target``; what a killed process left there is removed first."""
+    leftover = re.compile(rf"{re.escape(target.name)}\.\d+-[0-9a-f]{{8}}\.partial(?:\.\w+)?")
+    with suppress(OSError):
+        for path in target.parent.iterdir():
+            if leftover.fullmatch(path.name):
+                with suppress(OSError):
+                    _remove_unless_in_use(path)
+    name = f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial{suffix}"
+    return target.with_name(name)
+
+
+def _remove_unless_in_use(path: Path) -> None:
+    """Remove a temporary file whose writer is gone; a living one holds its lock (`_claim`)."""
+    if time.time() - path.stat().st_mtime < _LEFT_FOR:
+        return
+    if fcntl is not None:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    path.unlink()
+
+
+def _claim(file: BinaryIO) -> None:
+    """Mark a temporary file as in use, until it is closed or the process ends, however it ends."""
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks: then nothing is ever swept there
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class NewFile:
@@ -155,14 +217,17 @@ def new_file(
     """A binary file of exactly ``size`` bytes to fill; on success it is at ``path``, else not.
 
     Written under a temporary name in the same folder, flushed to the disk, then renamed. Leaving
-    the block by any exception, Ctrl-C too, removes the temporary file; with ``partial`` it stays
-    unless the data itself was refused, and a later run goes on with it. Raises WriteError (a full
-    disk, no permission), ResumeError and what :func:`check_output` raises.
+    the block by any exception, Ctrl-C too, removes the temporary file, and what a killed process
+    left is removed by the next one that writes the same file; with ``partial`` it stays unless the
+    data itself was refused, and a later run goes on with it. Raises WriteError (a full disk, no
+    permission, on Windows a target that is in use), ResumeError and what :func:`check_output`
+    raises.
     """
     target = check_output(path, overwrite=overwrite)
     check_space(target, size, resume=partial is not None and partial.resume)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    if partial is not None:
+    if partial is None:
+        temporary = _temporary(target)
+    else:
         temporary = partial_path(target)
         check_unfinished(target, resume=partial.resume, overwrite=overwrite)
     keep = partial is not None
@@ -172,6 +237,7 @@ def new_file(
         with file:
             with _as_write_errors(target):
                 if partial is None:
+                    _claim(file)
                     file.truncate(size)
                 else:
                     partial.start(file, target, size)
@@ -208,3 +274,21 @@ def _open(temporary: Path, partial: Partial | None) -> RawIOBase:
         temporary.unlink(missing_ok=True)
     resumed = partial is not None and temporary.exists()
     return open(temporary, "r+b" if resumed else "x+b", buffering=0)
+
+
+@contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path for code that writes files by itself; on success it becomes ``path``.
+
+    For small results (pictures, tables, caches) that are meant to be written anew: an older file
+    stays whole until the new one is. Raises WriteError.
+    """
+    target = check_output(path, overwrite=True)
+    temporary = _temporary(target, target.suffix)
+    try:
+        with _as_write_errors(target):
+            yield temporary
+            _replace(temporary, target)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

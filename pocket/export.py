@@ -103,7 +103,7 @@ def load_encoder(root: Path) -> CaptionEncoder:
     from transformers import Qwen3VLTextModel
 
     folder = encoder_dir(root)
-    model = Qwen3VLTextModel.from_pretrained(folder, dtype=torch.float32)
+    model = Qwen3VLTextModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return CaptionEncoder(folder, model.eval().requires_grad_(False))
 
 
@@ -121,7 +121,9 @@ def load_vae(root: Path):
     """The committed VAE in fp32."""
     from diffusers import AutoencoderKLFlux2
 
-    vae = AutoencoderKLFlux2.from_pretrained(vae_dir(root), torch_dtype=torch.float32)
+    vae = AutoencoderKLFlux2.from_pretrained(
+        vae_dir(root), torch_dtype=torch.float32, local_files_only=True
+    )
     return vae.eval().requires_grad_(False)
 
 

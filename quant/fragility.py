@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops.new_file import check_output
+from ..ops.new_file import check_output, replaced
 from .calibration import Calibration, LayerStats
 from .errors import CalibrationError
 from .tables import human_db, text_table
@@ -143,7 +143,8 @@ def heat_map(
     figure.suptitle(f"output SQNR of each linear, alone as {candidate}", fontsize=10)
     if image is not None:
         figure.colorbar(image, ax=axes, label="dB (lower: more fragile)", shrink=0.9)
-    figure.savefig(target, format="png")
+    with replaced(target) as part:
+        figure.savefig(part, format="png")
 
 
 def _panels(

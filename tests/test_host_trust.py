@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ideogram4_quant.pocket import paths
 from ideogram4_quant.quant import quantize_checkpoint
 
 pytestmark = pytest.mark.host
@@ -16,7 +16,8 @@ LEVELS = {"INT8 W8A8": "safetensors", "Q8_0": "gguf", "Q4_K": "gguf"}
 
 
 @pytest.fixture(scope="module")
-def found(pocket, in_host, tmp_path_factory) -> dict:
+def inputs(pocket, tmp_path_factory) -> tuple[str, dict[str, list[str]], Path]:
+    """(the pocket model's parts as JSON, level -> files of both copies, a LoRA)."""
     folder = tmp_path_factory.mktemp("trust")
     files = {
         "conditional": str(pocket.conditional_file),
@@ -24,14 +25,23 @@ def found(pocket, in_host, tmp_path_factory) -> dict:
         "encoder": str(pocket.encoder_dir),
         "vae": str(pocket.vae_file),
     }
-    levels = {"BF16": str(pocket.conditional_file)}
+    levels = {"BF16": [files["conditional"], files["unconditional"]]}
     for level, ending in LEVELS.items():
-        out = folder / f"{level.replace(' ', '_')}.{ending}"
-        quantize_checkpoint(paths.dit_path("cond"), level, out, copy="conditional")
-        levels[level] = str(out)
+        levels[level] = []
+        for copy in ("conditional", "unconditional"):
+            out = folder / f"{level.replace(' ', '_')}-{copy}.{ending}"
+            quantize_checkpoint(files[copy], level, out, copy=copy)
+            levels[level].append(str(out))
     lora = folder / "lora.safetensors"
     save_file(small_lora(pocket.conditional_file), lora)
-    return in_host("trust.py", json.dumps(files), json.dumps(levels), lora)
+    return json.dumps(files), levels, lora
+
+
+@pytest.fixture(scope="module")
+def found(inputs, in_host) -> dict:
+    files, levels, lora = inputs
+    conditional = {level: pair[0] for level, pair in levels.items()}
+    return in_host("trust.py", files, json.dumps(conditional), lora)
 
 
 def small_lora(model) -> dict[str, torch.Tensor]:
@@ -97,3 +107,16 @@ def test_ten_cycles_of_loading_and_unloading_return_the_memory(found):
     _, warm, *cycles = found["cycles"]
     assert len(cycles) == 10
     assert max(cycles) < 1.02 * warm, [round(c / warm, 4) for c in cycles]
+
+
+@pytest.mark.slow
+def test_two_hundred_pictures_in_a_row(inputs, in_host):
+    """Levels, LoRAs, residencies and cancellations in turn: no growth, and the same pictures."""
+    files, levels, lora = inputs
+    soak = in_host("soak.py", files, json.dumps(levels), lora, "200", seconds=7200)
+    assert soak["pictures"] == 200
+    assert soak["cancelled"] == 28
+    assert soak["kinds"] == 8
+    assert soak["wrong"] == []
+    warm, rest = soak["memory"][4], soak["memory"][5:]
+    assert max(rest) < 1.02 * warm, [round(m / warm, 4) for m in soak["memory"]]

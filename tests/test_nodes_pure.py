@@ -639,6 +639,17 @@ def test_figures_of_every_gguf_level_are_there():
         assert f"| {row} | {cells} {found['prompts']} |" in page
 
 
+@pytest.mark.parametrize(("ram", "short"), [(21, False), (9, True)])
+def test_expected_memory_is_compared_with_what_is_free(model_file, ram, short):
+    chosen = find_pair("Q4_0", catalogue(f=Header("Q4_0", BOTH, 10**10)).candidates)
+    here = replace(machine(24 * 10**9), free=3 * 10**9, ram_free=ram * 10**9)
+    line, too_much = report.expected_memory(chosen, here)
+    assert "card has 24.00 GB, 3.00 GB of them free: everything stays there" in line
+    assert f"loading takes 10.00 GB of RAM, {ram}.00 GB are free" in line
+    assert too_much == short
+    assert ("pick a smaller level" in line) == short
+
+
 # ---- residency
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...ops.new_file import make_folder, replaced
 from .page import write_page
 from .plots import fidelity_against_memory, sqnr_along_trajectory
 from .results import Comparison, write_json
@@ -19,20 +20,25 @@ def write_output(
     ``results.json``, ``results.md``, ``results.csv``, ``report.html``, ``contact-sheet.png``,
     ``fidelity-memory.png``, ``trajectory.png`` (the plots where there is something to plot).
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(comparison, out / "results.json")
-    (out / "results.md").write_text(markdown(comparison), encoding="utf-8")
-    (out / "results.csv").write_text(comma_separated(comparison), encoding="utf-8")
+    for name, text in (
+        ("results.md", markdown(comparison)),
+        ("results.csv", comma_separated(comparison)),
+    ):
+        with replaced(out / name) as part:
+            part.write_text(text, encoding="utf-8")
     files = [out / name for name in ("results.json", "results.md", "results.csv")]
     plots = []
     if fidelity_against_memory(comparison, out / "fidelity-memory.png"):
         plots.append(out / "fidelity-memory.png")
     if sqnr_along_trajectory(comparison, out / "trajectory.png"):
         plots.append(out / "trajectory.png")
-    comparison_sheet(comparison, picture).save(out / "contact-sheet.png")
-    files += [*plots, out / "contact-sheet.png"]
-    if differences:
-        comparison_sheet(comparison, picture, differences=True).save(out / "differences.png")
-        files.append(out / "differences.png")
+    sheets = {"contact-sheet.png": False} | ({"differences.png": True} if differences else {})
+    files += plots
+    for name, difference in sheets.items():
+        with replaced(out / name) as part:
+            comparison_sheet(comparison, picture, differences=difference).save(part)
+        files.append(out / name)
     write_page(comparison, out / "report.html", picture, plots=plots)
     return [*files, out / "report.html"]

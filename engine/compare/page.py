@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...ops.new_file import replaced
 from .cases import Case
 from .metrics import METRICS
 from .results import Cell, Comparison, extent
@@ -62,7 +63,8 @@ def write_page(
         _settings(comparison),
         "</html>",
     ]
-    path.write_text("\n".join(parts), encoding="utf-8")
+    with replaced(path) as part:
+        part.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _table(comparison: Comparison) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...ops.new_file import replaced
 from .metrics import METRICS
 from .results import Comparison, pareto_front
 
@@ -57,7 +58,8 @@ def fidelity_against_memory(comparison: Comparison, path: Path, metric: str = "p
     axes.set_ylabel(f"{METRICS[metric].label} to {comparison.reference} ({better} is better)")
     axes.legend(frameon=False, fontsize=8)
     axes.margins(x=0.12)
-    figure.savefig(path)
+    with replaced(path) as part:
+        figure.savefig(part)
     return True
 
 
@@ -76,5 +78,6 @@ def sqnr_along_trajectory(comparison: Comparison, path: Path) -> bool:
     axes.set_xlabel("sampling step")
     axes.set_ylabel(f"latent SQNR to {comparison.reference} (dB)")
     axes.legend(frameon=False, fontsize=8, ncols=2 if len(systems) > 6 else 1)
-    figure.savefig(path)
+    with replaced(path) as part:
+        figure.savefig(part)
     return True

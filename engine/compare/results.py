@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...ops.new_file import replaced
 from .cases import Case
 from .metrics import METRICS
 from .statistics import Interval, bootstrap_mean, paired_difference, prompt_means
@@ -160,7 +161,8 @@ def _bounds(interval: Interval) -> list[float] | None:
 def write_json(comparison: Comparison, path: Path) -> None:
     """``results.json``: strict JSON, keys in a fixed order."""
     text = json.dumps(to_json(comparison), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    with replaced(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
 def extent(comparison: Comparison) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ...checkpoint import write_safetensors
+from ...checkpoint.container import open_container
+from ...ops.errors import CheckpointError
+from ...ops.new_file import make_folder, replaced
 from ...quant.provenance import hash_files
 from .cases import Case, CompareError
 
@@ -40,7 +43,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def _file(self, key: str, suffix: str) -> Path:
         return self.folder / key[:2] / f"{key}{suffix}"
@@ -54,31 +57,28 @@ class Store:
         self, key: str, picture: Image.Image, record: Record, latents: torch.Tensor | None
     ) -> None:
         """Keep a picture; its record comes last, so a half-kept one is made anew."""
-        self._file(key, _PICTURE).parent.mkdir(exist_ok=True)
+        make_folder(self._file(key, _PICTURE).parent)
         self._write(key, _PICTURE, lambda file: picture.save(file, format="PNG"))
         if latents is not None:
-            from safetensors.torch import save_file
-
-            self._write(key, _LATENTS, lambda file: save_file({"latents": latents}, file))
+            latents_file = self._file(key, _LATENTS)
+            write_safetensors(latents_file, {"latents": latents}, overwrite=True)
         text = json.dumps({"seconds": record.seconds, "read": record.read})
         self._write(key, _RECORD, lambda file: file.write_text(text, encoding="utf-8"))
 
     def _write(self, key: str, suffix: str, write) -> None:
-        target = self._file(key, suffix)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        try:
+        with replaced(self._file(key, suffix)) as part:
             write(part)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
 
     def picture(self, key: str) -> Image.Image | None:
         """The picture, or ``None``."""
         file = self._file(key, _PICTURE)
         if not self.has(key, trajectory=False) or not file.is_file():
             return None
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
+        try:
+            with Image.open(file) as picture:
+                return picture.convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise _damaged("picture", file, error) from error
 
     def record(self, key: str) -> Record | None:
         """Its record, or ``None``; CompareError for one that is damaged."""
@@ -89,16 +89,17 @@ class Store:
             data = json.loads(file.read_text(encoding="utf-8"))
             return Record(float(data["seconds"]), data["read"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CompareError(f"damaged record: {error}", file=file, hint="Delete it.") from error
+            raise _damaged("record", file, error) from error
 
     def latents(self, key: str) -> torch.Tensor | None:
         """Latents after every step ``[steps, N, C]``, or ``None``."""
         file = self._file(key, _LATENTS)
         if not file.is_file():
             return None
-        from safetensors.torch import load_file
-
-        return load_file(file)["latents"]
+        try:
+            return open_container(file).load()["latents"]
+        except (CheckpointError, KeyError) as error:
+            raise _damaged("latents", file, error) from error
 
     def merge(self, other: Path) -> int:
         """Copy what another store has and this one lacks; returns the number of pictures."""
@@ -109,7 +110,7 @@ class Store:
             key = record.stem
             if self.has(key, trajectory=False):
                 continue
-            self._file(key, _RECORD).parent.mkdir(exist_ok=True)
+            make_folder(self._file(key, _RECORD).parent)
             for suffix in (_PICTURE, _LATENTS, _RECORD):  # the record last, as in save
                 source = record.with_suffix(suffix)
                 if source.is_file():
@@ -118,15 +119,20 @@ class Store:
         return copied
 
 
+def _damaged(what: str, file: Path, error: Exception) -> CompareError:
+    return CompareError(f"damaged {what}: {error}", file=file, hint="Delete it.")
+
+
 class Fingerprints:
     """SHA-256 of files and folders, remembered by path, size and modification time."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         try:
-            self._known: dict[str, list] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self._known = {}  # a missing or damaged cache is only slower
+            known = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            known = {}  # a missing or damaged cache is only slower
+        self._known: dict[str, list] = known if isinstance(known, dict) else {}
 
     def of(self, path: Path) -> str:
         """Hash of a file's bytes, or of a folder's model files with their names."""
@@ -145,7 +151,7 @@ class Fingerprints:
         stamp = [stat.st_size, stat.st_mtime_ns]
         name = str(path.resolve())
         known = self._known.get(name)
-        if isinstance(known, list) and known[:2] == stamp:
+        if isinstance(known, list) and known[:2] == stamp and _is_digest(known[2:]):
             return known[2]
         digest = hash_files([path])[0].sha256
         self._known[name] = [*stamp, digest]
@@ -153,9 +159,12 @@ class Fingerprints:
 
     def keep(self) -> None:
         """Write the memory back, whole or not at all."""
-        part = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(self._known), encoding="utf-8")
-        os.replace(part, self._file)
+        with replaced(self._file) as part:
+            part.write_text(json.dumps(self._known), encoding="utf-8")
+
+
+def _is_digest(rest: list) -> bool:
+    return len(rest) == 1 and isinstance(rest[0], str) and len(rest[0]) == 64
 
 
 def picture_key(system: Mapping[str, object], settings: Mapping[str, object], case: Case) -> str:
