@@ -25,7 +25,8 @@ class Verification:
 
     ``tensors``: one row for each tensor that both files hold; the row's ``type`` is the file's own
     layout of it. ``meter``: sums over the linears. ``missing`` and ``extra``: names that only the
-    reference, or only the file, holds.
+    reference, or only the file, holds. ``folded``: smoothing lies in the file's weights, which are
+    compared in original coordinates all the same.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Verification:
     meter: ErrorMeter
     missing: tuple[str, ...]
     extra: tuple[str, ...]
+    folded: bool = False
 
     def worst(self, count: int = 10) -> list[TensorResult]:
         """The tensors that differ most, worst first; equal ones are left out."""
@@ -49,6 +51,7 @@ class Verification:
             "sqnr_db": finite_or_none(self.meter.sqnr_db),
             "max_abs_error": finite_or_none(self.meter.max_abs_error),
             "tensors": [t.to_dict() for t in self.tensors],
+            "folded": self.folded,
             "missing": list(self.missing),
             "extra": list(self.extra),
         }
@@ -60,6 +63,11 @@ class Verification:
             f"{self.path} against {self.against} ({' + '.join(self.copies)}): "
             f"weights of {linears} linears {human_db(self.meter.sqnr_db)} dB"
         ]
+        if self.folded:
+            lines.append(
+                "a folded file: its weights are rounded in the basis of the smoothed inputs, so a "
+                "low figure here is no loss where the inputs are small"
+            )
         worst = self.worst(count)
         if worst:
             differing = len(worst_first(self.tensors))
@@ -119,8 +127,9 @@ def verify_file(
             done += math.prod(row.shape)
             if progress is not None:
                 progress(done, total)
+    folded = any(file.folding(chosen) is not None for chosen in copies)
     return Verification(
-        str(path), str(against), copies, tuple(rows), meter, tuple(missing), tuple(extra)
+        str(path), str(against), copies, tuple(rows), meter, tuple(missing), tuple(extra), folded
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.quant import (
     Calibration,
     QuantOptions,
+    cli,
     inspect_file,
     plan_quantization,
     quantize_checkpoint,
@@ -326,10 +328,32 @@ def test_blocks_are_led_by_the_folded_inputs(source, calibration, tmp_path):
 def test_a_folded_file_can_be_verified_and_quantized_again(files, source, tmp_path):
     verified = verify_file(files["INT8 W8A8"], source)
     assert verified.meter.sqnr_db > 35
+    assert verified.folded
     again = tmp_path / "again.gguf"
     quantize_checkpoint(files["INT8 W8A8"], "Q8_0", again)
     assert open_checkpoint(again).folding("conditional") is None
     assert verify_file(again, source).meter.sqnr_db > 35
+
+
+def test_the_command_line_folds(source, calibration, tmp_path, capsys):
+    saved, out = tmp_path / "calibration.safetensors", tmp_path / "folded.safetensors"
+    calibration.save(saved)
+    parser = argparse.ArgumentParser()
+    cli.add_parsers(parser.add_subparsers(required=True))
+
+    def run(*words):
+        args = parser.parse_args([str(word) for word in words])
+        return args.func(args), capsys.readouterr()
+
+    order = ("quantize", source, "--level", "int8", "--calibration", saved, "--out", out)
+    code, said = run(*order, "--fold", "layers.0.adaln_modulation")
+    assert code == 1
+    assert "its input cannot be folded: an activation lies before it" in said.err
+    assert run(*order, "--fold", "--alpha", "0.6")[0] == 0
+    assert set(open_checkpoint(out).folding("conditional").rotation) == {O0, O0.replace("0", "1")}
+    code, said = run("verify", out, "--against", source)
+    assert code == 0
+    assert "a folded file" in said.out
 
 
 def test_inspect_says_what_it_means_for_loras(files, source):
