@@ -156,14 +156,22 @@ def plan_fold(
 
 
 def folded_importance(tensors: Sequence[TensorPlan], plan: FoldPlan) -> tuple[TensorPlan, ...]:
-    """The same plans, with the importance of blocks that of the folded inputs: ``E[(x / s)^2]``."""
+    """The same plans, with the importance of blocks that of the folded inputs: ``E[(x / s)^2]``.
+
+    A rotation spreads every input over its group: were they uncorrelated, all would be alike.
+    """
     found = []
     for tensor in tensors:
         vector = plan.vectors.get(tensor.module) if tensor.linear else None
+        group = plan.rotation.get(tensor.module) if tensor.linear else None
         importance = getattr(tensor.encoding, "importance", None)
-        if vector is not None and importance is not None:
-            folded = (importance.double() / vector.square()).float()
-            tensor = replace(tensor, encoding=replace(tensor.encoding, importance=folded))
+        if importance is not None and (vector is not None or group is not None):
+            folded = importance.double()
+            folded = folded if vector is None else folded / vector.square()
+            if group is not None:
+                folded = folded.view(-1, group).mean(1).repeat_interleave(group)
+            encoding = replace(tensor.encoding, importance=folded.float())
+            tensor = replace(tensor, encoding=encoding)
         found.append(tensor)
     return tuple(found)
 

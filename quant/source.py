@@ -82,6 +82,7 @@ class Source:
             names = {name for each, name in only if each == copy}
             for name, tensor in checkpoint.stream(copy, dtype=torch.float32, only=names):
                 yield Path(checkpoint.paths[0]), copy, name, tensor
+                del tensor  # before the next one is read
 
 
 def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:

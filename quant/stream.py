@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,6 @@ from ..checkpoint.folding import Folding
 from ..ops.errors import CorruptFileError
 from ..ops.partial import Partial
 from .encode import encode_tensor
-from .encodings import Blocks
 from .fold import fold_tensor, stored_record
 from .measure import ErrorMeter, channel_absmax
 from .plan import TensorPlan
@@ -68,8 +66,7 @@ class TensorStream:
                 calibration = self._plan.options.calibration
                 calibration.check_weight(copy, plan.module, absmax, self._uncertain[copy])
             tensor = fold_tensor(name, tensor, self._folding)
-            encoded = folded_plan(plan, self._folding)
-            stored, meter = encode_tensor(encoded, tensor, file=file, device=self._device)
+            stored, meter = encode_tensor(plan, tensor, file=file, device=self._device)
             self._meters[copy, name] = meter
             del tensor
             while stored:
@@ -124,23 +121,6 @@ def tensor_result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter) -> Ten
         linear=tensor.linear,
         protected=tensor.protected,
     )
-
-
-def folded_plan(plan: TensorPlan, folding: Folding) -> TensorPlan:
-    """The same with the importance of the folded inputs: ``E[(x / s)^2]``, and means in a rotation.
-
-    A rotation spreads every input over its group: were they uncorrelated, all would be alike.
-    """
-    encoding = plan.encoding
-    if not isinstance(encoding, Blocks) or encoding.importance is None:
-        return plan
-    importance = encoding.importance
-    smooth, rotation = folding.smooth.get(plan.module), folding.rotation.get(plan.module)
-    if smooth is not None:
-        importance = importance / smooth.float().square()
-    if rotation is not None:
-        importance = importance.view(-1, rotation).mean(1).repeat_interleave(rotation)
-    return replace(plan, encoding=replace(encoding, importance=importance))
 
 
 def fingerprint(

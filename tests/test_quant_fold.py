@@ -321,7 +321,11 @@ def test_blocks_are_led_by_the_folded_inputs(source, calibration, tmp_path):
     plan, changed = importance(replace(options, fold=("all",)))
     for module, led in changed.items():
         vector = plan.fold.vectors.get(module, torch.ones(()))
-        torch.testing.assert_close(led, (usual[module] / vector.square()).float())
+        wanted = (usual[module] / vector.square()).float()
+        group = plan.fold.rotation.get(module)
+        if group is not None:  # a rotation spreads each input over its group
+            wanted = wanted.view(-1, group).mean(1, keepdim=True).expand(-1, group).flatten()
+        torch.testing.assert_close(led, wanted)
     assert set(plan.fold.vectors) < set(changed)
 
 
