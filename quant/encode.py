@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,12 +42,14 @@ def encode_tensor(
     *,
     file: str | os.PathLike[str] | None = None,
     device: torch.device | None = None,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> tuple[dict[str, Tensor], ErrorMeter]:
     """``(stored tensors by suffix, constants included; the error meter)``, all on the CPU.
 
     ``tensor`` is plain or quantized, ``[N, K]`` or ``[K]``; beyond the result only a few rows of
     it exist in fp32, on ``device``. Raises NonFiniteWeightError, naming ``file`` and the tensor,
-    for a value that is NaN or infinite or that the encoding cannot hold.
+    for a value that is NaN or infinite or that the encoding cannot hold. ``advance`` is told the
+    share that is done, after every few rows.
     """
     matrix = tensor if tensor.ndim == 2 else tensor.reshape(1, -1)
     shape = tuple(matrix.shape)
@@ -74,6 +77,7 @@ def encode_tensor(
         meter.add(true, back)
         for suffix, part in parts.items():
             stored[suffix][rows] = part
+        advance(rows.stop / shape[0])
     final = plan.encoding.parts(plan.shape)
     stored = {suffix: part.reshape(final[suffix][1]) for suffix, part in stored.items()}
     return {**stored, **plan.encoding.constants()}, meter

@@ -183,7 +183,9 @@ def quantize_checkpoint(
         write, specs = write_safetensors, _safetensors_specs(plan)
     partial = Partial(fingerprint(plan, metadata, device), resume=resume) if kept else None
     uncertain = _uncertain(plan, provenance)
-    tensors = TensorStream(plan, _folding(plan), uncertain, device=device, partial=partial)
+    tensors = TensorStream(
+        plan, _folding(plan), uncertain, device=device, partial=partial, advance=counter.encoded
+    )
     size = write(
         out,
         specs,
@@ -212,7 +214,7 @@ class _Counter:
 
     def __init__(self, progress: Progress | None, plan: QuantPlan) -> None:
         self._progress = progress
-        self._hashed = 0
+        self._hashed = self._written = self._told = 0
         self.source_size = sum(path.stat().st_size for path in plan.source.paths)
         self._total = self.source_size + plan.nbytes
 
@@ -221,11 +223,17 @@ class _Counter:
         self._tell(self._hashed)
 
     def written(self, done: int, total: int) -> None:
+        self._written = done
         self._tell(self._hashed + done)
 
+    def encoded(self, nbytes: float) -> None:
+        """Of the tensor that will be written next."""
+        self._tell(self._hashed + self._written + int(nbytes))
+
     def _tell(self, done: int) -> None:
+        self._told = max(self._told, min(done, self._total))
         if self._progress is not None:
-            self._progress(done, self._total)
+            self._progress(self._told, self._total)
 
 
 def _folding(plan: QuantPlan) -> Folding:

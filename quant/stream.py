@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,7 +28,8 @@ class TensorStream:
 
     ``uncertain``: copy -> hash of its file, for copies whose calibration is of another file, so
     that their weights are compared with it. With ``partial``, tensors that an earlier run has
-    written are neither read nor written; their figures come from its notes.
+    written are neither read nor written; their figures come from its notes. ``advance`` is told how
+    many bytes of the tensor at hand are encoded.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class TensorStream:
         *,
         device: torch.device | None = None,
         partial: Partial | None = None,
+        advance: Callable[[float], None] = lambda nbytes: None,
     ) -> None:
         self._plan = plan
         self._folding = folding
         self._uncertain = uncertain
         self._device = device
         self._partial = partial
+        self._advance = advance
         self._meters: dict[tuple[str, str], ErrorMeter] = {}
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -66,7 +69,13 @@ class TensorStream:
                 calibration = self._plan.options.calibration
                 calibration.check_weight(copy, plan.module, absmax, self._uncertain[copy])
             tensor = fold_tensor(name, tensor, self._folding)
-            stored, meter = encode_tensor(plan, tensor, file=file, device=self._device)
+            stored, meter = encode_tensor(
+                plan,
+                tensor,
+                file=file,
+                device=self._device,
+                advance=lambda share, nbytes=plan.nbytes: self._advance(nbytes * share),
+            )
             self._meters[copy, name] = meter
             del tensor
             while stored:
