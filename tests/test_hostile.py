@@ -26,6 +26,7 @@ from ideogram4_quant.ops.errors import (
     Ideogram4QuantError,
     TruncatedFileError,
 )
+from ideogram4_quant.quant import Calibration
 from ideogram4_quant.tests import hostile_files as hostile
 from ideogram4_quant.tests.fuzz import seeds, targets
 
@@ -119,11 +120,14 @@ def test_every_place_of_a_gguf_header(folder: Path, tmp_path: Path):
     assert found == {None}
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "calibration"])
 def test_every_value_of_a_safetensors_header(folder: Path, tmp_path: Path, kind: str):
-    path = seeds.write_all(tmp_path)[kind]
+    if kind == "calibration":
+        path = seeds.calibration(tmp_path / "calibration.safetensors")
+    else:
+        path = seeds.write_all(tmp_path)[kind]
     header, data = targets.split(path)
-    number = bytes([targets.number("header")])
+    number = bytes([targets.number("calibration" if kind == "calibration" else "header")])
     found = {
         targets.run(number + targets.join(changed, data), folder)
         for changed in hostile.value_mutations(header)
@@ -151,6 +155,7 @@ def test_the_seeds_are_good(folder: Path, first: list[bytes]):
             lambda p: open_checkpoint(p).load("conditional"),
             lambda p: open_encoder(p).load(),
             lambda p: parse_lora(read_lora(p), SHAPES, str(p)),
+            Calibration.load,
         ):
             with suppress(Ideogram4QuantError):
                 read.append(load(path))

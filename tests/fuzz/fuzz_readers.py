@@ -23,7 +23,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(
-    include=["ideogram4_quant.checkpoint", "ideogram4_quant.gguf_loader", "ideogram4_quant.nodes"]
+    include=[f"ideogram4_quant.{name}" for name in ("checkpoint", "gguf_loader", "nodes", "quant")]
 ):
     from ideogram4_quant.tests.fuzz import targets
 from ideogram4_quant.tests.fuzz import seeds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,6 +98,22 @@ def lora() -> dict[str, Tensor]:
     }
 
 
+def calibration(path: Path) -> Path:
+    """Statistics of two linears over three steps."""
+    from ideogram4_quant.quant import Calibration, LayerStats, Run
+
+    stats = replace(
+        LayerStats.of(torch.ones(2, 8), torch.ones(4, 8)),
+        peaks=torch.ones(3, 3).double(),
+        signal=torch.ones(3).double(),
+        noise={"int8": torch.ones(3).double()},
+    )
+    run = Run({"conditional": "aa"}, "bb", 2, (0, 1), 4, 64, 64, {"torch": "2"})
+    layers = {f"conditional.layers.0.attention.{name}": stats for name in ("qkv", "o")}
+    Calibration(layers, (0.0, 0.5, 0.9), (run,)).save(path)
+    return path
+
+
 def text(value: object) -> Tensor:
     """JSON as a uint8 tensor."""
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
@@ -185,6 +202,8 @@ def inputs(folder: Path) -> dict[str, bytes]:
     for name in ("bf16", "int8", "nf4", "encoder"):
         found[f"safetensors-{name}"] = first["safetensors"] + files[name].read_bytes()
         found[f"header-{name}"] = first["header"] + join(*split(files[name]))
+    statistics = split(calibration(folder / "calibration.safetensors"))
+    found["calibration"] = bytes([number("calibration")]) + join(*statistics)
     shards = [f"m-{i + 1:05d}-of-00002.safetensors" for i in (0, 1)]
     weight_map = {name: shards[part] for part in (0, 1) for name in transformer(part)}
     found["index"] = bytes([number("index")]) + json.dumps({"weight_map": weight_map}).encode()

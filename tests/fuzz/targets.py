@@ -106,6 +106,14 @@ def read_lora(path: Path) -> None:
     lora_files.describe(lora_files.parse_lora(state, shapes, str(path)))
 
 
+def read_calibration(path: Path) -> None:
+    from ideogram4_quant.quant import Calibration
+
+    found = Calibration.load(path)
+    for candidate in found.candidates:
+        found.ranking(candidate)
+
+
 TARGETS: tuple[tuple[str, Open, Callable[[Path], None]], ...] = (
     ("gguf", raw("model.gguf"), read_everything),
     ("safetensors", raw("model.safetensors"), read_everything),
@@ -113,6 +121,7 @@ TARGETS: tuple[tuple[str, Open, Callable[[Path], None]], ...] = (
     ("lora", framed("lora.safetensors"), read_lora),
     ("index", beside("m.safetensors.index.json", "m.safetensors.index.json"), read_everything),
     ("config", beside("config.json", "encoder.safetensors"), read_everything),
+    ("calibration", framed("calibration.safetensors"), read_calibration),
 )
 
 
