@@ -28,7 +28,7 @@ from .systems import LADDER, PROTECTED, REFERENCE, SCHEMES
 
 #: Systems that the contact sheet shows, and how many prompts.
 SHEET = (REFERENCE, "W8A8", "W8A8 + smooth", "W8A8 + protect", "W8A8 rotated", "ours: INT8 auto")
-SHEET_PROMPTS = 3
+SHEET_PROMPTS = 2
 
 
 class DocumentError(Ideogram4QuantError, ValueError):
