@@ -161,8 +161,28 @@ def test_the_epilogue_in_tiles(monkeypatch):
     x = randn(37, 64)
     q, scale = reference.quantize_rows(randn(10, 64, seed=1))
     want = int8_linear(x, q, scale, randn(10, seed=2), backend="int_mm")
-    monkeypatch.setattr(adapters, "_EPILOGUE_TILE", {"cpu": 50})
+    monkeypatch.setattr(adapters, "_TILE", {"cpu": 50})
     assert torch.equal(int8_linear(x, q, scale, randn(10, seed=2), backend="int_mm"), want)
+
+
+@pytest.mark.parametrize("rotation", [None, 64])
+def test_quantizing_in_tiles_changes_nothing(rotation, monkeypatch):
+    monkeypatch.setattr(adapters, "_TILE", {"cpu": 300})
+    x, up, smooth = randn(2, 7, 128), randn(2, 7, 128, seed=1), torch.linspace(0.5, 2, 128)
+    x[0, 3, 5] = float("inf")
+    x[1, 2] = 0
+    tail = (smooth, rotation)
+    for got, want in (
+        (
+            adapters.quantize_rows_in_tiles(x, *tail),
+            reference.smooth_rotate_quantize_rows(x, *tail),
+        ),
+        (adapters.swiglu_in_tiles(x, up, *tail), reference.swiglu_quantize_rows(x, up, *tail)),
+    ):
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1].nan_to_num(-1), want[1].nan_to_num(-1))
+    empty = adapters.quantize_rows_in_tiles(x[:0], *tail)
+    assert empty[0].shape == (0, 128)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [*SHAPES, (1, 8, 8), (16, 8, 16)])
