@@ -13,6 +13,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor
 
 from ..ops import layouts as _layouts  # noqa: F401  (registers the layouts with comfy-kitchen)
+from ..ops.fused import Activation, dense
 from ..ops.linear import LinearOptions, linear
 
 # layout name -> the name under which the host's saver and its forward look the format up
@@ -61,6 +62,8 @@ def make_ops(compute_dtype: torch.dtype, options: LinearOptions | None = None) -
 
     class Operations(base):
         class Linear(base.Linear):
+            takes_activations = True
+
             def _load_from_state_dict(
                 self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
             ):
@@ -89,11 +92,37 @@ def make_ops(compute_dtype: torch.dtype, options: LinearOptions | None = None) -
                 if key in missing:
                     missing.remove(key)
 
-            def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            def forward_comfy_cast_weights(
+                self, input, compute_dtype=None, want_requant=False, weight_only_quant=False
+            ):
+                if not (weight_only_quant and is_ours(self.weight)):
+                    return super().forward_comfy_cast_weights(
+                        input, compute_dtype, want_requant, weight_only_quant
+                    )
+                # The host's lines but for a cast to the dtype of the input, which these layouts do
+                # not need, and after which torch.compile no longer sees what the weight is.
+                weight, bias, stream = comfy.ops.cast_bias_weight(
+                    self,
+                    dtype=self.weight.dtype,
+                    device=input.device,
+                    bias_dtype=input.dtype,
+                    offloadable=True,
+                    compute_dtype=compute_dtype,
+                    want_requant=True,
+                )
+                try:
+                    return self._forward(input, weight, bias)
+                finally:
+                    comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+            def _forward(
+                self, x: Tensor | Activation, weight: Tensor, bias: Tensor | None
+            ) -> Tensor:
                 if not is_ours(weight) or isinstance(x, QuantizedTensor):
-                    return super()._forward(x, weight, bias)
+                    return super()._forward(dense(x), weight, bias)
                 if options is None:
-                    return torch.nn.functional.linear(x, weight.dequantize().to(x.dtype), bias)
+                    weight = weight.dequantize().to(x.dtype)
+                    return torch.nn.functional.linear(dense(x), weight, bias)
                 return linear(x, weight, bias, options)
 
     return Operations

@@ -20,6 +20,7 @@ from ..ops.dispatch import AUTO
 from ..ops.linear import LinearOptions
 from .attention import check as check_attention
 from .attention import install
+from .fused_blocks import add_fused_blocks
 from .headers import open_header
 from .host_ops import make_ops
 from .report import HOST_ATTENTION
@@ -38,6 +39,7 @@ class ModelSource:
     options: LinearOptions = field(default_factory=LinearOptions)
     trusted: bool = False  # the user's word for the copy goes before the file's name
     attention: str = HOST_ATTENTION
+    fused: bool = False  # blocks run fused: see fused_blocks
 
 
 def source_of(patcher: comfy.model_patcher.ModelPatcher) -> ModelSource | None:
@@ -85,6 +87,8 @@ def load_model(
     patcher.set_attachments(ATTACHMENT, source)
     patcher.set_attachments(LAYERS, layers)
     install(patcher, source.attention)
+    if source.fused:
+        add_fused_blocks(patcher, source.options.backend)
     return patcher
 
 

@@ -32,6 +32,8 @@ from ..ops.linear import LinearOptions
 from . import report
 from .attention import CHOICES as ATTENTIONS
 from .connections import leads_anywhere, running_graph
+from .fused_choice import CHOICES as FUSED_CHOICES
+from .fused_choice import decide
 from .headers import open_header
 from .model_files import host_listing
 from .model_loading import ModelSource, compute_dtype, load_model, measured
@@ -128,6 +130,7 @@ class LoadIdeogram4(io.ComfyNode):
         backend: str = AUTO,
         gguf_compute: str = "auto",
         attention: str = report.HOST_ATTENTION,
+        fused_blocks: str = AUTO,
     ) -> io.NodeOutput:
         pair, bases = choose_files(
             level, conditional_file, unconditional_file, base_file, trust_files
@@ -135,6 +138,7 @@ class LoadIdeogram4(io.ComfyNode):
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
         here = machine()  # before loading, so that it tells what is free now
+        fused = decide(fused_blocks, backend, here.backends)
         expected, too_much = report.expected_memory(pair, here)
         logger.log(logging.WARNING if too_much else logging.INFO, "%s", expected)
         models = []
@@ -143,14 +147,16 @@ class LoadIdeogram4(io.ComfyNode):
             if candidate is None or not connected:
                 models.append(None)
                 continue
-            source = ModelSource(candidate.path, copy, bases, options, trust_files, attention)
+            source = ModelSource(
+                candidate.path, copy, bases, options, trust_files, attention, fused.on
+            )
             models.append(load_model(source))
         found = measured(m for m in models if m is not None)
         here = replace(here, attention=attention, measured=found)
         if cls.hidden.extra_pnginfo is not None:  # what SaveImage writes into the file
-            note = report.summary(pair, level, options, here)
+            note = report.summary(pair, level, options, here, fused.why)
             cls.hidden.extra_pnginfo["ideogram4_quant"] = note
-        return io.NodeOutput(*models, report.text(pair, level, options, here))
+        return io.NodeOutput(*models, report.text(pair, level, options, here, fused.why))
 
 
 def choose_files(
@@ -311,5 +317,15 @@ def _inputs() -> list:
             tooltip="host: what ComfyUI was started with. sdpa: torch's flash attention. int8: "
             "comfy-kitchen's, faster on NVIDIA and less exact. auto: the faster of the two, "
             "measured at the first load; the report says which and what it costs.",
+        ),
+        io.Combo.Input(
+            "fused_blocks",
+            options=list(FUSED_CHOICES),
+            default=AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="Runs norms, SwiGLU and residuals inside the int8 kernels. auto: on where the "
+            "Triton kernels run, off elsewhere. What another node patches or hooks runs as before, "
+            "and the log says so.",
         ),
     ]

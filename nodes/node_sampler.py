@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..sampling import check_size
 from .costs import without_guidance
+from .fused_blocks import status
 from .guidance import Guidance
 from .guider import DualCopyGuider
 from .sampling_inputs import (
@@ -134,15 +135,24 @@ def _report(guider: DualCopyGuider, guidance: Guidance, curve: Tensor) -> list[s
     """What ran, and what was saved."""
     plan = guidance.plan(curve.tolist())
     steps = len(plan)
+    fused = _fused_lines(guider)
     if guider.unconditional is None:
-        return [f"without guidance, as no unconditional copy is connected: {without_guidance()}"]
+        without = without_guidance()
+        return [f"without guidance, as no unconditional copy is connected: {without}", *fused]
     count = Counter(step.unconditional for step in plan)
     lines = [f"passes: {steps} conditional, {count['run']} unconditional"]
     saved = steps - count["run"]
     if saved:
         reasons = [f"{count[k]} {word}" for k, word in _SAVINGS.items() if count[k]]
         lines.append(f"saved {saved / (2 * steps):.0%} of the passes: {', '.join(reasons)}")
-    return [*lines, f"copies on the device: {guider.kept}"]
+    return [*lines, f"copies on the device: {guider.kept}", *fused]
+
+
+def _fused_lines(guider: DualCopyGuider) -> list[str]:
+    """How the blocks of each copy ran, where they were patched to run fused."""
+    copies = {"conditional": guider.model_patcher, "unconditional": guider.unconditional}
+    found = ((copy, status(patcher)) for copy, patcher in copies.items() if patcher is not None)
+    return [f"fused blocks, {copy}: {text}" for copy, text in found if text is not None]
 
 
 _SAVINGS = {"reuse": "reused", "skip": "skipped at guidance 1"}

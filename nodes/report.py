@@ -19,8 +19,10 @@ from ..checkpoint.levels import (
 )
 from ..ops.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurement, Table
 from ..ops.dispatch import BackendReport
-from ..ops.linear import LinearOptions, resolve_compute
+from ..ops.gguf_compute import resolve_compute
+from ..ops.linear import LinearOptions
 from . import costs
+from .fused_choice import OFF
 
 HOST_ATTENTION = "host"
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
@@ -50,13 +52,16 @@ class Machine:
     ram_free: int | None = None
 
 
-def summary(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> dict:
+def summary(
+    pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused: str = OFF
+) -> dict:
     """The choice as plain data; goes into the PNG of a picture made with it."""
     return {
         "level": pair.level,
         "asked": asked,
         "backend": _backend(pair.level, options, machine),
         "attention": _attention(machine),
+        "fused_blocks": fused,
         "files": {
             copy: {
                 "name": candidate.name,
@@ -68,7 +73,7 @@ def summary(pair: Pair, asked: str, options: LinearOptions, machine: Machine) ->
     }
 
 
-def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> str:
+def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused: str = OFF) -> str:
     """The same for people, one fact a line."""
     lines = [_level_line(pair, asked)]
     for copy, candidate in _copies(pair):
@@ -82,6 +87,7 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine) -> st
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
     lines += _attention_lines(machine)
+    lines.append(f"fused blocks: {fused}")
     lines.append(_memory_line(pair, machine))
     if machine.dtype == "float32":
         lines.append(

@@ -9,22 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import choices, dispatch, prequantized
+from . import dispatch, prequantized
 from .errors import OpError
 from .fused import Activation
+from .gguf_compute import compute_here, resolve_compute
 from .library import define
 from .rotation import check_group, largest_group
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-W8A8_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K")
-"""GGUF formats that ``"auto"`` runs through int8: their own error hides that of the activations."""
-
-FEW_TOKENS = 64
-"""Below this many, decoding is the cost of a GGUF layer: int8 would only add to its error.
-
-The least that is asked for where nothing was measured, and never less where it was (``choices``).
-"""
 
 
 @dataclass(frozen=True)
@@ -72,8 +64,10 @@ def _product(
     recipe = getattr(layout, "input_recipe", None)
     if recipe is None or options.backend in prequantized.WHOLE_LAYERS_ONLY or 0 in x.shape:
         return None
-    found = recipe(weight, math.prod(x.shape[:-1]), options)
-    if found is None or x.shape[-1] != weight.shape[1]:
+    if x.shape[-1] != weight.shape[1]:
+        return None
+    found = recipe(weight, math.prod(x.shape[:-1]), x.dtype, options)
+    if found is None:
         return None
     q, scale = x.rows(*found, options.backend)
     out = layout.multiply_rows(q, scale, weight, bias, x.dtype, options)
@@ -158,48 +152,6 @@ def gguf_linear(
     return _gguf_linear_op(x, blocks, qtype, bias, compute, rotation or 0, backend)
 
 
-def resolve_compute(
-    compute: str, qtype: str, in_features: int, tokens: int = FEW_TOKENS, few: int = FEW_TOKENS
-) -> str:
-    """``"w8a8"`` or ``"dense"`` for ``LinearOptions.gguf_compute``; OpError for another word.
-
-    ``"auto"`` is dense for fewer than ``few`` tokens, a format of 6 or more bits, and in_features
-    that are no multiple of 256.
-    """
-    if compute == "auto":
-        through_int8 = qtype in W8A8_FORMATS and in_features % 256 == 0
-        return "w8a8" if through_int8 and tokens >= few else "dense"
-    if compute not in ("w8a8", "dense"):
-        raise OpError(
-            "unknown compute mode", found=repr(compute), needed="'auto', 'w8a8' or 'dense'"
-        )
-    return compute
-
-
-def gguf_compute(
-    blocks: Tensor,
-    qtype: str,
-    in_features: int,
-    tokens: int,
-    options: LinearOptions,
-    dtype: torch.dtype | None = None,
-) -> str:
-    """``resolve_compute`` for ``blocks`` [N, row bytes] with what their device is like.
-
-    ``"auto"`` goes by what was measured there on activations of ``dtype`` (None: any), and is dense
-    where no backend speeds int8 up: it would only add to the error.
-    """
-    n, device = blocks.shape[0], blocks.device
-    few = choices.table(device).few_tokens(qtype, n, in_features, choices.dtype_name(dtype))
-    limit = FEW_TOKENS if few is None else few
-    found = resolve_compute(options.gguf_compute, qtype, in_features, tokens, limit)
-    left_open = (options.gguf_compute, options.backend) == ("auto", dispatch.AUTO) and few is None
-    if found == "w8a8" and left_open:
-        fastest = dispatch.choose("int8_gemm", (tokens, n, in_features), device, dtype=dtype)
-        return "dense" if fastest is dispatch.REFERENCE else found
-    return found
-
-
 # ---- checks
 
 
@@ -280,8 +232,8 @@ def _gguf_linear(
     rows = x.reshape(-1, k)
     if not rows.numel() or not n:
         return x.new_empty((*x.shape[:-1], n))
-    options = LinearOptions(backend, compute)
-    if gguf_compute(blocks, qtype, k, rows.shape[0], options, x.dtype) == "dense":
+    shape = (rows.shape[0], n, k)
+    if compute_here(compute, qtype, shape, x.device, x.dtype, backend) == "dense":
         out = _gguf_dense(rows, blocks, qtype, bias)
     else:
         out = _gguf_w8a8(rows, blocks, qtype, bias, rotation or None, backend)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from . import attention, choices, dispatch
 from .choices import ATTENTION, GGUF, LINEAR, Key, Table, dtype_name
-from .linear import FEW_TOKENS, W8A8_FORMATS, LinearOptions, gguf_linear, int8_linear
+from .gguf_compute import FEW_TOKENS, W8A8_FORMATS
+from .linear import LinearOptions, gguf_linear, int8_linear
 from .rotation import largest_group
 
 # 1024 px with its text, 512 px, and few tokens. A CPU takes one count, or it would take minutes.

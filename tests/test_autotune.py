@@ -22,8 +22,9 @@ from ideogram4_quant.ops import (
 )
 from ideogram4_quant.ops.autotune import Layer, Measure, layers_of, tune
 from ideogram4_quant.ops.choices import ALWAYS_DENSE, GGUF, LINEAR, Key, Measurement, Table
+from ideogram4_quant.ops.gguf_compute import FEW_TOKENS
 from ideogram4_quant.ops.layouts import QuantizedTensor
-from ideogram4_quant.ops.linear import FEW_TOKENS, LinearOptions, gguf_linear, int8_linear
+from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear
 
 CPU = torch.device("cpu")
 INT8 = Layer("int8", 48, 256)

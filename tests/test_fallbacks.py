@@ -14,7 +14,8 @@ from ideogram4_quant.engine.linear import default_dtype
 from ideogram4_quant.engine.transformer import load_transformer, prepare, velocity
 from ideogram4_quant.ops import adapters, blocks, choices, dispatch, kernels, reference
 from ideogram4_quant.ops.dispatch import Backend
-from ideogram4_quant.ops.linear import LinearOptions, gguf_compute, gguf_linear, int8_linear
+from ideogram4_quant.ops.gguf_compute import compute_here
+from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear
 from ideogram4_quant.quant import quantize_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -91,10 +92,10 @@ def test_the_documented_order(case, only, caplog):
         for op in ("int8_linear", "int8_gemm", "smooth_rotate_quantize_rows")
     ]
     assert chosen == [whole, product, quantizer]
-    packed = SimpleNamespace(shape=(48, 144), device=device)
-    assert gguf_compute(packed, "Q4_K", 256, 64, LinearOptions()) == gguf
-    assert gguf_compute(packed, "Q8_0", 256, 64, LinearOptions()) == "dense"
-    assert gguf_compute(packed, "Q4_K", 256, 64, LinearOptions(gguf_compute="w8a8")) == "w8a8"
+    here = ((64, 48, 256), device, torch.float32, "auto")
+    assert compute_here("auto", "Q4_K", *here) == gguf
+    assert compute_here("auto", "Q8_0", *here) == "dense"
+    assert compute_here("w8a8", "Q4_K", *here) == "w8a8"
     slow = "run as plain torch formulas" in caplog.text
     assert slow == ("reference" in (whole, product))
     if slow:

@@ -20,6 +20,7 @@ from ideogram4_quant.ops import (
 )
 from ideogram4_quant.ops import linear as ops_linear
 from ideogram4_quant.ops.errors import BackendUnavailableError, OpError
+from ideogram4_quant.ops.gguf_compute import FEW_TOKENS, resolve_compute
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear, linear
 
 torch.set_num_threads(1)
@@ -232,9 +233,9 @@ def test_gguf_linear_is_near_the_decoded_weight(qtype, compute, dtype):
     ],
 )
 def test_auto_takes_int8_for_four_and_five_bits(qtype, k, want):
-    assert ops_linear.resolve_compute("auto", qtype, k) == want
+    assert resolve_compute("auto", qtype, k) == want
     packed = blocks.quantize(randn(6, k), qtype)
-    for tokens, chosen in ((ops_linear.FEW_TOKENS, want), (ops_linear.FEW_TOKENS - 1, "dense")):
+    for tokens, chosen in ((FEW_TOKENS, want), (FEW_TOKENS - 1, "dense")):
         x = randn(tokens, k, seed=1)
         auto = gguf_linear(x, packed, qtype, (6, k))
         assert torch.equal(auto, gguf_linear(x, packed, qtype, (6, k), compute=chosen))

@@ -27,6 +27,7 @@ from ideogram4_quant.checkpoint.listing import list_files, new_name, stamp
 from ideogram4_quant.nodes import costs, headers, report, residency
 from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.nodes.connections import leads_anywhere
+from ideogram4_quant.nodes.fused_choice import decide
 from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
 from ideogram4_quant.nodes.lora_files import parse_lora, stack
 from ideogram4_quant.ops.choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
@@ -653,6 +654,37 @@ def test_expected_memory_is_compared_with_what_is_free(model_file, ram, short):
     assert f"loading takes 10.00 GB of RAM, {ram}.00 GB are free" in line
     assert too_much == short
     assert ("pick a smaller level" in line) == short
+
+
+# ---- fused blocks
+
+RUNS = (BackendReport("triton", True, "Triton 3.7, sm_86"),)
+LACKS = (BackendReport("triton", False, "no Triton"),)
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "found", "on", "why"),
+    [
+        ("auto", "auto", RUNS, True, "on: the Triton kernels run here (Triton 3.7, sm_86)"),
+        ("auto", "triton", RUNS, True, "on: "),
+        ("auto", "auto", LACKS, False, "off: the Triton kernels do not run here (no Triton)"),
+        ("auto", "auto", (), False, "off: the Triton kernels do not run here"),
+        ("auto", "int_mm", RUNS, False, "off: they gain on the Triton kernels, not with int_mm"),
+        ("auto", "comfy_kitchen", RUNS, False, "off: "),
+        ("on", "auto", LACKS, True, "on, as asked"),
+        ("off", "auto", RUNS, False, "off, as asked"),
+        ("off", "comfy_kitchen", RUNS, False, "off, as asked"),
+    ],
+)
+def test_blocks_are_fused_where_the_kernels_run_or_where_asked(asked, backend, found, on, why):
+    decision = decide(asked, backend, found)
+    assert decision.on is on
+    assert decision.why.startswith(why)
+
+
+def test_fusing_over_a_backend_of_whole_layers_is_refused():
+    with pytest.raises(OpError, match=r"multiplies whole layers.*Set fused_blocks to auto or off"):
+        decide("on", "comfy_kitchen", RUNS)
 
 
 # ---- residency

@@ -94,9 +94,12 @@ class Layout(QuantizedLayout):
 
     @classmethod
     def input_recipe(
-        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+        cls, weight: QuantizedTensor, tokens: int, dtype: torch.dtype, options: LinearOptions
     ) -> tuple[Tensor | None, int | None] | None:
-        """``(smooth, rotation)`` of the int8 rows this weight multiplies; None: it takes values."""
+        """``(smooth, rotation)`` of the int8 rows this weight multiplies; None: it takes values.
+
+        For an input of so many tokens in ``dtype``.
+        """
         return None
 
     @classmethod

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import blocks
 from ..errors import OpError
-from ..linear import LinearOptions, gguf_compute, gguf_linear
+from ..gguf_compute import compute_here
+from ..linear import LinearOptions, gguf_linear
 from ..prequantized import gguf_product
 from ..rotation import largest_group
 from .base import BaseParams, Layout, check_dtype, check_matrix, row_chunks
@@ -85,13 +86,21 @@ class GGUFLayout(InputHooks, Layout):
 
     @classmethod
     def input_recipe(
-        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+        cls, weight: QuantizedTensor, tokens: int, dtype: torch.dtype, options: LinearOptions
     ) -> tuple[Tensor | None, int | None] | None:
         """Rotated by the largest group where this weight runs through int8."""
         params = weight._params
-        k = params.matrix_shape[1]
-        how = gguf_compute(weight._qdata, params.qtype, k, tokens, options)
-        return (None, largest_group(k)) if how == "w8a8" and not params.transposed else None
+        n, k = params.matrix_shape
+        compute = compute_here(
+            options.gguf_compute,
+            params.qtype,
+            (tokens, n, k),
+            weight.device,
+            dtype,
+            options.backend,
+        )
+        through_int8 = compute == "w8a8" and not params.transposed
+        return (None, largest_group(k)) if through_int8 else None
 
     @classmethod
     def multiply_rows(

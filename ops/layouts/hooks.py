@@ -87,7 +87,7 @@ class InputHooks:
         """Only plain calls: what is odd, or traced, goes the checked way through its parts."""
         if k != weight._params.matrix_shape[1] or not x.numel() or torch.compiler.is_compiling():
             return None
-        return cls.input_recipe(weight, x.numel() // x.shape[-1], LinearOptions())
+        return cls.input_recipe(weight, x.numel() // x.shape[-1], x.dtype, LinearOptions())
 
     @classmethod
     def _multiplied(

@@ -118,7 +118,7 @@ class Int8Layout(InputHooks, Layout):
 
     @classmethod
     def input_recipe(
-        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+        cls, weight: QuantizedTensor, tokens: int, dtype: torch.dtype, options: LinearOptions
     ) -> tuple[Tensor | None, int | None] | None:
         """Smoothing and rotation of this weight."""
         params = weight._params

@@ -1,0 +1,236 @@
+"""The fused blocks in the host: FILES (JSON: level -> conditional file), LORAS (folder).
+
+Fused against unfused at every level, alone and with what else may act on a model: patches, LoRAs,
+hooks, replaced forwards, partial loads, weights that arrive dense, clones. What comes back is
+relative errors against the same thing unfused, and how often the fused quantizers ran.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import inside
+from lora import make_inputs, run, stock
+from memory import run_partially
+
+
+def main() -> None:
+    pack, (files, loras) = inside.start()
+    import torch
+
+    with torch.inference_mode():
+        inputs = make_inputs()
+        found = {
+            level: check(pack, path, loras, inputs) for level, path in json.loads(files).items()
+        }
+        found["server's own"] = others(pack, json.loads(files)["INT8 W8A8 rotated"], inputs)
+    inside.report(found)
+
+
+def load(pack: str, path: str, fused: bool):
+    loading = inside.load(pack, "nodes.model_loading")
+    # GGUF through int8 whatever this machine measures as faster
+    options = inside.load(pack, "ops.linear").LinearOptions(gguf_compute="w8a8")
+    source = loading.ModelSource(Path(path), "conditional", options=options, fused=fused)
+    return loading.load_model(source)
+
+
+def check(pack: str, path: str, loras: str, inputs) -> dict:
+    import comfy.model_management as management
+    import torch
+
+    plain, fused = (load(pack, path, on) for on in (False, True))
+    wanted = run(plain, inputs)
+    counted = Counter(pack)
+    out = run(fused, inputs)
+    without = inside.load(pack, "nodes.fused_blocks").remove_fused_blocks(fused)
+    found = {
+        "plain": inside.relative(out, wanted),
+        "quantizers": counted.take(),
+        "removed": torch.equal(run(without, inputs), wanted),
+        "forwards left": count_foreign(without),
+        "again": torch.equal(run(fused, inputs), out),
+    }
+    changes = {
+        "patches": lambda model: stock(model, loras, "fused.safetensors", 1.0),
+        "side path": lambda model: side_path(pack, model, loras),
+        "bypass": lambda model: bypass(model, loras),
+    }
+    untouched = wanted
+    for name, change in changes.items():
+        wanted = run(change(plain), inputs)
+        found[f"{name}, effect"] = inside.relative(wanted, untouched)
+        counted.take()
+        found[name] = inside.relative(run(change(fused), inputs), wanted)
+        found[f"{name}, quantizers"] = counted.take()
+    partly = [run_partially(changes["patches"](model), inputs) for model in (plain, fused)]
+    found["partial"] = inside.relative(partly[1], partly[0])
+    management.unload_all_models()
+    copy = fused.clone(disable_dynamic=True, force_deepcopy=True)
+    own = copy.model.diffusion_model.layers[0]
+    found["follows"] = copy.object_patches["diffusion_model.layers.0.forward"].block is own
+    found["copy"] = torch.equal(run(copy, inputs), out)
+    counted.close()
+    return found
+
+
+def others(pack: str, path: str, inputs) -> dict:
+    """Hooks, replaced forwards and modules, weights that arrive dense, a poisoned model option."""
+    plain, fused = (load(pack, path, on) for on in (False, True))
+    blocks = inside.load(pack, "nodes.fused_blocks")
+    counted = Counter(pack)
+    found = {}
+    for name, change in CHANGES.items():
+        outputs = []
+        for model in (plain, fused):
+            untouched = run(model, inputs)
+            undo = change(model.model.diffusion_model.layers)
+            counted.take()
+            outputs.append(run(model, inputs))
+            if model is fused:
+                quantizers = counted.take()
+                model.pre_run()
+                status = blocks.status(model)
+            undo()
+        found[name] = {
+            "error": inside.relative(outputs[1], outputs[0]),
+            "effect": inside.relative(outputs[1], untouched),
+            "quantizers": quantizers,
+            "status": status,
+        }
+    counted.close()
+    return found
+
+
+def hook(name: str) -> Callable:
+    """A forward hook that turns the output around, and insists on tensors."""
+
+    def change(layers):
+        def flip(module, args, output):
+            args[0].mul(1.0)
+            return output.flip(-1)
+
+        handle = layers[0].get_submodule(name).register_forward_hook(flip)
+        return handle.remove
+
+    return change
+
+
+def global_hook(layers):
+    import torch
+
+    def look(module, args):
+        if "Linear" in type(module).__name__:
+            args[0].mul(1.0)
+
+    return torch.nn.modules.module.register_module_forward_pre_hook(look).remove
+
+
+def replaced(name: str) -> Callable:
+    """Another forward on one module, as a bypass or an object patch of another node sets it."""
+
+    def change(layers):
+        module = layers[0].get_submodule(name)
+        own = module.forward
+        module.forward = lambda x, *args, **kwargs: own(x.flip(-1), *args, **kwargs)
+
+        def undo():
+            module.forward = own
+
+        return undo
+
+    return change
+
+
+def dense_weight(layers):
+    """The host's cast API gives a plain weight, as it does where a patch is applied on the fly."""
+    module = layers[0].feed_forward.w1
+    module.weight_function = [lambda weight: weight.flip(0)]
+
+    def undo():
+        module.weight_function = []
+
+    return undo
+
+
+def training(layers):
+    import comfy.model_management as management
+
+    management.in_training = True
+
+    def undo():
+        management.in_training = False
+
+    return undo
+
+
+CHANGES = {
+    "nothing": lambda layers: lambda: None,
+    "hook on w1": hook("feed_forward.w1"),
+    "hook on qkv": hook("attention.qkv"),
+    "hook on o": hook("attention.o"),
+    "hook on attention": hook("attention"),
+    "hook on a norm": hook("ffn_norm1"),
+    "hook on the feed-forward": hook("feed_forward"),
+    "hook on everything": global_hook,
+    "another forward of w2": replaced("feed_forward.w2"),
+    "another forward of attention": replaced("attention"),
+    "another forward of a norm": replaced("attention_norm2"),
+    "dense weight": dense_weight,
+    "training": training,
+}
+
+
+def side_path(pack: str, model, loras: str):
+    import safetensors.torch
+
+    names, ours = (inside.load(pack, f"nodes.{name}") for name in ("lora_files", "lora_loading"))
+    state = safetensors.torch.load_file(Path(loras) / "fused.safetensors")
+    found = names.parse_lora(state, ours.linear_shapes(model), "fused.safetensors")
+    return ours.add_lora(model, found.for_copy("conditional", "as in the file"), 1.0)
+
+
+def bypass(model, loras: str):
+    import comfy.sd
+    import comfy.utils
+
+    state = comfy.utils.load_torch_file(str(Path(loras) / "fused.safetensors"))
+    return comfy.sd.load_bypass_lora_for_models(model, None, state, 1.0, 0.0)[0]
+
+
+def count_foreign(patcher) -> int:
+    """Modules whose forward is not that of their class."""
+    modules = patcher.model.diffusion_model.modules()
+    return sum(getattr(m.forward, "__func__", None) is not type(m).forward for m in modules)
+
+
+class Counter:
+    """Counts calls of the fused quantizers: norms of qkv and of w1 and w3, SwiGLU of w2."""
+
+    def __init__(self, pack: str):
+        self._module = inside.load(pack, "ops.prequantized")
+        self._own = {name: getattr(self._module, name) for name in ("normed_rows", "gated_rows")}
+        self._count = 0
+        for name, function in self._own.items():
+            setattr(self._module, name, self._counting(function))
+
+    def _counting(self, function: Callable) -> Callable:
+        def counting(*args):
+            self._count += 1
+            return function(*args)
+
+        return counting
+
+    def take(self) -> int:
+        count, self._count = self._count, 0
+        return count
+
+    def close(self) -> None:
+        for name, function in self._own.items():
+            setattr(self._module, name, function)
+
+
+if __name__ == "__main__":
+    main()
