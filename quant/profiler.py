@@ -20,7 +20,7 @@ from ..ops.fused import Activation, dense
 from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
 from .calibration import Calibration, LayerStats, Run
 from .encodings import Blocks
-from .errors import CalibrationError
+from .errors import CalibrationError, NonFiniteWeightError
 from .measure import dense_rows, row_chunks
 from .treatments import (
     ALPHAS,
@@ -96,13 +96,23 @@ class Profiler:
             yield
 
     def result(self, run: Run) -> Calibration:
-        """Everything seen. Raises CalibrationError if a block's linear was never called."""
+        """Everything seen. Raises CalibrationError for a block's linear that was never called, or
+        with values that are not finite."""
         silent = [key for key in self._modules if key not in self._seen and ".layers." in key]
         if silent:
             raise CalibrationError(
                 f"{len(silent)} linears were never called",
                 tensor=silent[0],
                 hint="Another patch runs these layers in its own way: take it off to calibrate.",
+            )
+        loud = [
+            key for key, seen in self._seen.items() if not bool(seen.stats.absmax.isfinite().all())
+        ]
+        if loud:
+            raise CalibrationError(
+                "the inputs of this linear are not finite",
+                tensor=loud[0],
+                hint="The model's values overflow: try bf16 or fp32, or another file.",
             )
         layers = {key: self._seen[key].stats for key in self._modules if key in self._seen}
         return Calibration(layers, self.times, (run,))
@@ -125,7 +135,7 @@ class Profiler:
     @torch.no_grad()
     def _count(self, key: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if key not in self._seen:
-            self._seen[key] = _Seen(module.weight, len(self.times), self._options.channels)
+            self._seen[key] = _Seen(key, module.weight, len(self.times), self._options.channels)
         self._seen[key].count(_rows(args[0]), self._column, self._options.tokens)
 
     @torch.no_grad()
@@ -137,9 +147,17 @@ class Profiler:
 class _Seen:
     """One linear: its statistics so far, and the output channels that errors are measured on."""
 
-    def __init__(self, weight: Tensor, columns: int, channels: int) -> None:
+    def __init__(self, key: str, weight: Tensor, columns: int, channels: int) -> None:
         n, k = weight.shape
         absmax, self._weight = _look_at(weight, channels)
+        if not bool(absmax.isfinite().all()):
+            raise NonFiniteWeightError(
+                "holds values that are not finite",
+                tensor=f"{key}.weight",
+                found=f"{absmax[~absmax.isfinite()][0].item()}",
+                needed="finite values",
+                hint="The model is damaged, or its training diverged.",
+            )
         zeros = partial(torch.zeros, dtype=torch.float64)
         self.stats = LayerStats(
             shape=(n, k),

@@ -5,19 +5,28 @@ import json
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.cli import main
 from ideogram4_quant.engine.calibrate import Prompt, calibrate, watched
 from ideogram4_quant.engine.encoder import load_encoder
-from ideogram4_quant.engine.generate import GenerateRequest, Models
+from ideogram4_quant.engine.generate import GenerateRequest, Models, initial_noise
 from ideogram4_quant.engine.loading import open_pair
-from ideogram4_quant.engine.transformer import load_transformer
+from ideogram4_quant.engine.transformer import load_transformer, prepare, velocity
+from ideogram4_quant.ops.errors import CheckpointError
 from ideogram4_quant.ops.reference import int8_linear, quantize_rows
 from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.pocket import data, diseases, paths
 from ideogram4_quant.pocket.encoder import CaptionEncoder
-from ideogram4_quant.quant import Calibration, CalibrationError, Run
+from ideogram4_quant.quant import (
+    Calibration,
+    CalibrationError,
+    QuantOptions,
+    Run,
+    quantize_checkpoint,
+)
 from ideogram4_quant.quant.profiler import Profiler, ProfilerOptions
 from ideogram4_quant.quant.treatments import Treatment, smoothing
 
@@ -199,6 +208,45 @@ def test_tokens_made_loud_are_found_in_every_w2(models, prompts, clean, strength
         assert sum(value > 0.3 for value in lost.values()) >= 3
 
 
+def test_files_made_by_calibration_are_more_faithful_than_fixed_recipes(models, prompts, tmp_path):
+    """One pass of a sick copy as each recipe stores it, against the same in bf16."""
+    state = sick_models("channels", diseases.MODERATE, range(4))
+    reference = load_transformer(Opened(state, diseases.sick_config("channels")))
+    calibration = measure(Models(reference, models.unconditional, None, None), prompts)
+    source = tmp_path / "sick.safetensors"
+    with safe_open(FILES[0], "pt") as file:
+        save_file(state, source, file.metadata())
+    x = initial_noise(3, 32, 128)
+
+    def predict(model):
+        return velocity(model, x, 0.4, prepare(model, 4, 8, prompts[0].features[None]))
+
+    wanted, found = predict(reference), {}
+    for name, (level, options) in {
+        "naive": ("INT8 W8A8", {}),
+        "rotated": ("INT8 W8A8 rotated", {}),
+        "paper": ("INT8 W8A8", {"alpha": 0.5, "protect_share": 17 / 211}),
+        "auto": ("INT8 W8A8 rotated", {"treatment": "auto"}),
+        "native, protected": (
+            "INT8 W8A8 rotated", {"treatment": "auto-native", "protect_below": 36.0},
+        ),
+    }.items():  # fmt: skip
+        out = tmp_path / f"{name}.safetensors"
+        quantize_checkpoint(
+            source, level, out, options=QuantOptions(calibration=calibration, **options)
+        )
+        made = open_checkpoint(out)
+        error = predict(load_transformer(made)) - wanted
+        found[name] = -20 * (error.norm() / wanted.norm()).log10().item()
+        if name == "native, protected":  # some of the sick ones stay in bf16, and nothing else
+            kept = [m for m in made.protected if m.startswith("layers.")]
+            assert kept
+            assert all(m.endswith("feed_forward.w2") for m in kept)
+    assert found["auto"] > found["paper"] + 2
+    assert found["paper"] > found["rotated"] + 3 > found["naive"] + 6
+    assert found["native, protected"] > found["rotated"] + 3
+
+
 def test_linears_that_are_never_called_are_named():
     called, silent = torch.nn.Linear(16, 4), torch.nn.Linear(16, 4)
     profiler = Profiler(
@@ -209,6 +257,23 @@ def test_linears_that_are_never_called_are_named():
             called(torch.rand(3, 16))
     with pytest.raises(CalibrationError, match=r"conditional\.layers\.0\.b.*never called"):
         profiler.result(Run({}, "", 1, (0,), 1, 1, 1))
+
+
+@pytest.mark.parametrize("where", ["weight", "input"])
+def test_values_that_are_not_finite_are_named(where):
+    linear, x = torch.nn.Linear(16, 4), torch.rand(3, 16)
+    (linear.weight.data if where == "weight" else x)[1, 2] = torch.nan
+    profiler = Profiler({"conditional.layers.0.a": linear}, [0.0], OPTIONS)
+
+    def run():
+        for phase in (profiler.statistics, profiler.errors):
+            with phase():
+                linear(x)
+        profiler.result(Run({}, "", 1, (0,), 1, 1, 1))
+
+    with pytest.raises(CheckpointError, match=r"conditional\.layers\.0\.a.*not finite"):
+        run()
+    assert not linear._forward_pre_hooks
 
 
 # ---- commands
