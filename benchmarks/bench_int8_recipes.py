@@ -84,14 +84,13 @@ class LinearErrors:
 
     def _hook(self, key: str):
         def see(module: nn.Module, args: tuple[Tensor, ...], wanted: Tensor) -> None:
+            true = wanted if module.bias is None else wanted - module.bias
+            signal = true.double().square().sum().item()
             for name, modules in self._weights.items():
-                other = modules[key]
-                error = linear(args[0], other.weight, other.bias) - wanted
-                if module.bias is not None:
-                    wanted = wanted - module.bias.to(wanted.dtype)
+                error = linear(args[0], modules[key].weight) - true
                 total = self.sums[name].setdefault(key, [0.0, 0.0])
                 total[0] += error.double().square().sum().item()
-                total[1] += wanted.double().square().sum().item()
+                total[1] += signal
 
         return see
 
@@ -157,6 +156,7 @@ def measure(variant, prompts: Sequence[Prompt], held_out, seeds, steps: int) -> 
                     "recipe": recipe,
                     "bf16": made[recipe]["bf16"],
                     "bytes": made[recipe]["bytes"],
+                    "linears_db": dict(zip(errors.sums[recipe], figures, strict=True)),
                     "linear_worst_db": min(figures),
                     "linear_median_db": statistics.median(figures),
                     "latents_db": fidelity,

@@ -19,6 +19,9 @@ from .generate import GenerateRequest, Models, initial_noise, sample
 from .linear import QuantLinear
 from .transformer import canonical_name, prepare
 
+OTHER_NOISE = 1 << 32
+"""Added to every seed in the second pass."""
+
 Progress = Callable[[int, int], None]
 
 
@@ -44,7 +47,9 @@ def calibrate(
 
     ``request`` gives size, preset, steps and guidance; its prompt and seed are not used.
     ``digests`` is copy -> SHA-256 of its file. ``progress(done, total)`` counts steps of both
-    passes. Encoder and VAE are not needed.
+    passes. Prompt i starts from the noise of seed + i; the errors are measured from other noise
+    than the statistics, so that a smoothing vector is judged on values that it was not made for.
+    Encoder and VAE are not needed.
     """
     steps = request.plan()
     rows, columns = grid_size(request.width, request.height)
@@ -53,17 +58,17 @@ def calibrate(
     profiler = Profiler(watched(models), [step.time for step in steps], options)
     total, done = 2 * len(prompts) * len(seeds) * len(steps), 0
 
-    def run() -> None:
+    def run(first: int) -> None:
         nonlocal done
         unconditional = None
         if models.unconditional is not None:
             unconditional = prepare(models.unconditional, rows, columns)
-        for prompt in prompts:
+        for i, prompt in enumerate(prompts):
             for seed in seeds:
                 profiler.at(steps[0].time)
                 features = prompt.features[None].to(device)
                 conditional = prepare(models.conditional, rows, columns, features)
-                x = initial_noise(seed, *shape).to(device)
+                x = initial_noise(first + seed + i, *shape).to(device)
                 for step, _ in sample(models, steps, x, conditional, unconditional):
                     if step.index + 1 < len(steps):
                         profiler.at(steps[step.index + 1].time)
@@ -72,9 +77,9 @@ def calibrate(
                         progress(done, total)
 
     with profiler.statistics():
-        run()
+        run(0)
     with profiler.errors():
-        run()
+        run(OTHER_NOISE)
     captions = json.dumps([prompt.text for prompt in prompts])
     return profiler.result(
         Run(

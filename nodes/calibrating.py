@@ -25,6 +25,8 @@ from .model_loading import source_of
 
 TOKEN_PIXELS = 16
 COPIES = ("conditional", "unconditional")
+OTHER_NOISE = 1 << 48
+"""Added to every seed in the second pass; beyond the seeds of the node's input."""
 
 
 class ProfilingGuider(DualCopyGuider):
@@ -77,11 +79,12 @@ def calibrate(
         if callback is not None:
             callback(done)
 
-    for phase in (profiler.statistics, profiler.errors):
+    # errors from other noise: smoothing is judged on values that it was not made for
+    for phase, first in ((profiler.statistics, 0), (profiler.errors, OTHER_NOISE)):
         with phase():
             for seed in seeds:
                 guider.sample(
-                    comfy.sample.prepare_noise(latent, seed),
+                    comfy.sample.prepare_noise(latent, first + seed),
                     latent,
                     comfy.samplers.sampler_object("euler"),
                     curve,

@@ -1,7 +1,8 @@
 """Watch the linears of a running model: statistics of their inputs, and what quantizing costs.
 
-Two passes over the same prompts and seeds. In the first every token is counted; the second knows
-the maxima, so it can smooth, and measures each candidate on a sample of tokens and output channels.
+Two passes over the same prompts. In the first every token is counted; the second knows the maxima,
+so it can smooth, and measures each candidate on a sample of tokens and output channels. It should
+start from other noise, so that a smoothing vector is judged on values that it was not made for.
 Nothing is kept of an input but sums and maxima.
 """
 

@@ -116,11 +116,13 @@ def smoothing(members: Sequence[LayerStats], alpha: float) -> Tensor:
     """``s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)`` over its geometric mean, fp32 [K].
 
     ``members`` are the linears that share the input. The weight's columns are multiplied by s, the
-    activations divided. Source: SmoothQuant, arXiv 2211.10438, eq. 4.
+    activations divided. Source: SmoothQuant, arXiv 2211.10438, eq. 4. Channels quieter than the
+    median count as the median one: a calibration hears a channel that fires seldom too softly, and
+    dividing by too little would make it the loudest of all where it does fire.
     """
     x = torch.stack([stats.absmax for stats in members]).amax(0)
     w = torch.stack([stats.weight_absmax for stats in members]).amax(0)
-    return smooth_factors(x, w, alpha).float()
+    return smooth_factors(x.clamp_min(x.median()), w, alpha).float()
 
 
 def smooth_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) -> Tensor:

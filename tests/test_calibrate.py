@@ -131,14 +131,16 @@ def test_w1_and_w3_share_their_smoothing():
 
     stats = [LayerStats.of(x, weight) for weight in members]
     joint = smoothing(stats, 0.5)
-    wanted = (x.abs().amax(0) / torch.cat(members).abs().amax(0)).sqrt()
+    loudest = x.abs().amax(0)
+    loudest = loudest.clamp_min(loudest.median())  # what was hardly heard counts as usual
+    wanted = (loudest / torch.cat(members).abs().amax(0)).sqrt()
     torch.testing.assert_close(joint, wanted / wanted.log().mean().exp())
     silent = torch.cat([x[:, :8], torch.zeros(9, 8)], dim=1)
     assert smoothing([LayerStats.of(silent, members[0])], 0.5).isfinite().all()
 
 
 def test_runs_over_halves_merge_to_the_run_over_all(clean, models, prompts):
-    halves = [measure(models, [prompt]) for prompt in prompts]
+    halves = [measure(models, [prompt], seeds=[i]) for i, prompt in enumerate(prompts)]
     both = halves[0].merge(halves[1])
     assert both.layers.keys() == clean.layers.keys()
     for key, stats in both.layers.items():
@@ -204,8 +206,10 @@ def test_tokens_made_loud_are_found_in_every_w2(models, prompts, clean, strength
         assert {key for key, _ in sick.ranking("int8")[:4]} == set(w2)
         assert min(lost.values()) > 10
         assert all(sick.layers[k].kurtosis > 5 * clean.layers[k].kurtosis for k in w2)
-    else:  # layer 0 is rough from the start: its own outliers hide moderate ones
-        assert sum(value > 0.3 for value in lost.values()) >= 3
+    else:  # moderate ones hide behind the outliers that a layer has of its own
+        assert min(lost.values()) > 0
+        assert max(lost.values()) > 1
+        assert all(sick.layers[k].kurtosis > 1.05 * clean.layers[k].kurtosis for k in w2)
 
 
 def test_files_made_by_calibration_are_more_faithful_than_fixed_recipes(models, prompts, tmp_path):
@@ -242,7 +246,7 @@ def test_files_made_by_calibration_are_more_faithful_than_fixed_recipes(models, 
             kept = [m for m in made.protected if m.startswith("layers.")]
             assert kept
             assert all(m.endswith("feed_forward.w2") for m in kept)
-    assert found["auto"] > found["paper"] + 2
+    assert found["auto"] > found["paper"] + 1
     assert found["paper"] > found["rotated"] + 3 > found["naive"] + 6
     assert found["native, protected"] > found["rotated"] + 3
 
