@@ -78,7 +78,7 @@ def test_existing_files_stay_unless_asked(server, folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "a/b", "..\\x", "/tmp/x", ".hidden", "nul", "C:x", "x.safetensors", "..", "x\n"],
+    ["../x", "a/b", "..\\x", "/tmp/x", ".hidden", "nul", "C:x", "x.safetensors", "..", "x\ny"],
 )
 def test_names_do_not_leave_the_folder(server, folder, name):
     before = sorted(path for path in folder.parent.parent.rglob("*") if path.is_file())
