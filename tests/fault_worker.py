@@ -201,6 +201,9 @@ def full(write: Write, tries: int, folder: Path) -> dict:
 
 def readonly(write: Write, tries: int, folder: Path) -> dict:
     """A folder in which the process may not write."""
+    rehearsal = folder.with_name(f"{folder.name}-rehearsal")
+    prepare(rehearsal)
+    write(rehearsal)  # imports what it needs while the package may be read
     source = prepare(folder)
     (folder / "store").mkdir()
     for path in (folder, *folder.rglob("*")):
