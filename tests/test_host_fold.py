@@ -90,5 +90,7 @@ def test_removal_leaves_no_trace(found, level):
 def test_behind_the_stock_loader_our_node_is_right_and_the_stock_node_is_not(found, level):
     folded, plain, effect = found[f"{level}, folded"], found[level], found["effect"]
     assert folded["stock loader, side path"] < 0.15 * effect
-    assert folded["stock loader, patched"] > 0.5 * effect
+    # how wrong depends on how far the factors spread; never so little as to pass for rounding
+    assert folded["stock loader, patched"] > 0.3 * effect
+    assert folded["stock loader, patched"] > 4 * folded["patched"]
     assert plain["stock loader, patched"] < 0.15 * effect
