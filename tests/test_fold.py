@@ -181,13 +181,13 @@ def test_quantized_rows_are_taken_where_the_input_is_not_folded(mode):
     options = LinearOptions()
     folded, _ = make("int8 rotated", FOLDS["rows of v, rotated"], weight)
     layout = folded.layout_cls
-    recipe = layout.input_recipe(folded, 5, options)
+    recipe = layout.input_recipe(folded, 5, x.dtype, options)
     assert recipe == (None, 256)
     q, scale = reference.smooth_rotate_quantize_rows(x, *recipe)
     y = layout.multiply_rows(q, scale, folded, bias, x.dtype, options)
     assert relative(y, linear(x, folded, bias)) < 1e-6
     inputs_too, _ = make("int8 rotated", FOLDS["all"], weight)
-    assert layout.input_recipe(inputs_too, 5, options) is None
+    assert layout.input_recipe(inputs_too, 5, x.dtype, options) is None
 
 
 def test_only_layouts_that_are_written_folded_can_be():

@@ -80,7 +80,8 @@ def test_smoothing_moves_the_outlier_into_the_weight_and_w1_and_w3_share_it(stat
     assert torch.equal(first, third)
     weight = state[names[1]].float()
     columns = weight.abs().amax(0)
-    expected = (calibration.layer("conditional", names[1][:-7]).absmax / columns).sqrt()
+    loud = calibration.layer("conditional", names[1][:-7]).absmax
+    expected = (loud.clamp_min(loud.median()) / columns).sqrt()
     ratio = second / expected
     assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-4)
     assert torch.allclose(made[names[1]].dequantize(), weight, atol=weight.abs().max() / 50)

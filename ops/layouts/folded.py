@@ -74,13 +74,13 @@ class FoldedLayout(Layout):
 
     @classmethod
     def input_recipe(
-        cls, weight: QuantizedTensor, tokens: int, options: LinearOptions
+        cls, weight: QuantizedTensor, tokens: int, dtype: torch.dtype, options: LinearOptions
     ) -> tuple[Tensor | None, int | None] | None:
         """BASE's where the fold leaves the input alone; None where it changes it."""
         fold = fold_of(weight._params)
         if fold.smooth is not None or fold.rotation is not None:
             return None
-        return cls.BASE.input_recipe(weight, tokens, options)
+        return cls.BASE.input_recipe(weight, tokens, dtype, options)
 
     @classmethod
     def multiply_rows(
