@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ideogram4_quant.ops import fused, prequantized
+from ideogram4_quant.ops import fused, layouts, prequantized
 from ideogram4_quant.ops.errors import BackendUnavailableError
+from ideogram4_quant.ops.fold import Fold
 from ideogram4_quant.ops.linear import LinearOptions, linear
 from ideogram4_quant.tests.fused_block import (
     LAYOUTS,
@@ -33,6 +34,22 @@ def test_fused_equals_unfused_in_fp32(kinds, bias):
     block = Block(kinds=kinds, bias=bias)
     inputs = block.inputs(2, 37)
     # Only roundings to int8 that fall the other way.
+    assert relative(block.fused(*inputs), block.unfused(*inputs)) < 1e-3
+
+
+@pytest.mark.parametrize("where", ["rows", "inputs"])
+@pytest.mark.parametrize("kind", ["int8 rotated", "Q4_K"])
+def test_folded_weights_fuse_where_the_fold_leaves_their_inputs_alone(kind, where):
+    def folded(n, k, seed, dtype):
+        spread = {"rows": n, "inputs": k}[where]
+        factors = 2 ** randn(spread, seed=seed).double()
+        fold = Fold(rows=factors) if where == "rows" else Fold(smooth=factors)
+        weight = randn(n, k, seed=seed) / k**0.5
+        stored = encode(fold.fold(weight.double()).float(), kind, dtype)
+        return layouts.folded_tensor(stored, fold)
+
+    block = Block(make=folded)
+    inputs = block.inputs(2, 37)
     assert relative(block.fused(*inputs), block.unfused(*inputs)) < 1e-3
 
 
