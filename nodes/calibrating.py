@@ -21,9 +21,9 @@ from ..quant.source import files_of
 from .guidance import Guidance
 from .guider import DualCopyGuider
 from .headers import open_header
+from .latents import TOKEN_PIXELS
 from .model_loading import source_of
 
-TOKEN_PIXELS = 16
 COPIES = ("conditional", "unconditional")
 OTHER_NOISE = 1 << 48
 """Added to every seed in the second pass; beyond the seeds of the node's input."""

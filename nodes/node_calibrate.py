@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import comfy.model_management as management
 import comfy.utils
 import folder_paths
-import torch
 from comfy_api.latest import io
 
 from ..quant.calibration import Calibration
 from ..quant.fragility import fragility_table
 from ..sampling import check_size
-from .calibrating import TOKEN_PIXELS, calibrate
+from .calibrating import calibrate
+from .latents import empty_latent
 from .sampling_inputs import (
     make_guidance,
     model_inputs,
@@ -25,7 +24,6 @@ from .sampling_inputs import (
 from .schema import CATEGORY
 
 CalibrationType = io.Custom("IDEOGRAM4_CALIBRATION")
-LATENT_CHANNELS = 128
 SHOWN = 12
 
 
@@ -106,8 +104,7 @@ class Calibrate(io.ComfyNode):
         check_size(width, height)
         target = _target(filename_prefix)
         curve, _ = schedule(preset, width, height, steps, 1.0)
-        size = (1, LATENT_CHANNELS, height // TOKEN_PIXELS, width // TOKEN_PIXELS)
-        latent = torch.zeros(size, device=management.intermediate_device())
+        latent = empty_latent(width, height)
         progress = comfy.utils.ProgressBar(2 * pictures * (len(curve) - 1))
         found = calibrate(
             conditional,

@@ -11,7 +11,6 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from .costs import without_guidance
 from .fused_blocks import status
 from .guidance import Guidance
 from .guider import DualCopyGuider
+from .latents import TOKEN_PIXELS, empty_latent
 from .sampling_inputs import (
     denoise_input,
     guidance_inputs,
@@ -33,8 +33,6 @@ from .sampling_inputs import (
 from .schema import CATEGORY
 
 logger = logging.getLogger(__name__)
-TOKEN_PIXELS = 16
-LATENT_CHANNELS = 128
 
 
 class Sampler(io.ComfyNode):
@@ -85,7 +83,7 @@ class Sampler(io.ComfyNode):
     ) -> io.NodeOutput:
         if latent is None:
             check_size(width, height)
-            latent = {"samples": _empty_latent(width, height, batch_size)}
+            latent = {"samples": empty_latent(width, height, batch_size)}
         chosen = make_guidance(preset, **guidance)
         guider = DualCopyGuider(conditional, unconditional, positive, chosen, residency)
         started = time.perf_counter()
@@ -105,11 +103,6 @@ class Sampler(io.ComfyNode):
         lines = [f"{len(curve) - 1} steps at {width}x{height}, {seconds:.1f} s", *warnings]
         lines += _report(guider, chosen, curve)
         return io.NodeOutput({**out, "samples": samples}, "\n".join(lines))
-
-
-def _empty_latent(width: int, height: int, batch: int) -> Tensor:
-    size = (batch, LATENT_CHANNELS, height // TOKEN_PIXELS, width // TOKEN_PIXELS)
-    return torch.zeros(size, device=management.intermediate_device())
 
 
 def _sample(
