@@ -98,7 +98,7 @@ def _device(device: dict) -> Iterator[str]:
 
 def _files(found: dict) -> Iterator[str]:
     for kind, files in found["found"].items():
-        yield f"{kind}: {' or '.join(found['folders'][kind])}"
+        yield f"{kind}: {' or '.join(reversed(found['folders'][kind]))}"
         for file in files:
             level = f", {file['level']}" if file["level"] else ""
             yield f"  {file['name']}, {_gb(file['bytes'])}{level}"

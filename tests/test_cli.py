@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,4 +180,16 @@ def test_python_dash_m():
         [sys.executable, "-m", "ideogram4_quant", "--version"], capture_output=True, text=True
     )
     assert done.returncode == 0
+    assert done.stdout.startswith("ideogram4-quant ")
+
+
+def test_a_folder_of_any_name_runs_without_being_installed(tmp_path):
+    folder = tmp_path / "custom_nodes" / "ideogram4-quant"
+    folder.parent.mkdir()
+    folder.symlink_to(Path(cli.__file__).parent, target_is_directory=True)
+    # -I -S: neither the working directory nor an installed copy can help
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(folder), "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ideogram4-quant ")

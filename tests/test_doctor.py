@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import socket
 from pathlib import Path
 
 import pytest
 
 from ideogram4_quant import cli
-from ideogram4_quant.checkpoint.levels import LEVELS, WORKING_MEMORY
+from ideogram4_quant.checkpoint.levels import LEVELS, WORKING_MEMORY, residency
 from ideogram4_quant.doctor import examine, expected
 from ideogram4_quant.doctor.comfyui import find_host, model_folders
 from ideogram4_quant.doctor.machine import Device
@@ -152,6 +153,19 @@ def test_levels_say_what_fits_a_card(comfyui, monkeypatch, memory, fits):
     int8 = found["levels"][LEVELS.index("INT8 W8A8")]
     assert int8["on_this_device"] == fits
     assert int8["copy_bytes"] + WORKING_MEMORY < 12 * GB
+
+
+def test_the_readme_says_of_cards_what_the_sizes_say():
+    words = {"both": "both resident", "alternating": "take turns", "streamed": "streamed"}
+    readme = (Path(examine.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) GB \| (.+?) \| (.+?) GB \| (.+?) \|$", readme, re.MULTILINE)
+    assert [int(memory) for memory, *_ in rows] == [24, 16, 12, 8]
+    for memory, levels, sizes, said in rows:
+        free = (int(memory) - 1) * 2**30
+        copies = sorted(expected.copy_bytes(level) for level in levels.split(", "))
+        ends = sorted({copies[0], copies[-1]})
+        assert [f"{size / 1e9:.1f}" for size in ends] == sizes.split(" to ")
+        assert {words[residency((size, size), free)] for size in copies} == {said}
 
 
 def test_computed_sizes_are_those_of_published_files():
