@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import comfy.model_patcher
 import comfy.sample
@@ -55,18 +55,12 @@ def calibrate(
 
     ``latent`` [1, 128, H / 16, W / 16] gives the size. ``callback(steps done)`` counts the steps of
     both passes. The models are as before when it is over, and after a failure too. Raises OpError
-    for models with patched weights, CalibrationError for linears that another patch bypasses.
+    for models that are changed by a LoRA, whichever way, and CalibrationError for linears that
+    another patch bypasses.
     """
     models = dict(zip(COPIES, (conditional, unconditional), strict=True))
     models = {copy: patcher for copy, patcher in models.items() if patcher is not None}
-    for copy, patcher in models.items():
-        if patcher.patches:
-            raise OpError(
-                f"the weights of the {copy} model are patched",
-                found=f"{len(patcher.patches)} patches",
-                needed="the model as it will be quantized",
-                hint="Take the LoRA off to calibrate.",
-            )
+    _check_unpatched(models, positive)
     guider = ProfilingGuider(conditional, unconditional, positive, guidance)
     times = [1.0 - sigma for sigma in curve[:-1].tolist()]
     profiler = Profiler(_linears(models), times, options)
@@ -93,6 +87,29 @@ def calibrate(
                     seed=seed,
                 )
     return profiler.result(_run(models, positive, latent, seeds, len(times)))
+
+
+def _check_unpatched(models: dict[str, comfy.model_patcher.ModelPatcher], positive: list) -> None:
+    """What would be calibrated is what the files hold: OpError for weights changed on top of it."""
+    found = {copy: list(_changes(patcher)) for copy, patcher in models.items()}
+    found["caption"] = ["a LoRA hook" for _, options in positive if options.get("hooks")]
+    for where, changes in found.items():
+        if changes:
+            raise OpError(
+                f"the {where} brings a LoRA or another change of the weights",
+                found=", ".join(changes),
+                needed="the model as it will be quantized",
+                hint="Take the LoRA off to calibrate.",
+            )
+
+
+def _changes(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[str]:
+    """Each way in which the host lets a node change what a model's linears give."""
+    if patcher.patches:
+        yield f"{len(patcher.patches)} patched weights"
+    if patcher.weight_wrapper_patches:
+        yield f"{len(patcher.weight_wrapper_patches)} wrapped weights"
+    yield from (f"paths beside the weights ({key})" for key in patcher.injections)
 
 
 def _linears(models: dict[str, comfy.model_patcher.ModelPatcher]) -> dict[str, nn.Module]:

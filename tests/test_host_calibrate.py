@@ -81,6 +81,21 @@ def test_runs_are_chained_numbered_and_leave_the_models_alone(found):
     assert "most fragile" in found["report"]
 
 
-def test_patched_weights_are_refused(found):
-    assert "are patched" in found["patched"]
-    assert "LoRA" in found["patched"]
+@pytest.mark.parametrize("copy", ["conditional", "unconditional"])
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        ("side path", "ideogram4_quant_lora"),
+        ("patched", "1 patched weights"),
+        ("bypassed", "bypass_lora"),
+    ],
+)
+def test_a_model_with_a_lora_is_refused_whichever_way_it_came(found, copy, way, words):
+    message = found["refused"][f"{copy}, {way}"]
+    assert message.startswith(f"the {copy} brings a LoRA")
+    assert words in message
+    assert "Take the LoRA off" in message
+
+
+def test_a_caption_that_brings_a_lora_is_refused(found):
+    assert found["refused"]["caption"].startswith("the caption brings a LoRA")
