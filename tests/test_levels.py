@@ -1,0 +1,158 @@
+"""From files to levels: headers, pairs of copies, what auto takes, what is missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ideogram4_quant.checkpoint import ModelConfig
+from ideogram4_quant.checkpoint.levels import (
+    AUTO,
+    AUTO_ORDER,
+    LEVELS,
+    WORKING_MEMORY,
+    capability,
+    find_pair,
+    read_catalogue,
+    resolve,
+)
+from ideogram4_quant.checkpoint.listing import list_files
+from ideogram4_quant.nodes import headers
+from ideogram4_quant.ops.errors import CheckpointError, NotIdeogram4Error, TruncatedFileError
+from ideogram4_quant.tests.fixtures_levels import BOTH, COND, UNCOND, Header, catalogue
+
+PACK = Path(headers.__file__).parents[1]
+
+
+def test_headers_are_read_once_for_each_state_of_a_file(tmp_path, monkeypatch):
+    read = []
+
+    def open_file(path, *_, **__):
+        read.append(path.name)
+        if path.name == "broken.gguf":
+            raise TruncatedFileError("ends early", file=path)
+        return object()
+
+    monkeypatch.setattr(headers, "open_checkpoint", open_file)
+    good, broken = tmp_path / "good.gguf", tmp_path / "broken.gguf"
+    for path in (good, broken):
+        path.write_bytes(b"1")
+    first = headers.open_header(good)
+    assert headers.open_header(good) is first
+    os.utime(good, ns=(0, 1))  # touched
+    assert headers.open_header(good) is not first
+    good.write_bytes(b"12")  # grown
+    os.utime(good, ns=(0, 1))
+    headers.open_header(good)
+    assert read == ["good.gguf"] * 3
+    for _ in range(2):  # an error is not kept: the download may be finished by now
+        with pytest.raises(TruncatedFileError):
+            headers.open_header(broken)
+    assert read[3:] == ["broken.gguf"] * 2
+
+
+def test_catalogue_passes_over_other_models_and_notes_broken_files(tmp_path):
+    for name in ("good", "other", "broken"):
+        (tmp_path / f"{name}.gguf").touch()
+
+    def open_file(path: Path):
+        if path.stem == "other":
+            raise NotIdeogram4Error("other")
+        if path.stem == "broken":
+            raise TruncatedFileError("ends early", file=path)
+        return Header("Q8_0", COND)
+
+    found = read_catalogue(list_files("models", [str(tmp_path)]), open_file)
+    assert [c.name for c in found.candidates] == ["good.gguf"]
+    assert list(found.broken) == ["broken.gguf"]
+    with pytest.raises(CheckpointError, match="ends early"):
+        resolve("NF4", found, LEVELS, 0)
+
+
+def test_copies_are_paired_by_the_names_that_differ_least():
+    files = catalogue(
+        **{
+            "a/ideogram4-Q4_0.gguf": Header("Q4_0", COND),
+            "a/ideogram4_uncond-Q4_0.gguf": Header("Q4_0", UNCOND),
+            "b/tuned-unconditional-Q4_0.gguf": Header("Q4_0", UNCOND),
+            "b/tuned-Q4_0.gguf": Header("Q4_0", COND),
+        }
+    )
+    for name, partner in (
+        ("a/ideogram4-Q4_0.gguf", "a/ideogram4_uncond-Q4_0.gguf"),
+        ("b/tuned-Q4_0.gguf", "b/tuned-unconditional-Q4_0.gguf"),
+    ):
+        others = [c for c in files.candidates if c.name == name or c.header.copies == UNCOND]
+        found = find_pair("Q4_0", others)
+        assert (found.conditional.name, found.unconditional.name) == (name, partner)
+
+
+def test_files_of_another_size_are_no_partners():
+    small = ModelConfig(num_layers=4)
+    files = catalogue(a=Header("Q4_0", COND), b=Header("Q4_0", UNCOND, config=small))
+    assert find_pair("Q4_0", files.candidates).unconditional is None
+
+
+def test_one_file_with_both_copies_comes_first_and_others_are_noted():
+    files = catalogue(a=Header("Q8_0", COND), b=Header("Q8_0", UNCOND), z=Header("Q8_0", BOTH))
+    found = find_pair("Q8_0", files.candidates)
+    assert found.conditional.name == found.unconditional.name == "z"
+    assert "a, b" in found.notes[0]
+    assert found.weight_bytes() == (500, 500)
+
+
+def test_auto_takes_the_first_level_that_fits_then_the_smallest():
+    gigabyte = 10**9
+    files = catalogue(
+        big=Header("INT8 W8A8", BOTH, 20 * gigabyte),
+        middle=Header("Q6_K", BOTH, 14 * gigabyte),
+        small=Header("Q4_0", BOTH, 10 * gigabyte),
+    )
+    order = AUTO_ORDER["int8 and bfloat16"]
+
+    def level(memory: int) -> str:
+        return resolve(AUTO, files, order, memory).level
+
+    assert level(20 * gigabyte + WORKING_MEMORY) == "INT8 W8A8"
+    assert level(20 * gigabyte) == "Q6_K"
+    assert level(12 * gigabyte) == "Q4_0"
+    # one copy at a time fits: the fastest again
+    assert resolve(AUTO, catalogue(a=files.candidates[0].header), order, 12 * gigabyte)
+    assert level(gigabyte) == "Q4_0"
+
+
+def test_auto_takes_linears_alone_only_with_a_base():
+    files = catalogue(a=Header("INT8 W8A8", BOTH, linears_only=True), b=Header("BF16", BOTH))
+    order = AUTO_ORDER["int8 and bfloat16"]
+    assert resolve(AUTO, files, order, 10**12).level == "BF16"
+    assert resolve(AUTO, files, order, 10**12, with_base=True).level == "INT8 W8A8"
+    assert resolve("INT8 W8A8", files, order, 10**12).level == "INT8 W8A8"
+
+
+def test_ampere_tries_the_levels_in_the_documented_order():
+    listed = "INT8 W8A8 rotated, INT8 W8A8, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0, NF4, FP8, BF16"
+    found = AUTO_ORDER[capability(int8=True, bfloat16=True)]
+    assert ", ".join(found[:10]) == listed
+    turing = AUTO_ORDER[capability(int8=True, bfloat16=False)]
+    assert turing.index("Q4_0") < turing.index("Q8_0")  # a 16-bit product is one in float32 there
+    assert AUTO_ORDER[capability(int8=False, bfloat16=True)][0] == "BF16"
+
+
+def test_help_page_lists_what_auto_tries():
+    page = (PACK / "web/docs/Ideogram4QuantLoad.md").read_text("utf-8")
+    for order in AUTO_ORDER.values():
+        assert f"| {', '.join(order)} |" in page
+
+
+def test_every_level_has_its_place_in_every_order():
+    for order in AUTO_ORDER.values():
+        assert sorted(order) == sorted(LEVELS)
+
+
+def test_missing_level_says_what_there_is():
+    with pytest.raises(CheckpointError, match="Pick one of: FP8, Q4_0"):
+        resolve("NF4", catalogue(a=Header("Q4_0", COND), b=Header("FP8", COND)), LEVELS, 0)
+    with pytest.raises(CheckpointError, match="no Ideogram 4 file"):
+        resolve(AUTO, catalogue(), LEVELS, 0)

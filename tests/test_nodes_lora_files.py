@@ -1,0 +1,105 @@
+"""LoRA files of every trainer: names, copies, split rows, and those that are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ideogram4_quant.nodes.lora_files import parse_lora, stack
+from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError
+
+SHAPES = {"layers.0.attention.qkv": (12, 4), "layers.0.attention.o": (4, 4), "input_proj": (4, 6)}
+
+
+def pair(module: str, rank: int, names=("lora_A.weight", "lora_B.weight"), rows=None, prefix=""):
+    fused = module.replace("to_q", "qkv").replace("to_k", "qkv").replace("to_v", "qkv")
+    n, k = SHAPES[fused.replace("to_out.0", "o")]
+    generator = torch.Generator().manual_seed(len(module) + rank)
+    return {
+        f"{prefix}{module}.{names[0]}": torch.randn(rank, k, generator=generator),
+        f"{prefix}{module}.{names[1]}": torch.randn(rows or n, rank, generator=generator),
+    }
+
+
+def delta(update) -> torch.Tensor:
+    return update.up @ update.down
+
+
+@pytest.mark.parametrize(
+    ("prefix", "copy"),
+    [
+        ("", None),
+        ("diffusion_model.", None),
+        ("model.diffusion_model.", None),
+        ("transformer.", None),
+        ("base_model.model.", None),
+        ("base_model.model.transformer.", None),
+        ("conditional_transformer.", "conditional"),
+        ("unconditional_transformer.", "unconditional"),
+    ],
+)
+def test_prefixes_say_the_copy_or_nothing(prefix, copy):
+    found = parse_lora(pair("layers.0.attention.o", 2, prefix=prefix), SHAPES, "f")
+    assert list(found.updates) == [copy]
+    assert list(found.updates[copy]) == ["layers.0.attention.o"]
+    assert found.unknown == []
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "lora_transformer_"])
+def test_underscored_names_are_resolved_by_the_model(prefix):
+    state = pair("layers.0.attention.o", 2, ("lora_down.weight", "lora_up.weight"))
+    state = {
+        prefix + k.replace("layers.0.attention.o", "layers_0_attention_o"): v
+        for k, v in state.items()
+    }
+    state[f"{prefix}layers_0_attention_o.alpha"] = torch.tensor(1.0)
+    found = parse_lora(state, SHAPES, "f").updates[None]["layers.0.attention.o"]
+    down, up, _ = state.values()
+    torch.testing.assert_close(delta(found), up @ down / 2)
+
+
+def test_split_rows_land_on_their_third():
+    state = pair("layers.0.attention.to_v", 2, rows=4) | pair("layers.0.attention.to_q", 3, rows=4)
+    update = parse_lora(state, SHAPES, "f").updates[None]["layers.0.attention.qkv"]
+    v_down, v_up, q_down, q_up = state.values()
+    expected = torch.cat([q_up @ q_down, torch.zeros(4, 4), v_up @ v_down])
+    torch.testing.assert_close(delta(update), expected)
+    assert update.rank == 5
+
+
+def test_stacked_updates_add_up_with_their_strengths():
+    first = parse_lora(pair("input_proj", 2), SHAPES, "f").updates[None]["input_proj"]
+    second = parse_lora(pair("input_proj", 3), SHAPES, "f").updates[None]["input_proj"]
+    both = stack([(first, 0.5), (second, -2.0)])
+    torch.testing.assert_close(delta(both), 0.5 * delta(first) - 2.0 * delta(second))
+
+
+def test_unnamed_updates_go_to_the_conditional_copy_unless_told():
+    state = pair("input_proj", 2) | pair(
+        "layers.0.attention.o", 2, prefix="unconditional_transformer."
+    )
+    found = parse_lora(state, SHAPES, "f")
+    assert list(found.for_copy("conditional", "as in the file")) == ["input_proj"]
+    assert list(found.for_copy("unconditional", "as in the file")) == ["layers.0.attention.o"]
+    assert len(found.for_copy("unconditional", "both")) == 2
+    assert found.for_copy("conditional", "unconditional") == {}
+
+
+def test_other_tensors_are_counted_not_dropped_silently():
+    state = pair("input_proj", 2) | {"layers.0.attention.o.lokr_w1": torch.zeros(2, 2)}
+    assert parse_lora(state, SHAPES, "f").unknown == ["layers.0.attention.o.lokr_w1"]
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [
+        ({}, CheckpointError),
+        ({"text_model.q.lora_A.weight": torch.zeros(2, 4)}, CheckpointError),
+        ({"input_proj.lora_A.weight": torch.zeros(2, 6)}, CorruptFileError),
+        (pair("input_proj", 2) | {"input_proj.lora_B.weight": torch.zeros(5, 2)}, CorruptFileError),
+        (pair("input_proj", 2) | {"input_proj.dora_scale": torch.zeros(4)}, CheckpointError),
+    ],
+)
+def test_unusable_loras_are_refused(state, error):
+    with pytest.raises(error):
+        parse_lora(state, SHAPES, "name-of-file")

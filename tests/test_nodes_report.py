@@ -1,0 +1,154 @@
+"""The loader's report: what was found, what will run and why, what it costs and needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ideogram4_quant.checkpoint.levels import LEVELS, find_pair
+from ideogram4_quant.nodes import costs, report
+from ideogram4_quant.ops.choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
+from ideogram4_quant.ops.dispatch import BackendReport
+from ideogram4_quant.ops.linear import LinearOptions
+from ideogram4_quant.tests.fixtures_levels import BOTH, Header, catalogue
+
+PACK = Path(report.__file__).parents[1]
+
+
+@pytest.fixture
+def model_file(tmp_path, monkeypatch) -> Path:
+    """What the candidate named f stands for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").write_bytes(bytes(100))
+    return tmp_path / "f"
+
+
+def machine(memory: int, dtype: str = "bfloat16") -> report.Machine:
+    backends = (
+        BackendReport("triton", False, "no compiler here"),
+        BackendReport("int_mm", True, "torch._int_mm"),
+    )
+    return report.Machine("card", memory, dtype, backends)
+
+
+@pytest.mark.parametrize(
+    ("level", "compute", "expected"),
+    [
+        ("INT8 W8A8", "auto", "backend: int_mm (torch._int_mm)"),
+        ("Q4_K", "auto", "backend: int_mm (torch._int_mm)"),
+        ("Q4_K", "dense", "backend: dense bfloat16, weights decoded layer by layer"),
+        ("Q8_0", "auto", "backend: dense bfloat16, weights decoded layer by layer"),
+        ("FP8", "auto", "backend: dense bfloat16, weights decoded layer by layer"),
+        ("BF16", "auto", "backend: dense bfloat16"),
+    ],
+)
+def test_report_says_what_multiplies_and_why_not_the_others(model_file, level, compute, expected):
+    chosen = find_pair(level, catalogue(f=Header(level, BOTH)).candidates)
+    options = LinearOptions(gguf_compute=compute)
+    lines = report.text(chosen, "auto", options, machine(10**12)).splitlines()
+    assert expected in lines
+    cost = [line for line in lines if "on the pocket model" in line]
+    assert len(cost) == level.startswith("Q")
+    if cost:
+        figures = costs.figures()["choices"]
+        for kind in ("w8a8", "dense"):
+            assert f"{figures[f'{level} {kind}']['sqnr']} dB" in cost[0]
+    assert ("  triton: no compiler here" in lines) == ("int_mm" in expected)
+
+
+def measurement(op: str, tokens: int, detail: str, **seconds: float) -> Measurement:
+    size = (18, 256) if op == ATTENTION else (4608, 12288)
+    return Measurement(Key(op, *size, tokens, "bfloat16", detail), seconds)
+
+
+def test_report_says_what_was_measured(model_file):
+    table = Table(
+        [
+            measurement(LINEAR, 4608, "0", int_mm=3e-3, triton=2e-3),
+            measurement(LINEAR, 512, "0", int_mm=1e-3, triton=2e-3),
+        ]
+    )
+    here = replace(machine(10**12), measured=table)
+    chosen = find_pair("INT8 W8A8", catalogue(f=Header("INT8 W8A8", BOTH)).candidates)
+    lines = report.text(chosen, "auto", LinearOptions(), here).splitlines()
+    assert "backend: triton, the fastest measured here for each shape" in lines
+    figures = "  int8 linear 12288 -> 4608, 4608 tokens, bfloat16: triton 2 ms, int_mm 3 ms"
+    assert figures in lines
+    assert not any("512 tokens" in line for line in lines)
+    assert "attention: the host's own setting" in lines
+    asked = report.text(chosen, "auto", LinearOptions(backend="int_mm"), here)
+    assert "backend: int_mm, as asked" in asked
+
+
+def test_report_says_where_decoding_is_faster(model_file):
+    chosen = find_pair("Q4_K", catalogue(f=Header("Q4_K", BOTH)).candidates)
+    for dense, expected in ((1e-3, "faster here than int8"), (3e-3, "backend: int_mm")):
+        table = Table([measurement(GGUF, 2048, "Q4_K", w8a8=2e-3, dense=dense)])
+        here = replace(machine(10**12), measured=table)
+        assert expected in report.text(chosen, "auto", LinearOptions(), here)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ("host", "attention: the host's own setting"),
+        ("sdpa", "attention: sdpa, as asked"),
+        ("int8", "relative error of 0.010 against 0.002"),
+        ("auto", "int8, the fastest measured here"),
+    ],
+)
+def test_report_says_which_attention_and_what_it_costs(model_file, asked, expected):
+    chosen = find_pair("FP8", catalogue(f=Header("FP8", BOTH)).candidates)
+    found = measurement(ATTENTION, 4608, "", sdpa=9e-3, int8=3e-3)
+    table = Table([replace(found, errors={"sdpa": 2e-3, "int8": 1e-2})])
+    here = replace(machine(10**12), attention=asked, measured=table)
+    shown = report.text(chosen, "auto", LinearOptions(), here)
+    assert expected in shown
+    assert ("relative error: int8 1.0e-02, sdpa 2.0e-03" in shown) == (asked != "host")
+    assert report.summary(chosen, "auto", LinearOptions(), here)["attention"] in shown
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [(12, "everything stays there"), (10, "one copy at a time"), (6, "streamed from RAM")],
+)
+def test_report_says_what_fits(model_file, memory, expected):
+    chosen = find_pair("Q4_0", catalogue(f=Header("Q4_0", BOTH, 10**10)).candidates)
+    shown = report.text(chosen, "Q4_0", LinearOptions(), machine(memory * 10**9, "float32"))
+    assert expected in shown
+    assert "no bfloat16" in shown
+    assert f"fingerprint {report.fingerprint(model_file)[:16]}" in shown
+
+
+def test_figures_of_every_gguf_level_are_there():
+    found = costs.figures()
+    levels = [level for level in LEVELS if level.startswith("Q")]
+    assert list(found["linear"]) == levels
+    for level in levels:
+        for kind in ("w8a8", "dense"):
+            assert 0 < found["choices"][f"{level} {kind}"]["sqnr"] < 100
+    alone = found["choices"]["conditional alone"]["time"]
+    assert f"{alone} x the time" in costs.without_guidance()
+    page = (PACK / "web/docs/Ideogram4QuantGuider.md").read_text("utf-8")
+    assert f"| the conditional copy alone | {alone:.2f} |" in page
+    for row, name in {
+        "reuse_unconditional 2": "reuse 2",
+        "guidance_end 0.5": "guidance until half",
+    }.items():
+        measured = found["choices"][name]
+        start = f"| {row} | {measured['time']:.2f} | {measured['sqnr']} dB"
+        line = next(line for line in page.splitlines() if line.startswith(start))
+        assert line.endswith(f"| {measured['words']} of {found['prompts']} |")
+
+
+@pytest.mark.parametrize(("ram", "short"), [(21, False), (9, True)])
+def test_expected_memory_is_compared_with_what_is_free(model_file, ram, short):
+    chosen = find_pair("Q4_0", catalogue(f=Header("Q4_0", BOTH, 10**10)).candidates)
+    here = replace(machine(24 * 10**9), free=3 * 10**9, ram_free=ram * 10**9)
+    line, too_much = report.expected_memory(chosen, here)
+    assert "card has 24.00 GB, 3.00 GB of them free: everything stays there" in line
+    assert f"loading takes 10.00 GB of RAM, {ram}.00 GB are free" in line
+    assert too_much == short
+    assert ("pick a smaller level" in line) == short
