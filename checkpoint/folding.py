@@ -80,6 +80,11 @@ class Folding:
     def __bool__(self) -> bool:
         return bool(self.smooth or self.rotation)
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The linears whose input is divided or rotated by the weights before them."""
+        return tuple(dict.fromkeys((*self.smooth, *self.rotation)))
+
     @cached_property
     def _sites(self) -> dict[str, Site]:
         """producer -> its site, for every site with something folded."""

@@ -17,6 +17,10 @@ _FITS = {
     "streamed": "streamed from RAM, slow",
     None: "memory unknown",
 }
+_FOLDED = (
+    "folded: this pack undoes it; behind ComfyUI's own loader, LoRAs are right with Load LoRA for "
+    "Ideogram 4 alone"
+)
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -102,6 +106,8 @@ def _files(found: dict) -> Iterator[str]:
         for file in files:
             level = f", {file['level']}" if file["level"] else ""
             yield f"  {file['name']}, {_gb(file['bytes'])}{level}"
+            if file.get("folded"):
+                yield f"    {_FOLDED}"
             if file.get("sha256"):
                 yield f"    SHA-256 {file['sha256']}"
         if not files:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checkpoint import open_checkpoint, open_encoder
+from ..checkpoint import Checkpoint, open_checkpoint, open_encoder
 from ..checkpoint.levels import (
     AUTO,
     AUTO_ORDER,
     LEVELS,
+    Candidate,
     Catalogue,
     Pair,
     capability,
@@ -42,13 +43,16 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
     folders, notes = model_folders(host.root)
     listings = {kind: list_files(kind, roots) for kind, roots in folders.items()}
     device = find_device()
-    models = read_catalogue(listings["diffusion_models"], open_checkpoint)
+    models = read_catalogue(listings["diffusion_models"], _open_model)
     encoders, bad_encoders = _open_all(listings["text_encoders"], open_encoder)
     vaes, bad_vaes = _open_all(listings["vae"], _open_vae)
     pairs = {level: find_pair(level, models.candidates) for level in LEVELS}
     broken = models.broken | bad_encoders | bad_vaes
     found = {
-        "diffusion_models": [_file(c.name, c.path, c.header.level) for c in models.candidates],
+        "diffusion_models": [
+            _file(c.name, c.path, c.header.level) | {"folded": _is_folded(c)}
+            for c in models.candidates
+        ],
         "text_encoders": [_file(name, path, encoder.level) for name, path, encoder in encoders],
         "vae": [_file(name, path, None) for name, path, _ in vaes],
     }
@@ -96,6 +100,19 @@ def _file(name: str, path: Path, level: str | None) -> dict:
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     size = sum(p.stat().st_size for p in files)
     return {"name": name, "path": str(path), "bytes": size, "level": level}
+
+
+def _is_folded(candidate: Candidate) -> bool:
+    header = candidate.header
+    return any(header.folding(copy) is not None for copy in header.copies)
+
+
+def _open_model(path: Path) -> Checkpoint:
+    """The header, and the record of what was folded, which may be broken too."""
+    header = open_checkpoint(path)
+    for copy in header.copies:
+        header.folding(copy)
+    return header
 
 
 def _checksum(path: Path) -> str | None:

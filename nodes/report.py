@@ -32,6 +32,10 @@ _RESIDENCY = {
     ALTERNATING: "one copy at a time, the other waits in RAM",
     STREAMED: "weights are streamed from RAM, slow; pick a smaller level",
 }
+_UNFOLDED = (
+    "undone while loading, so LoRAs work here by any node; in the stock loader they are right with "
+    "Load LoRA for Ideogram 4 alone"
+)
 _SAMPLE = 1 << 16
 _SAMPLES = 16
 
@@ -67,6 +71,7 @@ def summary(
                 "name": candidate.name,
                 "bytes": candidate.header.size,
                 "fingerprint": fingerprint(candidate.path),
+                "folded": len(_folded(copy, candidate)),
             }
             for copy, candidate in _copies(pair)
         },
@@ -80,6 +85,7 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused
         lines.append(_file_line(copy, candidate))
     if pair.unconditional is None:
         lines.append("unconditional: no file of this level, so there is no guidance without one")
+    lines += _folded_lines(pair)
     lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
     if pair.level.startswith("Q"):
         lines.append(f"  {costs.gguf_compute(pair.level, _gguf_compute(pair.level, options))}")
@@ -135,6 +141,18 @@ def _file_line(copy: str, candidate: Candidate) -> str:
         f"fingerprint {fingerprint(candidate.path)[:16]}; "
         f"which copy it is: {header.copy_reason}"
     )
+
+
+def _folded(copy: str, candidate: Candidate) -> tuple[str, ...]:
+    """Linears of a copy whose input is changed by the weights before them; mostly none."""
+    folding = candidate.header.folding(copy)
+    return () if folding is None else folding.linears
+
+
+def _folded_lines(pair: Pair) -> list[str]:
+    counts = {copy: len(_folded(copy, candidate)) for copy, candidate in _copies(pair)}
+    found = [f"{copy} {count} linears" for copy, count in counts.items() if count]
+    return [f"folded: {', '.join(found)}; {_UNFOLDED}"] if found else []
 
 
 def _protected_line(pair: Pair) -> str:

@@ -111,7 +111,7 @@ def inspect_file(
 
 def _folded(checkpoint: Checkpoint) -> tuple[str, ...]:
     foldings = (checkpoint.folding(copy) for copy in checkpoint.copies)
-    found = [name for f in foldings if f for name in (*f.smooth, *f.rotation)]
+    found = [name for folding in foldings if folding for name in folding.linears]
     return tuple(dict.fromkeys(found))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ideogram4_quant.checkpoint import ModelConfig
+from ideogram4_quant.checkpoint.folding import Folding
 from ideogram4_quant.checkpoint.levels import Candidate, Catalogue
 from ideogram4_quant.checkpoint.listing import list_files
 
@@ -25,6 +26,11 @@ class Header:
     layout: str = "some layout"
     protected: tuple[str, ...] = ()
     paths: tuple[Path, ...] = (Path("f"),)
+
+    folded: Folding | None = None
+
+    def folding(self, copy: str) -> Folding | None:
+        return self.folded
 
     def reads_text(self, copy: str) -> bool:
         return True

@@ -9,6 +9,9 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ideogram4_quant import cli
 from ideogram4_quant.checkpoint.levels import LEVELS, WORKING_MEMORY, residency
@@ -87,6 +90,25 @@ def test_text_says_the_same_for_people(complete, capsys):
     for words in ("ComfyUI 0.33.0", "comfy-kitchen", "int8 by", "Nothing is missing", "auto picks"):
         assert words in shown
     assert "ideogram4_int8_convrot.safetensors, 9.58 GB" in shown
+
+
+def test_folded_file_is_said_with_what_it_means_for_loras(complete, tiny, capsys):
+    assert not any(file["folded"] for file in as_json(capsys)[1]["found"]["diffusion_models"])
+    path = complete / "models" / "diffusion_models" / "folded.safetensors"
+    name = "layers.0.attention.qkv"
+    with safe_open(tiny.conditional_file, "pt") as opened:
+        metadata = opened.metadata() | {"lora_basis": "folded"}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    width = tensors[f"{name}.weight"].shape[1]
+    save_file(tensors | {f"fold.{name}.smooth": torch.ones(width)}, path, metadata)
+    (file,) = [f for f in as_json(capsys)[1]["found"]["diffusion_models"] if f["folded"]]
+    assert file["name"] == path.name
+    cli.main(["doctor"])
+    assert "LoRAs are right with Load LoRA for Ideogram 4 alone" in capsys.readouterr().out
+    save_file(tensors | {f"fold.{name}.smooth": torch.zeros(width)}, path, metadata)
+    code, found = as_json(capsys)
+    assert code == 1
+    assert "factors that cannot be divided by" in found["broken"][path.name]
 
 
 def test_checksums_are_those_of_the_files(complete, tiny, capsys):

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from ideogram4_quant.checkpoint.folding import Folding
 from ideogram4_quant.checkpoint.levels import LEVELS, find_pair
 from ideogram4_quant.nodes import costs, report
 from ideogram4_quant.ops.choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
@@ -120,6 +122,21 @@ def test_report_says_what_fits(model_file, memory, expected):
     assert expected in shown
     assert "no bfloat16" in shown
     assert f"fingerprint {report.fingerprint(model_file)[:16]}" in shown
+
+
+def test_report_says_that_a_file_is_folded_and_what_of_loras(model_file):
+    smooth = {name: torch.ones(4) for name in ("layers.0.attention.qkv", "layers.0.attention.o")}
+    folding = Folding(smooth, {"layers.0.attention.o": 64})
+    for header, count in ((Header("Q8_0", BOTH), 0), (Header("Q8_0", BOTH, folded=folding), 2)):
+        chosen = find_pair("Q8_0", catalogue(f=header).candidates)
+        asked = (chosen, "auto", LinearOptions(), machine(10**12))
+        lines = [line for line in report.text(*asked).splitlines() if line.startswith("folded: ")]
+        assert len(lines) == (count > 0)
+        for line in lines:
+            assert "conditional 2 linears, unconditional 2 linears; undone while loading" in line
+            assert "LoRAs work here by any node" in line
+        files = report.summary(*asked)["files"]
+        assert {file["folded"] for file in files.values()} == {count}
 
 
 def test_figures_of_every_gguf_level_are_there():
