@@ -11,6 +11,7 @@ from pathlib import Path
 from ..ops.errors import CheckpointError, NotIdeogram4Error, PairMismatchError
 from .checkpoints import Checkpoint, check_pair
 from .listing import Listing
+from .published import files_of
 
 AUTO = "auto"
 LEVELS = (
@@ -228,14 +229,14 @@ def _bare(name: str) -> str:
 def _nothing_found(level: str, catalogue: Catalogue) -> CheckpointError:
     there = sorted({c.header.level for c in catalogue.candidates}, key=_rank)
     wanted = "Ideogram 4 file" if level == AUTO else f"{level} file of Ideogram 4"
-    broken = "".join(f" {why}" for why in catalogue.broken.values())
-    folders = " or ".join(catalogue.listing.roots) or "the diffusion_models folder"
-    choice = "" if level == AUTO or not there else f"Pick one of: {', '.join(there)}. Or "
-    advice = f"put the files into {folders} and press R."
+    files = files_of(None if level == AUTO else level)
+    advice = f"{files} into {catalogue.listing.folder} and press R."
+    pick = level != AUTO and there
+    hint = f"Pick one of: {', '.join(there)}. Or put {advice}" if pick else f"Put {advice}"
     return CheckpointError(
         f"there is no {wanted}",
         found=", ".join(there) if there else "none",
-        hint=(choice + advice if choice else advice.capitalize()) + broken,
+        hint=" ".join((hint, *catalogue.broken.values())),
     )
 
 

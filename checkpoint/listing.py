@@ -40,6 +40,16 @@ class Listing:
         """For a node's list: the names, or where to put a file if there is none."""
         return self.names or [f"(no file in models/{self.kind} yet)"]
 
+    @property
+    def folder(self) -> str:
+        """Where to put a file: the folder named after the kind, which hosts may list behind others.
+
+        CheckpointError where the host has no folder of this kind.
+        """
+        if not self.roots:
+            raise CheckpointError(f"no {self.kind} folder is set up in ComfyUI")
+        return next((root for root in self.roots if Path(root).name == self.kind), self.roots[0])
+
     def problem(self, name: str | None, wanted: str = "") -> bool | str:
         """For a node's validation: True, or what is wrong with the name and what to do.
 
@@ -48,24 +58,22 @@ class Listing:
         """
         if name is None or name.replace("\\", "/") in self.paths:
             return True
-        folders = " or ".join(self.roots)
         download = f" Most people want {wanted}." if wanted else ""
         if not self.paths:
-            return f"There is no file in {folders}: put one there and press R.{download}"
+            return f"There is no file in {self.folder}: put one there and press R.{download}"
         return (
-            f"{name!r} is not in {folders}. Pick another file, or put that one there and press R."
-            + download
+            f"{name!r} is not in {' or '.join(self.roots)}. Pick another file, or put that one "
+            f"into {self.folder} and press R.{download}"
         )
 
     def path(self, name: str) -> Path:
         """The path behind a name; CheckpointError names the folders that were looked in."""
         found = self.paths.get(name.replace("\\", "/"))
         if found is None:
-            folders = " or ".join(self.roots) or f"a {self.kind} folder (none is set up)"
             raise CheckpointError(
                 f"there is no such file among the {self.kind}",
                 file=name,
-                hint=f"Put it into {folders}, press R in ComfyUI to refresh, and pick it again.",
+                hint=f"Put it into {self.folder}, press R to refresh, and pick it again.",
             )
         return found
 

@@ -23,11 +23,12 @@ from ..checkpoint.levels import (
     resolve,
 )
 from ..checkpoint.listing import Listing, list_files
+from ..checkpoint.published import PUBLISHED, Published
 from ..checkpoint.safetensors_header import read_safetensors_header
 from ..ops.errors import CheckpointError, NotIdeogram4Error
 from .comfyui import Host, model_folders
-from .expected import EXPECTED, Expected, copy_bytes
 from .machine import Device, find_device, ram, versions
+from .sizes import copy_bytes
 
 _LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
 _SIZE_TOLERANCE = 0.02  # published sizes are rounded
@@ -67,7 +68,7 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
         "folders": folders,
         "found": found,
         "broken": broken,
-        "expected": [_expected(item, listings[item.kind]) for item in EXPECTED],
+        "expected": [_expected(item, listings[item.kind]) for item in PUBLISHED],
         "levels": [_level(level, pairs[level], device) for level in LEVELS],
         "auto": _auto(models, device),
         "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
@@ -126,7 +127,7 @@ def _checksum(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _expected(item: Expected, listing: Listing) -> dict:
+def _expected(item: Published, listing: Listing) -> dict:
     """A published file and whether it is here, whole as far as its size tells."""
     name = next((n for n in listing.names if n.rpartition("/")[2] == item.name), None)
     here = None if name is None else listing.paths[name].stat().st_size

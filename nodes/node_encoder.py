@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..checkpoint.published import most_wanted
 from .encoder_loading import load_encoder
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 
 FOLDERS = "text_encoders"
-WANTED = "qwen3vl_8b_fp8_scaled.safetensors, from huggingface.co/Comfy-Org/Qwen3-VL"
 
 
 class LoadEncoder(io.ComfyNode):
@@ -50,7 +50,7 @@ class LoadEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        return host_listing(FOLDERS).problem(encoder, WANTED)
+        return host_listing(FOLDERS).problem(encoder, most_wanted(FOLDERS))
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import comfy.model_management as management
 import comfy.utils
-import folder_paths
 from comfy_api.latest import io
 
 from ..checkpoint import open_checkpoint
 from ..checkpoint.listing import new_name, stamp
+from ..checkpoint.published import most_wanted
 from ..quant.block_types import POLICIES
 from ..quant.quantize import SUFFIXES, quantize_checkpoint
 from ..quant.recipes import RECIPES, QuantOptions, recipe_of
@@ -22,7 +22,6 @@ FOLDERS = "diffusion_models"
 NONE = "none"
 AS_IN_FILE = "as in the file"
 COPIES = (AS_IN_FILE, "conditional", "unconditional")
-WANTED = "ideogram4_fp8_scaled.safetensors, from huggingface.co/Comfy-Org/Ideogram-4"
 
 
 class Quantize(io.ComfyNode):
@@ -131,7 +130,7 @@ class Quantize(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, source: str | None = None, base_file: str | None = None) -> bool | str:
         listing = host_listing(FOLDERS)
-        problem = listing.problem(source, WANTED)
+        problem = listing.problem(source, most_wanted(FOLDERS))
         if problem is not True or base_file in (None, NONE):
             return problem
         return listing.problem(base_file)
@@ -166,7 +165,7 @@ class Quantize(io.ComfyNode):
             found = open_checkpoint(path, base, copy=which)
             name = "-".join(found.copies if which is None else (which,))
             filename = f"ideogram4-{name}-{recipe.level.replace(' ', '_')}"
-        out = _folder() / new_name(filename, suffix)
+        out = Path(listing.folder) / new_name(filename, suffix)
         bar: comfy.utils.ProgressBar | None = None
 
         def progress(done: int, total: int) -> None:
@@ -194,9 +193,3 @@ class Quantize(io.ComfyNode):
             keep_partial=True,
         )
         return io.NodeOutput(str(out), f"{report.table()}\n\nPress R to see it in the loaders.")
-
-
-def _folder() -> Path:
-    """models/diffusion_models: the host lists its old name, unet, before it."""
-    folders = [Path(folder) for folder in folder_paths.get_folder_paths(FOLDERS)]
-    return next((folder for folder in folders if folder.name == FOLDERS), folders[0])

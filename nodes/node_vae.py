@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..checkpoint.published import most_wanted
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 from .vae_loading import load_vae
 
 FOLDERS = "vae"
-WANTED = "flux2-vae.safetensors, from huggingface.co/Comfy-Org/flux2-dev"
 
 
 class LoadVAE(io.ComfyNode):
@@ -44,7 +44,7 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae: str | None = None) -> bool | str:
-        return host_listing(FOLDERS).problem(vae, WANTED)
+        return host_listing(FOLDERS).problem(vae, most_wanted(FOLDERS))
 
     @classmethod
     def fingerprint_inputs(cls, vae: str) -> str:

@@ -37,5 +37,5 @@ class Header:
 
 
 def catalogue(**files: Header) -> Catalogue:
-    listing = list_files("diffusion models", ["/models"])
+    listing = list_files("diffusion_models", ["/Models/unet", "/Models/diffusion_models"])
     return Catalogue(listing, [Candidate(name, Path(name), h) for name, h in files.items()])

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 
 from ideogram4_quant import cli
 from ideogram4_quant.checkpoint.levels import LEVELS, WORKING_MEMORY, residency
-from ideogram4_quant.doctor import examine, expected
+from ideogram4_quant.checkpoint.published import PUBLISHED
+from ideogram4_quant.doctor import examine
 from ideogram4_quant.doctor.comfyui import find_host, model_folders
 from ideogram4_quant.doctor.machine import Device
+from ideogram4_quant.doctor.sizes import copy_bytes
 from ideogram4_quant.ops.dispatch import BackendReport
 
 GB = 10**9
@@ -184,16 +186,16 @@ def test_the_readme_says_of_cards_what_the_sizes_say():
     assert [int(memory) for memory, *_ in rows] == [24, 16, 12, 8]
     for memory, levels, sizes, said in rows:
         free = (int(memory) - 1) * 2**30
-        copies = sorted(expected.copy_bytes(level) for level in levels.split(", "))
+        copies = sorted(copy_bytes(level) for level in levels.split(", "))
         ends = sorted({copies[0], copies[-1]})
         assert [f"{size / 1e9:.1f}" for size in ends] == sizes.split(" to ")
         assert {words[residency((size, size), free)] for size in copies} == {said}
 
 
 def test_computed_sizes_are_those_of_published_files():
-    published = {item.level: item.nbytes for item in expected.EXPECTED if "convrot" in item.name}
+    published = {item.level: item.nbytes for item in PUBLISHED if "convrot" in item.name}
     (level, nbytes), *_ = published.items()
-    assert abs(expected.copy_bytes(level) / nbytes - 1) < 0.01
+    assert abs(copy_bytes(level) / nbytes - 1) < 0.01
 
 
 @pytest.mark.parametrize("where", ["--comfyui", "nowhere"])

@@ -151,8 +151,25 @@ def test_every_level_has_its_place_in_every_order():
         assert sorted(order) == sorted(LEVELS)
 
 
-def test_missing_level_says_what_there_is():
-    with pytest.raises(CheckpointError, match="Pick one of: FP8, Q4_0"):
-        resolve("NF4", catalogue(a=Header("Q4_0", COND), b=Header("FP8", COND)), LEVELS, 0)
-    with pytest.raises(CheckpointError, match="no Ideogram 4 file"):
+def test_missing_level_says_what_there_is_and_what_to_put_where():
+    there = catalogue(a=Header("Q4_0", COND), b=Header("FP8", COND))
+    with pytest.raises(CheckpointError, match=r"Pick one of: FP8, Q4_0\. Or put files of NF4 into"):
+        resolve("NF4", there, LEVELS, 0)
+    with pytest.raises(CheckpointError, match="Quantize Ideogram 4 makes them"):
+        resolve("Q5_1", there, LEVELS, 0)
+    with pytest.raises(CheckpointError, match=r"both copies \(from huggingface.co/leejet/"):
+        resolve("Q4_0", catalogue(), LEVELS, 0)
+    with pytest.raises(CheckpointError) as caught:
+        resolve("INT8 W8A8 rotated", catalogue(), LEVELS, 0)
+    assert str(caught.value).endswith(
+        "Put ideogram4_int8_convrot.safetensors and "
+        "ideogram4_unconditional_int8_convrot.safetensors (from huggingface.co/Comfy-Org/"
+        "Ideogram-4) into /Models/diffusion_models and press R."
+    )
+
+
+def test_auto_without_any_file_says_what_most_people_want():
+    with pytest.raises(CheckpointError, match="no Ideogram 4 file") as caught:
         resolve(AUTO, catalogue(), LEVELS, 0)
+    for words in ("ideogram4_int8_convrot", "for INT8 W8A8 rotated or ideogram4-q4_k.gguf"):
+        assert words in str(caught.value)

@@ -1,0 +1,83 @@
+"""The files that others publish: what there is of each level, how large, and where.
+
+Sizes are those on the files' pages, rounded as they are there. No checksum is known here: compare
+what ``doctor --sha256`` prints with the file's page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_SITE = "huggingface.co"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file somebody publishes. level is None for the encoder and the VAE; sha256: if known."""
+
+    name: str
+    kind: str
+    nbytes: int | None
+    repository: str
+    level: str | None = None
+    sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The page to download it from."""
+        return f"https://{_SITE}/{self.repository}"
+
+
+PUBLISHED = (
+    *(
+        Published(f"{name}.safetensors", "diffusion_models", nbytes, "Comfy-Org/Ideogram-4", level)
+        for name, nbytes, level in (
+            ("ideogram4_int8_convrot", 9_580_000_000, "INT8 W8A8 rotated"),
+            ("ideogram4_unconditional_int8_convrot", 9_580_000_000, "INT8 W8A8 rotated"),
+            ("ideogram4_fp8_scaled", 9_280_000_000, "FP8"),
+            ("ideogram4_unconditional_fp8_scaled", 9_280_000_000, "FP8"),
+        )
+    ),
+    *(
+        Published(name, "diffusion_models", nbytes, f"transformerlab/{repository}", level)
+        for name, nbytes, repository, level in (
+            ("ideogram4-q8_0.gguf", 19_700_000_000, "ideogram-4-gguf-q8_0", "Q8_0"),
+            ("ideogram4-q4_k.gguf", 10_440_000_000, "ideogram-4-gguf-q4_k", "Q4_K"),
+        )
+    ),
+    Published(
+        "qwen3vl_8b_fp8_scaled.safetensors",
+        "text_encoders",
+        10_600_000_000,
+        "Comfy-Org/Qwen3-VL",
+    ),
+    Published("flux2-vae.safetensors", "vae", 336_000_000, "Comfy-Org/flux2-dev"),
+)
+# pages with files of a level whose names are not settled
+_PAGES = {"Q4_0": ("leejet/ideogram-4-GGUF", "molbal/ideogram-4-gguf")}
+_FIRST_CHOICES = ("INT8 W8A8 rotated", "Q4_K")  # for 24 GB, and for less
+
+
+def most_wanted(kind: str) -> str:
+    """The file of a folder that most people want, and its page: ``NAME, from PAGE``."""
+    found = next(file for file in PUBLISHED if file.kind == kind and file.level in (None, "FP8"))
+    return f"{found.name}, from {_SITE}/{found.repository}"
+
+
+def files_of(level: str | None) -> str:
+    """What to download for a level, for people; None: for any."""
+    if level is None:
+        return " or ".join(f"{files_of(each)} for {each}" for each in _FIRST_CHOICES)
+    files = [file for file in PUBLISHED if file.level == level]
+    if files:
+        names = " and ".join(file.name for file in files)
+        return f"{names} (from {_pages({file.repository for file in files})})"
+    if level in _PAGES:
+        return f"both copies (from {_pages(_PAGES[level])})"
+    made = level.startswith(("Q", "INT8"))
+    return f"files of {level}" + (" (the node Quantize Ideogram 4 makes them)" if made else "")
+
+
+def _pages(repositories: Iterable[str]) -> str:
+    return " or ".join(f"{_SITE}/{repository}" for repository in repositories)
