@@ -27,10 +27,11 @@ from ideogram4_quant.ops import choice_files
 from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.ops.errors import Ideogram4QuantError
 from ideogram4_quant.ops.new_file import replaced
-from ideogram4_quant.quant import Calibration, LayerStats, quantize_checkpoint
+from ideogram4_quant.quant import Calibration, LayerStats, QuantOptions, quantize_checkpoint
 from ideogram4_quant.tests import quant_model
 
 Write = Callable[[Path], object]
+OTHER = "bf16-unconditional.safetensors"
 _KEY = "ab" * 32  # of a picture in the store
 _NOBODY = 65534
 
@@ -58,6 +59,21 @@ def quantize_gguf(folder: Path) -> None:
     quantize_checkpoint(source, "Q8_0", folder / "out.gguf", overwrite=True)
 
 
+def pair(folder: Path) -> None:
+    """Both copies in one file."""
+    source, other = (folder / "source" / name for name in ("bf16.safetensors", OTHER))
+    lab = QuantOptions("transformer-lab")
+    quantize_checkpoint(
+        source, "INT8 W8A8", folder / "out.safetensors", pair=other, options=lab, overwrite=True
+    )
+
+
+def resumed(folder: Path) -> None:
+    """Going on where a killed run stopped."""
+    source, out = folder / "source" / "bf16.safetensors", folder / "out.safetensors"
+    quantize_checkpoint(source, "INT8 W8A8", out, overwrite=True, keep_partial=True, resume=True)
+
+
 def calibration(folder: Path) -> None:
     x, weight = torch.ones(4, 4096), torch.ones(8, 4096)
     layers = {f"conditional.layers.{i}.attention.o": LayerStats.of(x, weight) for i in range(20)}
@@ -83,7 +99,10 @@ def choices(folder: Path) -> None:
 
 WRITERS: dict[str, Write] = {
     f.__name__: f
-    for f in (safetensors, gguf, quantize, quantize_gguf, calibration, store, report, choices)
+    for f in (
+        *(safetensors, gguf, quantize, quantize_gguf, pair, resumed),
+        *(calibration, store, report, choices),
+    )
 }
 
 
@@ -132,9 +151,10 @@ def outputs(folder: Path) -> dict[str, str]:
 
 
 def prepare(folder: Path) -> dict[str, str]:
-    """A source to quantize; its digest."""
+    """Sources to quantize, one for each copy; their digests."""
     (folder / "source").mkdir(parents=True, exist_ok=True)
     quant_model.write(folder / "source" / "bf16.safetensors", quant_model.weights())
+    quant_model.write(folder / "source" / OTHER, quant_model.weights(1), "unconditional")
     return digests(folder)
 
 

@@ -106,6 +106,7 @@ def test_loading_sampling_and_decoding_need_no_network(found):
 def test_ten_cycles_of_loading_and_unloading_return_the_memory(found):
     _, warm, *cycles = found["cycles"]
     assert len(cycles) == 10
+    print(f"resident {warm / 1e6:.0f} MB after one cycle, at most {max(cycles) / 1e6:.0f} MB later")
     assert max(cycles) < 1.02 * warm, [round(c / warm, 4) for c in cycles]
 
 
@@ -118,5 +119,7 @@ def test_two_hundred_pictures_in_a_row(inputs, in_host):
     assert soak["cancelled"] == 28
     assert soak["kinds"] == 8
     assert soak["wrong"] == []
+    memory = [round(m / 1e6) for m in soak["memory"]]
+    print(f"resident {min(memory)} to {max(memory)} MB, at first {memory[0]}, at last {memory[-1]}")
     warm, rest = max(soak["memory"][:5]), soak["memory"][5:]  # it swings with what is loaded
     assert max(rest) < 1.02 * warm, [round(m / warm, 4) for m in soak["memory"]]
