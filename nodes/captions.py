@@ -66,7 +66,7 @@ def check_caption(text: str) -> Verdict:
         return verdict
     try:
         caption = json.loads(stripped)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         verdict.errors.append(f"This is no valid JSON: {error}.")
         return verdict
     if not isinstance(caption, dict):

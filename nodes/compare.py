@@ -131,7 +131,7 @@ def read_captions(text: str) -> list[str]:
     try:
         json.loads(text)
         return [text.strip()]
-    except ValueError:
+    except (ValueError, RecursionError):
         return [line.strip() for line in text.splitlines() if line.strip()]
 
 

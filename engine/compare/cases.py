@@ -78,18 +78,33 @@ def read_cases(
     rows = _prompt_rows(path)
     for row in rows[:limit]:
         prompt = row["prompt"]
-        text = row.get("text", text_asked(prompt))
-        for seed in [int(row["seed"])] if "seed" in row else seeds:
-            size = int(row.get("width", width)), int(row.get("height", height))
-            cases.append(Case(prompt, int(seed), *size, text=text))
+        text = row["text"] if "text" in row else text_asked(prompt)
+        size = row.get("width", width), row.get("height", height)
+        for seed in [row["seed"]] if "seed" in row else seeds:
+            cases.append(Case(prompt, seed, *size, text=text))
     if not cases:
         raise CompareError("the prompt file holds no prompt", file=path)
     return unique(cases)
 
 
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+# What a line may say beside its prompt: name, what it must be, whether a value is that.
+_OPTIONAL = (
+    ("text", "a text, or null", lambda value: value is None or isinstance(value, str)),
+    *((name, "a natural number", _is_number) for name in ("seed", "width", "height")),
+)
+
+
 def _prompt_rows(path: Path) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompareError(f"is no text in UTF-8: {error}", file=path) from error
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
@@ -97,10 +112,18 @@ def _prompt_rows(path: Path) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CompareError(f"line {number} is no JSON: {error}", file=path) from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise CompareError(f'line {number} has no "prompt"', file=path, found=line[:80])
+        for key, kind, usable in _OPTIONAL:
+            if key in row and not usable(row[key]):
+                raise CompareError(
+                    f"line {number} has an unusable {key}",
+                    file=path,
+                    found=repr(row[key])[:80],
+                    needed=kind,
+                )
         rows.append(row)
     return rows
 

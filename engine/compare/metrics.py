@@ -164,7 +164,7 @@ def text_asked(prompt: str) -> str | None:
     """
     try:
         caption = json.loads(prompt)
-    except ValueError:
+    except (ValueError, RecursionError):
         quoted = prompt.split('"')[1::2]
         return " ".join(quoted) or None
     if not isinstance(caption, dict):

@@ -216,7 +216,7 @@ def read_captions_file(file: Path) -> dict[str, str]:
     JSON captions themselves. Raises CompareError for another content."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CompareError(f"is no JSON: {error}", file=file) from error
     if not isinstance(data, dict):
         raise CompareError("is no JSON object", file=file, needed='{"file name": "prompt"}')

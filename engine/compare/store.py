@@ -88,7 +88,7 @@ class Store:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             return Record(float(data["seconds"]), data["read"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise _damaged("record", file, error) from error
 
     def latents(self, key: str) -> torch.Tensor | None:

@@ -23,10 +23,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(
-    include=[f"ideogram4_quant.{name}" for name in ("checkpoint", "gguf_loader", "nodes", "quant")]
+    include=[
+        *(f"ideogram4_quant.{name}" for name in ("checkpoint", "gguf_loader", "nodes", "quant")),
+        *(f"ideogram4_quant.ops.{name}" for name in ("choice_files", "choices", "fold", "partial")),
+        *(f"ideogram4_quant.engine.compare.{name}" for name in ("cases", "metrics", "score")),
+    ]
 ):
-    from ideogram4_quant.tests.fuzz import targets
-from ideogram4_quant.tests.fuzz import seeds
+    from ideogram4_quant.tests.fuzz import seeds, targets
 
 _LONGEST = 1 << 14
 DICTIONARY = Path(__file__).with_name("tokens.dict")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,15 @@ def int8() -> dict[str, Tensor]:
         state[f"{module}.weight_scale"] = torch.ones(len(tensor), 1)
         state[f"{module}.comfy_quant"] = text(conf)
     return state
+
+
+def folded() -> dict[str, Tensor]:
+    """Smoothing before w2 and before attention.o, this one rotated too."""
+    return transformer() | {
+        "fold.layers.0.feed_forward.w2.smooth": torch.ones(32),
+        "fold.layers.0.attention.o.smooth": torch.ones(16),
+        "fold.layers.0.attention.o.rotation": torch.tensor([4], dtype=torch.int32),
+    }
 
 
 def nf4() -> dict[str, Tensor]:
@@ -180,12 +190,23 @@ def write_all(folder: Path) -> dict[str, Path]:
         ("bf16", transformer()),
         ("int8", int8()),
         ("nf4", nf4()),
+        ("folded", folded()),
         ("encoder", encoder()),
         ("lora", lora()),
     ):
         found[name] = folder / f"{name}.safetensors"
         write_safetensors(found[name], state, metadata if name == "bf16" else None)
     return found
+
+
+def record() -> bytes:
+    """What an unfinished file of zeros tells: one of its two parts is done, and a note."""
+    lines = (
+        {"size": 16, "fingerprint": "fingerprint"},
+        {"part": "first", "crc": zlib.crc32(bytes(8))},
+        {"note": "smoothed", "value": [1, 2]},
+    )
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 def inputs(folder: Path) -> dict[str, bytes]:
@@ -199,11 +220,19 @@ def inputs(folder: Path) -> dict[str, bytes]:
         "gguf-encoder": first["gguf"] + files["gguf encoder"].read_bytes(),
         "lora": first["lora"] + join(*split(files["lora"])),
     }
-    for name in ("bf16", "int8", "nf4", "encoder"):
+    for name in ("bf16", "int8", "nf4", "folded", "encoder"):
         found[f"safetensors-{name}"] = first["safetensors"] + files[name].read_bytes()
         found[f"header-{name}"] = first["header"] + join(*split(files[name]))
     statistics = split(calibration(folder / "calibration.safetensors"))
     found["calibration"] = bytes([number("calibration")]) + join(*statistics)
+    found["cached"] = bytes([number("cached")]) + join(*split(files["bf16"]))
+    entry = {"op": "gguf_linear", "n": 64, "k": 32, "tokens": 512, "dtype": "bfloat16"}
+    entry |= {"detail": "Q4_K", "seconds": {"w8a8": 0.5, "dense": 1}, "errors": {"w8a8": 1e-3}}
+    measured = json.dumps({"about": {}, "measurements": [entry]}).encode()
+    found["choices"] = bytes([number("choices")]) + measured
+    found["unfinished"] = bytes([number("unfinished")]) + record()
+    row = {"prompt": '{"high_level_description": "a \\"sign\\""}', "seed": 1, "text": "sign"}
+    found["prompts"] = bytes([number("prompts")]) + json.dumps(row | {"width": 64}).encode()
     shards = [f"m-{i + 1:05d}-of-00002.safetensors" for i in (0, 1)]
     weight_map = {name: shards[part] for part in (0, 1) for name in transformer(part)}
     found["index"] = bytes([number("index")]) + json.dumps({"weight_map": weight_map}).encode()

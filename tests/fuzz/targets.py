@@ -6,7 +6,9 @@ the pack that names the file, and nothing else; the second value of `run` is wha
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import resource
 import struct
 import time
@@ -14,14 +16,24 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
 from ideogram4_quant.checkpoint.container import Container, open_container
+from ideogram4_quant.engine.compare.cases import read_cases
+from ideogram4_quant.engine.compare.score import read_captions_file as captions
 from ideogram4_quant.gguf_loader import ArrayRef
+from ideogram4_quant.nodes.captions import check_caption
+from ideogram4_quant.ops import choice_files
+from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.ops.errors import Ideogram4QuantError
+from ideogram4_quant.ops.partial import Partial, partial_path
 
 SECONDS = 1.0
 MEGABYTES = 64
 _DATA = 1 << 16  # bytes behind a header that the harness frames
+_CPU = torch.device("cpu")
+UNFINISHED = 16  # bytes of the file to be, behind which the record lies
 _LOADED = 1 << 20  # tensors of larger files are not read
 
 Open = Callable[[Path], object]
@@ -98,6 +110,83 @@ def _read(opened, size: int) -> None:
                 getattr(tensor, "dequantize", tensor.float)()
 
 
+def read_cached(path: Path) -> None:
+    """The nodes' cache of headers: what it holds of a file that is written anew is not given out.
+
+    The file is opened twice, the second time without its last byte.
+    """
+    from ideogram4_quant.nodes.headers import open_header
+
+    for ending in (None, -1):
+        path.write_bytes(path.read_bytes()[:ending])
+        os.utime(path, ns=(0, next(_times)))  # a clock that ticks between two writes
+        outcomes = [
+            _outcome(opener, path) for opener in (open_header, open_checkpoint, open_header)
+        ]
+        assert outcomes[0] == outcomes[1] == outcomes[2], outcomes
+
+
+_times = itertools.count(1)
+
+
+def _outcome(opener: Open, path: Path) -> object:
+    try:
+        opened = opener(path)
+    except Ideogram4QuantError as error:
+        _check_error(error)
+        return str(error)
+    return opened.level, opened.config, opened.copies, opened.size, set(opened.entries)
+
+
+def choices(payload: bytes, folder: Path) -> Path:
+    """The payload is the file of measurements kept for this CPU."""
+    choice_files.file_for(folder, _CPU).write_bytes(payload)
+    return folder
+
+
+def read_choices(folder: Path) -> None:
+    """Whatever lies there, a load gives a table, and a later one what was added to it."""
+    table = choice_files.load(folder, _CPU)
+    for m in table:
+        assert str(m)
+        assert m.ranking
+        table.nearest(m.key.op, m.key.n, m.key.k, 100, None, None)
+        table.few_tokens(m.key.detail, m.key.n, m.key.k, None)
+    key = Key(LINEAR, 7, 7, 512, "float32", "0")
+    choice_files.save(folder, _CPU, Table([Measurement(key, {"int_mm": 1.0})]))
+    kept = choice_files.load(folder, _CPU)
+    assert kept.get(key) is not None
+    assert len(kept) in (len(table), len(table) + 1)
+
+
+def unfinished(payload: bytes, folder: Path) -> Path:
+    """The payload follows the bytes of an unfinished file: its record of what is done."""
+    path = partial_path(folder / "out.bin")
+    path.write_bytes(bytes(UNFINISHED) + payload)
+    return path
+
+
+def resume(path: Path) -> Partial:
+    """Parts count as done whose bytes have the recorded CRC, and no others."""
+    partial = Partial("fingerprint", resume=True)
+    with open(path, "r+b", buffering=0) as file:
+        partial.start(file, path.with_name("out.bin"), UNFINISHED)
+        partial.confirm({"first": (0, 8), "second": (8, 8)})
+        assert partial.finished <= {"first", "second"}
+        partial.note("more", 1)
+    return partial
+
+
+def read_prompts(path: Path) -> None:
+    """Prompts, one a line of JSON, and captions by file name."""
+    for read in (lambda: read_cases(path, seeds=(0,), width=64, height=64), lambda: captions(path)):
+        try:
+            read()
+        except Ideogram4QuantError as error:
+            _check_error(error)
+    check_caption(path.read_bytes().decode("utf-8", "replace"))
+
+
 def read_lora(path: Path) -> None:
     from ideogram4_quant.nodes import lora_files
 
@@ -114,7 +203,7 @@ def read_calibration(path: Path) -> None:
         found.ranking(candidate)
 
 
-TARGETS: tuple[tuple[str, Open, Callable[[Path], None]], ...] = (
+TARGETS: tuple[tuple[str, Open, Callable[[Path], object]], ...] = (
     ("gguf", raw("model.gguf"), read_everything),
     ("safetensors", raw("model.safetensors"), read_everything),
     ("header", framed("model.safetensors"), read_everything),
@@ -122,6 +211,10 @@ TARGETS: tuple[tuple[str, Open, Callable[[Path], None]], ...] = (
     ("index", beside("m.safetensors.index.json", "m.safetensors.index.json"), read_everything),
     ("config", beside("config.json", "encoder.safetensors"), read_everything),
     ("calibration", framed("calibration.safetensors"), read_calibration),
+    ("cached", framed("cached.safetensors"), read_cached),
+    ("choices", choices, read_choices),
+    ("unfinished", unfinished, resume),
+    ("prompts", raw("prompts.jsonl"), read_prompts),
 )
 
 
