@@ -16,9 +16,10 @@ from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
 from .safetensors_header import MAX_HEADER, parse_json, read_safetensors_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
 _USUAL_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _MAX_CONFIG = 1 << 20
+_MAX_SHARDS = 1 << 10  # the largest language models have 200
 
 # What people save under a model's name: (first bytes, what it is, what to do)
 _NOT_A_MODEL = (
@@ -78,7 +79,7 @@ def _open(path: Path) -> Container:
     if path.name.endswith(INDEX_SUFFIX):
         return _open_index(path)
     shard = _SHARD.fullmatch(path.name)
-    if shard is not None:
+    if shard is not None and 1 <= int(shard["number"]) <= int(shard["count"]):
         return _open_shards(path, shard)
     return _open_file(path)
 
@@ -211,6 +212,10 @@ def _open_shards(path: Path, shard: re.Match[str]) -> Container:
 
 
 def _merge(path: Path, shards: list[Path]) -> Container:
+    if len(shards) > _MAX_SHARDS:
+        raise CorruptFileError(
+            "too many shards", file=path, found=len(shards), needed=f"at most {_MAX_SHARDS}"
+        )
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise TruncatedFileError(

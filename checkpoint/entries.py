@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,8 +108,10 @@ class Entry:
     def _fold(self) -> Fold | None:
         if self.stored_folding is None or not self.name.endswith(".weight"):
             return None
-        module = self.name.removesuffix(".weight")
-        return self.stored_folding.folding.of(module, self.shape[0])
+        fold = self.stored_folding.folding.of(self.name.removesuffix(".weight"), self.shape[0])
+        if fold is not None:
+            fold.check((self.shape[0], math.prod(self.shape[1:])))
+        return fold
 
     def _stack(self, stored: list[Stored]) -> Stored | None:
         kinds = {type(item) for item in stored}

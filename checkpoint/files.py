@@ -65,10 +65,21 @@ class SourceFile:
                 "the file changed after it was opened", file=self.path, hint="Open it again."
             )
 
+    def _room(self, nbytes: int) -> Tensor:
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        except (RuntimeError, MemoryError) as error:  # a file with a hole may claim any size
+            raise CheckpointError(
+                "one of its tensors does not fit into memory",
+                file=self.path,
+                found=f"{nbytes:,} bytes",
+                hint="Close other programs, or use a smaller file.",
+            ) from error
+
     def _read(self, offset: int, nbytes: int) -> Tensor:
         with open(self.path, "rb", buffering=0) as file:
             self._check_unchanged(file)
-            data = torch.empty(nbytes, dtype=torch.uint8)
+            data = self._room(nbytes)
             rest = memoryview(data.numpy())
             file.seek(offset)
             while rest:  # one call may bring only a part: Linux stops at 2 GiB

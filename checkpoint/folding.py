@@ -139,7 +139,7 @@ class StoredFolding:
         if raw.dtype not in ("F32", "F16", "BF16") or len(raw.shape) != 1:
             raise _corrupt(raw, "no vector of factors", f"{raw.dtype} {list(raw.shape)}", "F32 [K]")
         values = raw.read().float()
-        if not bool((values.isfinite() & (values > 0)).all()):
+        if not bool((values.isfinite() & (values > 0) & (1 / values).isfinite()).all()):
             raise _corrupt(raw, "factors that cannot be divided by", "others", "positive numbers")
         return values
 
@@ -154,8 +154,9 @@ class StoredFolding:
 
 def _check_sites(found: Folding, stored: Mapping[str, RawTensor]) -> None:
     """CorruptFileError, naming the tensor, for a record that fits no site of the model."""
+    site_of = {consumer: site for site in found._sites.values() for consumer in site.consumers}
     for module, raw in stored.items():
-        site = next((s for s in found._sites.values() if module in s.consumers), None)
+        site = site_of.get(module)
         if site is None:
             raise _corrupt(raw, "nothing can be folded there", module, "a norm or v before it")
         if module in found.rotation and not site.rotates:

@@ -119,10 +119,16 @@ def new_name(name: str, suffix: str) -> str:
 
 
 def stamp(path: str | os.PathLike[str]) -> tuple:
-    """What changes when a file changes: path, size and time; for a folder those of its files."""
+    """What changes when a file changes: path, size and time; for a folder those of its files.
+
+    A file that is not there has the path alone.
+    """
     path = Path(path)
     if not path.is_dir():
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError:
+            return (str(path),)
         return (str(path), status.st_size, status.st_mtime_ns)
     return tuple(stamp(p) for p in sorted(path.rglob("*")) if p.is_file())
 

@@ -16,7 +16,7 @@ from .config import ModelConfig, config_from, sizes_from_shapes
 from .container import Container, json_object, open_container, read_json, stated_quantization
 from .copies import COPY_FOLDERS, check_copy_name, tell_copy
 from .entries import Entry, main_level
-from .files import RawTensor
+from .files import DOWNLOAD_AGAIN, RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
 from .grammar import (
     CONDITIONAL,
@@ -190,6 +190,15 @@ def _part(
     entries = build_entries(keys.items(), stated_quantization(container))
     check_is_ideogram4(entries, container)
     if folds:
+        for (module, _), raw in folds.items():
+            if f"{module}.weight" not in entries:
+                raise CorruptFileError(
+                    "the record of what was folded: this linear is not in the file",
+                    file=container.path,
+                    tensor=raw.key,
+                    needed=f"{module}.weight",
+                    hint=DOWNLOAD_AGAIN,
+                )
         stored = StoredFolding(folds)
         entries = {
             name: dataclasses.replace(entry, stored_folding=stored)

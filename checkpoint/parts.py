@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.errors import CheckpointError, CorruptFileError
 from .files import DOWNLOAD_AGAIN, RawTensor
 
-_MAX_JSON = 1 << 16
+_MAX_JSON = 1 << 12  # bytes; ComfyUI's and bitsandbytes' descriptions take 300
 _USE_INSTEAD = "Use a file in FP8 (fp8_scaled), INT8 (int8_convrot), GGUF or BF16."
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -15,10 +14,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..checkpoint.container import open_container, read_json
 from ..ops.errors import CheckpointError, CorruptFileError
 from .latents import PATCH, pack, to_token_order, unpack
 from .linear import default_device, default_dtype
@@ -30,6 +28,7 @@ _TOKEN_ORDER, _FLUX2_ORDER = "(pi, pj, c)", "(c, pi, pj)"
 # The 4 positions of a channel have nearly equal statistics, different channels have not: the order
 # under which the groups of 4 agree this many times better is the file's.
 _CLEARLY = 4.0
+_MAX_LAYERS, _MAX_LEVELS, _MAX_SIZE = 64, 16, 1 << 16  # what a config may ask for
 
 # FLUX.2's and ComfyUI's names -> diffusers'. Decoder levels count the other way round there.
 _RENAMES = [
@@ -92,10 +91,7 @@ def load_vae(
     device = default_device(device)
     dtype = default_dtype(device, dtype)
     weights, config = _locate(Path(path))
-    try:
-        state = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise CorruptFileError(f"the VAE cannot be read: {error}", file=weights) from error
+    state = open_container(weights).load()
     foreign = any(name.startswith(("encoder.down.", "decoder.up.")) for name in state)
     if foreign:
         state = _to_diffusers(state)
@@ -106,7 +102,7 @@ def load_vae(
             needed="decoder.conv_in.weight and bn.running_mean",
             hint="Ideogram 4 takes the FLUX.2 VAE, flux2-vae.safetensors.",
         )
-    model = _build(state, config or _config_from_shapes(state), weights, device, dtype)
+    model = _build(state, config or _config_from_shapes(state, weights), weights, device, dtype)
     mean = state["bn.running_mean"].to(device, torch.float32)
     var = state["bn.running_var"].to(device, torch.float32)
     order = _statistics_order(mean, var, _FLUX2_ORDER if foreign else _TOKEN_ORDER, weights)
@@ -131,23 +127,38 @@ def _locate(path: Path) -> tuple[Path, dict | None]:
             found=f"{len(files)} safetensors files",
             needed="config.json and one safetensors file",
         )
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptFileError(f"not JSON: {error}", file=path / "config.json") from error
     known = inspect.signature(AutoencoderKLFlux2.__init__).parameters
-    return files[0], {k: v for k, v in config.items() if k in known}
+    config = {k: v for k, v in read_json(path / "config.json").items() if k in known}
+    for key, value in config.items():
+        if not _is_usable(value, _MAX_LAYERS if key == "layers_per_block" else _MAX_SIZE):
+            raise CorruptFileError(
+                f"unusable {key} in the VAE's config",
+                file=path / "config.json",
+                found=repr(value)[:80],
+            )
+    return files[0], config
+
+
+def _is_usable(value: object, largest: int) -> bool:
+    """Sizes up to ``largest``, texts, short lists of these: nothing that would build forever."""
+    if isinstance(value, list):
+        return len(value) <= _MAX_LEVELS and all(_is_usable(item, largest) for item in value)
+    number = isinstance(value, int | float)
+    return value is None or isinstance(value, str) or (number and 0 <= value <= largest)
 
 
 def _to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     levels = 1 + max(
-        (int(m[1]) for name in state if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=0
+        (int(m[1]) for name in state if (m := re.match(r"decoder\.up\.(\d{1,4})\.", name))),
+        default=0,
     )
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in _RENAMES:
             name = pattern.sub(replacement, name)
-        name = re.sub(r"up_blocks\.-(\d+)", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name)
+        name = re.sub(
+            r"up_blocks\.-(\d{1,4})", lambda m: f"up_blocks.{levels - 1 - int(m[1])}", name
+        )
         # 1 x 1 convolutions there, linears here.
         if ".attentions." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)
@@ -155,12 +166,19 @@ def _to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _config_from_shapes(state: Mapping[str, Tensor]) -> dict:
+def _config_from_shapes(state: Mapping[str, Tensor], file: Path) -> dict:
+    def shape(name: str) -> torch.Size:
+        if state[name].ndim != 4:
+            raise CorruptFileError(
+                "this is no convolution", file=file, tensor=name, found=list(state[name].shape)
+            )
+        return state[name].shape
+
     def widths(side: str) -> tuple[int, ...]:
         name = f"{side}.{{}}.resnets.0.conv1.weight"
         found = []
         while name.format(len(found)) in state:
-            found.append(state[name.format(len(found))].shape[0])
+            found.append(shape(name.format(len(found)))[0])
         return tuple(found)
 
     encoder, decoder = widths("encoder.down_blocks"), widths("decoder.up_blocks")[::-1]
@@ -174,15 +192,20 @@ def _config_from_shapes(state: Mapping[str, Tensor]) -> dict:
         "block_out_channels": encoder,
         "decoder_block_out_channels": decoder,
         "layers_per_block": layers,
-        "latent_channels": state["decoder.conv_in.weight"].shape[1],
+        "latent_channels": shape("decoder.conv_in.weight")[1],
     }
 
 
 def _build(
     state: dict[str, Tensor], config: dict, file: Path, device: torch.device, dtype: torch.dtype
 ) -> AutoencoderKLFlux2:
-    with torch.device("meta"):
-        model = AutoencoderKLFlux2(**config)
+    try:
+        with torch.device("meta"):
+            model = AutoencoderKLFlux2(**config)
+    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
+        raise CorruptFileError(
+            f"no VAE can be made of its configuration: {error}", file=file
+        ) from error
     wanted = model.state_dict()
     wanted.pop("bn.num_batches_tracked")
     for name, empty in wanted.items():

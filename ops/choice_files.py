@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 _SCHEMA = 1
 _MAX_BYTES = 1 << 22
 _PREFIX = "measured"
+# What a document of another form ends in; OverflowError: an integer beyond floats.
+_UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+_LARGEST = 1 << 31  # of a weight's sizes and of token counts
 
 
 def user_folder() -> Path:
@@ -93,7 +96,7 @@ def load(folder: Path, device: torch.device) -> Table:
         return Table(_measurement(entry) for entry in document["measurements"])
     except FileNotFoundError:
         return Table()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, *_UNUSABLE) as error:
         logger.warning("%s: cannot be read (%s): measuring again", path, error)
         return Table()
 
@@ -128,7 +131,8 @@ def _measurement(entry: Any) -> Measurement:
         if type(value) is not _KEY_TYPES[name]:
             raise ValueError(f"{name} is {value!r}")
     key = Key(**values)
-    if key.op not in (LINEAR, GGUF, ATTENTION) or min(key.n, key.k, key.tokens) < 1:
+    sizes = (key.n, key.k, key.tokens)
+    if key.op not in (LINEAR, GGUF, ATTENTION) or min(sizes) < 1 or max(sizes) > _LARGEST:
         raise ValueError(f"no such measurement: {key}")
     seconds, errors = _figures(entry["seconds"]), _figures(entry["errors"])
     if not seconds or min(seconds.values()) <= 0:

@@ -112,7 +112,7 @@ class Partial:
         try:
             if json.loads(first) != head:
                 raise ValueError
-        except ValueError:
+        except (ValueError, RecursionError):
             raise refused("is an unfinished file of another source, or of other options") from None
         end = size + len(first) + 1
         for line in lines:
@@ -122,7 +122,7 @@ class Partial:
                     self._crcs[str(record["part"])] = int(record["crc"])
                 else:
                     self.notes[str(record["note"])] = record["value"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 break
             end += len(line) + 1
         file.truncate(end)  # a line that was cut short

@@ -89,7 +89,7 @@ def _read(path: Path, tensors: dict[str, RawTensor], metadata: dict[str, str]) -
         )
     times = _list(path, metadata, "times", float, _MAX_COLUMNS)
     candidates = _list(path, metadata, "candidates", str, _MAX_CANDIDATES)
-    if list(times) != sorted(set(times)) or not all(map(math.isfinite, times)):
+    if list(times) != sorted(set(times)):
         raise CalibrationError("the times do not rise", file=path, found=str(times)[:120])
     runs = tuple(_run(path, entry) for entry in _list(path, metadata, "provenance", dict, 10_000))
     by_layer: dict[str, dict[str, RawTensor]] = {}
@@ -105,7 +105,7 @@ def _read(path: Path, tensors: dict[str, RawTensor], metadata: dict[str, str]) -
 
 def _natural(key: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 10 after layer 9."""
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in key.split(".")]
+    return [(int(p), "") if p.isdecimal() and len(p) < 10 else (-1, p) for p in key.split(".")]
 
 
 def _layer(
@@ -153,7 +153,8 @@ def _list(path: Path, metadata: dict[str, str], key: str, kind: type, limit: int
     value = parse_json(text.encode(), path, f"metadata {key}").get("value")
     items = value if isinstance(value, list) else None
     kinds = (float, int) if kind is float else (kind,)
-    if items is None or len(items) > limit or not all(type(item) in kinds for item in items):
+    usable = items is not None and len(items) <= limit and all(type(i) in kinds for i in items)
+    if not usable or (kind is float and not all(map(_is_float, items))):
         raise CalibrationError(
             f"metadata {key} is not usable",
             file=path,
@@ -161,6 +162,14 @@ def _list(path: Path, metadata: dict[str, str], key: str, kind: type, limit: int
             needed=f"a list of at most {limit} {kind.__name__}",
         )
     return tuple(kind(item) for item in items)
+
+
+def _is_float(value: float) -> bool:
+    """Whether a number is finite, and no integer beyond floats."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _run(path: Path, entry: dict[str, Any]) -> Run:

@@ -159,5 +159,48 @@ def test_wrong_files_are_named(tiny, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit its configuration"):
         load_vae(tmp_path / "v")
     (tmp_path / "v" / "config.json").write_text("{")
-    with pytest.raises(CorruptFileError, match="not JSON"):
+    with pytest.raises(CorruptFileError, match="no usable JSON"):
         load_vae(tmp_path / "v")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers_per_block": 10**9},
+        {"layers_per_block": -1},
+        {"latent_channels": 1 << 40},
+        {"block_out_channels": [64] * 1000},
+        {"block_out_channels": [[[{}]]]},
+        {"block_out_channels": []},
+        {"block_out_channels": None},
+        {"norm_num_groups": 0},
+        {"down_block_types": ["Nothing"] * 4},
+        {"act_fn": "\ud800"},
+        {"sample_size": float("nan")},
+    ],
+    ids=str,
+)
+def test_a_config_that_no_vae_has_is_refused(tiny, tmp_path, change):
+    folder = shutil.copytree(tiny.vae_dir, tmp_path / "v")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as caught:
+        load_vae(folder)
+    assert caught.value.file.startswith(str(folder))
+
+
+def test_names_and_shapes_that_no_vae_has_are_refused(tiny, tmp_path):
+    state = load_file(tiny.vae_file)
+    first = "encoder.down.0.block.0.conv1.weight"
+    changes = (
+        {"decoder.conv_in.weight": torch.zeros(())},
+        {first: torch.zeros(3)},
+        {first.replace("0", "9" * 5000, 1): torch.zeros(1), "bn.running_var": torch.zeros(3)},
+        {"decoder.up." + "9" * 5000 + ".x": torch.zeros(1), "bn.running_mean": torch.zeros(())},
+    )
+    for change in changes:
+        file = tmp_path / "changed.safetensors"
+        save_file({**state, **change}, file)
+        with pytest.raises(CheckpointError) as caught:
+            load_vae(file, device="cpu")
+        assert caught.value.file == str(file)

@@ -182,8 +182,9 @@ def int8_tensor(
     smooth = None if smooth is None else smooth.float().reshape(k).contiguous()
     if validate:
         scale = _validated(q, scale)
-        if smooth is not None and not (smooth.isfinite() & (smooth != 0)).all():
-            channel = int((~smooth.isfinite() | (smooth == 0)).nonzero()[0])
+        usable = None if smooth is None else smooth.isfinite() & (1 / smooth).isfinite()
+        if usable is not None and not usable.all():
+            channel = int((~usable).nonzero()[0])
             raise OpError("bad smoothing", found=f"{smooth[channel].item()} in channel {channel}")
     params = Int8Layout.Params(
         orig_dtype=dtype, orig_shape=(n, k), scale=scale, smooth=smooth, rotation=rotation
