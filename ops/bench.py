@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from .bench_cases import HEAD_SIZE, Case, attentions, ceilings, linears, timed
+from .bench_cases import HEAD_SIZE, Case, Progress, attentions, ceilings, linears, timed
 from .errors import OpError
 from .health import examine
 from .new_file import check_output, new_file
 
 _TOKENS = {"cpu": [512]}
 _TOKENS_DEVICE = [512, 4608]
+# A slow device runs each case of a table at least once and repeats them so long.
+_SECONDS = 45.0
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -26,10 +30,13 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="time every backend of this device side by side",
         description="Time the linears and attentions that this device can compute: each int8 "
         "backend, bf16, fp32, and GGUF, FP8 and NF4 weights decoded before the product. Percents "
-        "are of the fastest product that this run measured in the same precision.",
+        "are of the fastest product that this run measured in the same precision. Half a minute to "
+        "a few minutes.",
     )
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="M", help="default: 512 4608")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", metavar="M", help="default: 512 4608; on a CPU 512"
+    )
     parser.add_argument("--features", type=int, default=4608, metavar="K", help="default: 4608")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
@@ -63,19 +70,25 @@ def run(args: argparse.Namespace) -> int:
 def bench(device: torch.device, tokens: list[int], features: int, rounds: int) -> dict:
     """Everything as plain data: ``health``, ``ceilings`` (operations a second), ``rows``.
 
-    A row: op, tokens, name, milliseconds, operations a second, its part of the ceiling. The ceiling
-    of a precision is the largest rate of this run, so no row exceeds it.
+    A row: op, tokens, name, milliseconds, operations a second, its part of the ceiling, and how
+    many times faster it is than the first of its table. The ceiling of a precision is the largest
+    rate of this run, so no row exceeds it. Progress goes to stderr.
     """
     with torch.inference_mode():
         health = examine(device)
-        ceiling = ceilings(device, rounds)
+        with _bar("ceilings") as progress:
+            ceiling = dict(ceilings(device, rounds, progress))
         rows = []
         for count in tokens:
-            cases = linears(count, features, device)
-            rows += _rows("linear", count, cases, 2 * count * features**2, device, rounds)
-            cases, heads = attentions(count, device)
+            with _bar(f"linear, {count} tokens") as progress:
+                cases = linears(count, features, device)
+                times = timed(cases, device, rounds, _SECONDS, progress)
+            rows += _rows("linear", count, cases, times, 2 * count * features**2)
+            with _bar(f"attention, {count} tokens") as progress:
+                cases, heads = attentions(count, device)
+                times = timed(cases, device, rounds, _SECONDS, progress)
             work = 4 * count**2 * HEAD_SIZE * heads
-            rows += _rows(f"attention, {heads} heads", count, cases, work, device, rounds)
+            rows += _rows(f"attention, {heads} heads", count, cases, times, work)
     for row in rows:
         name = row["precision"]
         ceiling[name] = max(ceiling.get(name, 0.0), row["rate"])
@@ -93,9 +106,9 @@ def bench(device: torch.device, tokens: list[int], features: int, rounds: int) -
 
 
 def _rows(
-    op: str, tokens: int, cases: list[Case], work: int, device: torch.device, rounds: int
+    op: str, tokens: int, cases: list[Case], times: Mapping[str, float], work: int
 ) -> Iterator[dict]:
-    times = timed(cases, device, rounds)
+    base = times[cases[0].name]
     for case in cases:
         seconds = times[case.name]
         yield {
@@ -105,29 +118,57 @@ def _rows(
             "precision": case.precision,
             "ms": 1e3 * seconds,
             "rate": work / seconds,
+            "speed": base / seconds,
         }
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    """A progress callback ``(done, total)`` that draws a bar on stderr, gone when it is full."""
+    with tqdm(desc=title, unit="run", leave=False, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _text(document: dict) -> Iterator[str]:
     health = document["health"]
     about = {name: value for name, value in health["about"].items() if name != "schema"}
     yield ", ".join(f"{name} {value}" for name, value in about.items())
-    yield ", ".join(f"{name} {value:.3g}" for name, value in health["state"].items())
+    yield f"health: {'; '.join(_state(health['state']))}"
     yield from (f"WARNING: {warning}" for warning in health["warnings"])
     figures = (f"{name} {_rate(rate)}" for name, rate in document["ceilings"].items())
     yield f"ceilings measured in this run: {', '.join(figures)}"
     group = None
     for row in document["rows"]:
         if (row["op"], row["tokens"]) != group:
-            group = (row["op"], row["tokens"])
-            size = document["features"] if row["op"] == "linear" else document["head_size"]
-            edge = f"{size} -> {size}" if row["op"] == "linear" else f"head size {size}"
+            group, first = (row["op"], row["tokens"]), row["name"]
             yield ""
-            yield f"{row['op']}, {edge}, {row['tokens']} tokens"
+            yield title(row, document)
         yield (
-            f"  {row['name']:<32} {row['ms']:>10.3f} ms  {_rate(row['rate']):>14}  "
-            f"{row['of_ceiling']:>5.0%} of {row['precision']}"
+            f"  {row['name']:<32} {row['ms']:>10.3f} ms {row['speed']:>6.2f} x {first}  "
+            f"{_rate(row['rate']):>14} {row['of_ceiling']:>5.0%} of the {row['precision']} ceiling"
         )
+
+
+def title(row: dict, document: dict) -> str:
+    """What the table or panel of ``row`` is of."""
+    size = document["features"] if row["op"] == "linear" else document["head_size"]
+    edge = f"{size} -> {size}" if row["op"] == "linear" else f"head size {size}"
+    return f"{row['op']}, {edge}, {row['tokens']} tokens"
+
+
+def _state(state: dict) -> Iterator[str]:
+    """Readings, with both values where they changed."""
+    for name, value in state["before"].items():
+        after = state["after"].get(name, value)
+        yield f"{name} {value:.4g}" + ("" if after == value else f", then {after:.4g}")
+    yield f"speed {state['drift']:+.1%} within a second"
+    if "taken" in state:
+        yield f"{state['taken']:.0%} of the threads' time taken by other processes"
 
 
 def _rate(rate: float) -> str:

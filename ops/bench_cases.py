@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from .layouts import QuantizedTensor
 from .linear import LinearOptions, int8_linear, linear
 from .reference import quantize_rows, smooth_rotate_quantize_rows
 from .timing import medians
+
+Progress = Callable[[int, int], None]
 
 HEAD_SIZE = 256
 # Edge of the square products that give the ceilings, and heads of an attention.
@@ -35,7 +38,7 @@ class Case:
 def linears(tokens: int, features: int, device: torch.device) -> list[Case]:
     """``x [tokens, features] @ W.T``, W ``[features, features]``, every way there is.
 
-    Activations are bf16, on a CPU fp32, as the models run there.
+    Activations are bf16, on a CPU fp32, as the models run there; the first case is that dtype's.
     """
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
@@ -49,6 +52,7 @@ def linears(tokens: int, features: int, device: torch.device) -> list[Case]:
         Case("fp32", "fp32", lambda: F.linear(full, weight)),
         Case("bf16", "bf16", lambda: F.linear(half, half_weight)),
     ]
+    cases.sort(key=lambda case: case.name != dense)
     for name in (r.name for r in dispatch.reports(device) if r.available):
         run = lambda name=name: int8_linear(x, q, scale, backend=name)
         cases.append(Case(f"int8, {name}", "int8", run))
@@ -92,7 +96,9 @@ def attentions(tokens: int, device: torch.device) -> tuple[list[Case], int]:
     return cases, heads
 
 
-def ceilings(device: torch.device, rounds: int) -> dict[str, float]:
+def ceilings(
+    device: torch.device, rounds: int, progress: Progress | None = None
+) -> Mapping[str, float]:
     """Operations a second of the largest square product of each precision, as torch computes it."""
     size = _CEILING_SIZE.get(device.type, _CEILING_SIZE_ELSEWHERE)
     a = torch.ones(size, size, device=device)
@@ -106,13 +112,24 @@ def ceilings(device: torch.device, rounds: int) -> dict[str, float]:
         ones = torch.ones(size, device=device)
         gemm = dispatch.choose("int8_gemm", (size, size, size), device, gemms[0]).get("int8_gemm")
         functions["int8"] = lambda: gemm(small, ones, small, ones, None, torch.bfloat16)
-    times = medians(functions, device, rounds)
+    times = medians(functions, device, rounds, progress=progress)
     return {name: 2 * size**3 / seconds for name, seconds in times.items()}
 
 
-def timed(cases: list[Case], device: torch.device, rounds: int) -> Mapping[str, float]:
-    """Median seconds of each case, taken in turn."""
-    return medians({case.name: case.run for case in cases}, device, rounds)
+def timed(
+    cases: list[Case],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    progress: Progress | None = None,
+) -> Mapping[str, float]:
+    """Median seconds of each case, taken in turn; each once, further runs within ``seconds``.
+
+    Some processors have no int8 instructions: there one run may take half a minute.
+    """
+    functions = {case.name: case.run for case in cases}
+    deadline = time.perf_counter() + seconds
+    return medians(functions, device, rounds, deadline, each=True, progress=progress)
 
 
 def _masked(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ package nvidia-ml-py, where that is installed.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 
@@ -18,29 +19,32 @@ from .timing import synchronize
 _STEADY_SECONDS = 1.0
 _STEADY_SIZE = {"cpu": 512}
 _STEADY_SIZE_DEVICE = 4096
-# Work of equal size may differ by this between the first and the last part of a run.
+# Work of equal size may differ by this between the first and the last part of a run, and this part
+# of a CPU's time may go elsewhere.
 _DRIFT = 0.10
+_TAKEN = 0.10
 
 
 def examine(device: torch.device) -> dict:
-    """``{"about": ..., "state": ..., "warnings": [...]}``; works the device for a second or two."""
+    """``{"about": ..., "state": ..., "warnings": [...]}``; works the device for a second or two.
+
+    The state has readings ``before`` and ``after`` that work, its ``drift`` and, on a CPU, the
+    ``taken`` part of its threads' time that other processes had.
+    """
     before = _readings(device)
+    started = time.perf_counter(), time.process_time()
     rates = _rates(device)
-    after = _readings(device)
-    state = {f"{name} before": value for name, value in before.items()}
-    state |= {f"{name} after": value for name, value in after.items()}
-    state["drift"] = _drift(rates)
-    return {
-        "about": environment(device),
-        "state": state,
-        "warnings": _warnings(device, before, state["drift"]),
-    }
+    wall, used = time.perf_counter() - started[0], time.process_time() - started[1]
+    state = {"before": before, "after": _readings(device), "drift": _drift(rates)}
+    if device.type == "cpu" and sys.platform != "darwin":  # there products run on threads not ours
+        state["taken"] = max(0.0, 1 - used / (wall * torch.get_num_threads()))
+    return {"about": environment(device), "state": state, "warnings": _warnings(device, state)}
 
 
 def _readings(device: torch.device) -> dict[str, float]:
     if device.type == "cpu":
         load = getattr(os, "getloadavg", lambda: (None,))()[0]
-        return {} if load is None else {"load": load, "cores": float(os.cpu_count() or 1)}
+        return {} if load is None else {"load average": load}
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
@@ -83,14 +87,16 @@ def _drift(rates: list[float]) -> float:
     return last[len(last) // 2] / first[len(first) // 2] - 1
 
 
-def _warnings(device: torch.device, before: dict[str, float], drift: float) -> list[str]:
+def _warnings(device: torch.device, state: dict) -> list[str]:
     found = []
+    before, drift, taken = state["before"], state["drift"], state.get("taken", 0.0)
     if abs(drift) > _DRIFT:
         why = "other load, or a clock that throttles" if drift < 0 else "other load that ended"
         found.append(f"speed changed by {drift:+.0%} within a second: {why}")
-    if device.type == "cpu" and before.get("load", 0) > before.get("cores", 1):
+    if taken > _TAKEN:
         found.append(
-            f"{before['load']:.1f} processes want {before['cores']:.0f} cores: times are too long"
+            f"other processes take {taken:.0%} of the time of {torch.get_num_threads()} threads: "
+            "times are too long"
         )
     if before.get("load, %", 0) > 10:
         found.append(f"something else uses {before['load, %']:.0f} % of the card")

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,11 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+@cache
+def _packed(qtype: str) -> Tensor:
+    return blocks.quantize(_randn(_N, _K, seed=1), qtype)
+
+
 def _relative(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.cpu().double(), wanted.double()
     return ((found - wanted).norm() / wanted.norm().clamp_min(1e-300)).item()
@@ -221,7 +227,7 @@ def _int8(name: str, kind: str, dtype: torch.dtype, device: torch.device) -> flo
 
 
 def _gguf(name: str, qtype: str, compute: str, device: torch.device) -> float:
-    packed = blocks.quantize(_randn(_N, _K, seed=1), qtype)
+    packed = _packed(qtype)
     x, bias, shape = _activations(), _randn(_N, seed=2), (_N, _K)
     wanted = reference.gguf_linear(x, packed, qtype, shape, bias, compute=compute, rotation=256)
     x, packed, bias = (_there(a, device) for a in (x, packed, bias))
@@ -230,7 +236,7 @@ def _gguf(name: str, qtype: str, compute: str, device: torch.device) -> float:
 
 
 def _decoded(qtype: str, device: torch.device) -> float:
-    packed = blocks.quantize(_randn(_N, _K, seed=1), qtype)
+    packed = _packed(qtype)
     wanted = blocks.dequantize(packed, qtype, (_N, _K))
     return _relative(blocks.dequantize(_there(packed, device), qtype, (_N, _K)), wanted)
 

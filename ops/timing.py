@@ -24,22 +24,27 @@ def medians(
     deadline: float | None = None,
     *,
     prune: bool = False,
+    each: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float] | None:
     """Median seconds of each function; the rounds go through all of them in turn.
 
     In turn, so that a machine whose speed drifts slows all alike. The first round warms up. With
     ``prune``, what takes twice as long as the best is not run a third time. At ``deadline`` (of
-    ``time.perf_counter``) what there is counts; None if a function was not reached.
+    ``time.perf_counter``) what there is counts; None if a function was not reached, unless ``each``
+    runs once even so. ``progress(done, total)`` counts runs, made or left out.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds + 1):
+    total = (rounds + 1) * len(functions)
+    for turn in range(rounds + 1):
         best = min((min(values) for values in times.values() if values), default=0.0)
-        for name, function in functions.items():
-            if deadline is not None and time.perf_counter() >= deadline:
-                continue
-            behind = len(times[name]) >= 2 and min(times[name]) > 2 * best
-            if not (prune and behind):
+        for place, (name, function) in enumerate(functions.items(), 1):
+            late = deadline is not None and time.perf_counter() >= deadline
+            behind = prune and len(times[name]) >= 2 and min(times[name]) > 2 * best
+            if not (late or behind) or (each and not times[name]):
                 times[name].append(_seconds(function, device))
+            if progress is not None:
+                progress(turn * len(functions) + place, total)
     if not all(times.values()):
         return None
     return {name: statistics.median(values[1:] or values) for name, values in times.items()}

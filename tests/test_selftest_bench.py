@@ -120,6 +120,8 @@ def test_every_way_is_timed_for_every_token_count(document):
 
 def test_the_table_has_a_line_a_row(document):
     text = "\n".join(bench._text(document))
+    assert "health: " in text
+    assert "1.00 x fp32" in text
     assert all(f"  {row['name']} " in text for row in document["rows"])
     assert "linear, 256 -> 256, 70 tokens" in text
     assert "attention, 2 heads, head size 256, 32 tokens" in text
@@ -157,7 +159,7 @@ def test_health_warns_of_load_heat_and_drift():
     cuda = torch.device("cuda")
     fine = {"clock, MHz": 1700.0, "load, %": 3.0, "temperature, C": 50.0}
     memory = {"memory, GB": 24.0, "memory free, GB": 23.0}
-    assert health._warnings(cuda, fine | memory, 0.01) == []
+    assert health._warnings(cuda, {"before": fine | memory, "drift": 0.01}) == []
     cases = {
         "throttles": (fine | memory, -0.3),
         "uses 60 %": (fine | memory | {"load, %": 60.0}, 0.0),
@@ -165,8 +167,37 @@ def test_health_warns_of_load_heat_and_drift():
         "nvidia-ml-py": (memory, 0.0),
         "88 C": (fine | memory | {"temperature, C": 88.0}, 0.0),
     }
-    for words, (readings, drift) in cases.items():
-        assert any(words in warning for warning in health._warnings(cuda, readings, drift)), words
-    busy = health._warnings(CPU, {"load": 9.0, "cores": 2.0}, 0.0)
-    assert busy == ["9.0 processes want 2 cores: times are too long"]
+    for words, (before, drift) in cases.items():
+        found = health._warnings(cuda, {"before": before, "drift": drift})
+        assert any(words in warning for warning in found), words
+    # a load average that is still falling is no load
+    state = {"before": {"load average": 9.0}, "drift": 0.0, "taken": 0.05}
+    assert health._warnings(CPU, state) == []
+    busy = health._warnings(CPU, state | {"taken": 0.4})
+    assert busy == [
+        f"other processes take 40% of the time of {torch.get_num_threads()} threads: "
+        "times are too long"
+    ]
     assert health._drift([1.0] * 8 + [0.5] * 8) == -0.5
+
+
+def test_time_that_other_processes_take_is_seen(monkeypatch):
+    threads, clock = torch.get_num_threads(), iter([0.0, 0.25])
+    monkeypatch.setattr(health, "_rates", lambda device: [1.0] * 8)
+    monkeypatch.setattr(health.time, "perf_counter", iter([0.0, 1.0]).__next__)
+    monkeypatch.setattr(health.time, "process_time", lambda: threads * next(clock))
+    monkeypatch.setattr(health.sys, "platform", "linux")
+    assert health.examine(CPU)["state"]["taken"] == pytest.approx(0.75)
+
+
+def test_a_slow_case_is_still_timed_once_and_the_bar_ends():
+    """Some processors take half a minute for an int8 product."""
+    ran, seen = [], []
+    cases = [bench_cases.Case(n, "int8", lambda n=n: ran.append(n)) for n in ("fast", "slow")]
+    progress = lambda done, total: seen.append((done, total))
+    times = bench_cases.timed(cases, CPU, 5, 0.0, progress)
+    assert ran == ["fast", "slow"]
+    assert set(times) == {"fast", "slow"}
+    assert seen == [(i, 12) for i in range(1, 13)]
+    assert len(bench_cases.timed(cases, CPU, 5, 60.0)) == 2
+    assert ran.count("slow") == 1 + 6
