@@ -3,6 +3,7 @@
 #   make demo       the main job: quantize the pocket model, sample every level, one contact sheet
 #   make test       the test suite          make test-all   the slow tests too
 #   make lint       ruff format and lint    make bench      benchmarks of this machine
+#   make audit      known vulnerabilities of what is installed, by pip-audit (asks pypi.org)
 #
 # PYTHON picks the interpreter (3.11 to 3.13); PIP_ARGS is passed to every pip install.
 
@@ -21,7 +22,7 @@ export OMP_NUM_THREADS ?= 2
 export PYTHONUTF8 = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all lint bench audit clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
@@ -57,5 +58,13 @@ bench: setup
 	$(RUN) benchmarks/bench_blocks.py
 	$(RUN) benchmarks/model_3090.py
 
+# pip-audit says "no known vulnerabilities" of packages that it could not look up; --strict does not.
+audit: setup
+	@[ -x $(VENV)-audit/bin/pip-audit ] || { $(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install -q $(PIP_ARGS) pip-audit; }
+	@$(RUN) -m pip freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*==[^+]*\).*/\1/p' > $(VENV)-audit/installed.txt
+	@$(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --timeout 60 --progress-spinner off $(AUDIT_ARGS) -r $(VENV)-audit/installed.txt \
+	  && echo "audit: $$(wc -l < $(VENV)-audit/installed.txt) packages, none with a known vulnerability" \
+	  || { echo "audit: a package is vulnerable, or the audit was NOT made: where the lines above speak of 'not found on PyPI' or of a connection, pypi.org cannot be asked from here (another service: make audit AUDIT_ARGS='-s osv')"; exit 1; }
+
 clean:
-	rm -rf $(VENV) build dist demo-out *.egg-info
+	rm -rf $(VENV) $(VENV)-audit build dist demo-out *.egg-info
