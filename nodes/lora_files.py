@@ -36,6 +36,7 @@ _SUFFIXES = {
     "lora.up.weight": "up",
     "alpha": "alpha",
 }
+_ENDINGS = (*(f".{suffix}" for suffix in _SUFFIXES), ".dora_scale")
 # a split name -> (the fused linear, which third of its rows)
 _SPLIT = {"to_q": ("qkv", 0), "to_k": ("qkv", 1), "to_v": ("qkv", 2)}
 _THIRDS = 3
@@ -77,13 +78,15 @@ class LoraFile:
 def read_lora(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, in memory: the file may change or vanish afterwards.
 
-    Raises CorruptFileError, TruncatedFileError and CheckpointError (no safetensors file).
+    Raises CorruptFileError, TruncatedFileError and CheckpointError (no safetensors file, no LoRA).
     """
     container = open_container(path)
     if container.kind != "safetensors":
         raise CheckpointError(
             "a LoRA is read from safetensors files", file=path, found=container.kind
         )
+    if not any(name.endswith(_ENDINGS) for name in container.tensors):
+        raise _no_lora(container.tensors, path)  # before a whole model is read
     return container.load()
 
 
@@ -126,14 +129,18 @@ def parse_lora(
     for (copy, fused), found in pieces.items():
         result.updates.setdefault(copy, {})[fused] = _fuse(found, shapes[fused][0])
     if not result.updates:
-        raise CheckpointError(
-            "this file holds no LoRA for Ideogram 4",
-            file=file,
-            found=", ".join(list(state)[:3]) or "no tensors",
-            needed="lora_A and lora_B, or lora_down and lora_up, of layers.N...",
-            hint="It may be a LoRA of another model, or a LoKr or LoHa.",
-        )
+        raise _no_lora(state, file)
     return result
+
+
+def _no_lora(names: Iterable[str], file: str | Path) -> CheckpointError:
+    return CheckpointError(
+        "this file holds no LoRA for Ideogram 4",
+        file=file,
+        found=", ".join(list(names)[:3]) or "no tensors",
+        needed="lora_A and lora_B, or lora_down and lora_up, of layers.N...",
+        hint="It may be a LoRA of another model, or a LoKr or LoHa.",
+    )
 
 
 def stack(updates: Iterable[tuple[LowRank, float]]) -> LowRank:

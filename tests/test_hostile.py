@@ -82,22 +82,25 @@ def refused(open_file: Callable[[Path], object], path: Path, case: hostile.Case)
     return None
 
 
-OPENERS = (open_checkpoint, open_encoder, read_lora)
+MODELS = (open_checkpoint, open_encoder, read_lora)
 
 
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux does"
 )
 @pytest.mark.parametrize(
-    ("suffix", "cases"),
-    [(".safetensors", hostile.safetensors_cases), (".gguf", hostile.gguf_cases)],
+    ("suffix", "cases", "openers"),
+    [
+        (".safetensors", hostile.safetensors_cases, (*MODELS, Calibration.load)),
+        (".gguf", hostile.gguf_cases, MODELS),
+    ],
 )
-def test_every_case_is_refused(tmp_path: Path, suffix: str, cases):
+def test_every_case_is_refused(tmp_path: Path, suffix: str, cases, openers):
     problems, count = [], 0
     for case in cases():
         path = case.write(tmp_path / f"m{suffix}")
-        openers = OPENERS if len(case.content) < 1 << 20 else OPENERS[:1]
-        problems += [refused(open_file, path, case) for open_file in openers]
+        chosen = openers if len(case.content) < 1 << 20 else openers[:1]
+        problems += [refused(open_file, path, case) for open_file in chosen]
         count += 1
     assert [problem for problem in problems if problem] == []
     assert count > 150
@@ -381,3 +384,11 @@ def test_a_pickle_under_any_name_is_no_lora(tmp_path: Path):
 def test_a_gguf_file_is_no_lora(tmp_path: Path):
     with pytest.raises(CheckpointError, match="read from safetensors"):
         read_lora(seeds.gguf(tmp_path / "lora.gguf"))
+
+
+def test_a_whole_model_is_no_lora_and_not_read_to_find_that_out(tmp_path: Path, monkeypatch):
+    path = tmp_path / "lora.safetensors"
+    write_safetensors(path, seeds.transformer())
+    monkeypatch.setattr(checkpoint_files.SourceFile, "read", lambda *_: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match="holds no LoRA for Ideogram 4"):
+        read_lora(path)
