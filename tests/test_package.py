@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -149,3 +150,22 @@ def test_wheel_holds_weights_workflows_and_help(tmp_path):
     for path in shipped:
         assert f"ideogram4_quant/{path.relative_to(ROOT).as_posix()}" in names
     assert not any(name.startswith("ideogram4_quant/tests/") for name in names)
+
+
+def test_dependencies_are_ranges_with_a_reason_and_a_licence():
+    """Each has bounds, a comment beside or above it, and a line in NOTICE."""
+    required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    notice = (ROOT / "NOTICE").read_text(encoding="utf-8")
+    own = [line.partition("#")[0].strip() for line in required.splitlines()]
+    extras = tomllib.loads(text)["project"]["optional-dependencies"].values()
+    wanted = [*filter(None, own), *(each for extra in extras for each in extra)]
+    lines = f"{required}\n{text}".splitlines()
+    for each in wanted:
+        name, bounds = re.fullmatch(r"([\w.-]+)([^;]*).*", each).groups()
+        assert re.search(r"[<>~]|\*", bounds), f"no range: {each}"
+        at = next(i for i, line in enumerate(lines) if line.startswith(each) or f'"{each}"' in line)
+        commented = "#" in lines[at] or lines[at - 1].lstrip().startswith("#")
+        assert commented, f"no reason: {each}"
+        assert re.search(rf"\b{name}\b", notice), f"no licence in NOTICE: {each}"
+    assert len(wanted) > 15

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BackendUnavailableError
+from ..new_file import replaced
 from .configs import ARCHITECTURES, unsupported_by
 
 if TYPE_CHECKING:
@@ -111,8 +112,9 @@ def _dump(built: Built, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = built.report
     name = f"sm{report.arch}-{report.kernel}-{report.label}".replace(" ", "-")
-    (folder / f"{name}.cubin").write_bytes(built.cubin)
-    (folder / f"{name}.sass").write_text(built.disassembly, encoding="utf-8")
+    for suffix, data in ((".cubin", built.cubin), (".sass", built.disassembly.encode())):
+        with replaced(folder / (name + suffix)) as part:
+            part.write_bytes(data)
 
 
 _COLUMNS = ("arch", "kernel", "configuration", "reg", "stack", "spill", "smem", "blocks")
