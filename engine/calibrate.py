@@ -48,7 +48,8 @@ def calibrate(
     ``request`` gives size, preset, steps and guidance; its prompt and seed are not used.
     ``digests`` is copy -> SHA-256 of its file. ``progress(done, total)`` counts steps of both
     passes. Prompt i starts from the noise of seed + i; the errors are measured from other noise
-    than the statistics, so that a smoothing vector is judged on values that it was not made for.
+    than the statistics. With several prompts (or seeds, if there is one prompt) each smoothing
+    vector is judged on the one that it was made without.
     Encoder and VAE are not needed.
     """
     steps = request.plan()
@@ -64,7 +65,8 @@ def calibrate(
         if models.unconditional is not None:
             unconditional = prepare(models.unconditional, rows, columns)
         for i, prompt in enumerate(prompts):
-            for seed in seeds:
+            for j, seed in enumerate(seeds):
+                profiler.sample(i if len(prompts) > 1 else j)
                 profiler.at(steps[0].time)
                 features = prompt.features[None].to(device)
                 conditional = prepare(models.conditional, rows, columns, features)

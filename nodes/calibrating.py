@@ -73,10 +73,11 @@ def calibrate(
         if callback is not None:
             callback(done)
 
-    # errors from other noise: smoothing is judged on values that it was not made for
+    # errors from other noise and without the seed: smoothing is judged on what it was not made for
     for phase, first in ((profiler.statistics, 0), (profiler.errors, OTHER_NOISE)):
         with phase():
-            for seed in seeds:
+            for i, seed in enumerate(seeds):
+                profiler.sample(i)
                 guider.sample(
                     comfy.sample.prepare_noise(latent, first + seed),
                     latent,

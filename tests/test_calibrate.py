@@ -23,10 +23,12 @@ from ideogram4_quant.pocket.encoder import CaptionEncoder
 from ideogram4_quant.quant import (
     Calibration,
     CalibrationError,
+    LayerStats,
     QuantOptions,
     Run,
     quantize_checkpoint,
 )
+from ideogram4_quant.quant.loudest import Loudest
 from ideogram4_quant.quant.profiler import Profiler, ProfilerOptions
 from ideogram4_quant.quant.treatments import Treatment, smoothing
 
@@ -125,9 +127,56 @@ def test_figures_are_those_of_the_inputs(prompts):
             assert stats.errors[name][column].item() == pytest.approx(error, rel=1e-3), name
 
 
+def test_a_prompt_is_smoothed_as_the_others_say():
+    """A channel loud in one prompt alone: the error there is of a vector that never heard it."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(256, 40, bias=False)
+    prompts = [torch.randn(30, 256, generator=generator) for _ in range(3)]
+    prompts[1][:2, 7] *= 200
+    profiler = Profiler({"conditional.layers.0.w": linear}, [0.5], OPTIONS)
+    for phase in (profiler.statistics, profiler.errors):
+        with phase():
+            for i, x in enumerate(prompts):
+                profiler.sample(i)
+                linear(x)
+    stats = profiler.result(Run({}, "", 3, (0,), 1, 1, 1)).layer("conditional", "layers.0.w")
+    assert torch.equal(stats.absmax, torch.cat(prompts).abs().amax(0))
+    weight, noise = linear.weight.detach(), 0.0
+    for i, x in enumerate(prompts):
+        others = torch.cat([p for j, p in enumerate(prompts) if j != i])
+        smooth = smoothing([LayerStats.of(others, weight)], 0.5)
+        q, scale = quantize_rows(weight * smooth)
+        noise += (int8_linear(x, q, scale, smooth=smooth) - x @ weight.T).square().sum().item()
+    assert stats.noise["int8 smooth 0.5"].item() == pytest.approx(noise, rel=1e-3)
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_maxima_without_any_one_sample(samples):
+    generator = torch.Generator().manual_seed(samples)
+    loudest, values = Loudest(7), [torch.zeros(7) for _ in range(samples)]
+    for turn in range(40):
+        part = torch.rand(7, generator=generator)
+        loudest.add(part, turn * 3 % samples)
+        values[turn * 3 % samples] = torch.maximum(values[turn * 3 % samples], part)
+    assert loudest.samples == samples
+    assert torch.equal(loudest.absmax, torch.stack(values).amax(0))
+    for i in range(samples):
+        others = [each for j, each in enumerate(values) if j != i] or values
+        assert torch.equal(loudest.without(i), torch.stack(others).amax(0))
+
+
+def test_one_sample_alone_is_told(caplog):
+    linear = torch.nn.Linear(256, 40)
+    profiler = Profiler({"conditional.layers.0.w": linear}, [0.5], OPTIONS)
+    with profiler.statistics():
+        linear(torch.ones(2, 256))
+    with profiler.errors():
+        linear(torch.ones(2, 256))
+    assert "one prompt" in caplog.text
+
+
 def test_w1_and_w3_share_their_smoothing():
     x, members = torch.rand(9, 16), [torch.rand(8, 16), 9 * torch.rand(8, 16)]
-    from ideogram4_quant.quant import LayerStats
 
     stats = [LayerStats.of(x, weight) for weight in members]
     joint = smoothing(stats, 0.5)

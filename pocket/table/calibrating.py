@@ -32,7 +32,7 @@ def calibration_of(variant: Variant, work: Path) -> Calibration:
     """The variant's calibration: read from ``work``, or made there."""
     files = write_model(variant, work / "models")
     digests = {copy: combined_hash(hash_files([file])) for copy, file in files.items()}
-    path = work / "calibrations" / f"{variant.slug}.safetensors"
+    path = work / "calibrations" / f"{variant.slug}-{PROMPTS}.safetensors"
     if path.is_file():
         known = Calibration.load(path)
         if all(run.models == digests for run in known.provenance):
