@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..ops.errors import CheckpointError, PairMismatchError
+from ..ops.errors import CheckpointError, PairMismatchError, printable
 from .canonical import TEXT_ONLY
 from .container import Container
 from .grammar import CONDITIONAL, UNCONDITIONAL
@@ -74,7 +74,7 @@ def _by_metadata(container: Container) -> Verdict | None:
         value = container.metadata.get(key)
         copy = _copy_in(value) if isinstance(value, str) else None
         if copy is not None:
-            return Verdict(copy, f"metadata {key} is {value!r}", certain=True)
+            return Verdict(copy, f"metadata {key} is {printable(value)!r}", certain=True)
     return None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.container import open_container
+from ..ops.errors import printable
 from .source import BaseLike
 from .tables import human_bytes, text_table
 
@@ -79,7 +80,7 @@ class Inspection:
         ]
         parts.append(text_table(("type", "tensors", "values", "size"), rows))
         if self.metadata:
-            lines = (f"  {key}: {_shortened(value)}" for key, value in self.metadata.items())
+            lines = (f"  {_shown(key)}: {_shown(value)}" for key, value in self.metadata.items())
             parts.append("metadata\n" + "\n".join(lines))
         return "\n\n".join(parts)
 
@@ -133,6 +134,5 @@ def _plain(value: object) -> object:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
-def _shortened(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+def _shown(value: object) -> str:
+    return printable(" ".join(str(value).split()), _SHOWN)

@@ -24,7 +24,7 @@ from ideogram4_quant.ops import choice_files
 from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.ops.partial import Partial, partial_path
-from ideogram4_quant.quant import Calibration
+from ideogram4_quant.quant import Calibration, inspect_file
 from ideogram4_quant.tests import hostile_files as hostile
 from ideogram4_quant.tests.fuzz import seeds, targets
 
@@ -352,3 +352,19 @@ def test_captions_and_prompts_may_be_deep_and_are_text_then(tmp_path: Path):
     os.remove(path)
     with pytest.raises(CompareError, match=r"prompts\.txt"):
         read_captions_file(path)
+
+
+# --- what is shown --------------------------------------------------------------------------------
+
+
+def test_what_a_stranger_wrote_does_not_steer_a_terminal(tmp_path: Path):
+    """Nor fill a report: metadata are shown short, and without control characters."""
+    path = tmp_path / "m.safetensors"
+    hostile_text = "\x1b[2J\x07 cond " + "x" * 100_000
+    metadata = {"model_type": hostile_text, "\x1b]0;title\x07": "y", "k" * 50_000: "z"}
+    write_safetensors(path, seeds.transformer(), metadata)
+    table = inspect_file(path).table()
+    assert all(line.isprintable() for line in table.splitlines())
+    assert len(table) < 5000
+    assert r"\x1b[2J\x07" in table
+    assert inspect_file(path).copies == ("conditional",)
