@@ -169,3 +169,14 @@ def test_dependencies_are_ranges_with_a_reason_and_a_licence():
         assert commented, f"no reason: {each}"
         assert re.search(rf"\b{name}\b", notice), f"no licence in NOTICE: {each}"
     assert len(wanted) > 15
+
+
+def test_the_tests_that_trust_names_exist():
+    """A file is named once, and ``::test`` after it means one of that file."""
+    named, source = 0, ""
+    text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    for file, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8") if file else source
+        named += bool(file or test)
+        assert not test or f"def {test}(" in source, (file, test)
+    assert named > 40
