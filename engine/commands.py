@@ -8,13 +8,13 @@ import logging
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
 from ..ops import attention, dispatch
 from ..ops.autotune import Measure
-from ..ops.errors import CheckpointError, Ideogram4QuantError, OpError
+from ..ops.errors import Ideogram4QuantError, OpError
 from ..ops.linear import LinearOptions
 from ..ops.new_file import replaced
 from ..sampling import check_size
@@ -22,6 +22,7 @@ from .encoder import load_encoder
 from .generate import GenerateRequest, generate
 from .linear import default_device
 from .loading import load_pair, open_pair
+from .pictures import read_picture
 from .vae import load_vae
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def run_generate(args: argparse.Namespace) -> int:
     for warning in check_size(request.width, request.height):
         _log.warning("%s: expect a worse picture", warning)
     _check_out(args.out, args.overwrite)
-    init_image = None if args.init_image is None else _read_picture(args.init_image)
+    init_image = None if args.init_image is None else read_picture(args.init_image)
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
     device = default_device(args.device)
     if args.backend != dispatch.AUTO:
@@ -89,7 +90,7 @@ def run_generate(args: argparse.Namespace) -> int:
 def _request(args: argparse.Namespace) -> GenerateRequest:
     prompt = args.prompt
     if args.prompt_file is not None:
-        prompt = args.prompt_file.read_text(encoding="utf-8").strip()
+        prompt = args.prompt_file.read_text(encoding="utf-8-sig").strip()
     if args.denoise < 1.0 and args.init_image is None:
         raise OpError("--denoise needs --init-image", found=args.denoise)
     return GenerateRequest(
@@ -111,14 +112,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise Ideogram4QuantError("the file exists", file=out, hint="--overwrite replaces it.")
     if not out.parent.is_dir():
         raise Ideogram4QuantError("no such folder", file=out.parent)
-
-
-def _read_picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise CheckpointError("not a picture", file=path) from error
 
 
 def _encode(args: argparse.Namespace, prompt: str, place: dict) -> Tensor:

@@ -31,7 +31,8 @@ class Row:
 
 
 def _cell_size(rows: Sequence[Row]) -> tuple[int, int]:
-    width, height = next(p.size for row in rows for p in row.pictures if p is not None)
+    sizes = (p.size for row in rows for p in row.pictures if p is not None)
+    width, height = next(sizes, (_CELL_SIDE, _CELL_SIDE))
     if width > _MOST:
         return _MOST, round(height * _MOST / width)
     factor = max(1, _CELL_SIDE // width)
@@ -42,6 +43,16 @@ def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     enlarged = picture.width <= size[0]
     method = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
     return picture.resize(size, method)
+
+
+def _cut(draw: ImageDraw.ImageDraw, words: str, font, room: int) -> str:
+    """``words`` on one line, as much of them as has room."""
+    line = " ".join(words.split())
+    if draw.textlength(line, font=font) <= room:
+        return line
+    while line and draw.textlength(f"{line}...", font=font) > room:
+        line = line[:-1]
+    return f"{line}..."
 
 
 def contact_sheet(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
@@ -55,13 +66,15 @@ def contact_sheet(rows: Sequence[Row], columns: Sequence[str]) -> Image.Image:
     sheet = Image.new("RGB", (left[-1], line + 2 * _GAP + len(rows) * step), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for x, name in zip(left, columns, strict=False):
+        name = _cut(draw, name, title, width)
         draw.text((x + width // 2, _GAP + line // 2), name, fill=_INK, font=title, anchor="mm")
     for j, row in enumerate(rows):
         top = line + 2 * _GAP + j * step
-        draw.text((_GAP, top), row.title, fill=_INK, font=title)
+        room = _LABEL_WIDTH - _GAP
+        draw.text((_GAP, top), _cut(draw, row.title, title, room), fill=_INK, font=title)
         for k, words in enumerate(row.lines, 1):
             draw.text((_GAP, top + k * line), words, fill=_FAINT, font=text)
-        for x, picture, remark in zip(left, row.pictures, row.remarks, strict=False):
+        for x, picture, remark in zip(left[:-1], row.pictures, row.remarks, strict=True):
             if picture is None:
                 draw.rectangle((x, top, x + width - 1, top + height - 1), fill=_MISSING)
             else:

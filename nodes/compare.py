@@ -29,7 +29,7 @@ def compare_levels(
     pictures or one a picture, for the text metrics. The sheet is [1, H, W, 3]; with ``differences``
     [2, ...], the second one of difference maps. What cannot be measured is a line below the table.
     """
-    from ..engine.compare.score import rendered_folders, score
+    from ..engine.compare.score import rendered_folders, score, word_reader
     from ..engine.compare.sheet import comparison_sheet
     from ..engine.compare.tables import markdown
 
@@ -47,7 +47,7 @@ def compare_levels(
         first = next(iter(folders))
         systems, cases, notes = rendered_folders(folders, first, _captions_of(folders[first]))
     reference = systems[0].scores.name
-    comparison = score(reference, systems, cases, reader=_reader(cases, notes))
+    comparison = score(reference, systems, cases, reader=word_reader(cases, notes))
     comparison.gaps += notes
     by_name = {system.scores.name: system for system in systems}
 
@@ -143,19 +143,6 @@ def _captions_of(folder: Path) -> dict[str, str]:
     from ..engine.compare.score import read_captions_file
 
     return read_captions_file(file)
-
-
-def _reader(cases, notes: list[str]):
-    """OCR where a caption asks for text; a note where it is not installed."""
-    if not any(case.text for case in cases):
-        return None
-    try:
-        from ..engine.ocr import WordReader
-
-        return WordReader().read
-    except ImportError as error:
-        notes.append(f"text metrics: {error}")
-        return None
 
 
 def _to_picture(image: Tensor) -> Image.Image:

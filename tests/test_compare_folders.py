@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from ideogram4_quant.engine.compare import cli
 from ideogram4_quant.engine.compare.cases import CompareError
+from ideogram4_quant.engine.pictures import PictureError
 
 WORDS = ("HELLO", "OPEN", "SALE", "EXIT")
 
@@ -139,6 +140,42 @@ def test_sizes_that_differ_name_both(folders):
 def test_bad_arguments_say_what_is_wrong(tmp_path, arguments, message):
     with pytest.raises(CompareError, match=message):
         run("--out", tmp_path / "out", *arguments)
+
+
+@pytest.mark.parametrize("level", ["reference", "bad"])
+def test_a_damaged_picture_is_named(folders, level):
+    file = folders / level / "exit.png"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(PictureError, match=rf"{level}.exit\.png: cannot be read as a picture"):
+        run("--out", folders / "out", *named(folders, "reference", "bad"))
+
+
+def test_suffixes_may_be_in_capitals_and_differ_between_levels(folders):
+    (folders / "reference" / "exit.png").rename(folders / "reference" / "exit.PNG")
+    sign("HELLO", 0, 0).save(folders / "good" / "hello.webp")
+    with pytest.raises(CompareError, match=r"two pictures of one name.*hello\.png, hello\.webp"):
+        run("--out", folders / "out", *named(folders, "reference", "good"))
+    (folders / "good" / "hello.png").unlink()
+    run("--out", folders / "out", *named(folders, "reference", "good"))
+    data = json.loads((folders / "out" / "results.json").read_text())
+    assert len(data["systems"][1]["scores"]["psnr"]) == len(WORDS)
+
+
+def test_large_pictures_are_reduced_in_the_page_and_long_words_cut(tmp_path, monkeypatch):
+    from ideogram4_quant.engine.compare import score
+
+    monkeypatch.setattr(score, "word_reader", lambda cases, notes: None)
+    for name in ("reference", "other"):
+        (tmp_path / name).mkdir()
+        noise = np.random.default_rng(len(name)).integers(0, 256, (420, 560, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / name / "one.jpg")
+    (tmp_path / "captions.json").write_text(json.dumps({"one.jpg": caption("LONG\nWORDS " * 30)}))
+    given = [*named(tmp_path, "reference", "other"), "--captions", tmp_path / "captions.json"]
+    assert run("--out", tmp_path / "out", *given) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("src='data:image/webp;base64,") == 2
+    assert "width=560 height=420" in page
+    assert len(page) < 1_000_000
 
 
 def test_an_empty_folder_and_foreign_names_are_errors(folders):

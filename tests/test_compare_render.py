@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,34 @@ def test_a_picture_whose_record_is_missing_does_not_count(tmp_path):
     assert store.picture("ab" * 32) is None
 
 
+def test_merging_brings_latents_to_pictures_that_lack_them(tmp_path):
+    key = "ab" * 32
+    ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
+    ours.save(key, Image.new("RGB", (8, 8)), Record(1.0, None), None)
+    theirs.save(key, Image.new("RGB", (8, 8)), Record(1.0, None), torch.ones(2, 3))
+    assert ours.merge(theirs.folder) == 1
+    assert torch.equal(ours.latents(key), torch.ones(2, 3))
+    assert theirs.merge(ours.folder) == 0
+
+
+def test_a_changed_chat_template_changes_the_hash_of_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "chat_template.jinja").write_text("one")
+    before = Fingerprints(tmp_path / "prints").of(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("another")
+    assert Fingerprints(tmp_path / "prints").of(tmp_path) != before
+
+
+def test_the_processes_of_a_machine_take_its_gpus_in_turn(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    turn = get_context("spawn").Value("i", 0)
+    for count in (2, 2, 2, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        module._take_a_gpu(turn)
+    assert taken == [0, 1, 0]
+
+
 def test_reading_cases(tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text('a sign "SALE"\n\na cat\n')
@@ -169,6 +198,9 @@ def test_reading_cases(tmp_path):
         ("a cat", 1, None),
         ("a cat", 2, None),
     ]
+    lines.write_text("a\u2028b\r\nc\r\n", encoding="utf-8-sig", newline="")
+    prompts = [c.prompt for c in read_cases(lines, seeds=(1,), width=64, height=32)]
+    assert prompts == ["a\u2028b", "c"]
     rows = tmp_path / "prompts.jsonl"
     rows.write_text(json.dumps({"prompt": "x", "seed": 9, "width": 128, "text": "HI"}) + "\n")
     assert read_cases(rows, seeds=(1, 2), width=64, height=32) == [Case("x", 9, 128, 32, "HI")]

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from ideogram4_quant.engine.compare.cases import Case, CompareError
 from ideogram4_quant.engine.compare.scorers import load_scorers
@@ -72,10 +74,45 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
         load_scorers({"clip": tmp_path})
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_lpips_with_weights_in_torchvisions_layout(tmp_path, suffix):
+    """Random weights of AlexNet's shapes; the linear heads are those of the lpips package."""
+    try:
+        import lpips
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"LPIPS cannot run here: {error}")
+    torch.manual_seed(0)
+    state = torchvision.models.alexnet(weights=None).state_dict()
+    file = tmp_path / f"alexnet{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(state, file)
+    scorers, _ = load_scorers({"lpips": file})
+    a, b, c = (Image.effect_noise((48, 64), sigma).convert("RGB") for sigma in (30, 30, 90))
+    assert scorers["lpips"](a, a, CASE) == 0.0
+    assert scorers["lpips"](a, b, CASE) > 0.0
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    features = torchvision.models.alexnet(weights=None)
+    features.load_state_dict(state)
+    for part in (network.net.slice1, network.net.slice2, network.net.slice3, network.net.slice4,
+                 network.net.slice5):  # fmt: skip
+        for name, layer in part.named_children():
+            layer.load_state_dict(features.features[int(name)].state_dict())
+    wanted = network(lpips.im2tensor(np.asarray(a)), lpips.im2tensor(np.asarray(c)))
+    assert scorers["lpips"](a, c, CASE) == pytest.approx(float(wanted), rel=1e-4)
+    assert scorers["lpips"](a.resize((30, 40)), b.resize((30, 40)), CASE) is None
+    state["features.0.weight"] = state["features.0.weight"][:8].clone()
+    (torch.save if suffix == ".pth" else save_file)(state, file)
+    with pytest.raises(CompareError, match=r"features\.0\.weight.*found \[8, 3, 11, 11\]"):
+        load_scorers({"lpips": file})
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(CompareError, match="not AlexNet's weights"):
+        load_scorers({"lpips": file})
+
+
 def test_lpips_says_which_package_or_file_it_lacks(tmp_path):
     try:
         import lpips  # noqa: F401
-    except ImportError:
+    except (ImportError, RuntimeError):
         expected = "pip install lpips"
     else:
         expected = "no such file of AlexNet weights"

@@ -70,6 +70,11 @@ def test_verdict(low, high, better, expected):
     assert results.verdict(interval, better) == expected
 
 
+def test_fewer_prompts_than_an_interval_needs_give_no_verdict():
+    few = statistics.bootstrap_mean([1.0, 1.0])
+    assert results.verdict(few, "higher") is None
+
+
 def test_pareto_front_keeps_what_nothing_beats():
     points = [(10.0, 40.0), (5.0, 30.0), (7.0, 29.0), (12.0, 40.0), (10.0, 39.0)]
     assert results.pareto_front(points) == [1, 0]

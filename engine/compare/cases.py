@@ -74,6 +74,8 @@ def read_cases(
     ``seed``, ``width``, ``height``). Raises CompareError naming the line."""
     if not path.is_file():
         raise CompareError("no such prompt file", file=path, hint="Give a .txt or a .jsonl file.")
+    if path.suffix.lower() not in (_TEXT, _JSON_LINES):
+        raise CompareError("no prompt file", file=path, needed=f"{_TEXT} or {_JSON_LINES}")
     cases: list[Case] = []
     rows = _prompt_rows(path)
     for row in rows[:limit]:
@@ -85,6 +87,9 @@ def read_cases(
     if not cases:
         raise CompareError("the prompt file holds no prompt", file=path)
     return unique(cases)
+
+
+_TEXT, _JSON_LINES = ".txt", ".jsonl"
 
 
 def _is_number(value: object) -> bool:
@@ -100,15 +105,16 @@ _OPTIONAL = (
 
 def _prompt_rows(path: Path) -> list[dict]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # not splitlines(): a caption may hold U+2028; the BOM is Windows' habit
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CompareError(f"is no text in UTF-8: {error}", file=path) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
-            rows.append({"prompt": line})
+        if path.suffix.lower() != _JSON_LINES:
+            rows.append({"prompt": line.rstrip("\r")})
             continue
         try:
             row = json.loads(line)
@@ -131,6 +137,14 @@ def _prompt_rows(path: Path) -> list[dict]:
 def unique(cases: Iterable[Case]) -> list[Case]:
     """The cases in order, each (prompt, size, seed) once."""
     return list({case.key: case for case in cases}.values())
+
+
+def check_reference(reference: str | None, names: Sequence[str]) -> None:
+    """CompareError for a reference that is none of the systems; None stands for the first."""
+    if reference is not None and reference not in names:
+        raise CompareError(
+            "the reference is none of the systems", found=", ".join(names), needed=reference
+        )
 
 
 def check_systems(systems: Sequence[System]) -> None:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ... import __version__
+
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Register both commands; nothing heavy is imported until one runs."""
@@ -73,7 +75,7 @@ def run_compare(args: argparse.Namespace) -> int:
     from .cases import CompareError
 
     if bool(args.system) == bool(args.pictures):
-        raise CompareError("give either --system (files) or --pictures (folders), at least two")
+        raise CompareError("give either --system (files) or --pictures (folders), once a level")
     scorers, notes = _scorers(args)
     if args.pictures:
         return _compare_folders(args, scorers, notes)
@@ -87,11 +89,12 @@ def run_merge(args: argparse.Namespace) -> int:
     store = Store(args.into)
     for shard in args.shards:
         print(f"{shard}: {store.merge(shard)} pictures")
+    print(f"compare --cache {args.into} with the same systems and prompts scores all of them")
     return 0
 
 
 def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
-    from .cases import CompareError, System, check_systems, read_cases
+    from .cases import CompareError, System, check_reference, check_systems, read_cases
 
     for name in ("encoder", "vae", "prompts"):
         if getattr(args, name) is None:
@@ -102,11 +105,12 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     from .render import Plan, Settings, render
     from .store import Store
 
-    systems = []
-    for name, value in map(_named, args.system):
-        paths = [Path(p) for p in value.split(",")]
-        systems.append(System(name, paths[0], paths[1] if len(paths) > 1 else None, args.base))
+    systems = [System(name, *_pair(value), args.base) for name, value in map(_named, args.system)]
     check_systems(systems)
+    check_reference(args.reference, [system.name for system in systems])
+    shard = _shard(args.shard)
+    if args.jobs < 1:
+        raise CompareError("too few processes", found=args.jobs, needed="--jobs 1 at least")
     cases = read_cases(
         args.prompts, seeds=args.seeds, width=args.width, height=args.height, limit=args.limit
     )
@@ -116,7 +120,6 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     )  # fmt: skip
     store = Store(args.cache or args.out / "cache")
     plan = Plan(systems, cases, settings, store)
-    shard = _shard(args.shard)
     with tqdm(total=len(plan.missing(shard)), unit="picture", desc="rendering") as bar:
         made = render(plan, jobs=args.jobs, shard=shard, ray=args.ray, progress=bar.update)
     left = len(plan.missing())
@@ -124,7 +127,10 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
         print(f"shard {args.shard}: {made} pictures made; {left} are left to other shards")
         return 0
     rendered = [plan.rendered(system) for system in systems]
-    return _finish(args, rendered, cases, scorers, notes, {**settings.painting(), "shard": None})
+    files = {system.name: [file.name for file in system.files] for system in systems}
+    shared = {"encoder": args.encoder.name, "vae": args.vae.name}
+    made_of = settings.painting() | shared | {"files": files, "version": __version__}
+    return _finish(args, rendered, cases, scorers, notes, made_of)
 
 
 def _compare_folders(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
@@ -137,7 +143,7 @@ def _compare_folders(args: argparse.Namespace, scorers: dict, notes: Sequence[st
     prompts = {} if args.captions is None else read_captions_file(args.captions)
     reference = args.reference or next(iter(folders))
     rendered, cases, more = rendered_folders(folders, reference, prompts)
-    settings = {"folders": [str(f) for f in folders.values()]}
+    settings = {"folders": {name: str(f) for name, f in folders.items()}, "version": __version__}
     return _finish(args, rendered, cases, scorers, [*notes, *more], settings)
 
 
@@ -145,13 +151,13 @@ def _finish(args, rendered, cases, scorers, notes, settings) -> int:
     from tqdm import tqdm
 
     from .output import write_output
-    from .score import score
+    from .score import score, word_reader
     from .tables import markdown
 
     with tqdm(total=len(rendered) * len(cases), unit="picture", desc="scoring") as bar:
         comparison = score(
             args.reference or rendered[0].scores.name, rendered, cases,
-            reader=_reader(notes), scorers=scorers, progress=bar.update,
+            reader=word_reader(cases, notes), scorers=scorers, progress=bar.update,
         )  # fmt: skip
     comparison.gaps.extend(notes)
     comparison.settings.update(settings)
@@ -163,16 +169,6 @@ def _finish(args, rendered, cases, scorers, notes, settings) -> int:
     print(markdown(comparison))
     print("\n".join(str(file) for file in files))
     return 0
-
-
-def _reader(notes):
-    try:
-        from ..ocr import WordReader
-
-        return WordReader().read
-    except ImportError as error:
-        notes.append(f"text metrics: {error}")
-        return None
 
 
 def _scorers(args: argparse.Namespace) -> tuple[dict, list[str]]:
@@ -193,6 +189,15 @@ def _named(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _pair(text: str) -> tuple[Path, Path | None]:
+    from .cases import CompareError
+
+    paths = [Path(path) for path in text.split(",")]
+    if len(paths) > 2:
+        raise CompareError("more than two files", found=text, needed="COND or COND,UNCOND")
+    return paths[0], paths[1] if len(paths) == 2 else None
+
+
 def _shard(text: str) -> tuple[int, int]:
     from .cases import CompareError
 
@@ -200,4 +205,6 @@ def _shard(text: str) -> tuple[int, int]:
         index, count = (int(part) for part in text.split("/"))
     except ValueError as error:
         raise CompareError("not of the form I/N", found=text) from error
+    if not 0 <= index < count:
+        raise CompareError("no such shard", found=text, needed="0/N to (N - 1)/N")
     return index, count

@@ -6,7 +6,6 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -15,9 +14,10 @@ from ...ops.new_file import replaced
 from .cases import Case
 from .metrics import METRICS
 from .results import Cell, Comparison, extent
+from .sheet import Picture, remark
 from .tables import COLUMNS, cell_text, known_columns
 
-Picture = Callable[[str, Case], "Image.Image | None"]
+_LONGEST_SIDE = 512
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -26,14 +26,17 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; } th, td { padding: .3rem .6rem; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap; font-variant-numeric: tabular-nums; }
+  border-bottom: 1px solid var(--line); white-space: nowrap;
+  font-size: .87rem; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
 td.worse { color: #c0392b; } td.better { color: #1e8449; } td.gap { opacity: .5; }
 tr.reference td { background: var(--soft); font-weight: 600; }
 .pictures td, .pictures th { vertical-align: top; text-align: center; }
-.pictures img { image-rendering: pixelated; width: 256px; height: auto; border-radius: 3px; }
+.pictures img { width: 256px; height: auto; border-radius: 3px; }
+.pictures img[src^="data:image/png"] { image-rendering: pixelated; }
 .pictures .score { font-size: .8rem; opacity: .75; }
-.prompt { max-width: 22rem; white-space: normal; overflow-wrap: anywhere; font-size: .8rem; }
+.pictures .prompt { max-width: 22rem; white-space: normal; overflow-wrap: anywhere;
+  font-size: .8rem; text-align: left; }
 img.plot { max-width: 100%; background: #fff; border-radius: 4px; }
 """
 
@@ -114,7 +117,7 @@ def _pictures(comparison: Comparison, picture: Picture, most: int) -> str:
             f"{html.escape(case.prompt)}</details></td>{cells}</tr>"
         )
     left = len(comparison.cases) - most
-    more = f"<p>{left} more cases are in the picture folders.</p>" if left > 0 else ""
+    more = f"<p>{left} more cases are not shown; the table counts them.</p>" if left > 0 else ""
     return (
         f"<h2>Pictures</h2><div class=scroll><table class=pictures><tr><th>case</th>{head}</tr>"
         f"{''.join(rows)}</table></div>{more}"
@@ -125,20 +128,26 @@ def _thumbnail(comparison: Comparison, name: str, case: Case, picture: Picture) 
     image = picture(name, case)
     if image is None:
         return "<td class=gap>no picture</td>"
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    values = comparison.system(name).values
-    scores = []
-    if case.key in values.get("psnr", {}):
-        scores.append(f"{values['psnr'][case.key]:.1f} dB")
-    if case.key in values.get("ocr_exact", {}):
-        scores.append("read" if values["ocr_exact"][case.key] else "not read")
     size = f"width={image.width} height={image.height}"
+    label = html.escape(f"{name}, seed {case.seed}")
     return (
-        f"<td><img {size} alt='' src='data:image/png;base64,{data}'>"
-        f"<div class=score>{' | '.join(scores)}</div></td>"
+        f"<td><img {size} alt='{label}' src='{_data_url(image)}'>"
+        f"<div class=score>{html.escape(remark(comparison, name, case))}</div></td>"
     )
+
+
+def _data_url(image: Image.Image) -> str:
+    """Small pictures pixel by pixel; larger ones reduced, so that a page of 200 stays in 20 MB."""
+    buffer = io.BytesIO()
+    if max(image.size) <= _LONGEST_SIDE:
+        image.save(buffer, format="PNG", optimize=True)
+        kind = "png"
+    else:
+        reduced = image.copy()
+        reduced.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+        reduced.save(buffer, format="WEBP", quality=90)
+        kind = "webp"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _settings(comparison: Comparison) -> str:

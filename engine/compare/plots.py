@@ -7,6 +7,7 @@ from pathlib import Path
 from ...ops.new_file import replaced
 from .metrics import METRICS
 from .results import Comparison, pareto_front
+from .statistics import MIN_PROMPTS
 
 
 def _figure(width: float, height: float):
@@ -38,10 +39,9 @@ def fidelity_against_memory(comparison: Comparison, path: Path, metric: str = "p
     sign = 1.0 if better == "higher" else -1.0
     figure, axes = _figure(8.0, 4.8)
     for size, interval, name in points:
-        below, above = interval.mean - interval.low, interval.high - interval.mean
-        axes.errorbar(
-            size, interval.mean, yerr=[[below], [above]], fmt="o", ms=5, capsize=3, color="#30638e"
-        )
+        known = interval.n >= MIN_PROMPTS
+        bars = [[interval.mean - interval.low], [interval.high - interval.mean]] if known else None
+        axes.errorbar(size, interval.mean, yerr=bars, fmt="o", ms=5, capsize=3, color="#30638e")
         axes.annotate(
             name, (size, interval.mean), xytext=(6, 5), textcoords="offset points", fontsize=8
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,21 +16,24 @@ from ...checkpoint import open_checkpoint
 from ...ops.linear import LinearOptions
 from ..encoder import load_encoder
 from ..generate import GenerateRequest, Models, generate
+from ..linear import default_device
 from ..loading import load_pair, open_pair
 from ..vae import load_vae
 from .cases import Case, CompareError, System
 from .results import SystemScores
-from .score import Rendered
+from .score import Rendered, word_reader
 from .store import Fingerprints, Record, Store, picture_key
 
 Progress = Callable[[int], None]
+_LOOK_EVERY = 2.0  # seconds between two looks for what other processes have made
 
 
 @dataclass(frozen=True)
 class Settings:
     """What all systems share: encoder, VAE, schedule, and whether to keep trajectories.
 
-    ``threads`` is the number of torch threads of one process; ``read`` asks for OCR.
+    ``threads`` is the number of torch threads of one process; ``read`` asks for OCR, which is left
+    to the scoring where it is not installed.
     """
 
     encoder: Path
@@ -45,8 +49,20 @@ class Settings:
 
     def painting(self) -> dict[str, object]:
         """The settings that change a picture, for its key."""
-        names = ("preset", "steps", "guidance", "device", "dtype")
+        names = ("preset", "steps", "guidance", "dtype", "device_kind")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def device_kind(self) -> str:
+        """``cpu`` or ``cuda``, whichever one of several it is; without a device this machine's."""
+        return default_device().type if self.device is None else self.device.partition(":")[0]
+
+    def request(self, case: Case) -> GenerateRequest:
+        """What the engine is asked for one case."""
+        return GenerateRequest(
+            case.prompt, case.width, case.height, case.seed, self.preset, self.steps,
+            self.guidance, keep_latents=self.trajectories,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,12 +74,17 @@ class Unit:
 
 
 class Plan:
-    """Keys of every (system, case), and what is still to be made in a store."""
+    """Keys of every (system, case), and what is still to be made in a store.
+
+    Every model file is hashed once. Raises OpError for sizes, steps or a preset that do not fit.
+    """
 
     def __init__(
         self, systems: Sequence[System], cases: Sequence[Case], settings: Settings, store: Store
     ) -> None:
         self.systems, self.cases, self.settings, self.store = systems, cases, settings, store
+        for case in {(case.width, case.height): case for case in cases}.values():
+            settings.request(case).plan()
         prints = Fingerprints(store.folder / "fingerprints.json")
         shared = settings.painting() | {
             "encoder": prints.of(settings.encoder),
@@ -91,15 +112,14 @@ class Plan:
         if not 0 <= index < count:
             raise CompareError("no such shard", found=f"{index}/{count}", needed="0 <= i < n")
         wanted = self.settings.trajectories
-        todo = []
+        todo: dict[str, tuple[System, str, Case]] = {}  # two systems may have the same files
         for system in self.systems:
             for case in self.cases:
                 key = self.key(system, case)
-                if int(key[:12], 16) % count == index and not self.store.has(
-                    key, trajectory=wanted
-                ):
-                    todo.append((system, key, case))
-        return todo
+                ours = int(key[:12], 16) % count == index
+                if ours and key not in todo and not self.store.has(key, trajectory=wanted):
+                    todo[key] = (system, key, case)
+        return list(todo.values())
 
     def units(self, shard: tuple[int, int] = (0, 1), jobs: int = 1) -> list[Unit]:
         """The missing work cut so that ``jobs`` processes load few models and end together."""
@@ -160,14 +180,10 @@ def render_unit(
         torch.set_num_threads(settings.threads)
     store = Store(Path(folder))
     models = load_models(unit.system, settings)
-    reader = _reader() if settings.read and any(case.text for _, case in unit.work) else None
+    reader = word_reader([case for _, case in unit.work]) if settings.read else None
     for key, case in unit.work:
-        request = GenerateRequest(
-            case.prompt, case.width, case.height, case.seed, settings.preset, settings.steps,
-            settings.guidance, keep_latents=settings.trajectories,
-        )  # fmt: skip
         started = time.perf_counter()
-        result = generate(request, models)
+        result = generate(settings.request(case), models)
         seconds = time.perf_counter() - started
         read = reader(result.image) if reader is not None and case.text else None
         latents = torch.stack(result.trajectory) if settings.trajectories else None
@@ -177,10 +193,13 @@ def render_unit(
     return len(unit.work)
 
 
-def _reader():
-    from ..ocr import WordReader
-
-    return WordReader().read
+def _take_a_gpu(turn) -> None:
+    """One CUDA device after the other for the processes of one machine; ``turn`` counts them."""
+    with turn.get_lock():
+        number = turn.value
+        turn.value += 1
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(number % torch.cuda.device_count())
 
 
 def render(
@@ -193,45 +212,85 @@ def render(
 ) -> int:
     """Make every missing picture of the shard; returns how many were made.
 
-    ``jobs`` processes on this machine, or with ``ray`` one task a unit on the cluster that
-    ``ray.init()`` finds (its workers must see the same folders).
+    ``jobs`` processes on this machine, which take its CUDA devices in turn, or with ``ray`` tasks
+    on the cluster that ``ray.init()`` finds, at least one for each of its GPUs, each task with a
+    GPU of its own (its workers must see the same folders).
     """
-    units = plan.units(shard, jobs)
     folder = str(plan.store.folder)
+    watch = _Watch(plan, shard, progress)
     if ray:
-        return _render_on_ray(units, plan.settings, folder, progress)
+        return _render_on_ray(plan, shard, jobs, folder, watch)
+    units = plan.units(shard, jobs)
     if jobs == 1:
         return sum(render_unit(unit, plan.settings, folder, progress) for unit in units)
-    made = 0
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(render_unit, unit, plan.settings, folder) for unit in units]
+    context = get_context("spawn")
+    turn = context.Value("i", 0)
+    pool = ProcessPoolExecutor(jobs, context, initializer=_take_a_gpu, initargs=(turn,))
+    with pool:
+        waiting = {pool.submit(render_unit, unit, plan.settings, folder) for unit in units}
         try:
-            for future in as_completed(futures):
-                made += future.result()
-                if progress is not None:
-                    progress(future.result())
-        except BaseException:
+            while waiting:
+                done, waiting = wait(waiting, timeout=_LOOK_EVERY, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                watch.look()
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise CompareError(
+                    "a process died, most often for want of memory",
+                    hint="Run it again with fewer --jobs: it goes on with what is left.",
+                ) from error
             raise
-    return made
+    return watch.made
+
+
+class _Watch:
+    """Reports the pictures of other processes as they appear in the store."""
+
+    def __init__(self, plan: Plan, shard: tuple[int, int], progress: Progress | None) -> None:
+        self._store, self._progress = plan.store, progress
+        self._wanted = plan.settings.trajectories
+        self._missing = {key for _, key, _ in plan.missing(shard)}
+        self.made = 0
+
+    def look(self) -> None:
+        """Count what has come since the last look."""
+        come = {key for key in self._missing if self._store.has(key, trajectory=self._wanted)}
+        self._missing -= come
+        self.made += len(come)
+        if come and self._progress is not None:
+            self._progress(len(come))
 
 
 def _render_on_ray(
-    units: Sequence[Unit], settings: Settings, folder: str, progress: Progress | None
+    plan: Plan, shard: tuple[int, int], jobs: int, folder: str, watch: _Watch
 ) -> int:
     try:
         import ray
     except ImportError as error:
         raise CompareError("Ray is not installed", hint="pip install ray, or use --jobs") from error
     if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False)
-    task = ray.remote(num_cpus=1)(render_unit)
-    waiting = [task.remote(unit, settings, folder) for unit in units]
-    made = 0
+        try:
+            ray.init(address="auto", log_to_driver=False)
+        except ConnectionError as error:
+            raise CompareError(
+                "no Ray cluster is running", hint="Start one (ray start --head), or use --jobs."
+            ) from error
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    kind = plan.settings.device_kind
+    if plan.settings.device is None and (kind == "cuda") != (gpus > 0):
+        raise CompareError(
+            "this machine and the cluster have different devices",
+            found=f"{kind} here, {gpus} GPUs there",
+            hint="Name the one to use: --device cuda or --device cpu.",
+        )
+    # Ray hides the GPUs of a node from tasks that ask for none.
+    task = ray.remote(num_cpus=1, num_gpus=1 if kind == "cuda" else 0)(render_unit)
+    units = plan.units(shard, max(jobs, gpus if kind == "cuda" else 1))
+    waiting = [task.remote(unit, plan.settings, folder) for unit in units]
     while waiting:
-        done, waiting = ray.wait(waiting)
-        for count in ray.get(done):
-            made += count
-            if progress is not None:
-                progress(count)
-    return made
+        done, waiting = ray.wait(waiting, timeout=_LOOK_EVERY)
+        ray.get(done)
+        watch.look()
+    return watch.made

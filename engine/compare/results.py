@@ -11,7 +11,7 @@ from pathlib import Path
 from ...ops.new_file import replaced
 from .cases import Case
 from .metrics import METRICS
-from .statistics import Interval, bootstrap_mean, paired_difference, prompt_means
+from .statistics import MIN_PROMPTS, Interval, bootstrap_mean, paired_difference, prompt_means
 
 Values = dict[tuple[str, int], float]
 
@@ -86,8 +86,11 @@ class Comparison:
 
 
 def verdict(difference: Interval | None, better: str) -> str | None:
-    """``better``, ``worse``, or ``indistinguishable`` where the interval spans zero."""
-    if difference is None:
+    """``better``, ``worse``, or ``indistinguishable`` where the interval spans zero.
+
+    ``None`` without pairs, and for fewer prompts than an interval needs: they decide nothing.
+    """
+    if difference is None or difference.n < MIN_PROMPTS:
         return None
     if difference.spans_zero:
         return "indistinguishable"

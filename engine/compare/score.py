@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from ...ops.errors import OpError
-from .cases import Case, CompareError
+from ..pictures import read_picture
+from .cases import Case, CompareError, check_reference
 from .metrics import (
     METRICS,
     PAIR_FUNCTIONS,
@@ -21,6 +22,7 @@ from .metrics import (
     text_asked,
 )
 from .results import Comparison, SystemScores
+from .statistics import MIN_PROMPTS
 
 #: A scorer that the user's own weights make possible: (reference, picture, case) -> value or None.
 Scorer = Callable[[Image.Image, Image.Image, Case], "float | None"]
@@ -41,6 +43,23 @@ class Rendered:
     read: Mapping[tuple[str, int], str] | None = None
 
 
+def word_reader(
+    cases: Sequence[Case], notes: list[str] | None = None
+) -> Callable[[Image.Image], str] | None:
+    """OCR where a case asks for text, else ``None``; where it is not installed, a line in
+    ``notes``."""
+    if not any(case.text for case in cases):
+        return None
+    try:
+        from ..ocr import WordReader
+
+        return WordReader().read
+    except ImportError as error:
+        if notes is not None:
+            notes.append(f"text metrics: {error}")
+        return None
+
+
 def score(
     reference: str,
     rendered: Sequence[Rendered],
@@ -55,10 +74,8 @@ def score(
     Missing pictures and metrics become gaps with a reason. Raises CompareError when the reference
     has no picture at all, and OpError when two pictures of one case differ in size.
     """
-    base = next((r for r in rendered if r.scores.name == reference), None)
-    if base is None:
-        names = ", ".join(r.scores.name for r in rendered)
-        raise CompareError("the reference is none of the systems", found=names, needed=reference)
+    check_reference(reference, [r.scores.name for r in rendered])
+    base = next(r for r in rendered if r.scores.name == reference)
     result = Comparison(reference, list(cases), [r.scores for r in rendered])
     if all(base.picture(case) is None for case in cases):
         raise CompareError(f"the reference {reference!r} has no picture of any case")
@@ -68,10 +85,16 @@ def score(
         f"{METRICS[metric].label}: needs {package} (pip install {package})"
         for metric, package in missing_packages().items()
     ]
-    silent = sum(case.text is None for case in cases)
+    silent = sum(not case.text for case in cases)
     if silent:
-        which = "no prompt asks" if silent == len(cases) else f"{silent} prompts do not ask"
-        result.gaps.append(f"text metrics: {which} for text")
+        which = "no prompt asks for text"
+        some = f"{silent} of {len(cases)} pictures were not asked for text"
+        result.gaps.append(f"text metrics: {which if silent == len(cases) else some}")
+    prompts = len({case.prompt_id for case in cases})
+    if prompts < MIN_PROMPTS:
+        result.gaps.append(
+            f"intervals and verdicts: need {MIN_PROMPTS} prompts at least, found {prompts}"
+        )
     return result
 
 
@@ -86,6 +109,8 @@ def _score_system(
     missing = 0
     trajectories = []
     for case in result.cases:
+        if progress is not None:
+            progress(1)
         picture, wanted = item.picture(case), base.picture(case)
         if picture is None or wanted is None:
             missing += 1
@@ -95,8 +120,6 @@ def _score_system(
         if steps is not None:
             trajectories.append(steps)
             item.scores.set("latent_sqnr", case.key, steps[-1])
-        if progress is not None:
-            progress(1)
     if missing:
         result.gaps.append(f"{item.scores.name}: {missing} of {len(result.cases)} pictures missing")
     lengths = {len(steps) for steps in trajectories}
@@ -134,36 +157,39 @@ def _trajectory(item: Rendered, base: Rendered, case: Case) -> list[float] | Non
     return None if ours is None or theirs is None else latent_sqnr(theirs, ours)
 
 
-def open_picture(folder: Path, stem: str) -> Image.Image | None:
-    """The picture called ``stem`` with any picture suffix, loaded; ``None`` if there is none."""
-    for suffix in _SUFFIXES:
-        file = folder / f"{stem}{suffix}"
-        if file.is_file():
-            with Image.open(file) as picture:
-                return picture.convert("RGB")
-    return None
+def pictures_in(folder: Path) -> dict[str, Path]:
+    """Name without suffix -> file, for the pictures of a folder, in the order of their names.
 
-
-def stems_of(folder: Path) -> list[str]:
-    """Names of the pictures in a folder, without their suffixes; CompareError if there are none."""
-    stems = {f.stem for f in folder.glob("*") if f.suffix.lower() in _SUFFIXES}
-    if not stems:
+    Raises CompareError where there are none, and for two that differ by their suffixes alone.
+    """
+    files: dict[str, Path] = {}
+    for file in sorted(f for f in folder.glob("*") if f.suffix.lower() in _SUFFIXES):
+        if files.setdefault(file.stem, file) is not file:
+            raise CompareError(
+                "two pictures of one name",
+                file=file,
+                found=f"{files[file.stem].name}, {file.name}",
+                hint="Which one belongs to the level? Move the other one away.",
+            )
+    if not files:
         raise CompareError("no picture in the folder", file=folder, needed="PNG, WebP or JPEG")
-    return sorted(stems)
+    return files
 
 
-def folder_cases(reference: Path, prompts: Mapping[str, str]) -> list[tuple[str, Case]]:
-    """(file stem, case) for every picture of the reference's folder.
+def folder_cases(
+    reference: Mapping[str, Path], prompts: Mapping[str, str]
+) -> list[tuple[str, Case]]:
+    """(name, case) for every picture of the reference's, given as ``pictures_in`` finds them.
 
     ``prompts`` maps a file stem to its prompt; a picture without one has no text metrics. Pictures
     of one prompt are its seeds, numbered as they come: together they are one unit of resampling.
     """
     counts: Counter[str] = Counter()
     cases = []
-    for stem in stems_of(reference):
+    for stem, file in reference.items():
         prompt = prompts.get(stem)
         name = stem if prompt is None else prompt
-        width, height = open_picture(reference, stem).size
+        width, height = read_picture(file).size
         text = None if prompt is None else text_asked(prompt)
         cases.append((stem, Case(name, counts[name], width, height, text=text)))
         counts[name] += 1
@@ -177,37 +203,37 @@ def rendered_folders(
     takes, the cases of the reference's pictures, and notes on pictures that only others have.
 
     Raises CompareError for a folder that is not there or empty, for an unknown reference, and for
-    one that shares no file name with the reference's.
+    one that shares no file name with the reference's; PictureError for a picture that is damaged.
     """
-    if reference not in folders:
-        known = ", ".join(folders)
-        raise CompareError("the reference is none of the systems", found=known, needed=reference)
+    check_reference(reference, list(folders))
     for name, folder in folders.items():
         if not folder.is_dir():
             raise CompareError(f"no folder of pictures for {name!r}", file=folder)
-    pairs = folder_cases(folders[reference], prompts)
+    files = {name: pictures_in(folder) for name, folder in folders.items()}
+    pairs = folder_cases(files[reference], prompts)
     stems = {case.key: stem for stem, case in pairs}
     notes = []
-    for name, folder in folders.items():
-        others = set(stems_of(folder))
-        if others.isdisjoint(stems.values()):
+    for name, others in files.items():
+        if others.keys().isdisjoint(stems.values()):
             raise CompareError(
                 f"{name!r} shares no file name with the reference",
-                file=folder,
-                found=", ".join(sorted(others)[:3]),
+                file=folders[name],
+                found=", ".join(list(others)[:3]),
                 needed=", ".join(sorted(stems.values())[:3]),
                 hint="Give the pictures of one prompt and seed the same name in every folder.",
             )
-        more = len(others - set(stems.values()))
+        more = len(others.keys() - set(stems.values()))
         if more:
             notes.append(f"{name}: {more} pictures left out that the reference does not have")
 
-    def system(name: str, folder: Path) -> Rendered:
-        return Rendered(
-            SystemScores(name, "", 0), lambda case: open_picture(folder, stems[case.key])
-        )
+    def system(name: str, pictures: Mapping[str, Path]) -> Rendered:
+        def picture(case: Case) -> Image.Image | None:
+            file = pictures.get(stems[case.key])
+            return None if file is None else read_picture(file)
 
-    rendered = [system(name, folder) for name, folder in folders.items()]
+        return Rendered(SystemScores(name, "", 0), picture)
+
+    rendered = [system(name, pictures) for name, pictures in files.items()]
     return rendered, [case for _, case in pairs], notes
 
 
@@ -215,7 +241,7 @@ def read_captions_file(file: Path) -> dict[str, str]:
     """``{"file name": prompt}`` -> file stem -> prompt. Names may have suffixes, and prompts may be
     JSON captions themselves. Raises CompareError for another content."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CompareError(f"is no JSON: {error}", file=file) from error
     if not isinstance(data, dict):

@@ -16,6 +16,8 @@ from .cases import Case, CompareError
 from .metrics import to_tensor
 from .score import Scorer
 
+_ALEXNET_SIDE = 31
+
 _CLIP_LIKE = {
     "clip": "a CLIP folder as Hugging Face ships it (openai/clip-vit-large-patch14)",
     "pickscore": "the PickScore folder (yuvalkirstain/PickScore_v1)",
@@ -75,20 +77,24 @@ def lpips_scorer(backbone: Path) -> Scorer:
     """Learned perceptual distance (Zhang et al. 2018) by the ``lpips`` package, AlexNet variant.
 
     ``backbone`` is AlexNet's state dict as torchvision ships it (.safetensors, or .pth read without
-    unpickling code); the package brings the linear heads. Raises CompareError.
+    unpickling code); the package brings the linear heads. Pictures with a side below 31 px, too
+    small for AlexNet, have no score. Raises CompareError.
     """
     try:
         import lpips
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
         raise CompareError(
-            f"LPIPS needs the lpips package: {error}", hint="pip install lpips torchvision"
+            f"LPIPS needs the lpips package: {error}",
+            hint="pip install lpips, and the torchvision that belongs to your torch.",
         ) from error
     if not backbone.is_file():
         raise CompareError("no such file of AlexNet weights", file=backbone)
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     _load_alexnet(network.net, backbone)
 
-    def score(reference: Image.Image, picture: Image.Image, _case: Case) -> float:
+    def score(reference: Image.Image, picture: Image.Image, _case: Case) -> float | None:
+        if min(picture.size) < _ALEXNET_SIDE or reference.size != picture.size:
+            return None
         with torch.inference_mode():
             return float(network(to_tensor(picture), to_tensor(reference), normalize=True))
 
@@ -98,11 +104,22 @@ def lpips_scorer(backbone: Path) -> Scorer:
 def _load_alexnet(network: torch.nn.Module, file: Path) -> None:
     """Torchvision's ``features.N.*`` onto the slices of the lpips network, whose layers keep N."""
     read: Callable[[Path], dict] = _read_safetensors if file.suffix == ".safetensors" else _read_pth
-    state = {k.removeprefix("features."): v for k, v in read(file).items() if "features." in k}
+    try:
+        stored = read(file)
+    except Exception as error:  # damaged files make both readers raise almost anything
+        raise CompareError(f"not AlexNet's weights: {error}", file=file) from error
+    state = {k.removeprefix("features."): v for k, v in stored.items() if "features." in k}
     wanted = {name: name.split(".", 1)[1] for name in network.state_dict()}
-    missing = [source for source in wanted.values() if source not in state]
-    if missing:
-        raise CompareError("not AlexNet's weights", file=file, tensor=missing[0], found="missing")
+    for name, source in wanted.items():
+        found, needed = getattr(state.get(source), "shape", None), network.state_dict()[name].shape
+        if found != needed:
+            raise CompareError(
+                "not AlexNet's weights",
+                file=file,
+                tensor=f"features.{source}",
+                found="missing" if found is None else list(found),
+                needed=list(needed),
+            )
     network.load_state_dict({name: state[source] for name, source in wanted.items()})
 
 

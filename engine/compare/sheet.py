@@ -32,7 +32,7 @@ def comparison_sheet(
         if differences:
             pictures[1:] = [_difference(pictures[0], other) for other in pictures[1:]]
         lines = [f"seed {case.seed}", f"{case.width} x {case.height}"]
-        remarks = [_remark(comparison, name, case) for name in names]
+        remarks = [remark(comparison, name, case) for name in names]
         rows.append(Row(case.text or case.prompt_id, lines, pictures, remarks, calm=True))
     return contact_sheet(rows, names)
 
@@ -50,7 +50,8 @@ def _difference(reference: Image.Image | None, picture: Image.Image | None) -> I
     return difference_map(reference, picture)
 
 
-def _remark(comparison: Comparison, name: str, case: Case) -> str:
+def remark(comparison: Comparison, name: str, case: Case) -> str:
+    """What stands below one picture: its distance to the reference, and whether OCR read it."""
     values = comparison.system(name).values
     parts = []
     if case.key in values.get("psnr", {}):

@@ -22,12 +22,16 @@ from ...checkpoint.container import open_container
 from ...ops.errors import CheckpointError
 from ...ops.new_file import make_folder, replaced
 from ...quant.provenance import hash_files
+from ..pictures import read_picture
 from .cases import Case, CompareError
 
 #: Part of every key; raised when the engine starts to make other pictures from the same inputs.
 VERSION = 1
 
 _PICTURE, _RECORD, _LATENTS = ".png", ".json", ".safetensors"
+# What of a model's folder counts: weights, configurations, the tokenizer's tables, chat templates.
+_MODEL_FILES = (".safetensors", ".json", ".txt", ".jinja")
+_DELETE = "Delete it: the next run makes it anew."
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Store:
 
     def has(self, key: str, *, trajectory: bool) -> bool:
         """Whether the picture is there; with its latents where they are wanted."""
-        kept = self._file(key, _RECORD).is_file()  # written last
-        return kept and (not trajectory or self._file(key, _LATENTS).is_file())
+        needed = (_RECORD, _PICTURE, _LATENTS) if trajectory else (_RECORD, _PICTURE)
+        return all(self._file(key, suffix).is_file() for suffix in needed)  # the record is last
 
     def save(
         self, key: str, picture: Image.Image, record: Record, latents: torch.Tensor | None
@@ -70,15 +74,10 @@ class Store:
             write(part)
 
     def picture(self, key: str) -> Image.Image | None:
-        """The picture, or ``None``."""
-        file = self._file(key, _PICTURE)
-        if not self.has(key, trajectory=False) or not file.is_file():
+        """The picture, or ``None``; PictureError for one that is damaged."""
+        if not self.has(key, trajectory=False):
             return None
-        try:
-            with Image.open(file) as picture:
-                return picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise _damaged("picture", file, error) from error
+        return read_picture(self._file(key, _PICTURE), hint=_DELETE)
 
     def record(self, key: str) -> Record | None:
         """Its record, or ``None``; CompareError for one that is damaged."""
@@ -92,7 +91,7 @@ class Store:
             raise _damaged("record", file, error) from error
 
     def latents(self, key: str) -> torch.Tensor | None:
-        """Latents after every step ``[steps, N, C]``, or ``None``."""
+        """Latents after every step ``[steps, N, C]``, or ``None``; CompareError as above."""
         file = self._file(key, _LATENTS)
         if not file.is_file():
             return None
@@ -102,13 +101,17 @@ class Store:
             raise _damaged("latents", file, error) from error
 
     def merge(self, other: Path) -> int:
-        """Copy what another store has and this one lacks; returns the number of pictures."""
+        """Copy what another store has and this one lacks, latents included; returns the number of
+        pictures. CompareError where there is no such store or it holds no picture."""
         if not other.is_dir():
             raise CompareError("no such cache folder", file=other)
+        records = sorted(other.glob(f"*/*{_RECORD}"))
+        if not records:
+            raise CompareError("no picture in the cache folder", file=other)
         copied = 0
-        for record in sorted(other.glob(f"*/*{_RECORD}")):
+        for record in records:
             key = record.stem
-            if self.has(key, trajectory=False):
+            if self.has(key, trajectory=record.with_suffix(_LATENTS).is_file()):
                 continue
             make_folder(self._file(key, _RECORD).parent)
             for suffix in (_PICTURE, _LATENTS, _RECORD):  # the record last, as in save
@@ -120,7 +123,7 @@ class Store:
 
 
 def _damaged(what: str, file: Path, error: Exception) -> CompareError:
-    return CompareError(f"damaged {what}: {error}", file=file, hint="Delete it.")
+    return CompareError(f"damaged {what}: {error}", file=file, hint=_DELETE)
 
 
 class Fingerprints:
@@ -138,9 +141,7 @@ class Fingerprints:
         """Hash of a file's bytes, or of a folder's model files with their names."""
         if path.is_file():
             return self._of_file(path)
-        names = [
-            p for p in sorted(path.rglob("*")) if p.suffix in (".safetensors", ".json", ".txt")
-        ]
+        names = [p for p in sorted(path.rglob("*")) if p.suffix in _MODEL_FILES]
         if not names:
             raise CompareError("no model file in the folder", file=path)
         material = [[p.relative_to(path).as_posix(), self._of_file(p)] for p in names]
