@@ -6,6 +6,7 @@ stored form (``codecs``), so a file that mixes layouts is read all the same.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout("ideogram-ai FP8", "safetensors", frozenset({"weight_scale", "weight F8_E4M3"})),
     Layout("safetensors", "safetensors"),
 )
+
+_LONG_ENOUGH, _MANY_ENOUGH = 200, 4000  # characters, keys: more than any of these models has
 
 # What else a file may be: (a key in it, its name)
 _OTHER_MODELS = tuple(
@@ -87,7 +90,8 @@ def check_is_ideogram4(names: Collection[str], container: Container) -> None:
 
 def what_else(keys: Iterable[str]) -> str | None:
     """The model that has such keys, if it is a well-known one."""
-    keys = list(keys)
+    # a stranger's four megabytes of names would take a second
+    keys = [key[:_LONG_ENOUGH] for key in itertools.islice(keys, _MANY_ENOUGH)]
     for pattern, what in _OTHER_MODELS:
         if any(pattern.search(key) for key in keys):
             return what

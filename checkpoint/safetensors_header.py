@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from ..gguf_loader.reader import MAX_NAME
 from ..ops.errors import CorruptFileError, TruncatedFileError, printable
 from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
 
@@ -141,6 +142,10 @@ def _tensor(file: SourceFile, name: str, entry: Any, data_start: int) -> RawTens
             message, file=file.path, tensor=name, found=found, needed=needed, hint=DOWNLOAD_AGAIN
         )
 
+    if len(name) > MAX_NAME:
+        raise corrupt(
+            "a name too long for a tensor", f"{len(name):,} characters", f"at most {MAX_NAME:,}"
+        )
     if not isinstance(entry, dict):
         raise corrupt("its description is no object", repr(entry)[:80], "dtype, shape, offsets")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))

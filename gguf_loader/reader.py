@@ -29,6 +29,7 @@ from .types import TENSOR_TYPES
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
+MAX_NAME = 1 << 10  # characters, so that what is done with a name takes no time; ggml allows 63
 _MAX_ENTRIES = 1 << 14  # tensors, and metadata keys; the largest models have a few thousand
 _MAX_ALIGNMENT = 1 << 20
 
@@ -182,6 +183,14 @@ def _read_infos(cursor: Cursor, count: int) -> dict[str, tuple[tuple[int, ...], 
             problem = "occurs twice" if name else "has no name"
             raise CorruptFileError(
                 f"tensor {index} {problem}", file=cursor.path, tensor=name, hint=DOWNLOAD_AGAIN
+            )
+        if len(name) > MAX_NAME:
+            raise CorruptFileError(
+                "a name too long for a tensor",
+                file=cursor.path,
+                tensor=name,
+                found=f"{len(name):,} characters",
+                needed=f"at most {MAX_NAME:,}",
             )
         what = f"the description of tensor {name}"
         n_dims = cursor.u32(what)

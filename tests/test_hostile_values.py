@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from ideogram4_quant.checkpoint import files as checkpoint_files
-from ideogram4_quant.checkpoint import open_checkpoint, write_safetensors
+from ideogram4_quant.checkpoint import open_checkpoint, open_encoder, write_safetensors
 from ideogram4_quant.checkpoint.container import open_container
 from ideogram4_quant.engine.compare.cases import CompareError, read_cases
 from ideogram4_quant.engine.compare.score import read_captions_file
 from ideogram4_quant.engine.compare.store import Record, Store
 from ideogram4_quant.nodes.headers import open_header
+from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
 from ideogram4_quant.ops import choice_files
 from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError
@@ -197,7 +198,7 @@ def test_numbers_of_a_calibration_that_are_none(tmp_path: Path, key: str, text: 
     assert caught.value.file == str(path)
 
 
-@pytest.mark.parametrize("layer", ["²", "9" * 5000, "٣", "-1", ""])
+@pytest.mark.parametrize("layer", ["²", "9" * 900, "٣", "-1", ""])
 def test_names_of_layers_that_are_no_numbers(tmp_path: Path, layer: str):
     path = seeds.calibration(tmp_path / "calibration.safetensors")
     header, data = targets.split(path)
@@ -226,6 +227,39 @@ def test_a_tensor_beyond_memory_is_told(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(checkpoint_files.torch, "empty", fail)
     with pytest.raises(CheckpointError, match=r"m\.safetensors: .*does not fit into memory"):
         opened.load("conditional")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("diffusion_model." * 240_000 + "x.alpha", 1),  # whose prefixes were taken off one by one
+        ("x" * 1025, 1),
+        *(("." * 240, 16_000), ("transformer_blocks.1" * 50, 3900), ("lora_unet_" * 50, 7000)),
+    ],
+    ids=["4 MB", "1025", "dots", "blocks", "prefixes"],
+)
+def test_names_take_no_second(tmp_path: Path, name: str, count: int):
+    path = tmp_path / "m.safetensors"
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    names = [name] if count == 1 else [f"{i}{name}.alpha" for i in range(count)]
+    path.write_bytes(_file(dict.fromkeys(names, entry), b""))
+    shapes = {"layers.0.attention.qkv": (48, 16)}
+    for load in (open_checkpoint, open_encoder, lambda p: parse_lora(read_lora(p), shapes, str(p))):
+        start = time.process_time()
+        with pytest.raises(CheckpointError) as caught:
+            load(path)
+        assert time.process_time() - start < targets.SECONDS
+        assert caught.value.file == str(path)
+        assert count > 1 or caught.value.tensor == name
+
+
+def test_a_name_in_a_gguf_file_has_a_length(tmp_path: Path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(hostile.gguf([hostile.info(b"x" * 1025)]))
+    with pytest.raises(CorruptFileError, match="a name too long for a tensor"):
+        open_container(path)
+    path.write_bytes(hostile.gguf([hostile.info(b"x" * 1024)]))
+    assert len(open_container(path).tensors) == 1
 
 
 @pytest.mark.parametrize("name", ["m-00001-of-99999.safetensors", "m.safetensors.index.json"])
