@@ -4,7 +4,8 @@
 
 Mweights/s, the best of several runs side by side. With one thread the clock is the CPU time of the
 process, so that other work on the machine counts less; with more it is the wall clock. gguf-py
-decodes with one thread. ggml's column needs ggml-python (pip install ggml-python==0.0.45).
+decodes with one thread, ggml encodes with one. The RMSE is of this encoder over ggml's, with
+importance the weighted one. ggml's columns need ggml-python (pip install ggml-python==0.0.45).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import ctypes
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 
 import gguf
 import numpy as np
@@ -81,24 +83,37 @@ def ggml_encoder(fmt: BlockFormat, weight: torch.Tensor, column: torch.Tensor | 
     return encode
 
 
+def rms_error(fmt: BlockFormat, data: torch.Tensor, weight: torch.Tensor, column) -> float:
+    squares = (dequantize(data, fmt.name, weight.shape) - weight).double().square()
+    return float((squares if column is None else squares * column).mean().sqrt())
+
+
 def encoding(weight: torch.Tensor, clock: Callable[[], float]) -> None:
-    print(f"\n{'encode':18}{'ggml':>10}{'here':>10}{'ratio':>8}   equal blocks")
+    print(f"\n{'encode':18}{'ggml':>10}{'here':>10}{'ratio':>8}{'RMSE':>9}   equal blocks")
     millions = weight.numel() / 1e6
     importance = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1))
     for fmt in PACKED:
-        for column in (None, importance) if fmt.uses_importance else (None,):
-            name = fmt.name if column is None else f"{fmt.name} importance"
-            ours = lambda fmt=fmt, column=column: quantize(weight, fmt.name, column)
+        variants = [("", None, False), (" importance", importance, False)]
+        if fmt.name.endswith("_K"):
+            variants.append((" as ggml", None, True))
+        for variant, column, as_ggml in variants:
+            name = fmt.name + variant
+            ours = partial(quantize, weight, fmt.name, column, as_ggml=as_ggml)
             if ggml is None:
                 (seconds,) = best(clock, REPEATS["encode"], ours)
                 print(f"{name:18}{'-':>10}{millions / seconds:10.1f}", flush=True)
                 continue
             theirs = ggml_encoder(fmt, weight, column)
             reference, seconds = best(clock, REPEATS["encode"], theirs, ours)
-            want = theirs.out.reshape(-1, fmt.type_size)
-            equal = (ours().numpy().reshape(want.shape) == want).all(1).mean()
+            data, want = ours(), torch.from_numpy(theirs.out)
+            equal = (data.view(-1, fmt.type_size) == want.view(-1, fmt.type_size)).all(1)
+            error = rms_error(fmt, data, weight, column) / rms_error(fmt, want, weight, column)
             rates = f"{millions / reference:10.1f}{millions / seconds:10.1f}"
-            print(f"{name:18}{rates}{reference / seconds:7.2f}x{equal:12.2%}", flush=True)
+            print(
+                f"{name:18}{rates}{reference / seconds:7.2f}x{error:9.4f}"
+                f"{equal.float().mean():12.2%}",
+                flush=True,
+            )
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ def gains(weight: Tensor, calibration: Tensor, fresh: Tensor, qtype: str) -> tup
     wanted = fresh @ weight.T
 
     def sqnr(importance: Tensor | None) -> float:
-        stored = dequantize(quantize(weight, qtype, importance), qtype, weight.shape)
+        blocks = quantize(weight, qtype, importance, as_ggml=importance is None)
+        stored = dequantize(blocks, qtype, weight.shape)
         return 10 * math.log10(wanted.square().sum() / (fresh @ stored.T - wanted).square().sum())
 
     plain = sqnr(None)

@@ -112,7 +112,7 @@ def recipe_record(
             if plan.quantized and plan.encoding.label != recipe.weight_type:
                 mixed.setdefault(plan.encoding.label, []).append(plan)
         record["other_types"] = {qtype: names(found) for qtype, found in mixed.items()}
-        record["scales"] = "least output error on calibrated inputs" if led else "as ggml"
+        record["scales"] = "least output error on calibrated inputs" if led else "least error"
     return record
 
 

@@ -101,10 +101,11 @@ def importance() -> np.ndarray:
     return values
 
 
-def encode(name: str, weight: np.ndarray, column: np.ndarray | None = None) -> np.ndarray:
-    return quantize(
-        torch.from_numpy(weight), name, None if column is None else torch.from_numpy(column)
-    ).numpy()
+def encode(
+    name: str, weight: np.ndarray, column: np.ndarray | None = None, as_ggml: bool = False
+) -> np.ndarray:
+    importance = None if column is None else torch.from_numpy(column)
+    return quantize(torch.from_numpy(weight), name, importance, as_ggml=as_ggml).numpy()
 
 
 def rms_error(name: str, data: np.ndarray, weight: np.ndarray, column: np.ndarray | float) -> float:
@@ -115,9 +116,16 @@ def rms_error(name: str, data: np.ndarray, weight: np.ndarray, column: np.ndarra
 @pytest.mark.parametrize("name", list(EXPECTED))
 def test_bytes_are_those_that_ggml_gave(name):
     digest, error = EXPECTED[name]
-    data = encode(name, weights())
+    data = encode(name, weights(), as_ggml=True)
     assert rms_error(name, data, weights(), 1.0) <= error * (1 + 1e-6)
     assert hashlib.sha256(data.tobytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("name", list(EXPECTED))
+def test_error_is_at_most_that_of_ggml(name):
+    _, error = EXPECTED[name]
+    data = encode(name, weights())
+    assert rms_error(name, data, weights(), 1.0) <= error * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", list(EXPECTED))
@@ -171,9 +179,11 @@ def test_equals_ggml_on_more_weights(ggml, name, magnitude):
     weight = gaussian(200, K, seed=3) * np.float32(magnitude)
     weight[100:] *= np.abs(weight[100:]) / np.float32(magnitude)
     want = ggml_encode(ggml, name, weight).reshape(-1, FORMATS[name].type_size)
-    got = encode(name, weight).reshape(want.shape)
+    got = encode(name, weight, as_ggml=True).reshape(want.shape)
     different = np.nonzero((want != got).any(1))[0]
     assert different.size == 0, f"{different.size} of {len(want)} blocks, first {different[0]}"
+    error = rms_error(name, encode(name, weight), weight, 1.0)
+    assert error <= rms_error(name, want, weight, 1.0) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("magnitude", [2.0**-12, 1.0, 2.0**9])

@@ -160,7 +160,7 @@ def test_calibration_lowers_the_output_error_at_the_same_size(
         found[name] = {t.name: t for t in reader.tensors}
         recipe = json.loads(reader.fields["ideogram4.quantization"].contents())
         assert recipe["scales"] == (
-            "as ggml" if name == "plain" else "least output error on calibrated inputs"
+            "least error" if name == "plain" else "least output error on calibrated inputs"
         )
     for name, x in inputs.items():
         true = weights[f"{name}.weight"].float()

@@ -85,14 +85,18 @@ def dequantize(
     return format_of(qtype).dequantize(data, shape, dtype)
 
 
-def quantize(weight: Tensor, qtype: int | str, importance: Tensor | None = None) -> Tensor:
+def quantize(
+    weight: Tensor, qtype: int | str, importance: Tensor | None = None, *, as_ggml: bool = False
+) -> Tensor:
     """Packed blocks of ``weight``: float [..., K] -> uint8 [..., K // block_size * type_size].
 
-    Without importance the bytes are those of ggml's C code. importance: [K], at or above zero, the
-    mean square of each input feature: the search then lowers the output error that it foretells,
-    ``sum importance * (decoded - weight)^2``, at the same size (see ``refine``). The float types
-    have nothing to search. The bytes depend on nothing but the arguments, not on threads or chunks.
+    Without importance the least error of the weights, below that of ggml's C code; ``as_ggml``
+    gives the very bytes of that code, to compare with. importance: [K], at or above zero, the
+    mean square of each input feature: the least output error that it foretells,
+    ``sum importance * (decoded - weight)^2``, at the same size (see ``refine``). Without it all
+    formats but Q4_K, Q5_K and Q6_K give ggml's bytes; the float types have nothing to search. The
+    bytes depend on nothing but the arguments, not on threads or chunks.
     Raises OpError for NaN and infinity (with their count), for K that blocks do not fill, and for
     weights too large for the format's float16 scales.
     """
-    return format_of(qtype).quantize(weight, importance)
+    return format_of(qtype).quantize(weight, importance, as_ggml)

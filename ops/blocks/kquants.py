@@ -19,18 +19,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import BlockFormat, divide, half_bytes, half_field, signed_peak
-from .refine import Limits, StoredFit, as_stored, refine
-from .search import (
-    NEGLIGIBLE,
-    AffineFit,
-    fit_affine,
-    fit_positive,
-    fit_symmetric,
-    grid,
-    ordered_sum,
-    square_root,
-)
+from . import ggml, search
+from .base import BlockFormat, divide, half_bytes, half_field, signed_peak, to_half
+from .columns import ordered_sum, square_root
+from .refine import Limits, StoredFit, as_stored, best_codes, refine
 
 SCALE_TOP = 63  # six bits
 
@@ -38,6 +30,13 @@ SCALE_TOP = 63  # six bits
 # so that it takes more of them to reach another set of codes.
 AFFINE_MOVES = tuple((s, m) for s in (-1, 0, 1) for m in (-1, 0, 1) if s or m)
 SYMMETRIC_MOVES = tuple((s, 0) for s in (-8, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 8, 10, 12))
+
+
+# Steps over a group that the searches try: beside its highest code, and to its peak. With
+# importance it pays to clip the peaks of columns that count little.
+PLAIN_WIDTHS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.2, 0.4, 0.6)
+WEIGHTED_WIDTHS = tuple(0.2 * number - 2 for number in range(15))
+SYMMETRIC_WIDTHS = (30.0, 30.5, 31.0, 31.5, 32.0, 32.5, 33.0, 33.5, 34.0)
 
 
 class _KQuant(BlockFormat):
@@ -50,7 +49,7 @@ class _AffineK(_KQuant):
     """``d * sc * q - dmin * m``: 8 groups of 32 weights, six bits for each sc and m."""
 
     bits: ClassVar[int]
-    plain_ranges: ClassVar[Tensor]  # what the search tries without importance
+    ggml_ranges: ClassVar[Tensor]  # what ggml tries
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
         scale, minimum = _unpack_scales(blocks[:, 4:16])
@@ -61,32 +60,39 @@ class _AffineK(_KQuant):
 
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = _columns(weights, 32)  # [32, 8, n]
+        importance = None if importance is None else _columns(importance, 32)
         top = (1 << self.bits) - 1
+        widths = PLAIN_WIDTHS if importance is None else WEIGHTED_WIDTHS
+        scale, offset = search.fit_affine(x, importance, top, tuple(top + each for each in widths))
+        d, scale = _six_bits(scale)
+        dmin, minimum = _six_bits(offset)
+        fit = StoredFit(to_half(d).float(), scale, to_half(dmin).float(), minimum)
         if importance is None:
-            fit = self._fit(x, _plain_weights(x), top, self.plain_ranges)
-            d, scale = _six_bits(fit.scale)
-            dmin, minimum = _six_bits(fit.offset)
+            fit = refine(x, None, fit, Limits((0, top)), rounds=1)
         else:
-            importance = _columns(importance, 32)
-            weight = _importance_weights(x, importance)
-            fit = self._fit(x, weight, top, grid(37, -0.9, 0.05, top))
-            group_weight = ordered_sum(weight)
-            d, scale = fit_positive(fit.scale, group_weight, SCALE_TOP)
-            dmin, minimum = fit_positive(fit.offset, group_weight, SCALE_TOP)
-            stored = StoredFit(as_stored(d), scale, as_stored(dmin), minimum)
             limits = Limits((0, top), (0, SCALE_TOP), (0, SCALE_TOP), AFFINE_MOVES)
-            d, scale, dmin, minimum = refine(x, importance, stored, limits)
-        header = torch.cat([half_bytes(d), half_bytes(dmin), _pack_scales(scale, minimum)], 1)
+            fit = refine(x, importance, fit, limits)
+        return self._pack(*fit, best_codes(x, fit, (0, top)))
+
+    def encode_as_ggml(self, weights: Tensor) -> Tensor:
+        x = _columns(weights, 32)
+        top = (1 << self.bits) - 1
+        flat = x.view(32, -1)
+        fit = ggml.fit_affine(flat, _plain_weights(flat), top, self.ggml_ranges)
+        fit = ggml.AffineFit(*(field.view(x.shape[1:]) for field in fit))
+        d, scale = _six_bits(fit.scale)
+        dmin, minimum = _six_bits(fit.offset)
         step, shift = as_stored(d) * scale, as_stored(dmin) * minimum  # [8, n]
         codes = torch.where(step != 0, (x + shift).div_(step), (x - fit.base).mul_(fit.inverse))
-        codes = _rows(codes.round_().clamp_(0, top).to(torch.uint8))  # [n, 8, 32]
-        return torch.cat([header, *self._pack_codes(codes)], 1)
+        return self._pack(d, scale, dmin, minimum, codes.round_().clamp_(0, top))
 
-    @staticmethod
-    def _fit(x: Tensor, weight: Tensor, top: int, ranges: Tensor) -> AffineFit:
-        """``fit_affine`` over the groups of [32, 8, n]; every field is [8, n]."""
-        fit = fit_affine(x.view(32, -1), weight.view(32, -1), top, ranges)
-        return AffineFit(*(field.view(x.shape[1:]) for field in fit))
+    def _pack(
+        self, d: Tensor, scale: Tensor, dmin: Tensor, minimum: Tensor, codes: Tensor
+    ) -> Tensor:
+        """Blocks of d, dmin [n], scale, minimum [8, n] and codes [32, 8, n], all float32."""
+        fields = self._pack_codes(_rows(codes.to(torch.uint8)))
+        scales = _pack_scales(scale, minimum)
+        return torch.cat([half_bytes(d), half_bytes(dmin), scales, *fields], 1)
 
     @abstractmethod
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ class Q4_K(_AffineK):
     """Byte l of the j-th 32 bytes of qs: the low nibble is of group 2 j, the high of 2 j + 1."""
 
     name, ggml_type, type_size, bits = "Q4_K", 12, 144, 4
-    plain_ranges = grid(21, -1.0, 0.1, 15)
+    ggml_ranges = ggml.grid(21, -1.0, 0.1, 15)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
         return _unpack_nibbles(blocks[:, 16:])
@@ -114,7 +120,7 @@ class Q5_K(_AffineK):
     """As Q4_K; bit s of qh[l] is the fifth bit of weight l in group s."""
 
     name, ggml_type, type_size, bits = "Q5_K", 13, 176, 5
-    plain_ranges = grid(16, -0.5, 0.1, 31)
+    ggml_ranges = ggml.grid(16, -0.5, 0.1, 31)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
         codes = _unpack_nibbles(blocks[:, 48:])
@@ -156,24 +162,31 @@ class Q6_K(_KQuant):
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = _columns(weights, 16)  # [16, 16, n]
         importance = None if importance is None else _columns(importance, 16)
-        weight = x * x if importance is None else importance
-        fit = fit_symmetric(x.view(16, -1), weight.view(16, -1), 32)
-        group_scale, group_inverse, negligible = (field.view(x.shape[1:]) for field in fit)
-        peak = signed_peak(group_scale, 0)
-        inverse = divide(-128.0, peak)
-        empty = peak.abs() < NEGLIGIBLE
-        d = inverse.reciprocal().masked_fill_(empty, 0)
-        scale = (group_scale * inverse).round_().clamp_(max=127).masked_fill_(empty, 0)
-        if importance is not None:
+        group_scale = search.fit_symmetric(x, importance, 32, SYMMETRIC_WIDTHS)
+        d, scale, _ = _eight_bits(group_scale)
+        fit = StoredFit(to_half(d).float(), scale)
+        if importance is None:
+            fit = refine(x, None, fit, Limits((-32, 31)), rounds=1)
+        else:
             limits = Limits((-32, 31), scales=(-128, 127), moves=SYMMETRIC_MOVES)
-            d, scale, *_ = refine(x, importance, StoredFit(as_stored(d), scale), limits)
+            fit = refine(x, importance, fit, limits)
+        return self._pack(fit.d, fit.scale, best_codes(x, fit, (-32, 31)).add_(32))
+
+    def encode_as_ggml(self, weights: Tensor) -> Tensor:
+        x = _columns(weights, 16)
+        fit = ggml.fit_symmetric(x.view(16, -1), (x * x).view(16, -1), 32)
+        group_scale, group_inverse, negligible = (field.view(x.shape[1:]) for field in fit)
+        d, scale, empty = _eight_bits(group_scale)
         step = as_stored(d) * scale  # [16, n]
         codes = torch.where(step != 0, x / step, x * group_inverse).round_()
         codes = codes.clamp_(-32, 31).add_(32).masked_fill_(negligible | empty, 0)
-        codes = _rows(codes.to(torch.uint8))
-        packed = self._pack_codes(codes.view(-1, 2, 4, 32))
+        return self._pack(d, scale, codes)
+
+    def _pack(self, d: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+        """Blocks of d [n], scale [16, n] and codes 0 .. 63 [16, 16, n], all float32."""
+        fields = self._pack_codes(_rows(codes.to(torch.uint8)).view(-1, 2, 4, 32))
         scale = scale.t().to(torch.int8).view(torch.uint8)
-        return torch.cat([*packed, scale, half_bytes(d)], 1)
+        return torch.cat([*fields, scale, half_bytes(d)], 1)
 
     @staticmethod
     def _pack_codes(codes: Tensor) -> list[Tensor]:
@@ -204,13 +217,6 @@ def _plain_weights(x: Tensor) -> Tensor:
     return x.abs().add_(square_root(divide(ordered_sum(x * x), 32.0)))
 
 
-def _importance_weights(x: Tensor, importance: Tensor) -> Tensor:
-    """``importance * sqrt(2 * mean_square(block) + x^2)``."""
-    square = x * x
-    total = ordered_sum(square.transpose(0, 1).reshape(256, -1))  # in the block's own order
-    return square_root(square + divide(2 * total, 256.0)).mul_(importance)
-
-
 def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
     """values [8, n] >= 0 -> step [n] = max / 63 and round(values / step) in float32 [8, n]."""
     high = values.amax(0)
@@ -218,6 +224,15 @@ def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(positive, divide(float(SCALE_TOP), high), 0)
     codes = (values * inverse).round_().clamp_(max=SCALE_TOP)
     return divide(torch.where(positive, high, 0), float(SCALE_TOP)), codes
+
+
+def _eight_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """values [16, n] -> step [n] (peak / -128), round(values / step) [16, n], [n] empty."""
+    peak = signed_peak(values, 0)
+    inverse = divide(-128.0, peak)
+    empty = peak.abs() < ggml.NEGLIGIBLE
+    codes = (values * inverse).round_().clamp_(max=127).masked_fill_(empty, 0)
+    return inverse.reciprocal().masked_fill_(empty, 0), codes, empty
 
 
 # The six-bit scales and minima of groups 0 to 7, letters A to H, in 12 bytes:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from .base import BlockFormat, divide, half_bytes, half_field, signed_peak
+from .ggml import fit_affine, grid
 from .refine import Limits, StoredFit, as_stored, best_codes, choose, group_errors, refine
-from .search import fit_affine, grid
 
 # Added to |x| before truncation it rounds halves up: x + 0.5 would also round 0.49999997 up.
 BELOW_HALF = 0.5 - 2.0**-25  # the float32 before 0.5

@@ -1,10 +1,11 @@
-"""Least output error of a block in the numbers that are stored: the search that importance adds.
+"""Least error of a block in the numbers that are stored: d, dmin, scales and minima as rounded.
 
-ggml's searches weigh each weight by a guess (``sqrt(2 mean(x^2) + x^2)``), round the group scales
-once and fix d and dmin before that rounding. With the inputs' mean square h at hand the expected
-output error itself, ``sum h * (d * scale * code - dmin * minimum - x)^2``, can be lowered on the
-values that a decoder will read: scales and minima move by whole steps, then d and dmin are solved
-for (two unknowns, least squares). Each step is kept only where that error falls.
+A search fits each group on its own, and rounding its scale and minimum to a few bits of d and dmin
+spoils the fit. Here the error that a decoder will make is lowered, ``sum importance * (d * scale *
+code - dmin * minimum - x)^2``: d and dmin are solved for (two unknowns, least squares). Where
+inputs were measured (importance is their mean square, and the sum the output error that it
+foretells) scales and minima move by whole steps first. Each step is kept only where the error
+falls.
 
 As in ``search``: columns of independent problems, +, -, *, / and rounding in float32, sums in a
 fixed order, so that the bytes depend on nothing but the arguments.
@@ -12,12 +13,13 @@ fixed order, so that the bytes depend on nothing but the arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .search import ordered_sum
+from .columns import bind_choice, ordered_sum
 
 ROUNDS = 2  # a third one gains less than 0.05 dB
 
@@ -51,42 +53,72 @@ def as_stored(values: Tensor) -> Tensor:
     return values.to(torch.float16).to(torch.float32)
 
 
-def best_codes(x: Tensor, fit: StoredFit, codes: tuple[int, int]) -> Tensor:
+def best_codes(
+    x: Tensor, fit: StoredFit, codes: tuple[int, int], out: Tensor | None = None
+) -> Tensor:
     """round((x + dmin * minimum) / (d * scale)), clamped: the codes of least error; x [g, G, n]."""
     step = fit.d * fit.scale
     inverse = torch.where(step != 0, step.reciprocal(), 0)
-    shifted = x if fit.dmin is None else x + fit.dmin * fit.minimum
-    return (shifted * inverse).round_().clamp_(*codes)
+    if fit.dmin is None:
+        out = torch.mul(x, inverse, out=out)
+    else:
+        out = torch.add(x, fit.dmin * fit.minimum, out=out).mul_(inverse)
+    return out.round_().clamp_(*codes)
 
 
-def group_errors(x: Tensor, importance: Tensor, fit: StoredFit, codes: Tensor) -> Tensor:
-    """sum importance * (d * scale * code - dmin * minimum - x)^2 over a group: [groups, n]."""
-    residual = codes * (fit.d * fit.scale)
+def group_errors(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Tensor) -> Tensor:
+    """sum importance * (d * scale * code - dmin * minimum - x)^2 over a group: [groups, n].
+
+    Uses ``codes`` up.
+    """
+    residual = codes.mul_(fit.d * fit.scale)
     if fit.dmin is not None:
         residual.sub_(fit.dmin * fit.minimum)
     residual.sub_(x)
-    return ordered_sum(residual.mul_(residual).mul_(importance))
+    residual.mul_(residual)
+    return ordered_sum(residual if importance is None else residual.mul_(importance))
 
 
-def refine(x: Tensor, importance: Tensor, fit: StoredFit, limits: Limits) -> StoredFit:
+def refine(
+    x: Tensor, importance: Tensor | None, fit: StoredFit, limits: Limits, rounds: int = ROUNDS
+) -> StoredFit:
     """A fit of no more error than ``fit``; x, importance [weights of a group, groups, n]."""
-    error = group_errors(x, importance, fit, best_codes(x, fit, limits.codes))
-    for _ in range(ROUNDS):
-        centre = fit
-        for step, shift in limits.moves:
-            trial = fit._replace(scale=(centre.scale + step).clamp_(*limits.scales))
-            if centre.minimum is not None:
-                trial = trial._replace(minimum=(centre.minimum + shift).clamp_(*limits.minima))
-            trial_error = group_errors(x, importance, trial, best_codes(x, trial, limits.codes))
-            better = trial_error < error
-            error = torch.where(better, trial_error, error)
-            fit = choose(better, trial, fit)
-        trial = _solve(x, importance, fit, best_codes(x, fit, limits.codes))
-        trial_error = group_errors(x, importance, trial, best_codes(x, trial, limits.codes))
+    scratch = torch.empty_like(x)
+
+    def least_errors(fit: StoredFit) -> Tensor:
+        return group_errors(x, importance, fit, best_codes(x, fit, limits.codes, scratch))
+
+    error = least_errors(fit)
+    for _ in range(rounds):
+        if limits.moves:
+            error, fit = _move(fit, error, limits, least_errors)
+        trial = _solve(x, importance, fit, best_codes(x, fit, limits.codes, scratch))
+        trial_error = least_errors(trial)
         better = ordered_sum(trial_error) < ordered_sum(error)
         error = torch.where(better, trial_error, error)
         fit = choose(better, trial, fit)
     return fit
+
+
+def _move(
+    fit: StoredFit, error: Tensor, limits: Limits, least_errors: Callable[[StoredFit], Tensor]
+) -> tuple[Tensor, StoredFit]:
+    """The best of ``limits.moves`` from ``fit`` for each group: its error and the fit."""
+    centre = torch.stack(
+        [error, fit.scale] if fit.minimum is None else [error, fit.scale, fit.minimum]
+    )
+    kept, trial = centre.clone(), torch.empty_like(centre)
+    better = torch.empty_like(error)
+    keep_better = bind_choice(better, trial, kept)
+    fields = ("scale", "minimum")[: len(centre) - 1]
+    for step, shift in limits.moves:
+        torch.add(centre[1], step, out=trial[1]).clamp_(*limits.scales)
+        if fit.minimum is not None:
+            torch.add(centre[2], shift, out=trial[2]).clamp_(*limits.minima)
+        trial[0] = least_errors(fit._replace(**dict(zip(fields, trial[1:], strict=True))))
+        torch.lt(trial[0], kept[0], out=better)
+        keep_better()
+    return kept[0], fit._replace(**dict(zip(fields, kept[1:], strict=True)))
 
 
 def choose(first: Tensor, one: StoredFit, other: StoredFit) -> StoredFit:
@@ -95,18 +127,20 @@ def choose(first: Tensor, one: StoredFit, other: StoredFit) -> StoredFit:
     return StoredFit(*(a if a is b else torch.where(first, a, b) for a, b in pairs))
 
 
-def _solve(x: Tensor, importance: Tensor, fit: StoredFit, codes: Tensor) -> StoredFit:
+def _solve(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Tensor) -> StoredFit:
     """d and dmin of least error for given codes, scales and minima; NaN where there is none."""
     steps = codes * fit.scale
-    weighted = importance * steps
+    weighted = steps if importance is None else importance * steps
     dd = _block_sum(weighted * steps)
     dx = _block_sum(weighted * x)
     if fit.dmin is None:
         return fit._replace(d=as_stored(dx / dd))
     shifts = -fit.minimum
-    mm = ordered_sum(ordered_sum(importance) * shifts * shifts)
+    sum_w = float(len(x)) if importance is None else ordered_sum(importance)
+    sum_x = ordered_sum(x if importance is None else importance * x)
+    mm = ordered_sum(shifts * shifts * sum_w)
     dm = ordered_sum(ordered_sum(weighted) * shifts)
-    mx = ordered_sum(ordered_sum(importance * x) * shifts)
+    mx = ordered_sum(sum_x * shifts)
     determinant = dd * mm - dm * dm
     both = determinant > 1e-6 * dd * mm  # else one follows from the other, or no minimum is used
     d = torch.where(both, (dx * mm - mx * dm) / determinant, dx / dd)

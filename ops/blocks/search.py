@@ -1,192 +1,146 @@
-"""Searches for the scales of K-quant blocks: ggml's algorithms over many blocks at a time.
+"""Searches for the scales of K-quant blocks, over many blocks at a time: least squares.
 
-Every function works on columns: dimension 0 runs over the weights of one group (16 or 32) or over
-the groups of one block (8), the other dimension over independent problems, so that each step is
-one elementwise operation over contiguous memory. Only +, -, *, /, sqrt and rounding are used, in
-float32 and in ggml's order, sums included: the result is the same on every machine and equal to
-that of ggml's C code compiled without fused multiply-add (as its base library is).
-Source: make_qkx2_quants, make_qkx3_quants, make_qx_quants, make_qp_quants in ggml-quants.c.
+Every function works on columns: dimension 0 runs over the weights of one group (16 or 32), the
+others over independent problems, so that each step is one elementwise operation over contiguous
+memory. Only +, -, *, / and rounding are used, in float32, and sums run in a fixed order: the result
+is the same on every machine.
+
+A trial lays a grid of codes over the group and solves for the scale (and minimum) of least error
+with these codes. What the solution takes off the sum of squares follows from the sums that it is
+solved from, so that a trial takes one pass to round and one to sum. ggml weighs the weights by
+their size and takes twice the trials and passes (see ``ggml``).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .base import divide, signed_peak, uninitialised
+from .base import signed_peak
+from .columns import bind_choice, bind_sum, ordered_sum
 
-NEGLIGIBLE = 1e-15  # groups whose largest magnitude is below are zero
+# Gains that differ by less are one: groups that any codes fit (of two values, say) then agree on
+# the first ones, and their scales on one step for the block.
+MORE = 1 + 1e-6
 
 
-class AffineFit(NamedTuple):
-    """``x ~ scale * code - offset``; the search's code is round((x - base) * inverse), clamped."""
+class _Affine(NamedTuple):
+    """``x ~ scale * code + base`` and what it takes off sum importance * x^2."""
 
+    gain: Tensor
     scale: Tensor
-    offset: Tensor
-    inverse: Tensor
     base: Tensor
 
 
-class SymmetricFit(NamedTuple):
-    """``x ~ scale * code``; the search's code is round(x * inverse), clamped."""
+def fit_affine(
+    x: Tensor, importance: Tensor | None, top: int, widths: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """(scale, offset) [...] of least sum importance * (scale * code - offset - x)^2, both >= 0.
 
-    scale: Tensor
-    inverse: Tensor
-    negligible: Tensor  # bool: all weights of the group are as good as zero
-
-
-def ordered_sum(terms: Tensor) -> Tensor:
-    """Sum over dimension 0 from first to last: torch.sum's order depends on shape and threads.
-
-    numpy adds whole rows to an accumulator, one after another, where the rest of the array is one
-    contiguous run of several values (a single one it would sum pairwise).
+    x, importance: [32, ...], None for equal ones; codes 0 .. top. Each of ``widths`` spreads the
+    codes over that many steps between the minimum kept so far and the group's maximum.
     """
-    if terms.device.type == "cpu" and terms.is_contiguous() and terms.numel() >= 2 * len(terms):
-        with np.errstate(all="ignore"):  # as torch: searches meet infinities, and pass them over
-            total = np.add.reduce(terms.view(len(terms), -1).numpy(), axis=0)
-        return torch.from_numpy(total).view(terms.shape[1:])
-    first, *rest = terms.unbind(0)
-    total = first.clone()
-    for term in rest:
-        total += term
-    return total
+    search = _AffineSearch(x, importance, top)
+    for width in widths:
+        search.attempt(x.new_full((), width))
+    return search.kept.scale, search.kept.base.neg()
 
 
-def square_root(values: Tensor) -> Tensor:
-    """Correctly rounded float32 root, by way of float64: torch.sqrt may be off by an ulp."""
-    return values.to(torch.float64).sqrt_().to(torch.float32)
+class _AffineSearch:
+    """State and buffers of ``fit_affine``. Views are bound once: one costs as much as a row."""
+
+    def __init__(self, x: Tensor, importance: Tensor | None, top: int) -> None:
+        self.x, self.importance, self.top = x, importance, top
+        self.high, low = x.amax(0), x.amin(0).clamp_(max=0)
+        products = x.new_empty(len(x), 3, *x.shape[1:])
+        self.w_l, self.w_l2, self.w_xl = products.unbind(1)  # importance * (code, code^2, x * code)
+        self.code = self.w_l if importance is None else torch.empty_like(x)
+        self.weighted = x if importance is None else importance * x
+        self.sum_x = ordered_sum(self.weighted)
+        count = x.new_full((), len(x))
+        self.sum_w = count if importance is None else ordered_sum(importance)
+        rows = x.new_empty(14, *low.shape)
+        self.kept, self.trial = _Affine(*rows[:3]), _Affine(*rows[3:6])
+        self.sum_l, self.sum_l2, self.sum_xl = rows[6:9]
+        self.determinant, self.through_zero, self.spare, self.flags, self.inverse = rows[9:]
+        self.zero = x.new_zeros(())
+        self.regular = x.new_full((), 1e-5)
+        self.sum_products = bind_sum(products, rows[6:9])
+        self.keep_better = bind_choice(self.flags, rows[3:6], rows[:3])
+        self.pass_zero = bind_choice(self.flags, self.through_zero, self.trial.scale)
+        self.kept.gain.fill_(-torch.inf)
+        torch.div(self.high - low, x.new_full((), float(top)), out=self.kept.scale)
+        self.kept.base.copy_(low)
+
+    def attempt(self, width: Tensor) -> None:
+        """Spread ``width`` steps between base and high; keep their fit where it gains more."""
+        trial, kept = self.trial, self.kept
+        torch.div(width, torch.sub(self.high, kept.base, out=self.spare), out=self.inverse)
+        code = torch.sub(self.x, kept.base, out=self.code).mul_(self.inverse)
+        code.round_().clamp_(0, self.top)
+        self._solve()
+        torch.mul(trial.scale, self.sum_xl, out=trial.gain)
+        trial.gain.add_(torch.mul(trial.base, self.sum_x, out=self.spare))
+        torch.gt(trial.gain, torch.mul(kept.gain, MORE, out=self.spare), out=self.flags)
+        # All codes alike leave a determinant that is nothing but rounding.
+        least = torch.mul(self.sum_w, self.sum_l2, out=self.spare).mul_(self.regular)
+        self.flags.mul_(torch.gt(self.determinant, least, out=least))
+        self.keep_better()
+
+    def _solve(self) -> None:
+        """Scale and base of least error for the codes; base is at most zero."""
+        trial, determinant = self.trial, self.determinant
+        if self.importance is not None:
+            torch.mul(self.importance, self.code, out=self.w_l)
+        torch.mul(self.w_l, self.code, out=self.w_l2)
+        torch.mul(self.weighted, self.code, out=self.w_xl)
+        self.sum_products()
+        sum_w, sum_x = self.sum_w, self.sum_x
+        sum_l, sum_l2, sum_xl = self.sum_l, self.sum_l2, self.sum_xl
+        self._cross(sum_w, sum_l2, sum_l, sum_l, out=determinant)
+        self._cross(sum_w, sum_xl, sum_x, sum_l, out=trial.scale).div_(determinant)
+        self._cross(sum_l2, sum_x, sum_l, sum_xl, out=trial.base).div_(determinant)
+        torch.gt(trial.base, self.zero, out=self.flags)
+        trial.base.clamp_(max=0)
+        torch.div(sum_xl, sum_l2, out=self.through_zero)
+        self.pass_zero()
+
+    def _cross(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, out: Tensor) -> Tensor:
+        """a * b - c * d."""
+        return torch.mul(a, b, out=out).sub_(torch.mul(c, d, out=self.spare))
 
 
-def grid(count: int, first: float, step: float, top: int) -> Tensor:
-    """``step * i + first + top`` for i < count, each operation rounded to float32."""
-    return torch.arange(count, dtype=torch.float32, device="cpu") * step + first + top
+def fit_symmetric(
+    x: Tensor, importance: Tensor | None, half: int, widths: tuple[float, ...]
+) -> Tensor:
+    """Scale [...] of least sum importance * (scale * code - x)^2, codes -half .. half - 1.
 
-
-def fit_affine(x: Tensor, weight: Tensor, top: int, ranges: Tensor) -> AffineFit:
-    """argmin over scale >= 0, offset >= 0 of sum weight * (scale * code - offset - x)^2.
-
-    x, weight: [32, n]; codes 0 .. top; the fit is [n]. Each entry of ``ranges`` spreads the codes
-    over that many steps between the group's minimum and maximum, solves the weighted least
-    squares for scale and minimum, and is kept where the error falls. Later entries start from the
-    minimum kept so far.
-    """
-    high, low = x.amax(0), x.amin(0).clamp_(max=0)
-    flat = high <= low
-    size, n = x.shape
-    buffer = uninitialised((5 * size, n), x.dtype, x.device)
-    code, residual = buffer[:size], buffer[size : 2 * size]
-    products = buffer[2 * size :].view(size, 3, n)  # weight * code * (1, code, x)
-    sum_w, sum_x = ordered_sum(weight), ordered_sum(weight * x)
-
-    def round_codes(inverse: Tensor, base: Tensor) -> None:
-        torch.sub(x, base, out=code).mul_(inverse).round_().clamp_(0, top)
-
-    def error(scale: Tensor, base: Tensor) -> Tensor:
-        torch.mul(code, scale, out=residual).add_(base).sub_(x)
-        return ordered_sum(residual.mul_(residual).mul_(weight))
-
-    inverse, base = divide(float(top), high - low), low
-    scale, start = inverse.reciprocal(), low  # codes are counted from start, x ~ scale*code + base
-    round_codes(inverse, base)
-    best = error(scale, base)
-    for codes_wide in ranges.to(x.device).unbind(0):
-        trial_inverse = codes_wide / (high - base)
-        round_codes(trial_inverse, base)
-        weighted = torch.mul(weight, code, out=products[:, 0])
-        torch.mul(weighted, code, out=products[:, 1])
-        torch.mul(weighted, x, out=products[:, 2])
-        sum_l, sum_l2, sum_xl = ordered_sum(products).unbind(0)
-        determinant = sum_w * sum_l2 - sum_l * sum_l
-        trial_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
-        trial_base = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        above = trial_base > 0
-        trial_base = trial_base.masked_fill_(above, 0)
-        trial_scale = torch.where(above, sum_xl / sum_l2, trial_scale)
-        trial_error = error(trial_scale, trial_base)
-        better = (determinant > 0) & (trial_error < best)
-        best = torch.where(better, trial_error, best)
-        scale = torch.where(better, trial_scale, scale)
-        inverse = torch.where(better, trial_inverse, inverse)
-        start = torch.where(better, base, start)
-        base = torch.where(better, trial_base, base)
-    scale, base = scale.masked_fill_(flat, 0), torch.where(flat, low, base)
-    return AffineFit(scale, -base, inverse.masked_fill_(flat | inverse.isinf(), 0), start)
-
-
-def fit_symmetric(x: Tensor, weight: Tensor, half: int) -> SymmetricFit:
-    """argmax over scale of (sum weight * x * code)^2 / sum weight * code^2: the least error.
-
-    x, weight: [16, n]; codes -half .. half - 1, the peak near -half; the fit is [n]. Nineteen
-    steps, half +- 0.1 * i to the peak, are tried.
+    x, importance: [16, ...], None for equal ones. Each of ``widths`` puts the peak that many steps
+    from zero, on the side of -half.
     """
     peak = signed_peak(x, 0)
-    negligible = peak.abs() < NEGLIGIBLE
-    size, n = x.shape
-    buffer = uninitialised((4 * size, n), x.dtype, x.device)
-    code, products = buffer[:size], buffer[2 * size :].view(size, 2, n)
-    weighted = torch.mul(weight, x, out=buffer[size : 2 * size])
-
-    def sums(inverse: Tensor) -> tuple[Tensor, Tensor]:
+    weighted = x if importance is None else importance * x
+    products = x.new_empty(len(x), 2, *x.shape[1:])
+    w_xl, w_l2 = products.unbind(1)
+    code = torch.empty_like(x)
+    rows = x.new_empty(8, *peak.shape)
+    kept, trial, sums = rows[:2].zero_(), rows[2:4], rows[4:6]  # (gain, scale) each
+    gain, scale = trial
+    sum_xl, sum_l2 = sums
+    inverse, better = rows[6:]
+    sum_products, keep_better = bind_sum(products, sums), bind_choice(better, trial, kept)
+    for width in widths:
+        torch.div(x.new_full((), -width), peak, out=inverse)
         torch.mul(x, inverse, out=code).round_().clamp_(-half, half - 1)
-        torch.mul(weighted, code, out=products[:, 0])
-        torch.mul(weight, code, out=products[:, 1]).mul_(code)
-        sum_xl, sum_l2 = ordered_sum(products).unbind(0)
-        return sum_xl, sum_l2
-
-    inverse = divide(float(-half), peak)
-    sum_xl, sum_l2 = sums(inverse)
-    scale = torch.where(sum_l2 != 0, sum_xl / sum_l2, 0)
-    best = scale * sum_xl
-    steps = torch.arange(-9, 10, dtype=torch.float32, device=x.device) * 0.1 + half
-    for number, codes_wide in enumerate(steps.neg().unbind(0), start=-9):
-        if number == 0:
-            continue
-        trial_inverse = codes_wide / peak
-        sum_xl, sum_l2 = sums(trial_inverse)
-        better = (sum_l2 > 0) & (sum_xl * sum_xl > best * sum_l2)
-        trial_scale = sum_xl / sum_l2
-        best = torch.where(better, trial_scale * sum_xl, best)
-        scale = torch.where(better, trial_scale, scale)
-        inverse = torch.where(better, trial_inverse, inverse)
-    return SymmetricFit(scale.masked_fill_(negligible, 0), inverse, negligible)
-
-
-def fit_positive(x: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """``x ~ scale * code`` for x >= 0: scale [n] and codes 0 .. top float32 [8, n].
-
-    x, weight: [8, n]. The best of nine steps, then five rounds of coordinate descent: a code
-    moves where that raises (sum weight * x * code)^2 / sum weight * code^2.
-    """
-    high = x.amax(0).clamp_(min=0)
-    negligible = high < NEGLIGIBLE
-    best = inverse = None
-    tenth = x.new_full((), 0.1)
-    for number in (0, -4, -3, -2, -1, 1, 2, 3, 4):
-        trial = divide(tenth * number + top, high)
-        codes = (x * trial).round_()
-        if number != 0:
-            codes.clamp_(max=top)
-        residual = x - codes * trial.reciprocal()
-        error = ordered_sum(weight * residual * residual)
-        if best is None:
-            best, inverse = error, trial
-            continue
-        better = error < best
-        best, inverse = torch.where(better, error, best), torch.where(better, trial, inverse)
-    codes = (x * inverse).round_().clamp_(max=top)
-    sum_xl, sum_l2 = ordered_sum(weight * x * codes), ordered_sum(weight * codes * codes)
-    for _ in range(5):
-        for value, w, code in zip(x, weight, codes, strict=True):
-            rest_xl, rest_l2 = sum_xl - w * value * code, sum_l2 - w * code * code
-            moved = (value * rest_l2 / rest_xl).round_().clamp_(max=top)
-            moved_xl, moved_l2 = rest_xl + w * value * moved, rest_l2 + w * moved * moved
-            better = (rest_xl > 0) & (rest_l2 > 0) & (moved != code)
-            better &= moved_xl * moved_xl * sum_l2 > sum_xl * sum_xl * moved_l2
-            code.copy_(torch.where(better, moved, code))
-            sum_xl = torch.where(better, moved_xl, sum_xl)
-            sum_l2 = torch.where(better, moved_l2, sum_l2)
-    scale = torch.where(sum_l2 > 0, sum_xl / sum_l2, 0).masked_fill_(negligible, 0)
-    return scale, codes.masked_fill_(negligible, 0)
+        torch.mul(weighted, code, out=w_xl)
+        torch.mul(code, code, out=w_l2)
+        if importance is not None:
+            w_l2.mul_(importance)
+        sum_products()
+        torch.div(sum_xl, sum_l2, out=scale)
+        torch.mul(scale, sum_xl, out=gain)
+        torch.gt(gain, torch.mul(kept[0], MORE, out=inverse), out=better)
+        keep_better()
+    return kept[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...checkpoint.canonical import is_linear
 from ...ops.blocks import quantize
-from ...ops.layouts import FP8Layout, GGUFLayout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
+from ...ops.layouts import FP8Layout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
 from ...ops.reference import dequantize_rotate_quantize
 from ...quant.calibration import Calibration
 from ...quant.recipes import BLOCK_LINEARS
@@ -70,6 +70,13 @@ def _important(weight: Tensor, importance: Tensor | None) -> QuantizedTensor:
     return gguf_tensor(blocks, "Q4_K", tuple(weight.shape), dtype=torch.float32)
 
 
+def _as_ggml(qtype: str) -> Store:
+    """Other programs' files: the bytes of ggml's encoder."""
+    return lambda weight, _: gguf_tensor(
+        quantize(weight, qtype, as_ggml=True), qtype, tuple(weight.shape), dtype=weight.dtype
+    )
+
+
 def _stored(layout: str, **options: object) -> Store:
     return lambda weight, _: QuantizedTensor.from_float(weight, layout, **options)
 
@@ -82,14 +89,14 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("W8A8 + protect", _int8, protect=PROTECTED, stress=True),
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
     Scheme("ours: INT8 auto", treatment="auto", stress=True),
-    Scheme("Q4_K", _stored(GGUFLayout.NAME, qtype="Q4_K")),
+    Scheme("Q4_K", _as_ggml("Q4_K")),
     Scheme("ours: Q4_K, importance", _important, importance=True),
     Scheme("FP8 per row", _stored(FP8Layout.NAME, per_row=True)),
     Scheme("NF4", _stored(NF4Layout.NAME)),
-    Scheme("Q8_0", _stored(GGUFLayout.NAME, qtype="Q8_0")),
-    *(Scheme(f"{t} as W8A8", _stored(GGUFLayout.NAME, qtype=t), "w8a8") for t in ("Q4_K", "Q8_0")),
+    Scheme("Q8_0", _as_ggml("Q8_0")),
+    *(Scheme(f"{t} as W8A8", _as_ggml(t), "w8a8") for t in ("Q4_K", "Q8_0")),
     Scheme("FP8 per tensor", _stored(FP8Layout.NAME, per_row=False)),
-    *(Scheme(t, _stored(GGUFLayout.NAME, qtype=t)) for t in ("Q6_K", "Q5_K")),
+    *(Scheme(t, _as_ggml(t)) for t in ("Q6_K", "Q5_K")),
     *(Scheme(f"W8A8, {k} protected", _int8, protect=k) for k in LADDER),
 )
 
