@@ -8,8 +8,6 @@ from pathlib import Path
 import inside
 from parity import load_copy
 
-VRAM_STATES = ("LOW_VRAM", "NO_VRAM")
-
 
 def main() -> None:
     pack, (listing,) = inside.start()
@@ -23,7 +21,6 @@ def main() -> None:
             "order": order_of_passes(world),
             "turns": in_turns(world),
             "streamed": streamed(world),
-            "short of memory": {state: short_of_memory(world, state) for state in VRAM_STATES},
             "progress": progress_and_previews(world),
             "stock models": stock_models(world, files),
             "patch stays": patch_on_one_copy_stays_there(world),
@@ -139,46 +136,6 @@ def streamed(world: World) -> dict:
     same = torch.equal(world.sample(keep="streamed"), world.sample(keep="both"))
     ((_, after),) = requests(world, keep="both")
     return {"models": models, "memory": memory, "after": after, "same": same}
-
-
-def short_of_memory(world: World, state: str) -> dict:
-    """A run whose models were loaded as on a full card: the host's own states for that.
-
-    Its flags for them exclude ``--cpu``, and it never offloads from a CPU, so while it loads it is
-    told otherwise.
-    """
-    import comfy.model_management as management
-    import torch
-
-    wanted = world.sample()
-    management.unload_all_models()
-    load = management.load_models_gpu
-    names = ("vram_state", "is_device_cpu", "get_free_memory", "load_models_gpu")
-    before = {name: getattr(management, name) for name in names}
-    on_a_full_card = {
-        "vram_state": management.VRAMState[state],
-        "is_device_cpu": lambda device: False,
-        "get_free_memory": lambda *_, **__: 1 << 20,
-    }
-
-    def loading(*args, **kwargs):
-        vars(management).update(on_a_full_card)
-        try:
-            load(*args, **kwargs)
-        finally:
-            vars(management).update({name: before[name] for name in on_a_full_card})
-
-    management.load_models_gpu = loading
-    try:
-        found = world.sample()
-        offloaded = [
-            sum(hasattr(m, "prev_comfy_cast_weights") for m in patcher.model.modules())
-            for patcher in (world.conditional, world.unconditional)
-        ]
-    finally:
-        vars(management).update(before)
-        management.unload_all_models()
-    return {"same": torch.equal(found, wanted), "offloaded": offloaded}
 
 
 def progress_and_previews(world: World) -> list:
