@@ -53,5 +53,4 @@ async (columns, links) => {
   await settle();
   arrange();
   await settle();
-  return JSON.stringify(app.graph.serialize());
 }

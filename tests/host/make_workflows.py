@@ -17,7 +17,7 @@ from PIL import Image
 from .browser import Browser, find_browser
 from .locate import PACK, find_host
 from .server import Server, make_base
-from .workflow_page import open_page, show
+from .workflow_page import fit, open_page, show
 from .workflow_specs import EXAMPLE, PLACEHOLDERS, WORKFLOWS, Column, Workflow
 
 _BUILD = (Path(__file__).parent / "build_workflow.js").read_text(encoding="utf-8")
@@ -28,7 +28,9 @@ def build(page: Browser, workflow: Workflow) -> str:
     """The workflow as the interface serializes it."""
     columns = [_plain(column) for column in workflow.columns]
     arguments = json.dumps([columns, [list(link) for link in workflow.links]])
-    return page.run(f"({_BUILD})(...{arguments})")
+    page.run(f"({_BUILD})(...{arguments})")
+    fit(page)  # a user's page opens with this view
+    return page.run("JSON.stringify(app.graph.serialize())")
 
 
 def _plain(column: Column) -> dict:

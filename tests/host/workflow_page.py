@@ -79,10 +79,15 @@ def as_api(page: Browser) -> dict:
     return json.loads(page.run(queued))
 
 
+def fit(page: Browser) -> None:
+    """The whole graph in view."""
+    page.run(_FIT)
+
+
 def show(page: Browser, path: Path) -> None:
     """A picture of the whole graph, as soon as the page draws it twice the same."""
     close_dialogs(page)
-    page.run(_FIT)
+    fit(page)
     quality = 80 if path.suffix == ".jpg" else None
     clip, before = {"x": 60, "y": 40, "width": 1740, "height": 950}, None
     for _ in range(_DRAWINGS):

@@ -193,7 +193,7 @@ _CAPTIONS = Column(
     "3. Caption",
     [
         Node("caption", "BuildJsonPromptIdeogram", widgets=_CAPTION, height=480),
-        Node("checked", "Ideogram4QuantCheckCaption", height=220),
+        Node("checked", "Ideogram4QuantCheckCaption", height=250),
         Node("positive", "CLIPTextEncode", "Encode the caption", height=120),
     ],
     width=420,
@@ -213,8 +213,6 @@ def _sample(title: str, **settings) -> Column:
         [
             Node("sampler", "Ideogram4QuantSampler", widgets=settings),
             Node("decoded", "VAEDecode"),
-            Node("report", "PreviewAny", "Report of the sampler", height=120),
-            Node("loaded", "PreviewAny", "Report of the loader", height=260),
         ],
         width=360,
         color=_PURPLE,
@@ -223,7 +221,11 @@ def _sample(title: str, **settings) -> Column:
 
 _PICTURE = Column(
     "5. Picture",
-    [Node("saved", "SaveImage", widgets={"filename_prefix": "Ideogram4"}, height=560)],
+    [
+        Node("saved", "SaveImage", widgets={"filename_prefix": "Ideogram4"}, height=480),
+        Node("report", "PreviewAny", "Report of the sampler", height=160),
+        Node("loaded", "PreviewAny", "Report of the loader", height=300),
+    ],
     width=520,
     color=_PURPLE,
 )
