@@ -29,7 +29,7 @@ _REQUIRED = {
     "text": ("type", "text", "desc"),
 }
 _BBOX_MAX = 1000
-_PLAIN_TEXT = (
+PLAIN_TEXT = (
     "This is plain text. The model was trained on JSON captions: with plain text, words in the "
     "picture are rarely legible, and sometimes it paints a placeholder card. Build the caption "
     "with the node Build JSON Prompt (Ideogram)."
@@ -50,6 +50,11 @@ class Verdict:
         return "\n".join(lines) or "The caption follows the schema."
 
 
+def is_plain(text: str) -> bool:
+    """Whether a caption is no JSON and not meant to be."""
+    return not text.lstrip().startswith(("{", "["))
+
+
 def check_caption(text: str) -> Verdict:
     """Errors: what the model cannot read as meant. Warnings: what it reads less well.
 
@@ -61,8 +66,8 @@ def check_caption(text: str) -> Verdict:
     if not stripped:
         verdict.errors.append("The caption is empty.")
         return verdict
-    if not stripped.startswith(("{", "[")):
-        verdict.warnings.append(_PLAIN_TEXT)
+    if is_plain(stripped):
+        verdict.warnings.append(PLAIN_TEXT)
         return verdict
     try:
         caption = json.loads(stripped)

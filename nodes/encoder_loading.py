@@ -6,6 +6,7 @@ different class for files that bring a vision tower along, and that class normal
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from transformers import AutoTokenizer
 
 from ..checkpoint import EncoderCheckpoint, open_encoder
 from ..ops.errors import CheckpointError, NotIdeogram4Error, OpError
+from .captions import PLAIN_TEXT, is_plain
 from .host_ops import make_ops
 
+logger = logging.getLogger(__name__)
 MAX_TOKENS = 2048
 HEAD_DIM = 128  # fixed in the host's Qwen3
 LAYERS = 36
@@ -130,9 +133,11 @@ def _tokenizer_data(encoder: EncoderCheckpoint, path: Path) -> dict:
 
 
 class _Tokenizer(host_encoder.Ideogram4Tokenizer):
-    """The host's tokenizer, for which a caption beyond the trained length is an error."""
+    """The host's tokenizer; plain text is warned of, more than the trained length is an error."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs):
+        if text.strip() and is_plain(text):
+            logger.warning(PLAIN_TEXT)
         tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
         found = sum(len(chunk) for chunk in tokens[self.clip_name])
         if found > MAX_TOKENS:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 
 from comfy_api.latest import io, ui
 
 from ..ops.errors import OpError
 from .captions import check_caption
 from .schema import CATEGORY
+
+logger = logging.getLogger(__name__)
 
 
 class CheckCaption(io.ComfyNode):
@@ -50,6 +53,7 @@ class CheckCaption(io.ComfyNode):
                     tooltip="Errors and warnings, one a line.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -59,5 +63,17 @@ class CheckCaption(io.ComfyNode):
         verdict = check_caption(text)
         if verdict.errors and stop_on_errors:
             raise OpError("the caption has errors: " + " ".join(verdict.errors))
+        for finding in (*verdict.errors, *verdict.warnings):
+            logger.warning("caption: %s", finding)
         findings = verdict.text()
+        _show(findings, cls.hidden.unique_id)
         return io.NodeOutput(verdict.caption, findings, ui=ui.PreviewText(findings))
+
+
+def _show(text: str, node_id: str | None) -> None:
+    """Text on the node itself, in the host's page; nowhere without one."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)

@@ -42,6 +42,19 @@ def test_streamed_copies_are_asked_for_once_and_leave_no_room_for_weights(found)
     assert streamed["same"]
 
 
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("model", "the conditional model is not Ideogram 4 (found Linear)"),
+        ("unconditional", "the unconditional model is not Ideogram 4 (found Linear)"),
+        ("encoder", "comes from another text encoder (found 7 features a token"),
+        ("long", "the caption is too long (found 2049 tokens, needed at most 2048)"),
+    ],
+)
+def test_what_is_of_something_else_is_refused(found, case, words):
+    assert words in found["refused"][case]
+
+
 def test_progress_and_previews_reach_the_page(found):
     assert found["progress"] == [[step, 3, "JPEG"] for step in (1, 2, 3)]
 

@@ -1,4 +1,4 @@
-"""Graphs through the server of a real ComfyUI: pictures, caching, and errors it survives."""
+"""Graphs through the server of a real ComfyUI: pictures, reports, caching, interruption."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ideogram4_quant.pocket.data import HELD_OUT
-from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
 from ideogram4_quant.tests.host import graphs
 from ideogram4_quant.tests.host.locate import PACK
-from ideogram4_quant.tests.host.server import PACK_FOLDER, Rejected, Run, Server
+from ideogram4_quant.tests.host.runs import fails_with, picture, text
+from ideogram4_quant.tests.host.server import PACK_FOLDER, Server
 
 pytestmark = pytest.mark.host
 NODES = sorted(page.stem for page in (PACK / "web" / "docs").glob("*.md"))  # one a node
@@ -25,16 +23,6 @@ NODES = sorted(page.stem for page in (PACK / "web" / "docs").glob("*.md"))  # on
 @pytest.fixture(scope="module")
 def object_info(server: Server) -> dict:
     return server.get("/object_info")
-
-
-def picture(server: Server, run: Run, node: str = "saved") -> np.ndarray:
-    assert run.status == "success", run.error
-    data = server.fetch(run.outputs[node]["images"][0])
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def text(run: Run, node: str) -> str:
-    return run.outputs[node]["text"][0]
 
 
 def test_pack_loads_under_a_name_with_hyphens(object_info):
@@ -224,6 +212,19 @@ def test_checked_captions_run_and_broken_ones_stop(server):
     fails_with(server, graph, "no valid JSON")
 
 
+def test_plain_text_is_painted_and_warned_about_on_the_node_and_in_the_log(server):
+    warning = "This is plain text. The model was trained on JSON captions"
+    marks = len(server.log)
+    graph = graphs.with_sampler("plain", caption="a cat on a mat")
+    assert server.run(graph).status == "success"
+    assert server.log[marks:].count(warning) == 1  # the encoder's own
+    graph["checked"] = graphs.node("Ideogram4QuantCheckCaption", caption="a dog on a mat")
+    graph["positive"]["inputs"]["text"] = ["checked", 0]
+    run = server.run(graph)
+    assert run.status == "success", run.error
+    assert warning in text(run, "checked")
+
+
 def test_second_run_reads_no_file(server):
     graph = graphs.with_guider(seed=11)
     assert server.run(graph).status == "success"
@@ -279,129 +280,3 @@ def test_report_names_files_copies_and_memory(server):
     shown = text(server.run(graph), "shown")
     assert "computed as W8A8: on the pocket model" in shown
     assert "unmeasured on a GPU" in shown
-
-
-def fails_with(server: Server, graph: dict, *words: str) -> None:
-    """The run fails with a message that has these words, and the next run works."""
-    run = server.run(graph)
-    assert run.status == "error"
-    message = run.error["exception_message"]
-    for word in words:
-        assert word in message
-    assert picture(server, server.run(graphs.with_sampler())).shape == (64, 128, 3)
-    assert server.alive()
-
-
-def test_missing_level_says_what_there_is(server):
-    fails_with(server, graphs.with_sampler(level="NF4"), "NF4", "BF16", "diffusion_models")
-
-
-def test_linears_only_need_a_base_and_run_with_one(server, models):
-    """Transformer Lab's INT8: both copies in one file, norms and embeddings elsewhere."""
-    folder = models / "diffusion_models"
-    path = folder / "ideogram4-int8-w8a8.safetensors"
-    quantize_checkpoint(
-        folder / graphs.CONDITIONAL,
-        "INT8 W8A8",
-        path,
-        pair=folder / graphs.UNCONDITIONAL,
-        options=QuantOptions(layout="transformer-lab"),
-    )
-    try:
-        fails_with(server, graphs.with_sampler(conditional_file=path.name), path.name, "base")
-        based = graphs.with_sampler(
-            "based", conditional_file=path.name, base_file=graphs.CONDITIONAL
-        )
-        found = picture(server, server.run(based)).astype(int)
-        bf16 = picture(server, server.run(graphs.with_sampler())).astype(int)
-        assert 0 < np.abs(found - bf16).mean() < 10
-    finally:
-        path.unlink()
-
-
-def test_swapped_copies_are_refused(server):
-    swapped = {
-        "conditional_file": graphs.UNCONDITIONAL,
-        "unconditional_file": graphs.CONDITIONAL,
-    }
-    fails_with(server, graphs.with_sampler(**swapped), graphs.UNCONDITIONAL, "trust_files")
-    swapped |= {"trust_files": True}  # the files' metadata says which copy they are
-    fails_with(server, graphs.with_sampler(**swapped), graphs.UNCONDITIONAL, "other copy")
-
-
-def test_swapped_and_doubled_connections_are_refused(server):
-    swapped = graphs.with_sampler(models=(("model", 1), ("model", 0)))
-    fails_with(server, swapped, "unconditional copy", "Swap")
-    doubled = graphs.with_sampler(models=(("model", 0), ("model", 0)))
-    fails_with(server, doubled, "unconditional input is the conditional copy", "Swap")
-
-
-def test_copies_of_two_models_are_refused(server, models):
-    """A pair whose halves are of different depth, as of another release."""
-    folder = models / "diffusion_models"
-    with safe_open(folder / graphs.UNCONDITIONAL, "pt") as opened:
-        metadata = opened.metadata()
-        kept = [name for name in opened.keys() if not name.startswith("layers.3.")]  # noqa: SIM118
-        tensors = {name: opened.get_tensor(name) for name in kept}
-    config = json.loads(metadata["config"]) | {"num_layers": 3}
-    shallow = folder / "shallow.safetensors"
-    save_file(tensors, shallow, metadata | {"config": json.dumps(config)})
-    try:
-        graph = graphs.with_sampler(
-            conditional_file=graphs.CONDITIONAL, unconditional_file=shallow.name
-        )
-        fails_with(server, graph, shallow.name, "num_layers", "same release")
-    finally:
-        shallow.unlink()
-
-
-def test_truncated_file_is_named(server, models):
-    whole = (models / "diffusion_models" / graphs.CONDITIONAL).read_bytes()
-    cut = models / "diffusion_models" / "cut.safetensors"
-    cut.write_bytes(whole[: len(whole) // 2])
-    try:
-        fails_with(
-            server, graphs.with_sampler(conditional_file=cut.name), "cut.safetensors", "ownload"
-        )
-    finally:
-        cut.unlink()
-
-
-def test_other_models_are_refused_by_name(server, models):
-    graph = graphs.with_sampler()
-    graph["model"]["inputs"]["conditional_file"] = "other.safetensors"
-    other = models / "diffusion_models" / "other.safetensors"
-    other.write_bytes((models / "vae" / graphs.VAE).read_bytes())
-    try:
-        fails_with(server, graph, "other.safetensors")
-    finally:
-        other.unlink()
-
-
-def test_sizes_off_the_grid_are_refused_with_the_nearest(server):
-    fails_with(server, graphs.with_sampler(size=(130, 64)), "128", "144")
-
-
-def test_long_captions_are_refused(server):
-    fails_with(server, graphs.with_sampler(caption="word " * 3000), "2048")
-
-
-def test_missing_encoder_is_said_with_what_to_download(server):
-    with pytest.raises(Rejected) as caught:
-        server.run(graphs.with_sampler(encoder="qwen3vl_8b_fp8_scaled.safetensors"))
-    message = str(caught.value)
-    for words in ("text_encoders", "press R", "huggingface.co/Comfy-Org/Qwen3-VL"):
-        assert words in message
-    unplugged = graphs.with_sampler()
-    del unplugged["positive"]["inputs"]["clip"]
-    with pytest.raises(Rejected, match="Required input is missing"):
-        server.run(unplugged)
-    assert server.alive()
-
-
-def test_names_outside_the_folders_are_rejected_before_running(server):
-    for name in ("../../server.log", "/etc/passwd", "missing.safetensors"):
-        with pytest.raises(Rejected) as caught:
-            server.run(graphs.with_sampler(conditional_file=name))
-        assert name in str(caught.value)
-    assert server.alive()

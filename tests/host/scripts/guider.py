@@ -22,6 +22,7 @@ def main() -> None:
             "turns": in_turns(world),
             "streamed": streamed(world),
             "progress": progress_and_previews(world),
+            "refused": refused(world),
             "stock models": stock_models(world, files),
             "patch stays": patch_on_one_copy_stays_there(world),
             "wrapper of the other": wrapper_on_the_unconditional_copy_runs(world),
@@ -136,6 +137,30 @@ def streamed(world: World) -> dict:
     same = torch.equal(world.sample(keep="streamed"), world.sample(keep="both"))
     ((_, after),) = requests(world, keep="both")
     return {"models": models, "memory": memory, "after": after, "same": same}
+
+
+def refused(world: World) -> dict[str, str]:
+    """What the guider says of a model and of a conditioning that are of something else."""
+    import torch
+
+    other = world.conditional.clone()
+    other.model = torch.nn.Linear(1, 1)
+    narrow = [[torch.zeros(1, 5, 7), {}]]
+    long = [[torch.zeros(1, 2049, world.positive[0][0].shape[-1]), {}]]
+    tries = {
+        "model": (other, None, world.positive),
+        "unconditional": (world.conditional, other, world.positive),
+        "encoder": (world.conditional, None, narrow),
+        "long": (world.conditional, None, long),
+    }
+    found = {}
+    for name, parts in tries.items():
+        try:
+            world.guider_class(*parts, world.guidance())
+            found[name] = "taken"
+        except inside.load(world.pack, "ops.errors").Ideogram4QuantError as error:
+            found[name] = str(error)
+    return found
 
 
 def progress_and_previews(world: World) -> list:
