@@ -5,47 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
-import comfy.model_management as management
-import torch
 from comfy_api.latest import io
 
-from ..checkpoint import check_pair
-from ..checkpoint.levels import (
-    AUTO,
-    AUTO_ORDER,
-    LEVELS,
-    Candidate,
-    Catalogue,
-    Pair,
-    capability,
-    partner_of,
-    read_catalogue,
-    resolve,
-)
+from ..checkpoint.levels import AUTO, LEVELS
 from ..checkpoint.listing import stamp
-from ..ops import dispatch
-from ..ops.attention import reports as attention_reports
-from ..ops.errors import Ideogram4QuantError, PairMismatchError
+from ..ops.errors import Ideogram4QuantError
 from ..ops.linear import LinearOptions
 from . import report
 from .attention import CHOICES as ATTENTIONS
 from .connections import leads_anywhere, running_graph
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
-from .headers import open_header
+from .model_choice import BY_LEVEL, COPIES, FOLDERS, NONE, choose_files, machine
 from .model_files import host_listing
-from .model_loading import ModelSource, compute_dtype, load_model, measured
+from .model_loading import ModelSource, load_model, measured
 from .schema import CATEGORY
 
 logger = logging.getLogger(__name__)
-BY_LEVEL = "by level"
-NONE = "none"
 _NO_FILE = (BY_LEVEL, NONE)
-FOLDERS = "diffusion_models"
 BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
-CONDITIONAL, UNCONDITIONAL = COPIES = ("conditional", "unconditional")
 _FILE_INPUTS = ("conditional_file", "unconditional_file", "base_file", "trust_files")
 GGUF_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
 
@@ -157,85 +136,6 @@ class LoadIdeogram4(io.ComfyNode):
             note = report.summary(pair, level, options, here, fused.why)
             cls.hidden.extra_pnginfo["ideogram4_quant"] = note
         return io.NodeOutput(*models, report.text(pair, level, options, here, fused.why))
-
-
-def choose_files(
-    level: str,
-    conditional_file: str = BY_LEVEL,
-    unconditional_file: str = BY_LEVEL,
-    base_file: str = NONE,
-    trust_files: bool = False,
-) -> tuple[Pair, tuple[Path, ...]]:
-    """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
-
-    A file picked by name goes before the level, and the other copy is then looked for at the level
-    of that file. trust_files: a picked file is the copy it was picked for, whatever its name says.
-    """
-    listing = host_listing(FOLDERS)
-    catalogue = read_catalogue(listing, open_header)
-    bases = _bases(base_file, catalogue)
-
-    def picked(name: str, copy: str) -> Candidate:
-        path = listing.path(name)
-        header = open_header(path, bases, copy=copy if trust_files else None)
-        if copy not in header.copies:
-            raise PairMismatchError(
-                f"picked as the {copy} copy, but it is the other one",
-                file=name,
-                found=f"{', '.join(header.copies)} ({header.copy_reason})",
-                needed=copy,
-                hint="Pick the other file, or switch on trust_files if you know better.",
-            )
-        return Candidate(name, path, header)
-
-    if conditional_file == BY_LEVEL:
-        here = machine()
-        pair = resolve(level, catalogue, _order(here), here.memory, with_base=bool(bases))
-    else:
-        first = picked(conditional_file, CONDITIONAL)
-        peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
-        second = first if UNCONDITIONAL in first.header.copies else partner_of(first, peers)
-        pair = Pair(first.header.level, first, second)
-    if unconditional_file != BY_LEVEL:
-        pair = replace(pair, unconditional=picked(unconditional_file, UNCONDITIONAL))
-    if pair.unconditional is not None:
-        check_pair(pair.conditional.header, pair.unconditional.header)
-    return pair, bases
-
-
-def _bases(name: str, catalogue: Catalogue) -> tuple[Path, ...]:
-    """The base file, and the file of the other copy that goes with it."""
-    if name == NONE:
-        return ()
-    path = catalogue.listing.path(name)
-    chosen = Candidate(name, path, open_header(path))
-    if len(chosen.header.copies) > 1:
-        return (path,)
-    peers = [c for c in catalogue.candidates if c.header.level == chosen.header.level]
-    if UNCONDITIONAL in chosen.header.copies:
-        others = [c for c in peers if partner_of(c, [chosen]) is chosen]
-        return (path, *(c.path for c in others[:1]))
-    other = partner_of(chosen, peers)
-    return (path,) if other is None else (path, other.path)
-
-
-def machine() -> report.Machine:
-    """The device that the host computes on."""
-    device = management.get_torch_device()
-    return report.Machine(
-        device=management.get_torch_device_name(device),
-        memory=management.get_total_memory(device),
-        free=int(management.get_free_memory(device)),
-        ram_free=int(management.get_free_memory(torch.device("cpu"))),
-        dtype=str(compute_dtype(device)).removeprefix("torch."),
-        backends=dispatch.reports(device),
-        attention_backends=attention_reports(device),
-    )
-
-
-def _order(here: report.Machine) -> tuple[str, ...]:
-    int8 = any(b.available and b.name != "reference" for b in here.backends)
-    return AUTO_ORDER[capability(int8, here.dtype == "bfloat16")]
 
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:

@@ -1,0 +1,112 @@
+"""Which files the inputs of the model loader stand for, on the device that the host computes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management as management
+import torch
+
+from ..checkpoint import check_pair
+from ..checkpoint.levels import (
+    AUTO_ORDER,
+    Candidate,
+    Catalogue,
+    Pair,
+    capability,
+    partner_of,
+    read_catalogue,
+    resolve,
+)
+from ..ops import dispatch
+from ..ops.attention import reports as attention_reports
+from ..ops.errors import PairMismatchError
+from .headers import open_header
+from .model_files import host_listing
+from .model_loading import compute_dtype
+from .report import Machine
+
+BY_LEVEL = "by level"
+NONE = "none"
+FOLDERS = "diffusion_models"
+CONDITIONAL, UNCONDITIONAL = COPIES = ("conditional", "unconditional")
+
+
+def choose_files(
+    level: str,
+    conditional_file: str = BY_LEVEL,
+    unconditional_file: str = BY_LEVEL,
+    base_file: str = NONE,
+    trust_files: bool = False,
+) -> tuple[Pair, tuple[Path, ...]]:
+    """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
+
+    A file picked by name goes before the level, and the other copy is then looked for at the level
+    of that file. trust_files: a picked file is the copy it was picked for, whatever its name says.
+    """
+    listing = host_listing(FOLDERS)
+    catalogue = read_catalogue(listing, open_header)
+    bases = _bases(base_file, catalogue)
+
+    def picked(name: str, copy: str) -> Candidate:
+        path = listing.path(name)
+        header = open_header(path, bases, copy=copy if trust_files else None)
+        if copy not in header.copies:
+            raise PairMismatchError(
+                f"picked as the {copy} copy, but it is the other one",
+                file=name,
+                found=f"{', '.join(header.copies)} ({header.copy_reason})",
+                needed=copy,
+                hint="Pick the other file, or switch on trust_files if you know better.",
+            )
+        return Candidate(name, path, header)
+
+    if conditional_file == BY_LEVEL:
+        here = machine()
+        pair = resolve(level, catalogue, _order(here), here.memory, with_base=bool(bases))
+    else:
+        first = picked(conditional_file, CONDITIONAL)
+        peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
+        second = first if UNCONDITIONAL in first.header.copies else partner_of(first, peers)
+        pair = Pair(first.header.level, first, second)
+    if unconditional_file != BY_LEVEL:
+        pair = replace(pair, unconditional=picked(unconditional_file, UNCONDITIONAL))
+    if pair.unconditional is not None:
+        check_pair(pair.conditional.header, pair.unconditional.header)
+    return pair, bases
+
+
+def _bases(name: str, catalogue: Catalogue) -> tuple[Path, ...]:
+    """The base file, and the file of the other copy that goes with it."""
+    if name == NONE:
+        return ()
+    path = catalogue.listing.path(name)
+    chosen = Candidate(name, path, open_header(path))
+    if len(chosen.header.copies) > 1:
+        return (path,)
+    peers = [c for c in catalogue.candidates if c.header.level == chosen.header.level]
+    if UNCONDITIONAL in chosen.header.copies:
+        others = [c for c in peers if partner_of(c, [chosen]) is chosen]
+        return (path, *(c.path for c in others[:1]))
+    other = partner_of(chosen, peers)
+    return (path,) if other is None else (path, other.path)
+
+
+def machine() -> Machine:
+    """The device that the host computes on."""
+    device = management.get_torch_device()
+    return Machine(
+        device=management.get_torch_device_name(device),
+        memory=management.get_total_memory(device),
+        free=int(management.get_free_memory(device)),
+        ram_free=int(management.get_free_memory(torch.device("cpu"))),
+        dtype=str(compute_dtype(device)).removeprefix("torch."),
+        backends=dispatch.reports(device),
+        attention_backends=attention_reports(device),
+    )
+
+
+def _order(here: Machine) -> tuple[str, ...]:
+    int8 = any(b.available and b.name != "reference" for b in here.backends)
+    return AUTO_ORDER[capability(int8, here.dtype == "bfloat16")]
