@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 
 import numpy as np
@@ -43,10 +44,14 @@ def test_every_input_and_output_has_a_tooltip(object_info, name):
     assert info["description"]
 
 
-def test_help_page_of_every_node_is_served(server):
-    for name in NODES:
-        page = server.read(f"/extensions/{PACK_FOLDER}/docs/{name}.md")
-        assert page.startswith(b"# "), name
+@pytest.mark.parametrize("name", NODES)
+def test_help_page_is_served_and_names_every_input_and_output(server, object_info, name):
+    page = server.read(f"/extensions/{PACK_FOLDER}/docs/{name}.md").decode()
+    info = object_info[name]
+    assert page.startswith(f"# {info['display_name']}\n")
+    inputs = (key for group in ("required", "optional") for key in info["input"].get(group, {}))
+    for word in (*inputs, *info["output_name"]):
+        assert re.search(rf"(?<!\w){word}(?!\w)", page), word
 
 
 def test_guider_and_sampler_make_the_same_picture(server):
