@@ -56,7 +56,6 @@ PUBLISHED = (
 )
 # pages with files of a level whose names are not settled
 _PAGES = {"Q4_0": ("leejet/ideogram-4-GGUF", "molbal/ideogram-4-gguf")}
-_FIRST_CHOICES = ("INT8 W8A8 rotated", "Q4_K")  # for 24 GB, and for less
 
 
 def most_wanted(kind: str) -> str:
@@ -68,7 +67,8 @@ def most_wanted(kind: str) -> str:
 def files_of(level: str | None) -> str:
     """What to download for a level, for people; None: for any."""
     if level is None:
-        return " or ".join(f"{files_of(each)} for {each}" for each in _FIRST_CHOICES)
+        large, small = files_of("INT8 W8A8 rotated"), files_of("Q4_K")
+        return f"{large} for a 24 GB card, or {small} for a smaller one,"
     files = [file for file in PUBLISHED if file.level == level]
     if files:
         names = " and ".join(file.name for file in files)

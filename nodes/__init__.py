@@ -1,7 +1,7 @@
 """ComfyUI nodes: the only folder that imports the host.
 
-The extension is imported on first use, so that the pure modules in here (levels, captions, LoRA
-names, captions) can be imported and tested without ComfyUI.
+The extension is imported on first use, so that the pure modules in here (captions, guidance,
+LoRA names, reports) can be imported and tested without ComfyUI.
 """
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint.canonical import is_linear
+from ..checkpoint.copies import COPIES
 from ..ops.errors import OpError
 from ..quant.calibration import Calibration, Run
 from ..quant.profiler import Profiler, ProfilerOptions
@@ -24,7 +25,6 @@ from .headers import open_header
 from .latents import TOKEN_PIXELS
 from .model_loading import source_of
 
-COPIES = ("conditional", "unconditional")
 OTHER_NOISE = 1 << 48
 """Added to every seed in the second pass; beyond the seeds of the node's input."""
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.container import open_container
+from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..ops.errors import CheckpointError, CorruptFileError, printable
 
-CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
 # prefix -> the copy that it names; None: the file does not say
 _PREFIXES: tuple[tuple[str, str | None], ...] = (
     ("unconditional_transformer.", UNCONDITIONAL),

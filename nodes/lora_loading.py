@@ -6,6 +6,7 @@ and removal is exact. The path goes in through the host's injections, as forward
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 import comfy.model_patcher
@@ -19,6 +20,7 @@ from .headers import open_header
 from .lora_files import LowRank, stack
 from .model_loading import source_of
 
+logger = logging.getLogger(__name__)
 KEY = "ideogram4_quant_lora"
 
 
@@ -68,7 +70,10 @@ def remaining_folding(patcher: comfy.model_patcher.ModelPatcher) -> Folding | No
     try:
         header = open_header(path)
         return header.folding(header.copies[0])
-    except (Ideogram4QuantError, OSError):  # a file that only the stock loader reads
+    except (Ideogram4QuantError, OSError) as error:  # a file that only the stock loader reads
+        logger.warning(
+            "cannot tell whether this model is folded; the LoRA takes it as not: %s", error
+        )
         return None
 
 

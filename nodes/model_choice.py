@@ -9,6 +9,7 @@ import comfy.model_management as management
 import torch
 
 from ..checkpoint import check_pair
+from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..checkpoint.levels import (
     AUTO_ORDER,
     Candidate,
@@ -30,7 +31,6 @@ from .report import Machine
 BY_LEVEL = "by level"
 NONE = "none"
 FOLDERS = "diffusion_models"
-CONDITIONAL, UNCONDITIONAL = COPIES = ("conditional", "unconditional")
 
 
 def choose_files(

@@ -6,6 +6,7 @@ import logging
 
 from comfy_api.latest import io
 
+from ..checkpoint.copies import COPIES
 from .lora_files import describe, parse_lora, read_lora
 from .lora_loading import add_lora, linear_shapes, remaining_folding
 from .model_files import host_listing, host_stamp
@@ -18,7 +19,7 @@ _NOTHING_PICKED = (
     "No LoRA is picked, so the models are as they were. Put one into models/loras, press R, and "
     "pick it here."
 )
-APPLY_TO = ("as in the file", "conditional", "unconditional", "both")
+APPLY_TO = ("as in the file", *COPIES, "both")
 
 
 class LoadLora(io.ComfyNode):
@@ -102,7 +103,7 @@ class LoadLora(io.ComfyNode):
         if found.unknown:
             logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
         outputs, notes = [], [describe(found)]
-        for copy, model in (("conditional", conditional), ("unconditional", unconditional)):
+        for copy, model in zip(COPIES, (conditional, unconditional), strict=True):
             updates = found.for_copy(copy, apply_to)
             outputs.append(None if model is None else add_lora(model, updates, strength))
             if model is not None and updates and remaining_folding(model) is not None:

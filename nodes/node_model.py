@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..checkpoint.copies import COPIES
 from ..checkpoint.levels import AUTO, LEVELS
 from ..checkpoint.listing import stamp
 from ..ops.errors import Ideogram4QuantError
@@ -17,7 +18,7 @@ from .attention import CHOICES as ATTENTIONS
 from .connections import leads_anywhere, running_graph
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
-from .model_choice import BY_LEVEL, COPIES, FOLDERS, NONE, choose_files, machine
+from .model_choice import BY_LEVEL, FOLDERS, NONE, choose_files, machine
 from .model_files import host_listing
 from .model_loading import ModelSource, load_model, measured
 from .schema import CATEGORY

@@ -9,6 +9,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..checkpoint import open_checkpoint
+from ..checkpoint.copies import COPIES
 from ..checkpoint.listing import new_name, stamp
 from ..checkpoint.published import most_wanted
 from ..quant.block_types import POLICIES
@@ -21,7 +22,6 @@ from .schema import CATEGORY
 FOLDERS = "diffusion_models"
 NONE = "none"
 AS_IN_FILE = "as in the file"
-COPIES = (AS_IN_FILE, "conditional", "unconditional")
 
 
 class Quantize(io.ComfyNode):
@@ -56,7 +56,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "copy",
-                    options=list(COPIES),
+                    options=[AS_IN_FILE, *COPIES],
                     default=AS_IN_FILE,
                     tooltip="Which copy the file holds, where it does not say, or which of its two "
                     "to take.",

@@ -19,7 +19,7 @@ from .costs import without_guidance
 from .fused_blocks import status
 from .guidance import Guidance
 from .guider import DualCopyGuider
-from .latents import TOKEN_PIXELS, empty_latent
+from .latents import TOKEN_PIXELS, check_latent, empty_latent
 from .sampling_inputs import (
     denoise_input,
     guidance_inputs,
@@ -90,6 +90,7 @@ class Sampler(io.ComfyNode):
         samples = comfy.sample.fix_empty_latent_channels(
             guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
         )
+        check_latent(samples)
         height, width = (side * TOKEN_PIXELS for side in samples.shape[-2:])
         warnings = check_size(width, height)
         for warning in warnings:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..checkpoint.copies import COPIES
 from ..checkpoint.levels import (
     ALTERNATING,
     AUTO,
@@ -125,7 +126,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _copies(pair: Pair) -> list[tuple[str, Candidate]]:
-    both = [("conditional", pair.conditional), ("unconditional", pair.unconditional)]
+    both = zip(COPIES, (pair.conditional, pair.unconditional), strict=True)
     return [(copy, candidate) for copy, candidate in both if candidate is not None]
 
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -146,6 +147,17 @@ def test_truncated_encoder_is_named(server, models):
         fails_with(server, graphs.with_sampler(encoder=path.name), path.name, "ownload")
     finally:
         path.unlink()
+
+
+def test_a_latent_of_another_vae_is_refused_unless_it_is_empty(server):
+    graph = graphs.with_sampler()
+    graph["latent"] = graphs.node("EmptySD3LatentImage", width=128, height=64, batch_size=1)
+    graph["sampled"]["inputs"]["latent"] = ["latent", 0]
+    assert picture(server, server.run(graph)).shape == (64, 128, 3)
+    saved = {"latent_tensor": torch.ones(1, 16, 8, 16), "latent_format_version_0": torch.ones(())}
+    save_file(saved, server.base / "input" / "of-another.latent")
+    graph["latent"] = graphs.node("LoadLatent", latent="of-another.latent")
+    fails_with(server, graph, "another VAE", "[1, 16, 8, 16]", "flux2-vae")
 
 
 @pytest.mark.parametrize("name", ["../../server.log", "/etc/passwd", "missing.safetensors"])

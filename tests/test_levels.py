@@ -171,5 +171,5 @@ def test_missing_level_says_what_there_is_and_what_to_put_where():
 def test_auto_without_any_file_says_what_most_people_want():
     with pytest.raises(CheckpointError, match="no Ideogram 4 file") as caught:
         resolve(AUTO, catalogue(), LEVELS, 0)
-    for words in ("ideogram4_int8_convrot", "for INT8 W8A8 rotated or ideogram4-q4_k.gguf"):
+    for words in ("ideogram4_int8_convrot", "for a 24 GB card, or ideogram4-q4_k.gguf"):
         assert words in str(caught.value)
