@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-_HF = "https://huggingface.co"
-_COMFY = f"{_HF}/Comfy-Org"
+from .workflow_content import (
+    CAPTION,
+    ENCODER,
+    FP8,
+    HF,
+    INT8,
+    MODEL_NOTES,
+    REGIONS,
+    SHARED,
+    USE,
+    VAE,
+    download_list,
+)
+
 EXAMPLE = "example.png"  # lies in the input folder of every ComfyUI
 _BLUE, _GREEN, _PURPLE, _NOTE = "#6fb1e0", "#8fce8f", "#b79ad9", "#2b3138"
 
@@ -43,109 +55,6 @@ class Workflow:
     links: list[tuple[str, str, str, str]]
 
 
-def _model(name: str, path: str, directory: str) -> dict:
-    return {"name": name, "url": f"{_COMFY}/{path}/{name}", "directory": directory}
-
-
-_ENCODER = _model(
-    "qwen3vl_8b_fp8_scaled.safetensors", "Qwen3-VL/resolve/main/text_encoders", "text_encoders"
-)
-_VAE = _model("flux2-vae.safetensors", "flux2-dev/resolve/main/split_files/vae", "vae")
-_INT8 = [
-    _model(name, "Ideogram-4/resolve/main/diffusion_models", "diffusion_models")
-    for name in (
-        "ideogram4_int8_convrot.safetensors",
-        "ideogram4_unconditional_int8_convrot.safetensors",
-    )
-]
-
-
-def _links(models: list[dict]) -> str:
-    return "\n".join(f"- [{m['name']}]({m['url']}) in **models/{m['directory']}**" for m in models)
-
-
-_SHARED = f"""**Text encoder and VAE**
-
-{_links([_ENCODER, _VAE])}
-"""
-_FP8 = [
-    _model(name, "Ideogram-4/resolve/main/diffusion_models", "diffusion_models")
-    for name in (
-        "ideogram4_fp8_scaled.safetensors",
-        "ideogram4_unconditional_fp8_scaled.safetensors",
-    )
-]
-_MODEL_NOTES = {
-    "INT8 W8A8 rotated": f"""**Ideogram 4, INT8 (2 x 9.6 GB)**
-
-{_links(_INT8)}
-
-For 24 GB cards, from the RTX 20 series on.
-""",
-    "Q8_0": f"""**Ideogram 4, Q8_0 GGUF (19.7 GB)**, one of:
-
-- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q8_0): **ideogram4-q8_0.gguf**, both copies
-- [molbal]({_HF}/molbal/ideogram-4-gguf): two files, **ideogram4-transformer** and
-  **ideogram4-unconditional_transformer**
-
-in **models/diffusion_models**. Closest to the original; for 24 GB cards.
-""",
-    "Q4_K": f"""**Ideogram 4, Q4_K GGUF (10.4 GB)**
-
-- [Transformer Lab]({_HF}/transformerlab/ideogram-4-gguf-q4_k): **ideogram4-q4_k.gguf**, both copies
-
-in **models/diffusion_models**. For 12 and 16 GB cards. The level *Q4_0* takes the files of
-[leejet]({_HF}/leejet/ideogram-4-GGUF) and [molbal]({_HF}/molbal/ideogram-4-gguf).
-""",
-}
-_USE = """**How to use**
-
-1. Download the files (left) into those folders and press **R**.
-2. Draw boxes and say what is in them; a *text* box needs the exact words. Drawing needs *Nodes 2.0*
-   (in ComfyUI's menu).
-3. Write the background and the style, then press **Run**.
-
-The level *auto* takes the best of the files that you have. The report of the loader says which, and
-how much memory they need.
-"""
-_REGIONS = [
-    {
-        "x": 112,
-        "y": 80,
-        "width": 800,
-        "height": 200,
-        "metadata": {
-            "type": "text",
-            "text": "FRESH BREAD",
-            "desc": "Large hand-painted cream serif letters on a dark green shop sign.",
-            "palette": [],
-        },
-    },
-    {
-        "x": 200,
-        "y": 340,
-        "width": 620,
-        "height": 560,
-        "metadata": {
-            "type": "obj",
-            "text": "",
-            "desc": "A bakery window with round loaves on wooden shelves behind the glass.",
-            "palette": [],
-        },
-    },
-]
-_CAPTION = {
-    "high_level_description": "A photograph of a small bakery front with a painted sign that "
-    "says FRESH BREAD.",
-    "background": "A quiet street with a whitewashed brick wall and wet cobblestones.",
-    "style": "photo",
-    "style.photo": "35mm, eye level",
-    "aesthetics": "calm, detailed, natural colours",
-    "lighting": "soft overcast morning light",
-    "medium": "photograph",
-}
-
-
 def _note(name: str, title: str, text: str, height: int) -> Node:
     return Node(name, "MarkdownNote", title, {"text": text}, height=height, color=_NOTE)
 
@@ -155,20 +64,20 @@ def _loaders(level: str, extra: str = "", height: int = 280) -> Column:
     return Column(
         "1. Models",
         [
-            _note("downloads", "Downloads", f"{_MODEL_NOTES[level]}\n{_SHARED}{extra}", height),
+            _note("downloads", "Downloads", f"{MODEL_NOTES[level]}\n{SHARED}{extra}", height),
             Node(
                 "model",
                 "Ideogram4QuantLoad",
                 widgets={"level": level},
-                models=_INT8 if rotated else [],
+                models=INT8 if rotated else [],
             ),
             Node(
                 "encoder",
                 "Ideogram4QuantLoadEncoder",
-                widgets={"encoder": _ENCODER["name"]},
-                models=[_ENCODER],
+                widgets={"encoder": ENCODER["name"]},
+                models=[ENCODER],
             ),
-            Node("vae", "VAELoader", widgets={"vae_name": _VAE["name"]}, models=[_VAE]),
+            Node("vae", "VAELoader", widgets={"vae_name": VAE["name"]}, models=[VAE]),
         ],
         width=420,
     )
@@ -177,12 +86,12 @@ def _loaders(level: str, extra: str = "", height: int = 280) -> Column:
 _BOXES = Column(
     "2. Layout",
     [
-        _note("use", "How to use", _USE, 240),
+        _note("use", "How to use", USE, 240),
         Node(
             "boxes",
             "CreateBoundingBoxes",
             "Draw boxes: what is where",
-            {"width": 1024, "height": 1024, "editor_state": _REGIONS},
+            {"width": 1024, "height": 1024, "editor_state": REGIONS},
             height=870,
         ),
     ],
@@ -192,7 +101,7 @@ _BOXES = Column(
 _CAPTIONS = Column(
     "3. Caption",
     [
-        Node("caption", "BuildJsonPromptIdeogram", widgets=_CAPTION, height=480),
+        Node("caption", "BuildJsonPromptIdeogram", widgets=CAPTION, height=480),
         Node("checked", "Ideogram4QuantCheckCaption", height=250),
         Node("positive", "CLIPTextEncode", "Encode the caption", height=120),
     ],
@@ -257,7 +166,7 @@ def _low_vram() -> Workflow:
     """Q4_K in turns, few steps, the encoder perhaps as GGUF: for cards of 8 GB."""
     extra = f"""
 **Or the encoder as GGUF (5 GB)**, in **models/text_encoders**:
-**Qwen3-VL-8B-Instruct-Q4_K_M.gguf** of [unsloth]({_HF}/unsloth/Qwen3-VL-8B-Instruct-GGUF)
+**Qwen3-VL-8B-Instruct-Q4_K_M.gguf** of [unsloth]({HF}/unsloth/Qwen3-VL-8B-Instruct-GGUF)
 
 The two copies take turns on the card (*residency: alternating*); turbo has the fewest steps.
 """
@@ -335,7 +244,7 @@ For intervals, queue several runs with other captions; then disconnect the pictu
     Q4_K = compare/Q4_K
 """
     shared = _loaders("Q8_0")
-    downloads = f"{_MODEL_NOTES['Q8_0']}\n{_MODEL_NOTES['Q4_K']}\n{_SHARED}"
+    downloads = f"{MODEL_NOTES['Q8_0']}\n{MODEL_NOTES['Q4_K']}\n{SHARED}"
     models = [
         _note("downloads", "Downloads", downloads, 400),
         Node("first", "Ideogram4QuantLoad", "Reference: Q8_0", {"level": "Q8_0"}),
@@ -402,7 +311,7 @@ def _quantize() -> Workflow:
     """Both copies to a level, each by a node of its own."""
     text = f"""Makes INT8 or GGUF files of your own fine-tune, or of the FP8 release:
 
-{_links(_FP8)}
+{download_list(FP8)}
 
 Put your files into **models/diffusion_models**, press **R**, pick one copy in each node, a level,
 and press **Run**. It takes minutes to an hour; an interrupted run goes on where it was.
@@ -422,7 +331,7 @@ layers that need it a higher type.
             {"source": model["name"], "level": "INT8 W8A8 rotated", "copy": copy},
             models=[model],
         )
-        for copy, model in zip(("conditional", "unconditional"), _FP8, strict=True)
+        for copy, model in zip(("conditional", "unconditional"), FP8, strict=True)
     ]
     reports = [
         Node(f"{copy}_report", "PreviewAny", f"Report: {copy}", height=260)
@@ -447,9 +356,9 @@ layers that need it a higher type.
 
 
 PLACEHOLDERS = [
-    ("text_encoders", _ENCODER["name"]),
-    ("vae", _VAE["name"]),
-    *(("diffusion_models", model["name"]) for model in _FP8),
+    ("text_encoders", ENCODER["name"]),
+    ("vae", VAE["name"]),
+    *(("diffusion_models", model["name"]) for model in FP8),
 ]
 """Files that the workflows name; empty ones keep the interface from marking them as missing."""
 
