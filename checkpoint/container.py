@@ -13,7 +13,7 @@ from torch import Tensor
 from ..gguf_loader import GGUFHeader, read_header
 from ..ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
-from .safetensors_header import MAX_HEADER, parse_json, read_safetensors_header
+from .safetensors_header import MAX_HEADER, MAX_TENSORS, parse_json, read_safetensors_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
@@ -227,8 +227,17 @@ def _merge(path: Path, shards: list[Path]) -> Container:
     tensors: dict[str, RawTensor] = {}
     metadata: dict[str, Any] = {}
     files = []
+    said = 0  # characters of metadata, those that a later shard repeats too
     for shard in shards:
         part = _open_file(shard)
+        said += sum(len(key) + len(str(value)) for key, value in part.metadata.items())
+        if len(tensors) + len(part.tensors) > MAX_TENSORS or said > MAX_HEADER:
+            raise CorruptFileError(
+                "the shards together hold too many tensors or too much metadata",
+                file=shard,
+                found=f"{len(tensors) + len(part.tensors):,} tensors, {said:,} characters",
+                needed=f"at most {MAX_TENSORS:,} and {MAX_HEADER:,}",
+            )
         twice = tensors.keys() & part.tensors.keys()
         if twice:
             raise CorruptFileError("the tensor is in two shards", file=shard, tensor=min(twice))

@@ -22,7 +22,7 @@ from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
 # 25-fold in memory, so that a header's size and the number of its values are bounded.
 MAX_HEADER = 1 << 22
 _MAX_VALUES = 1 << 18  # names and texts; lists and objects
-_MAX_TENSORS = 1 << 14
+MAX_TENSORS = 1 << 14
 _MAX_DIMS = 32
 _BITS = {
     "BOOL": 8,
@@ -78,9 +78,9 @@ def read_safetensors_header(
         text = first + stream.read(length - 1)
     entries = parse_json(text, path, "the header")
     metadata = _metadata(entries.pop("__metadata__", {}), path)
-    if len(entries) > _MAX_TENSORS:
+    if len(entries) > MAX_TENSORS:
         raise CorruptFileError(
-            "too many tensors", file=path, found=len(entries), needed=f"at most {_MAX_TENSORS}"
+            "too many tensors", file=path, found=len(entries), needed=f"at most {MAX_TENSORS}"
         )
     tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))

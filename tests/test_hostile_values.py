@@ -273,6 +273,20 @@ def test_more_shards_than_any_model_has(tmp_path: Path, name: str):
     assert time.process_time() - start < targets.SECONDS
 
 
+@pytest.mark.parametrize("much", ["tensors", "metadata"])
+def test_shards_are_bounded_together(tmp_path: Path, much: str):
+    entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    for i in range(1, 41):
+        header = {f"{i}.{j}": entry for j in range(1000)}
+        if much == "metadata":
+            header = {f"{i}": entry, "__metadata__": {"key": "x" * 1_000_000}}
+        (tmp_path / f"m-{i:05d}-of-00040.safetensors").write_bytes(_file(header, b""))
+    start = time.process_time()
+    with pytest.raises(CorruptFileError, match="the shards together hold too m"):
+        open_container(tmp_path / "m-00001-of-00040.safetensors")
+    assert time.process_time() - start < targets.SECONDS
+
+
 @pytest.mark.parametrize(
     "name", ["m-00001-of-00000", "m-00003-of-00002", "m-٠٠٠٠١-of-٠٠٠٠٢", "m-00000-of-00001"]
 )
