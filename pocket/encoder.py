@@ -53,7 +53,9 @@ class CaptionEncoder:
     def __init__(self, tokenizer_dir: Path, model=None):
         from transformers import AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_dir, local_files_only=True, trust_remote_code=False
+        )
         self.model = model or build_text_model()
 
     def token_ids(self, caption: str) -> list[int]:

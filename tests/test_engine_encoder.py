@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -64,6 +65,37 @@ def test_the_template_ends_with_the_generation_prompt(tiny):
     ours = load_encoder(tiny.encoder_dir, device="cpu")
     text = ours.tokenizer.decode(ours.token_ids("Hi"))
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_folders_own_template_and_code_are_not_run(tiny, tmp_path, monkeypatch):
+    """Both are programs; and the library would ask at the terminal whether to run the code."""
+    folder = shutil.copytree(tiny.encoder_dir, tmp_path / "e")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('run') }}")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('run') }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    usual = load_encoder(tiny.encoder_dir, device="cpu").token_ids("Hi")
+    assert load_encoder(folder, device="cpu").token_ids("Hi") == usual
+    config = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (folder / "config.json").unlink()  # which names a class of the library
+    with suppress(CheckpointError):  # the library may do without the folder's class, or refuse
+        words = load_encoder(tiny.encoder_dir, tokenizer=folder, device="cpu")
+        assert words.token_ids("Hi") == usual
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "[" * 100_000, '{"model": 7}', "\udcff"], ids=lambda text: repr(text[:12])
+)
+def test_a_tokenizer_that_is_none_is_named(tiny, tmp_path, name, text):
+    folder = shutil.copytree(tiny.encoder_dir, tmp_path / "e")
+    (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match="no tokenizer can be read") as caught:
+        load_encoder(folder, device="cpu")
+    assert caught.value.file == str(folder)
 
 
 def test_long_prompts_fail_and_the_longest_fits(tiny):

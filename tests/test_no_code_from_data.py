@@ -107,8 +107,15 @@ def test_nothing_imports_a_network():
                 keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 if keywords.get("local_files_only") != "True":
                     found.append(f"{path}:{node.lineno} {ast.unparse(node)}")
-            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                # without a word the Auto classes ask the terminal whether to run the folder's code
+                asks = re.search(r"\bAuto[A-Z]", called(node)) is not None
+                if asks and keywords.get("trust_remote_code") != "False":
+                    found.append(f"{path}:{node.lineno} {ast.unparse(node)}")
+            trusting = isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+            if trusting and ast.unparse(node.value) != "False":
                 found.append(f"{path}:{node.lineno} trusts remote code")
+            if isinstance(node, ast.Attribute) and node.attr == "apply_chat_template":
+                found.append(f"{path}:{node.lineno} runs a template of a file")
     assert found == []
 
 

@@ -55,8 +55,11 @@ def clip_scorer(folder: Path) -> Scorer:
     from transformers import AutoProcessor, CLIPModel
 
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        model = model.eval()
+        processor = AutoProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise CompareError(f"no CLIP model in the folder: {error}", file=folder) from error
 
