@@ -14,9 +14,14 @@ from . import reference
 logger = logging.getLogger(__name__)
 
 # Values at a time, of activations on their way to int8 and of products on their way back: fp32
-# copies stay in a CPU's cache, and off one they bound the memory beside the output.
+# copies stay in a CPU's cache, and off one they stay small beside the output.
 _TILE = {"cpu": 1 << 17}
-_TILE_DEVICE = 1 << 26
+_TILE_DEVICE = 1 << 22
+
+
+def tile_values(device: torch.device) -> int:
+    """How many values ``device`` takes at a time through fp32 copies, of which there are three."""
+    return _TILE.get(device.type, _TILE_DEVICE)
 
 
 def kitchen_backend() -> str:
@@ -62,7 +67,7 @@ def int_mm_gemm(
     """``reference.int8_gemm`` with ``torch._int_mm``; the weight is read in place."""
     m, n = q.shape[0], weight.shape[0]
     product = _int_mm(q, weight) if m and n else q.new_empty((m, n), dtype=torch.int32)
-    tile = max(1, _TILE.get(q.device.type, _TILE_DEVICE) // max(n, 1))
+    tile = max(1, tile_values(q.device) // max(n, 1))
     if m <= tile:
         return reference.scale_product(product, scale_x, weight_scale, bias, out_dtype)
     out = torch.empty((m, n), dtype=out_dtype, device=q.device)
@@ -93,9 +98,9 @@ def swiglu_in_tiles(
 def _in_tiles(
     quantize: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], *tail: object
 ) -> tuple[Tensor, Tensor]:
-    """``quantize(*inputs, *tail)`` for inputs ``[M, K]``, a cacheful of rows at a time."""
+    """``quantize(*inputs, *tail)`` for inputs ``[M, K]``, a few rows at a time."""
     m, k = inputs[0].shape
-    tile = max(1, _TILE["cpu"] // max(k, 1))
+    tile = max(1, tile_values(inputs[0].device) // max(k, 1))
     if m <= tile or not k:
         return quantize(*inputs, *tail)
     q = torch.empty((m, k), dtype=torch.int8, device=inputs[0].device)

@@ -10,8 +10,8 @@ dequantize_rotate_q.      yes                            yes
 gate_residual_rmsnorm     yes                            yes
 ========================  ======  =============  ======  =========
 
-(1) composed of its quantizer and its GEMM. (2) on a CPU, but for the normed one. An op that a
-backend lacks runs as the reference formula, so a named backend decides where the GEMM runs.
+(1) composed of its quantizer and its GEMM. (2) a few rows at a time; not the normed one. An op
+that a backend lacks runs as the reference formula, so a named backend decides where the GEMM runs.
 """
 
 from __future__ import annotations
@@ -252,10 +252,11 @@ def _probe_int_mm(device: torch.device) -> tuple[Backend | None, str]:
         return None, f"torch._int_mm fails: {reason}"
     if not torch.equal(got, want):
         return None, "torch._int_mm is not exact on this processor"
-    ops: dict[str, Callable] = {"int8_gemm": adapters.int_mm_gemm}
-    if device.type == "cpu":  # where a cache makes tiles pay
-        ops["smooth_rotate_quantize_rows"] = adapters.quantize_rows_in_tiles
-        ops["swiglu_quantize_rows"] = adapters.swiglu_in_tiles
+    ops = {
+        "int8_gemm": adapters.int_mm_gemm,
+        "smooth_rotate_quantize_rows": adapters.quantize_rows_in_tiles,
+        "swiglu_quantize_rows": adapters.swiglu_in_tiles,
+    }
     return Backend("int_mm", ops), "torch._int_mm"
 
 

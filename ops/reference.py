@@ -36,7 +36,7 @@ SCALE_FLOOR = 1e-30
 # 128 * 128 * 1024 = 2^24: sums of int8 products this long are exact in fp32, in any order.
 _EXACT_K = 1024
 # Weights decoded at a time: the fp32 copy stays in the cache of a CPU core.
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def dequantize_rotate_quantize(
     n, k = shape
     q = torch.empty((n, k), dtype=torch.int8, device=blocks.device)
     scale = torch.empty(n, dtype=torch.float32, device=blocks.device)
-    step = max(1, _CHUNK // max(k, 1))
+    step = max(1, CHUNK // max(k, 1))
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         values = dequantize(blocks[rows], qtype, (rows.stop - rows.start, k))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import attention, choices, dispatch
+from . import adapters, attention, choices, dispatch, reference
 from .choices import ATTENTION, GGUF, LINEAR, Key, Table, dtype_name
 from .gguf_compute import FEW_TOKENS, W8A8_FORMATS
 from .linear import LinearOptions, gguf_linear, int8_linear
@@ -126,8 +126,10 @@ def _linear_job(
     names = dispatch.candidates("int8_linear", device)
     if len(names) < 2:
         return
+    formula = dispatch.REFERENCE.name in names
     # x and its int8 copy; a channel's weights, and its outputs as int32, fp32 and in dtype
-    fixed, each = tokens * k * (dtype.itemsize + 1), k + tokens * (8 + dtype.itemsize)
+    fixed = tokens * k * (dtype.itemsize + 1) + _fp32_copies(tokens * k, device, formula)
+    each = k * (1 + 4 * formula) + tokens * (8 + dtype.itemsize)
     rows = _rows(n, k, device, (memory - fixed) // each)
 
     def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
@@ -147,8 +149,9 @@ def _gguf_job(
     from .blocks import FORMATS
 
     n, k = layer.n, layer.k
-    # as above; a weight is packed, in dtype, and on its way in fp32
-    fixed = tokens * k * (dtype.itemsize + 1)
+    # as above; a weight is packed, in dtype, and on its way in fp32, a chunk at a time for int8
+    fixed = tokens * k * (dtype.itemsize + 1) + _fp32_copies(tokens * k, device)
+    fixed += 3 * 4 * min(n * k, reference.CHUNK)
     each = k * (1 + dtype.itemsize + 4) + tokens * (8 + dtype.itemsize)
     rows = _rows(n, k, device, (memory - fixed) // each)
     fmt = FORMATS[layer.kind]
@@ -196,6 +199,11 @@ def _rows(n: int, k: int, device: torch.device, fitting: int) -> int:
     if device.type == "cpu":
         return min(n, max(1, _CPU_WEIGHTS // k))
     return n if fitting >= n else min(n, max(1, fitting // _ROW_STEP) * _ROW_STEP)
+
+
+def _fp32_copies(values: int, device: torch.device, formula: bool = False) -> int:
+    """Bytes of activations on their way to int8; the reference ``formula`` takes all at once."""
+    return 3 * 4 * (values if formula else min(values, adapters.tile_values(device)))
 
 
 def _random(

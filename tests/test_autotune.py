@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ideogram4_quant.ops import (
     autotune,
@@ -181,6 +184,41 @@ def test_bounds_of_time_and_memory_hold(tmp_path, caplog):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_slow_candidate_ends_with_the_time_of_the_load(tmp_path, monkeypatch):
+    assert (Measure().seconds, Measure().memory) == (10, 300_000_000)
+    calls = []
+
+    def slow(*args, **kwargs):
+        calls.append(time.sleep(0.05))
+        return int8_linear(*args, **kwargs)
+
+    monkeypatch.setattr(tuning_jobs, "int8_linear", slow)
+    layers = [Layer("int8", 48, k) for k in (64, 128, 256, 512)]
+    table = tune(layers, CPU, torch.float32, Measure(tmp_path, seconds=0.3))
+    # asked before each run, so a run may cross the bound; 4 layers would take 40 runs
+    assert len(calls) <= 6
+    assert len(table) <= 1
+
+
+def test_a_measurement_takes_no_more_memory_than_it_says():
+    layers = [Layer("int8", 1024, 1024, 256), Layer("Q4_K", 1024, 1024)]
+    arguments = (CPU, torch.float32, LinearOptions(), None, autotune.MEMORY)
+    found = list(tuning_jobs.jobs(layers, *arguments))
+    assert [job.key.op for job in found] == [LINEAR] + [GGUF] * 5
+    for job in (found[0], found[1], found[-1]):
+        peaks = [_peak(lambda j=job, n=name: j.make(j.key.tokens)[n]()) for name in job.candidates]
+        assert 0.3 * job.nbytes < max(peaks) <= job.nbytes, job.key
+
+
+def _peak(run) -> int:
+    """The most bytes that tensors made by ``run`` hold at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    changes = (event.nbytes() for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(changes))
+
+
 def test_every_layer_of_the_model_fits_the_memory_of_a_gpu(monkeypatch):
     """By shapes alone: what does not fit whole is timed on a part of its output channels."""
     monkeypatch.setattr(dispatch, "candidates", lambda op, device: ("triton", "int_mm"))
@@ -198,6 +236,19 @@ def test_nothing_is_measured_under_compile(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     tune([INT8], CPU, torch.float32, Measure(tmp_path))
     assert not timed
+
+
+def test_no_step_can_measure():
+    """What a step imports does not hold the code that measures."""
+    code = (
+        "import sys\n"
+        "from ideogram4_quant.ops import attention, fused, layouts, linear, prequantized\n"
+        "held = {'autotune', 'tuning_jobs', 'timing'} & {m.split('.')[-1] for m in sys.modules}\n"
+        "sys.exit(', '.join(held) or 0)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_measuring_leaves_the_users_seed_alone(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from ideogram4_quant.ops import kernels
 from ideogram4_quant.ops.blocks import FORMATS
+from ideogram4_quant.tests.watch import Watch
 
 if os.environ.get("KERNELS_STUB_DRIVER") != "1":
     pytest.skip("run by test_kernels.py, in a process of its own", allow_module_level=True)
@@ -57,11 +58,13 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize("m", [1, 77])
 def test_row_kernels(compiled, m):
     x, weight = torch.zeros(m, 4608, dtype=BF16), torch.ones(4608, dtype=BF16)
-    kernels.smooth_rotate_quantize_rows(x, torch.ones(4608), 256)
-    kernels.swiglu_quantize_rows(x, x)
-    for modulation in (weight, torch.ones(1, 1, 4608), torch.ones(1, m, 4608, dtype=BF16)):
-        kernels.rmsnorm_scale_quantize_rows(x[None], weight, modulation, 1e-5, None, 256)
-        kernels.gate_residual_rmsnorm(x[None], modulation, x[None], weight, 1e-5)
+    modulations = (weight, torch.ones(1, 1, 4608), torch.ones(1, m, 4608, dtype=BF16))
+    with Watch():  # nothing waits for the device
+        kernels.smooth_rotate_quantize_rows(x, torch.ones(4608), 256)
+        kernels.swiglu_quantize_rows(x, x)
+        for modulation in modulations:
+            kernels.rmsnorm_scale_quantize_rows(x[None], weight, modulation, 1e-5, None, 256)
+            kernels.gate_residual_rmsnorm(x[None], modulation, x[None], weight, 1e-5)
     assert [name for name, _, _ in compiled[:2]] == ["quantize_rows_kernel"] * 2
     assert len(compiled) == 8
     for _, options, metadata in compiled:
@@ -78,7 +81,10 @@ def test_gemm_takes_the_tiling_of_the_table(compiled, m, k, tile, biased):
     q = torch.zeros(m, k, dtype=torch.int8)
     weight = torch.zeros(24, k, dtype=torch.int8)
     bias = torch.zeros(24, dtype=BF16) if biased else None
-    out = kernels.int8_gemm(q, torch.ones(m), weight, torch.ones(24, 1), bias, BF16)
+    scales = torch.ones(m), torch.ones(24, 1)
+    with Watch(torch.int8) as watch:  # the weight is read in place
+        out = kernels.int8_gemm(q, scales[0], weight, scales[1], bias, BF16)
+    assert watch.largest == 0
     assert out.shape == (m, 24)
     (name, options, metadata) = compiled[0]
     assert name == "int8_gemm_kernel"
@@ -90,7 +96,9 @@ def test_gemm_takes_the_tiling_of_the_table(compiled, m, k, tile, biased):
 @pytest.mark.parametrize("k", [4608, 53248])
 def test_decoding(compiled, qtype, k):
     blocks = torch.zeros(3, FORMATS[qtype].row_bytes(k), dtype=torch.uint8)
-    q, scale = kernels.dequantize_rotate_quantize(blocks, qtype, (3, k), 256)
+    with Watch(torch.uint8) as watch:  # blocks stay packed, and are read in place
+        q, scale = kernels.dequantize_rotate_quantize(blocks, qtype, (3, k), 256)
+    assert watch.largest == 0
     assert q.shape == (3, k)
     assert scale.shape == (3,)
     assert compiled[0][1]["FORMAT"] == qtype

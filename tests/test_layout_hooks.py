@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,3 +105,24 @@ def test_what_is_not_multiplied_as_int8_leaves_the_parts_to_the_caller():
         other = QuantizedTensor.from_float(weight, layout)
         if hasattr(QuantizedTensor, "linear_input_act"):
             assert other.linear_input_act(x) is NotImplemented
+
+
+@pytest.mark.slow
+def test_the_oldest_comfy_kitchen_that_is_supported(tmp_path):
+    """The tests of linears and layouts on 0.2.31, ahead on the path of the newer one here."""
+    old = tmp_path / "old"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(old)]
+    done = subprocess.run([*pip, "comfy-kitchen==0.2.31"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"comfy-kitchen 0.2.31 cannot be installed here: {done.stderr[-300:]}")
+    here = Path(__file__).parent
+    paths = [str(old), *filter(None, [os.environ.get("PYTHONPATH")])]
+    code = "import comfy_kitchen, importlib.metadata as m; print(m.version('comfy-kitchen'))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    version = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert version.stdout.strip() == "0.2.31"
+    files = [here / f"test_{name}.py" for name in ("linear", "layouts", "layout_hooks")]
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=here.parent)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -13,6 +13,7 @@ from ideogram4_quant.ops import (
     adapters,
     blocks,
     dispatch,
+    fused,
     layouts,
     library,
     prequantized,
@@ -22,6 +23,7 @@ from ideogram4_quant.ops import linear as ops_linear
 from ideogram4_quant.ops.errors import BackendUnavailableError, OpError
 from ideogram4_quant.ops.gguf_compute import FEW_TOKENS, resolve_compute
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear, linear
+from ideogram4_quant.tests.watch import Watch
 
 torch.set_num_threads(1)
 
@@ -154,8 +156,46 @@ def test_the_weight_is_read_in_place(monkeypatch):
 
     monkeypatch.setattr(torch, "_int_mm", spy)
     qt = make("int8", randn(96, 128))
-    F.linear(randn(40, 128), qt[32:64])
-    assert seen == [(qt._qdata[32:].data_ptr(), (1, 128))]
+    part, x, one = qt[32:64], randn(40, 128), torch.ones(128)
+    F.linear(x, part)
+    linear(fused.Normed(x, one, one, 1e-5), part)
+    assert seen == [(qt._qdata[32:].data_ptr(), (1, 128))] * 2
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("options", [(None, 0), (torch.linspace(0.5, 2, 256), 64)], ids=["", "R/s"])
+def test_no_call_copies_a_weight_or_waits_for_the_device(backend, options, monkeypatch):
+    """Nothing as large as the weight is made anew, whatever the values, on CPU and GPU paths."""
+    q, scale = reference.quantize_rows(randn(512, 256))
+    x, bias = randn(3, 256), randn(512)
+    x[1, 7] = float("nan")
+    for multiply in (adapters._int_mm, adapters.padded_int_mm):
+        monkeypatch.setattr(adapters, "_int_mm", multiply)
+        with Watch() as watch:
+            ops_linear._int8_linear(x, q, scale, bias, *options, backend)
+            rows = prequantized._normed_rows(x, x[0], x[2], 1e-5, *options, backend)
+            prequantized._int8_product(*rows, q, scale, bias, torch.float32, backend)
+        assert 0 < watch.largest < q.numel() / 4
+    with Watch() as watch:
+        q.t().contiguous()
+    assert watch.largest == q.numel()
+    with pytest.raises(AssertionError, match="waits"), Watch():
+        bool((x > 0).any())
+
+
+def test_comfy_kitchens_kernel_gets_the_weight_itself(monkeypatch):
+    registry = pytest.importorskip("comfy_kitchen.registry").registry
+    given = {}
+
+    def implementation(op, backend, arguments):
+        return lambda **kwargs: given.update(kwargs) or kwargs["x"]
+
+    monkeypatch.setattr(registry, "get_implementation", implementation)
+    q, scale = reference.quantize_rows(randn(512, 256))
+    with Watch() as watch:
+        adapters.comfy_kitchen_linear(randn(3, 256), q[8:16], scale[8:16], rotation=256)
+    assert given["weight"].data_ptr() == q[8:].data_ptr()
+    assert watch.largest <= 3 * 256
 
 
 def test_the_epilogue_in_tiles(monkeypatch):
@@ -249,7 +289,7 @@ def test_gguf_weights_decoded_a_few_rows_at_a_time(compute, monkeypatch):
     monkeypatch.setattr(prequantized, "_CPU_CHUNK", 1000)
     got = gguf_linear(x, packed, "Q4_K", (37, 256), bias, compute=compute)
     assert torch.allclose(got, want, rtol=1e-6, atol=1e-5)
-    monkeypatch.setattr(reference, "_CHUNK", 1000)
+    monkeypatch.setattr(reference, "CHUNK", 1000)
     q, scale = reference.dequantize_rotate_quantize(packed, "Q4_K", (37, 256), 256)
     monkeypatch.undo()
     whole = reference.dequantize_rotate_quantize(packed, "Q4_K", (37, 256), 256)
