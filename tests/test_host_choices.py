@@ -11,9 +11,11 @@ pytestmark = pytest.mark.host
 
 @pytest.fixture(scope="module")
 def found(tiny, in_host, tmp_path_factory) -> dict:
-    file = tmp_path_factory.mktemp("choices") / "tiny_int8.safetensors"
+    folder = tmp_path_factory.mktemp("choices")
+    file, user = folder / "tiny_int8.safetensors", folder / "user"
+    user.mkdir()
     quantize_checkpoint(tiny.conditional_file, "INT8 W8A8", file, copy="conditional")
-    return in_host("choices.py", file)
+    return in_host("choices.py", file, user)
 
 
 def test_attention_is_put_in_by_the_hosts_override_only_where_asked(found):

@@ -1,7 +1,7 @@
-"""Attention and measured backends in the host: FILE, a conditional copy at INT8 W8A8.
+"""Attention and measured backends in the host: FILE, a conditional copy at INT8 W8A8; USER.
 
-Reports what each setting of attention installs and computes, what a mask does, and what was
-measured and kept.
+USER: an empty folder for the host's user files, in which nothing was measured yet. Reports what
+each setting of attention installs and computes, what a mask does, and what was measured and kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ OVERRIDE = "optimized_attention_override"
 
 
 def main() -> None:
-    pack, (file,) = inside.start()
+    pack, (file, _) = inside.start("--user-directory", inside.sys.argv[-1])
     import torch
 
     records: list[str] = []
