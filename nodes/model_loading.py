@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..ops import choices
-from ..ops.autotune import Layer, Measure, layers_of, tune
+from ..ops.autotune import Layer, Measure, inputs_of, layers_of, tune
 from ..ops.dispatch import AUTO
 from ..ops.linear import LinearOptions
 from .attention import check as check_attention
@@ -75,7 +75,7 @@ def load_model(
         progress=lambda done, total: progress.update_absolute(round(100 * done / max(total, 1))),
     )
     layers = layers_of(state.values())
-    _measure(layers, header, source, device, dtype)
+    _measure(layers, inputs_of(state) if source.fused else (), header, source, device, dtype)
     model = config.get_model(state, "")
     plain = comfy.model_patcher.ModelPatcher
     patcher_class = plain if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -104,6 +104,7 @@ def measured(patchers: Iterable[comfy.model_patcher.ModelPatcher]) -> choices.Ta
 
 def _measure(
     layers: tuple[Layer, ...],
+    inputs: tuple[tuple[str, Layer], ...],
     header: Checkpoint,
     source: ModelSource,
     device: torch.device,
@@ -123,6 +124,7 @@ def _measure(
         Measure(folder, make_room=lambda nbytes: management.free_memory(nbytes, device)),
         options=source.options,
         heads=heads if source.attention == AUTO else None,
+        inputs=inputs,
     )
 
 

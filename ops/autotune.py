@@ -19,9 +19,9 @@ from . import choice_files, choices
 from .choices import Measurement, Table
 from .linear import LinearOptions
 from .timing import medians
-from .tuning_jobs import Job, Layer, jobs, layers_of
+from .tuning_jobs import Job, Layer, inputs_of, jobs, layers_of
 
-__all__ = ["Layer", "Measure", "describe", "layers_of", "tune"]
+__all__ = ["Layer", "Measure", "describe", "inputs_of", "layers_of", "tune"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,14 @@ def tune(
     *,
     options: LinearOptions | None = None,
     heads: tuple[int, int] | None = None,
+    inputs: Iterable[tuple[str, Layer]] = (),
 ) -> Table:
     """Measure what ``"auto"`` has to choose for ``layers`` on activations of ``dtype``.
 
     ``options``: only what they leave to ``"auto"`` is measured. ``heads``: (number, size) where
-    attention is left to ``"auto"`` too. Known results are read from the folder; new ones are logged
-    and kept there. Returns everything known about the device. Never call it inside a step.
+    attention is left to ``"auto"`` too. ``inputs``: ``inputs_of(state)`` where blocks run fused.
+    Known results are read from the folder; new ones are logged and kept there. Returns everything
+    known about the device. Never call it inside a step.
     """
     device, measure = torch.device(device), measure or Measure()
     if torch.compiler.is_compiling():
@@ -66,11 +68,12 @@ def tune(
     folder = measure.folder or choice_files.user_folder()
     stored = choice_files.load(folder, device)
     known = stored.with_added(choices.table(device))
+    choices.remember(device, known)
     deadline = time.perf_counter() + measure.seconds
     table, new, missing = known, 0, 0
     with torch.inference_mode():
-        left = jobs(layers, device, dtype, options or LinearOptions(), heads, measure.memory)
-        for job in left:
+        options = options or LinearOptions()
+        for job in jobs(layers, device, dtype, options, heads, measure.memory, inputs):
             if job.is_settled(table):
                 continue
             if measure.make_room is not None and not (new or missing):

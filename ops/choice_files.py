@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
+from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Measurement, Table
 from .new_file import WriteError, new_file
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _measurement(entry: Any) -> Measurement:
             raise ValueError(f"{name} is {value!r}")
     key = Key(**values)
     sizes = (key.n, key.k, key.tokens)
-    if key.op not in (LINEAR, GGUF, ATTENTION) or min(sizes) < 1 or max(sizes) > _LARGEST:
+    if key.op not in (LINEAR, GGUF, ATTENTION, FUSED) or min(sizes) < 1 or max(sizes) > _LARGEST:
         raise ValueError(f"no such measurement: {key}")
     seconds, errors = _figures(entry["seconds"]), _figures(entry["errors"])
     if not seconds or min(seconds.values()) <= 0:

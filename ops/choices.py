@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -16,6 +17,10 @@ TOKEN_STEP = 512
 """Token counts are rounded up to a multiple of this: GEMMs of one bucket take one choice."""
 
 LINEAR, GGUF, ATTENTION = "int8_linear", "gguf_linear", "attention"
+FUSED = "fused_linear"
+ROWS, VALUES = "rows", "values"
+"""Candidates of FUSED: the input made as int8 rows, or as values for the fastest whole linear."""
+
 ALWAYS_DENSE = 1 << 62
 """``few_tokens`` of a layer that int8 makes slower at every token count."""
 
@@ -25,8 +30,8 @@ class Key:
     """What a measurement is of.
 
     ``op``: LINEAR and GGUF, a weight ``[n, k]`` on ``tokens`` rows; ATTENTION, ``n`` heads of ``k``
-    values over ``tokens``. ``detail``: the rotation group of LINEAR (``"0"``: none), the format of
-    GGUF, else empty.
+    values over ``tokens``; FUSED, as LINEAR and with what makes the input. ``detail``: the rotation
+    group of LINEAR (``"0"``: none), the format of GGUF, input and rotation of FUSED, else empty.
     """
 
     op: str
@@ -39,7 +44,9 @@ class Key:
     def __str__(self) -> str:
         if self.op == ATTENTION:
             return f"attention, {self.n} heads of {self.k}, {self.tokens} tokens, {self.dtype}"
-        if self.op == LINEAR:
+        if self.op == FUSED:
+            name, kind = "fused int8 linear", self.detail
+        elif self.op == LINEAR:
             name, kind = "int8 linear", "" if self.detail == "0" else f"rotated by {self.detail}"
         else:
             name, kind = "GGUF linear", self.detail
@@ -72,7 +79,7 @@ class Table:
 
     def __init__(self, measurements: Iterable[Measurement] = ()) -> None:
         self._entries = {m.key: m for m in measurements}
-        self._found: dict[tuple, Measurement | int | None] = {}
+        self._found: dict[tuple, Measurement | tuple | int | None] = {}
 
     def __iter__(self) -> Iterator[Measurement]:
         return iter(self._entries.values())
@@ -123,6 +130,27 @@ class Table:
                 and dtype in (None, m.key.dtype)
             ]
             self._found[wanted] = _crossover(fitting)
+        return self._found[wanted]
+
+    def where_rows_pay(
+        self, n: int, k: int, dtype: str | None, detail: str
+    ) -> tuple[tuple[float, bool], ...]:
+        """``(up to so many tokens, whether)`` rows beat values for the FUSED ``[n, k]``, in order.
+
+        Counts between two measured ones go with the nearest, by ratio. Empty where nothing was
+        measured.
+        """
+        wanted = (FUSED, n, k, 0, dtype, detail)
+        if wanted not in self._found:
+            of = (FUSED, n, k, dtype, detail)
+            fitting = [
+                m for m in self if (m.key.op, m.key.n, m.key.k, m.key.dtype, m.key.detail) == of
+            ]
+            fitting.sort(key=lambda m: m.key.tokens)
+            counts = [m.key.tokens for m in fitting]
+            ends = [math.isqrt(a * b) // TOKEN_STEP * TOKEN_STEP for a, b in pairwise(counts)]
+            faster = [m.ranking[0] == ROWS for m in fitting]
+            self._found[wanted] = tuple(zip([*ends, math.inf][: len(counts)], faster, strict=True))
         return self._found[wanted]
 
 

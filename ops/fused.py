@@ -11,6 +11,7 @@ The block takes its linears as callables and knows nothing of where their weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,17 +19,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, prequantized
+from . import choices, dispatch, prequantized
+
+NORMED, NORMED_SHARED, GATED = "normed", "normed for two", "gated"
+INPUTS = {
+    "attention.qkv": NORMED,
+    "feed_forward.w1": NORMED_SHARED,
+    "feed_forward.w3": NORMED_SHARED,
+    "feed_forward.w2": GATED,
+}
+"""What the fused block hands to each linear."""
+
+
+def fused_detail(kind: str, rotation: int | None) -> str:
+    """``detail`` of the key (``choices``) that an input of ``kind`` is measured under."""
+    return f"{kind}, rotated by {rotation}" if rotation else kind
+
+
+@torch.compiler.assume_constant_result
+def _where_rows_pay(
+    n: int, k: int, device: torch.device, dtype: torch.dtype, detail: str
+) -> tuple[tuple[float, bool], ...]:
+    return choices.table(device).where_rows_pay(n, k, choices.dtype_name(dtype), detail)
 
 
 class Activation:
     """The input of one or more linears, ``[..., K]``, computed when one of them asks, and once.
 
     Has the attributes of a tensor that say what it is; no linear needs others until it multiplies.
-    ``alike``: smoothing vectors that differ in memory hold the same values.
+    ``alike``: smoothing vectors that differ in memory hold the same values. ``kind`` is what
+    ``autotune`` measures it as: how it is made, and how many linears share it.
     """
 
     requires_grad = False
+    kind = ""
 
     def __init__(self, like: Tensor, alike: bool):
         self.shape, self.dtype, self.device, self.ndim = (
@@ -59,6 +83,18 @@ class Activation:
         self._rows.append((smooth, rotation, rows))
         return rows
 
+    def rows_pay(self, n: int, smooth: Tensor | None, rotation: int | None) -> bool:
+        """Whether rows are faster than values for a linear of ``n`` features left to ``"auto"``.
+
+        A look-up; yes where it was not measured, and with smoothing, which only rows know.
+        """
+        if smooth is not None or not self.kind:
+            return True
+        detail = fused_detail(self.kind, rotation)
+        found = _where_rows_pay(n, self.shape[-1], self.device, self.dtype, detail)
+        tokens = math.prod(self.shape[:-1])
+        return next((faster for end, faster in found if tokens <= end), True)
+
     def _values(self) -> Tensor:
         raise NotImplementedError
 
@@ -69,10 +105,22 @@ class Activation:
 
 
 class Normed(Activation):
-    """``RMSNorm(x) * weight * scale``: ``x [..., K]``, ``weight [K]``, ``scale`` broadcastable."""
+    """``RMSNorm(x) * weight * scale``: ``x [..., K]``, ``weight [K]``, ``scale`` broadcastable.
 
-    def __init__(self, x: Tensor, weight: Tensor, scale: Tensor, eps: float, alike: bool = False):
+    ``users``: how many linears share it.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        eps: float,
+        alike: bool = False,
+        users: int = 1,
+    ):
         super().__init__(x, alike)
+        self.kind = NORMED if users == 1 else NORMED_SHARED
         self._parts = x, weight, scale, eps
 
     def _values(self) -> Tensor:
@@ -85,6 +133,8 @@ class Normed(Activation):
 
 class Gated(Activation):
     """``silu(gate) * up``, both ``[..., K]``."""
+
+    kind = GATED
 
     def __init__(self, gate: Tensor, up: Tensor):
         super().__init__(gate, False)
@@ -144,5 +194,5 @@ def block(x: Tensor, condition: Tensor, parts: BlockParts, backend: str = dispat
 
     h = Normed(x, parts.norm_weight("attention_norm1"), 1.0 + scale1, parts.eps)
     x = add(x, gate1, parts.attention(h), "attention_norm2")
-    h = Normed(x, parts.norm_weight("ffn_norm1"), 1.0 + scale2, parts.eps, parts.alike)
+    h = Normed(x, parts.norm_weight("ffn_norm1"), 1.0 + scale2, parts.eps, parts.alike, users=2)
     return add(x, gate2, parts.w2(Gated(parts.w1(h), parts.w3(h))), "ffn_norm2")

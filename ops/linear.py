@@ -69,6 +69,8 @@ def _product(
     found = recipe(weight, math.prod(x.shape[:-1]), x.dtype, options)
     if found is None:
         return None
+    if options.backend == dispatch.AUTO and not x.rows_pay(weight.shape[0], *found):
+        return None
     q, scale = x.rows(*found, options.backend)
     out = layout.multiply_rows(q, scale, weight, bias, x.dtype, options)
     return out.reshape(*x.shape[:-1], weight.shape[0])

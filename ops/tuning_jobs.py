@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import adapters, attention, choices, dispatch, reference
-from .choices import ATTENTION, GGUF, LINEAR, Key, Table, dtype_name
+from . import adapters, attention, choices, dispatch, fused, prequantized, reference
+from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Table, dtype_name
 from .gguf_compute import FEW_TOKENS, W8A8_FORMATS
 from .linear import LinearOptions, gguf_linear, int8_linear
 from .rotation import largest_group
@@ -25,6 +25,8 @@ _ERROR_TOKENS = 512
 # as make this many weights; elsewhere as many as fit the memory, in steps of this many.
 _CPU_WEIGHTS = 1 << 22
 _ROW_STEP = 256
+# Products whose int32 sums are written out, and whose quantizers may be formulas.
+_IN_TILES = ("int_mm", dispatch.REFERENCE.name)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,15 @@ def layers_of(weights: Iterable[Tensor]) -> tuple[Layer, ...]:
         elif hasattr(params, "rotation"):
             counts[Layer("int8", n, k, params.rotation or 0)] += n * k
     return tuple(layer for layer, _ in counts.most_common())
+
+
+def inputs_of(weights: Mapping[str, Tensor]) -> tuple[tuple[str, Layer], ...]:
+    """The linears that ``fused.block`` makes the input of: (its kind, the layer), each once."""
+    found: dict[tuple[str, Layer], None] = {}
+    for module, kind in fused.INPUTS.items():
+        own = (weight for name, weight in weights.items() if name.endswith(f".{module}.weight"))
+        found |= {(kind, layer): None for layer in layers_of(own)}
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,12 @@ def jobs(
     options: LinearOptions,
     heads: tuple[int, int] | None,
     memory: int,
+    inputs: Iterable[tuple[str, Layer]] = (),
 ) -> Iterator[Job]:
     """Everything that is left to ``"auto"`` and has more than one candidate, in order of weight.
 
-    Each is cut to fit ``memory`` bytes, where it can be.
+    Each is cut to fit ``memory`` bytes, where it can be. What one is depends on the results of
+    those before it, which the caller is to ``choices.remember``.
     """
     layers = tuple(layers)
     tokens = _TOKENS.get(device.type, _TOKENS_DEVICE)
@@ -98,6 +111,9 @@ def jobs(
             for layer in dict.fromkeys(_int8_layer(layer, options) for layer in layers):
                 if layer is not None:
                     yield from _linear_job(layer, device, dtype, count, memory)
+            for kind, layer in dict.fromkeys((i, _int8_layer(own, options)) for i, own in inputs):
+                if layer is not None:
+                    yield from _fused_job(kind, layer, device, dtype, count, memory)
         if heads is not None:
             yield from _attention_job(heads, device, dtype, count)
     if (options.backend, options.gguf_compute) != (dispatch.AUTO, "auto"):
@@ -141,6 +157,55 @@ def _linear_job(
 
     key = Key(LINEAR, n, k, choices.rounded(tokens), dtype_name(dtype), str(layer.rotation))
     yield Job(key, names, fixed + rows * each, make, scale=n / rows)
+
+
+def _fused_job(
+    kind: str, layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int, memory: int
+) -> Iterator[Job]:
+    """Rows for the best product against values for the best linear, where that cannot be split."""
+    n, k, rotation = layer.n, layer.k, layer.rotation or None
+    best = {
+        op: dispatch.choose(op, (tokens, n, k), device, dtype=dtype, rotation=layer.rotation).name
+        for op in ("int8_linear", "int8_gemm")
+    }
+    if best["int8_linear"] not in prequantized.WHOLE_LAYERS_ONLY:
+        return
+    # never cut: the input would weigh too much beside a part of the product
+    made, out = tokens * k * dtype.itemsize, tokens * n * dtype.itemsize
+    held = 2 * made + tokens * k + n * k + out
+    if best["int8_gemm"] in _IN_TILES:
+        held += _fp32_copies(tokens * k, device, formula=True) + 8 * tokens * n
+    nbytes = max(held, 3 * made)
+    if nbytes > memory:
+        return
+
+    def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
+        x, one = _random((count, k), device, dtype), torch.ones(k, device=device, dtype=dtype)
+        weight = _random((n, k), device, torch.int8)
+        scale = torch.full((n,), 1e-3, device=device)
+        users = 2 if kind == fused.NORMED_SHARED else 1
+
+        def run(multiply: Callable[[fused.Activation], Tensor]) -> Tensor:
+            gated = kind == fused.GATED
+            h = fused.Gated(x, x) if gated else fused.Normed(x, one, one, 1e-5, users=users)
+            for _ in range(users):
+                out = multiply(h)
+            return out
+
+        def rows(h: fused.Activation) -> Tensor:
+            q, scale_x = h.rows(None, rotation, dispatch.AUTO)
+            name = best["int8_gemm"]
+            return prequantized.int8_product(q, scale_x, weight, scale, None, dtype, name)
+
+        def values(h: fused.Activation) -> Tensor:
+            name = best["int8_linear"]
+            return int8_linear(h.dense(), weight, scale, rotation=rotation, backend=name)
+
+        return {choices.ROWS: lambda: run(rows), choices.VALUES: lambda: run(values)}
+
+    detail = fused.fused_detail(kind, rotation)
+    key = Key(FUSED, n, k, choices.rounded(tokens), dtype_name(dtype), detail)
+    yield Job(key, (choices.ROWS, choices.VALUES), nbytes, make)
 
 
 def _gguf_job(
