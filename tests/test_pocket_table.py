@@ -14,7 +14,7 @@ from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.pocket.paths import dit_path
 from ideogram4_quant.pocket.table import __main__ as table
 from ideogram4_quant.pocket.table import systems
-from ideogram4_quant.pocket.table.models import VARIANTS
+from ideogram4_quant.pocket.table.models import VARIANTS, write_model
 from ideogram4_quant.pocket.table.painting import Studio, cases_of_part
 from ideogram4_quant.pocket.table.runs import RunStore, run_key
 from ideogram4_quant.quant.calibration import Calibration, LayerStats
@@ -144,6 +144,13 @@ def test_a_key_covers_weights_compute_cases_and_reference():
     }
     assert len(keys) == 5
     assert run_key(tensors, "dense", cases_of_part(0), None) in keys
+
+
+def test_a_model_has_the_same_bytes_whenever_it_is_written(tmp_path):
+    """Its calibration is found again by the hash of its files."""
+    written = [write_model(VARIANTS[0], tmp_path / str(i)) for i in range(4)]
+    for copy in ("conditional", "unconditional"):
+        assert len({files[copy].read_bytes() for files in written}) == 1
 
 
 def test_stress_is_for_the_systems_that_ask_for_it():

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ...checkpoint import write_safetensors
 from ...checkpoint.config import ModelConfig
 from .. import diseases
 from ..export import load_encoder
@@ -68,9 +69,8 @@ def write_model(variant: Variant, folder: Path) -> dict[str, Path]:
         config = {"_class_name": "Ideogram4Transformer2DModel", **variant.config}
         metadata = {"model_type": f"ideogram4_{short}", "config": json.dumps(config)}
         files[copy] = folder / f"{variant.slug}-{copy}.safetensors"
-        part = files[copy].with_suffix(".part")
-        save_file(state_of(variant, copy), part, metadata)
-        part.replace(files[copy])
+        # safetensors' own writer orders metadata by chance; a calibration knows its model by hash
+        write_safetensors(files[copy], state_of(variant, copy), metadata, overwrite=True)
     return files
 
 
