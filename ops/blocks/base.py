@@ -176,6 +176,15 @@ def to_half(values: Tensor) -> Tensor:
     return half
 
 
+def half_above(values: Tensor) -> Tensor:
+    """``to_half``, away from zero: a step that reaches the largest scale.
+
+    Where steps are so small that float16 rounds them by percents, a shorter one would clip it.
+    """
+    half = to_half(values)
+    return (half.view(torch.int16) + (half.float().abs() < values.abs())).view(torch.float16)
+
+
 def half_bytes(values: Tensor) -> Tensor:
     """Float32 [n] as the two bytes of float16, [n, 2]. Raises OpError beyond float16's range."""
     return to_half(values).view(-1, 1).view(torch.uint8)
@@ -208,10 +217,14 @@ def signed_peak(values: Tensor, dim: int) -> Tensor:
 def _for_each(starts: range, work: Callable[[int], None], device: torch.device) -> None:
     """Call ``work`` for every start, on a CPU in as many threads as PyTorch may use.
 
-    A search is some thousand small operations; whole chunks in parallel spare a barrier after
-    each of them. Every worker then computes alone. ``torch.set_num_threads`` sets the calling
-    thread and the default of threads to come, so that the caller restores the default.
+    A search is some hundred small operations; whole chunks in parallel spare a barrier after each
+    of them, which costs more than the operation where other programs use the cores too. Chunks are
+    large, beyond a core's cache, as the workers take turns at Python's lock: on smaller ones they
+    wait for it longer than they compute. Every worker computes alone. ``torch.set_num_threads``
+    sets the calling thread and the default of threads to come, so that the caller restores the
+    default.
     """
+    work = torch.inference_mode()(work)  # its calls are cheaper
     threads = min(torch.get_num_threads(), len(starts))
     if device.type != "cpu" or threads <= 1:
         for start in starts:
@@ -220,7 +233,7 @@ def _for_each(starts: range, work: Callable[[int], None], device: torch.device) 
     default = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(torch.inference_mode()(work), starts):
+            for _ in pool.map(work, starts):
                 pass  # raises what a worker raised
     finally:
         torch.set_num_threads(default)

@@ -1,7 +1,7 @@
 """Arithmetic of the searches: dimension 0 runs over what is summed, the others over problems.
 
-A search takes hundreds of passes over slabs that stay in a core's cache, where a call costs as much
-as a pass over a row. Hence sums and choices that are bound to their buffers once.
+A search makes some hundred calls for a chunk of blocks, and on rows a call costs as much as its
+work. Hence sums and choices that are bound to their buffers once.
 """
 
 from __future__ import annotations

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from . import ggml, search
-from .base import BlockFormat, divide, half_bytes, half_field, signed_peak, to_half
+from .base import BlockFormat, divide, half_above, half_bytes, half_field, signed_peak, to_half
 from .columns import ordered_sum, square_root
-from .refine import Limits, StoredFit, as_stored, best_codes, refine
+from .refine import Limits, StoredFit, as_stored, best_codes, refine, settle
 
 SCALE_TOP = 63  # six bits
+EACH_BYTE = 0x0101010101010101  # codes are packed eight bytes at a time
 
 # Steps of (scale, minimum) that the search with importance tries. Scales of Q6_K are fine (7 bits),
 # so that it takes more of them to reach another set of codes.
@@ -32,16 +33,15 @@ AFFINE_MOVES = tuple((s, m) for s in (-1, 0, 1) for m in (-1, 0, 1) if s or m)
 SYMMETRIC_MOVES = tuple((s, 0) for s in (-8, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 8, 10, 12))
 
 
-# Steps over a group that the searches try: beside its highest code, and to its peak. With
-# importance it pays to clip the peaks of columns that count little.
-PLAIN_WIDTHS = (-1.0, -0.75, -0.5, -0.25, 0.0, 0.2, 0.4, 0.6)
-WEIGHTED_WIDTHS = tuple(0.2 * number - 2 for number in range(15))
+# Steps over a group, or to its peak, that the searches with importance try: it pays to clip the
+# peaks of columns that count little.
+AFFINE_WIDTHS = tuple(0.2 * number - 2 for number in range(15))  # beside the highest code
 SYMMETRIC_WIDTHS = (30.0, 30.5, 31.0, 31.5, 32.0, 32.5, 33.0, 33.5, 34.0)
 
 
 class _KQuant(BlockFormat):
     block_size = 256
-    encode_chunk = 1 << 16
+    encode_chunk = 1 << 19
     uses_importance = True
 
 
@@ -49,6 +49,7 @@ class _AffineK(_KQuant):
     """``d * sc * q - dmin * m``: 8 groups of 32 weights, six bits for each sc and m."""
 
     bits: ClassVar[int]
+    plain_widths: ClassVar[tuple[float, ...]]  # as AFFINE_WIDTHS, without importance
     ggml_ranges: ClassVar[Tensor]  # what ggml tries
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
@@ -62,13 +63,13 @@ class _AffineK(_KQuant):
         x = _columns(weights, 32)  # [32, 8, n]
         importance = None if importance is None else _columns(importance, 32)
         top = (1 << self.bits) - 1
-        widths = PLAIN_WIDTHS if importance is None else WEIGHTED_WIDTHS
+        widths = self.plain_widths if importance is None else AFFINE_WIDTHS
         scale, offset = search.fit_affine(x, importance, top, tuple(top + each for each in widths))
         d, scale = _six_bits(scale)
         dmin, minimum = _six_bits(offset)
         fit = StoredFit(to_half(d).float(), scale, to_half(dmin).float(), minimum)
         if importance is None:
-            fit = refine(x, None, fit, Limits((0, top)), rounds=1)
+            fit = settle(x, fit, (0, top))
         else:
             limits = Limits((0, top), (0, SCALE_TOP), (0, SCALE_TOP), AFFINE_MOVES)
             fit = refine(x, importance, fit, limits)
@@ -107,6 +108,7 @@ class Q4_K(_AffineK):
     """Byte l of the j-th 32 bytes of qs: the low nibble is of group 2 j, the high of 2 j + 1."""
 
     name, ggml_type, type_size, bits = "Q4_K", 12, 144, 4
+    plain_widths = tuple(0.2 * number - 1 for number in range(10))
     ggml_ranges = ggml.grid(21, -1.0, 0.1, 15)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -120,6 +122,7 @@ class Q5_K(_AffineK):
     """As Q4_K; bit s of qh[l] is the fifth bit of weight l in group s."""
 
     name, ggml_type, type_size, bits = "Q5_K", 13, 176, 5
+    plain_widths = (-1.0, -0.7, -0.4, -0.1, 0.2, 0.5)
     ggml_ranges = ggml.grid(16, -0.5, 0.1, 31)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -131,11 +134,11 @@ class Q5_K(_AffineK):
         return codes
 
     def _pack_codes(self, codes: Tensor) -> list[Tensor]:
-        high = codes >> 4
+        high = (codes.view(torch.int64) >> 4) & 0x01 * EACH_BYTE
         packed = high[:, 0].clone()
         for group in range(1, 8):
             packed |= high[:, group] << group
-        return [packed, _pack_nibbles(codes)]
+        return [packed.view(torch.uint8), _pack_nibbles(codes)]
 
 
 class Q6_K(_KQuant):
@@ -146,6 +149,7 @@ class Q6_K(_KQuant):
     """
 
     name, ggml_type, type_size = "Q6_K", 14, 210
+    plain_widths = (30.0, 31.0, 32.0, 33.0, 34.0)
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
         n = len(blocks)
@@ -162,11 +166,11 @@ class Q6_K(_KQuant):
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = _columns(weights, 16)  # [16, 16, n]
         importance = None if importance is None else _columns(importance, 16)
-        group_scale = search.fit_symmetric(x, importance, 32, SYMMETRIC_WIDTHS)
-        d, scale, _ = _eight_bits(group_scale)
-        fit = StoredFit(to_half(d).float(), scale)
+        widths = self.plain_widths if importance is None else SYMMETRIC_WIDTHS
+        d, scale, _ = _eight_bits(search.fit_symmetric(x, importance, 32, widths))
+        fit = StoredFit(half_above(d).float(), scale)
         if importance is None:
-            fit = refine(x, None, fit, Limits((-32, 31)), rounds=1)
+            fit = settle(x, fit, (-32, 31))
         else:
             limits = Limits((-32, 31), scales=(-128, 127), moves=SYMMETRIC_MOVES)
             fit = refine(x, importance, fit, limits)
@@ -191,12 +195,14 @@ class Q6_K(_KQuant):
     @staticmethod
     def _pack_codes(codes: Tensor) -> list[Tensor]:
         """uint8 [n, 2, 4, 32] -> ql [n, 128], qh [n, 64]."""
-        low = (codes[:, :, :2] & 0x0F) | (codes[:, :, 2:] << 4)
-        high = codes >> 4
+        words = codes.view(torch.int64)
+        low = words & 0x0F * EACH_BYTE
+        low = low[:, :, :2] | (low[:, :, 2:] << 4)
+        high = (words >> 4) & 0x03 * EACH_BYTE
         packed = high[:, :, 0].clone()
         for run in range(1, 4):
             packed |= high[:, :, run] << (2 * run)
-        return [low.flatten(1), packed.flatten(1)]
+        return [low.view(torch.uint8).flatten(1), packed.view(torch.uint8).flatten(1)]
 
 
 def _columns(blocks: Tensor, group: int) -> Tensor:
@@ -266,4 +272,5 @@ def _unpack_nibbles(packed: Tensor) -> Tensor:
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
     """The low four bits of uint8 [n, 8, 32] -> [n, 128]."""
-    return ((codes[:, 0::2] & 0x0F) | (codes[:, 1::2] << 4)).flatten(1)
+    low = codes.view(torch.int64) & 0x0F * EACH_BYTE
+    return (low[:, 0::2] | (low[:, 1::2] << 4)).view(torch.uint8).flatten(1)

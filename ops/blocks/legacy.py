@@ -42,7 +42,7 @@ COARSE_STEPS = tuple(1 + 0.02 * number for number in range(-10, 6))
 
 class _Legacy(BlockFormat):
     block_size = 32
-    encode_chunk = 1 << 17
+    encode_chunk = 1 << 20
     uses_importance = True
 
 

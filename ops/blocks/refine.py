@@ -66,7 +66,7 @@ def best_codes(
     return out.round_().clamp_(*codes)
 
 
-def group_errors(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Tensor) -> Tensor:
+def group_errors(x: Tensor, importance: Tensor, fit: StoredFit, codes: Tensor) -> Tensor:
     """sum importance * (d * scale * code - dmin * minimum - x)^2 over a group: [groups, n].
 
     Uses ``codes`` up.
@@ -75,13 +75,10 @@ def group_errors(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Te
     if fit.dmin is not None:
         residual.sub_(fit.dmin * fit.minimum)
     residual.sub_(x)
-    residual.mul_(residual)
-    return ordered_sum(residual if importance is None else residual.mul_(importance))
+    return ordered_sum(residual.mul_(residual).mul_(importance))
 
 
-def refine(
-    x: Tensor, importance: Tensor | None, fit: StoredFit, limits: Limits, rounds: int = ROUNDS
-) -> StoredFit:
+def refine(x: Tensor, importance: Tensor, fit: StoredFit, limits: Limits) -> StoredFit:
     """A fit of no more error than ``fit``; x, importance [weights of a group, groups, n]."""
     scratch = torch.empty_like(x)
 
@@ -89,10 +86,11 @@ def refine(
         return group_errors(x, importance, fit, best_codes(x, fit, limits.codes, scratch))
 
     error = least_errors(fit)
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         if limits.moves:
             error, fit = _move(fit, error, limits, least_errors)
-        trial = _solve(x, importance, fit, best_codes(x, fit, limits.codes, scratch))
+        codes = best_codes(x, fit, limits.codes, scratch)
+        trial = _solve(fit, _products(x, importance, fit, codes))
         trial_error = least_errors(trial)
         better = ordered_sum(trial_error) < ordered_sum(error)
         error = torch.where(better, trial_error, error)
@@ -127,20 +125,52 @@ def choose(first: Tensor, one: StoredFit, other: StoredFit) -> StoredFit:
     return StoredFit(*(a if a is b else torch.where(first, a, b) for a, b in pairs))
 
 
-def _solve(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Tensor) -> StoredFit:
-    """d and dmin of least error for given codes, scales and minima; NaN where there is none."""
-    steps = codes * fit.scale
+class _Products(NamedTuple):
+    """Sums over a block of products of step (code * scale), shift (-minimum) and x; all [n]."""
+
+    dd: Tensor
+    dx: Tensor
+    mm: Tensor
+    dm: Tensor
+    mx: Tensor
+
+
+def settle(x: Tensor, fit: StoredFit, codes: tuple[int, int]) -> StoredFit:
+    """``fit`` with d and dmin solved for where that takes more off sum x^2; see ``refine``."""
+    products = _products(x, None, fit, best_codes(x, fit, codes))
+    trial = _solve(fit, products)
+    return choose(_gain(trial, products) > _gain(fit, products), trial, fit)
+
+
+def _gain(fit: StoredFit, products: _Products) -> Tensor:
+    dd, dx, mm, dm, mx = products
+    gain = fit.d * (2 * dx - fit.d * dd)
+    if fit.dmin is None:
+        return gain
+    return gain + fit.dmin * (2 * (mx - fit.d * dm) - fit.dmin * mm)
+
+
+def _products(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Tensor) -> _Products:
+    """Uses ``codes`` up."""
+    steps = codes.mul_(fit.scale)
     weighted = steps if importance is None else importance * steps
-    dd = _block_sum(weighted * steps)
     dx = _block_sum(weighted * x)
+    mm = dm = mx = torch.zeros_like(dx)
+    if fit.minimum is not None:
+        shifts = -fit.minimum
+        sum_w = float(len(x)) if importance is None else ordered_sum(importance)
+        sum_x = ordered_sum(x if importance is None else importance * x)
+        mm = ordered_sum(shifts * shifts * sum_w)
+        dm = ordered_sum(ordered_sum(weighted) * shifts)
+        mx = ordered_sum(sum_x * shifts)
+    return _Products(_block_sum(steps.mul_(weighted)), dx, mm, dm, mx)
+
+
+def _solve(fit: StoredFit, products: _Products) -> StoredFit:
+    """d and dmin of least error for given codes, scales and minima; NaN where there is none."""
+    dd, dx, mm, dm, mx = products
     if fit.dmin is None:
         return fit._replace(d=as_stored(dx / dd))
-    shifts = -fit.minimum
-    sum_w = float(len(x)) if importance is None else ordered_sum(importance)
-    sum_x = ordered_sum(x if importance is None else importance * x)
-    mm = ordered_sum(shifts * shifts * sum_w)
-    dm = ordered_sum(ordered_sum(weighted) * shifts)
-    mx = ordered_sum(sum_x * shifts)
     determinant = dd * mm - dm * dm
     both = determinant > 1e-6 * dd * mm  # else one follows from the other, or no minimum is used
     d = torch.where(both, (dx * mm - mx * dm) / determinant, dx / dd)
