@@ -1,6 +1,6 @@
 """Recipes that make quantized files, and the tools that look into files."""
 
-from .calibration import Calibration, LayerStats, Run
+from .calibration import Calibration, Run
 from .errors import (
     AlreadyQuantizedError,
     CalibrationError,
@@ -8,6 +8,7 @@ from .errors import (
     QuantOptionError,
 )
 from .inspect import Inspection, inspect_file
+from .layer_stats import LayerStats
 from .quantize import QuantPlan, plan_quantization, quantize_checkpoint
 from .recipes import RECIPES, QuantOptions, Recipe, TypeRule
 from .report import QuantReport, TensorResult

@@ -17,8 +17,9 @@ from ..checkpoint.files import RawTensor
 from ..checkpoint.safetensors_header import parse_json, read_safetensors_header
 from ..checkpoint.writers import write_safetensors
 from ..ops.errors import CheckpointError
-from .calibration import Calibration, LayerStats, Run
+from .calibration import Calibration, Run
 from .errors import CalibrationError
+from .layer_stats import LayerStats
 
 FORMAT = "ideogram4-quant calibration"
 VERSION = "1"

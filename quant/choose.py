@@ -11,9 +11,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from ..checkpoint.folding import sites
-from .calibration import LayerStats
 from .encodings import Shape
 from .errors import QuantOptionError
+from .layer_stats import LayerStats
 from .recipes import TREATMENTS, QuantOptions, Recipe
 from .tables import human_bytes
 from .treatments import (

@@ -16,8 +16,9 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ..checkpoint.folding import Folding, Site, sites
-from .calibration import Calibration, LayerStats
+from .calibration import Calibration
 from .errors import CalibrationError, QuantOptionError
+from .layer_stats import LayerStats
 from .plan import TensorPlan
 from .recipes import QuantOptions, Recipe
 from .treatments import DEFAULT_ALPHA, Treatment, folded_treatment, rotation_group, smoothing
@@ -64,10 +65,12 @@ class FoldPlan:
 
     def notes(self, layout: str) -> list[str]:
         """What a user of the file must know."""
+        low, high = min(self.alphas.values(), default=0), max(self.alphas.values(), default=0)
+        strength = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         found = [
-            f"the smoothing of {len(self.alphas)} linears is folded into the weights before them: "
-            "LoRAs are right on this file in this pack alone, which undoes it from the fold.* "
-            "tensors; in other hosts they come out wrong"
+            f"the smoothing of {len(self.alphas)} linears, of strength {strength}, is folded "
+            "into the weights before them: LoRAs are right on this file in this pack alone, which "
+            "undoes it from the fold.* tensors; in other hosts they come out wrong"
         ]
         if layout == "gguf":
             found.append(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..ops.new_file import check_output, replaced
-from .calibration import Calibration, LayerStats
+from .calibration import Calibration
 from .errors import CalibrationError
+from .layer_stats import LayerStats
 from .tables import human_db, text_table
 from .treatments import Treatment
 

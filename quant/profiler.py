@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from ..ops.blocks import FORMATS
 from ..ops.fused import Activation, dense
 from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
-from .calibration import Calibration, LayerStats, Run
+from .calibration import Calibration, Run
 from .encodings import Blocks
 from .errors import CalibrationError, NonFiniteWeightError
+from .layer_stats import LayerStats
 from .loudest import Loudest
 from .measure import dense_rows, row_chunks
 from .treatments import (

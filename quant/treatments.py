@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops.rotation import largest_group
-from .calibration import LayerStats
+from .layer_stats import LayerStats
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
 """SmoothQuant strengths that a calibration tries; 0.5 is the paper's."""

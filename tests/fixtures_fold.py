@@ -1,7 +1,9 @@
-"""For tests of folding: a calibration by hooks, and a block of the model in plain fp64 torch."""
+"""For tests of folding: files, a calibration by hooks, and a block of the model in fp64 torch."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +15,61 @@ from torch import Tensor
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine import transformer
 from ideogram4_quant.engine.linear import QuantLinear
-from ideogram4_quant.quant.calibration import Calibration, LayerStats
+from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
+from ideogram4_quant.quant.calibration import Calibration
+from ideogram4_quant.quant.layer_stats import LayerStats
+from ideogram4_quant.tests import quant_model
 
 TIMES = (0.1, 0.5, 0.9)
+LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated", "Q8_0", "Q4_K")
+
+
+@dataclass(frozen=True)
+class FoldedCase:
+    """A bf16 source with its weights and calibration, and folded files by level."""
+
+    weights: dict[str, Tensor]
+    source: Path
+    calibration: Calibration
+    files: dict[str, Path]
+
+
+def loud_weights() -> dict[str, Tensor]:
+    """Random weights with loud FFN channels, as the real model has, and loud inputs of qkv."""
+    made = quant_model.weights(3)
+    for i in range(2):
+        made[f"layers.{i}.feed_forward.w3.weight"][[5, 77, 300]] *= 64
+        made[f"layers.{i}.feed_forward.w2.weight"][:, [5, 77, 300]] /= 64
+        made[f"layers.{i}.attention_norm1.weight"][[3, 100]] *= 32
+        made[f"layers.{i}.attention.qkv.weight"][:, [3, 100]] /= 32
+    return made
+
+
+def written(folder: Path) -> FoldedCase:
+    """The case in ``folder``; one w3 and one o of each folded file are protected."""
+    weights = loud_weights()
+    source = quant_model.write(folder / "bf16.safetensors", weights)
+    options = QuantOptions(
+        calibration=calibrate(source),
+        fold=("all",),
+        protect=("layers.1.feed_forward.w3", "layers.1.attention.o"),
+    )
+    files = {}
+    for level in LEVELS:
+        files[level] = folder / f"{level}.{'gguf' if level[0] == 'Q' else 'safetensors'}"
+        quantize_checkpoint(source, level, files[level], options=options)
+    return FoldedCase(weights, source, options.calibration, files)
+
+
+def db(found: Tensor, wanted: Tensor) -> float:
+    """SQNR in dB."""
+    noise = (found.double() - wanted.double()).square().sum().item()
+    return math.inf if noise == 0 else 10 * math.log10(wanted.double().square().sum() / noise)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """``||found - wanted|| / ||wanted||``."""
+    return 10 ** (-db(found, wanted) / 20)
 
 
 def inputs(seed: int = 0, text: int = 9, width: int = 832) -> list[tuple[Tensor, float, Tensor]]:
@@ -59,7 +113,7 @@ def calibrate(path: Path, copy: str = "conditional") -> Calibration:
 
         def watch(module, args, key=f"{copy}.{name}"):
             stats = LayerStats.of(args[0].flatten(0, -2), module.weight)
-            layers[key] = layers[key]._plus(stats) if key in layers else stats
+            layers[key] = layers[key].plus(stats) if key in layers else stats
 
         handles.append(linear.register_forward_pre_hook(watch))
     run(model, inputs())

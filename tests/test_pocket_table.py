@@ -17,7 +17,8 @@ from ideogram4_quant.pocket.table import systems
 from ideogram4_quant.pocket.table.models import VARIANTS, write_model
 from ideogram4_quant.pocket.table.painting import Studio, cases_of_part
 from ideogram4_quant.pocket.table.runs import RunStore, run_key
-from ideogram4_quant.quant.calibration import Calibration, LayerStats
+from ideogram4_quant.quant.calibration import Calibration
+from ideogram4_quant.quant.layer_stats import LayerStats
 
 NAME = "layers.1.feed_forward.w2.weight"
 

@@ -17,7 +17,8 @@ from ideogram4_quant.quant import (
     quantize_checkpoint,
 )
 from ideogram4_quant.quant.block_types import LADDER, header_reserve, spend
-from ideogram4_quant.quant.calibration import Calibration, LayerStats
+from ideogram4_quant.quant.calibration import Calibration
+from ideogram4_quant.quant.layer_stats import LayerStats
 from ideogram4_quant.tests import quant_model as model
 
 FRAGILE = "layers.1.attention.o"
