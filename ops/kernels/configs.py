@@ -118,3 +118,11 @@ def row_config(k: int) -> RowConfig:
     # 16 to 32 values a thread: about 40 registers, so the multiprocessor fills up with warps.
     num_warps = min(max(head // 512, 1), 16)
     return RowConfig(head, tail, num_warps)
+
+
+def row_blocks(k: int) -> tuple[dict[str, int], int]:
+    """Constants and warps of the kernel that takes a row of ``k`` values."""
+    if k > MAX_ROW:
+        return {"K": k, "BLOCK": LONG_ROW.head}, LONG_ROW.num_warps
+    cover = row_config(k)
+    return {"K": k, "HEAD": cover.head, "TAIL": cover.tail}, cover.num_warps

@@ -19,8 +19,15 @@ from torch import Tensor
 from .. import reference
 from ..errors import OpError
 from . import launch
-from .configs import LONG_ROW, MAX_ROW, row_config
-from .primitives import absmax, columns, rotate, row_scale, store_int8, unit_order
+from .primitives import (
+    absmax,
+    columns,
+    rotate,
+    row_scale,
+    store_int8,
+    store_row,
+    unit_order,
+)
 from .rows import smooth_rotate_quantize_rows
 
 __all__ = ["dequantize_rotate_quantize"]
@@ -167,14 +174,11 @@ def dequantize_rotate_quantize_kernel(
     q_ptr += row * K
     head = _decode(bytes_ptr, 0, K, HEAD, FORMAT, ROTATION)
     peak = absmax(head)
+    tail = head
     if TAIL > 0:
         tail = _decode(bytes_ptr, HEAD, K, TAIL, FORMAT, ROTATION)
         peak = tl.maximum(peak, absmax(tail))
-    scale, inverse, keep = row_scale(peak)
-    store_int8(q_ptr, head, inverse, keep, 0, K, HEAD > K, HEAD)
-    if TAIL > 0:
-        store_int8(q_ptr, tail, inverse, keep, HEAD, K, HEAD + TAIL > K, TAIL)
-    tl.store(scale_ptr + row, scale)
+    store_row(q_ptr, scale_ptr, row, peak, head, tail, K, HEAD, TAIL)
 
 
 @triton.jit
@@ -227,26 +231,16 @@ def dequantize_rotate_quantize(
     from ..blocks import FORMATS
 
     rows = _rows(blocks, n, FORMATS[qtype].row_bytes(k))
-    q, scale = _outputs(n, k, blocks.device) if out is None else _check_out(out, n, k, blocks)
+    q, scale = (
+        launch.int8_rows(n, k, blocks.device) if out is None else _check_out(out, n, k, blocks)
+    )
     if n == 0:
         return q, scale
     arguments = (rows, q, scale, rows.stride(0))
     steps = {"FORMAT": qtype, "ROTATION": rotation or 0}
     with launch.on_device(blocks):
-        if k > MAX_ROW:
-            dequantize_long_rows_kernel[(n,)](
-                *arguments, K=k, BLOCK=LONG_ROW.head, num_warps=LONG_ROW.num_warps, **steps
-            )
-        else:
-            cover = row_config(k)
-            dequantize_rotate_quantize_kernel[(n,)](
-                *arguments,
-                K=k,
-                HEAD=cover.head,
-                TAIL=cover.tail,
-                num_warps=cover.num_warps,
-                **steps,
-            )
+        kernels = dequantize_rotate_quantize_kernel, dequantize_long_rows_kernel
+        launch.each_row(n, k, kernels, *arguments, **steps)
     return q, scale
 
 
@@ -261,11 +255,6 @@ def _rows(blocks: Tensor, n: int, row_bytes: int) -> Tensor:
     rows = blocks.reshape(n, row_bytes).contiguous()
     # A view as wider numbers needs their alignment; only a cut-out buffer lacks it.
     return rows if rows.storage_offset() % 4 == 0 else rows.clone()
-
-
-def _outputs(n: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    q = torch.empty((n, k), dtype=torch.int8, device=device)
-    return q, torch.empty(n, dtype=torch.float32, device=device)
 
 
 def _check_out(out: tuple[Tensor, Tensor], n: int, k: int, blocks: Tensor) -> tuple[Tensor, Tensor]:

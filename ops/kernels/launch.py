@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from ..rotation import check_group
-from .configs import table_architecture
+from .configs import MAX_ROW, row_blocks, table_architecture
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,19 @@ def architecture(device: torch.device) -> int:
         return 86
     major, minor = torch.cuda.get_device_capability(device)
     return table_architecture(major * 10 + minor)
+
+
+def each_row(rows: int, k: int, kernels: tuple, *arguments: object, **steps: object) -> None:
+    """One program a row of K values: the first kernel where registers hold it, else the second."""
+    blocks, num_warps = row_blocks(k)
+    kernel = kernels[k > MAX_ROW]
+    kernel[(rows,)](*arguments, **blocks, num_warps=num_warps, **steps)
+
+
+def int8_rows(m: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for ``q int8 [M, K]`` and ``scale fp32 [M]``."""
+    q = torch.empty((m, k), dtype=torch.int8, device=device)
+    return q, torch.empty(m, dtype=torch.float32, device=device)
 
 
 def rows_of(x: Tensor, name: str) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import reference
 from . import launch
-from .configs import MAX_ROW, row_config
-from .primitives import absmax, columns, load, row_scale, smooth_rotate, store_int8
+from .configs import MAX_ROW, row_blocks
+from .primitives import absmax, columns, load, smooth_rotate, store_row
 
 __all__ = ["gate_residual_rmsnorm", "rmsnorm_scale_quantize_rows"]
 
@@ -62,12 +62,9 @@ def rmsnorm_scale_quantize_rows_kernel(
         tail *= load(modulation_ptr, tail_cols, K, PADDED)
         tail = smooth_rotate(tail, tail_cols, smooth_ptr, K, PADDED, TAIL, HAS_SMOOTH, ROTATION)
         peak = tl.maximum(peak, absmax(tail))
-
-    scale, inverse, keep = row_scale(peak)
-    store_int8(q_ptr, head, inverse, keep, 0, K, HEAD > K, HEAD)
-    if TAIL > 0:
-        store_int8(q_ptr, tail, inverse, keep, HEAD, K, HEAD + TAIL > K, TAIL)
-    tl.store(scale_ptr + row, scale)
+    else:
+        tail = head
+    store_row(q_ptr, scale_ptr, row, peak, head, tail, K, HEAD, TAIL)
 
 
 @triton.jit
@@ -152,11 +149,10 @@ def rmsnorm_scale_quantize_rows(
     weight = launch.vector(weight, "weight", k, x)
     smooth = launch.vector(smooth, "smooth", k, x)
     modulation, stride_modulation, rows_per_modulation = launch.modulation(scale, "scale", x)
-    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    row_scales = torch.empty(m, dtype=torch.float32, device=x.device)
+    q, row_scales = launch.int8_rows(m, k, x.device)
     if m == 0:
         return q, row_scales
-    cover = row_config(k)
+    blocks, num_warps = row_blocks(k)
     with launch.on_device(x):
         rmsnorm_scale_quantize_rows_kernel[(m,)](
             rows,
@@ -169,12 +165,10 @@ def rmsnorm_scale_quantize_rows(
             stride_modulation,
             rows_per_modulation,
             eps,
-            K=k,
-            HEAD=cover.head,
-            TAIL=cover.tail,
+            **blocks,
             HAS_SMOOTH=smooth is not None,
             ROTATION=rotation or 0,
-            num_warps=cover.num_warps,
+            num_warps=num_warps,
         )
     return q, row_scales
 
@@ -197,7 +191,7 @@ def gate_residual_rmsnorm(x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, ep
     out = torch.empty((m, k), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.reshape(x.shape)
-    cover = row_config(k)
+    blocks, num_warps = row_blocks(k)
     with launch.on_device(x):
         gate_residual_rmsnorm_kernel[(m,)](
             rows,
@@ -210,9 +204,7 @@ def gate_residual_rmsnorm(x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, ep
             y_rows.stride(0),
             rows_per_gate,
             eps,
-            K=k,
-            HEAD=cover.head,
-            TAIL=cover.tail,
-            num_warps=cover.num_warps,
+            **blocks,
+            num_warps=num_warps,
         )
     return out.reshape(x.shape)

@@ -148,3 +148,23 @@ def store_int8(
         tl.store(q_ptr + cols, bits.to(tl.int8), mask=cols < K)
     else:
         tl.store(q_ptr + cols, bits.to(tl.int8))
+
+
+@triton.jit
+def store_row(
+    q_ptr,
+    scale_ptr,
+    row,
+    peak,
+    head,
+    tail,  # read where TAIL
+    K: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    """A row of values and its absmax ``peak`` -> int8 and its scale."""
+    scale, inverse, keep = row_scale(peak)
+    store_int8(q_ptr, head, inverse, keep, 0, K, HEAD > K, HEAD)
+    if TAIL > 0:
+        store_int8(q_ptr, tail, inverse, keep, HEAD, K, HEAD + TAIL > K, TAIL)
+    tl.store(scale_ptr + row, scale)

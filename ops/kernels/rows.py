@@ -5,14 +5,12 @@ One program a row; the row stays in registers from the only read to the only wri
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .configs import LONG_ROW, MAX_ROW, row_config
-from .primitives import absmax, columns, load, row_scale, smooth_rotate, store_int8
+from .primitives import absmax, columns, load, row_scale, smooth_rotate, store_int8, store_row
 
 __all__ = ["quantize_rows", "smooth_rotate_quantize_rows", "swiglu_quantize_rows"]
 
@@ -51,17 +49,14 @@ def quantize_rows_kernel(
     head = _swiglu_or_plain(x_ptr, up_ptr, cols, K, HEAD > K, SWIGLU)
     head = smooth_rotate(head, cols, smooth_ptr, K, HEAD > K, HEAD, HAS_SMOOTH, ROTATION)
     peak = absmax(head)
+    tail = head
     if TAIL > 0:
         cols = HEAD + columns(TAIL, ROTATION)
         tail = _swiglu_or_plain(x_ptr, up_ptr, cols, K, HEAD + TAIL > K, SWIGLU)
         tail = smooth_rotate(tail, cols, smooth_ptr, K, HEAD + TAIL > K, TAIL, HAS_SMOOTH, ROTATION)
         peak = tl.maximum(peak, absmax(tail))
 
-    scale, inverse, keep = row_scale(peak)
-    store_int8(q_ptr, head, inverse, keep, 0, K, HEAD > K, HEAD)
-    if TAIL > 0:
-        store_int8(q_ptr, tail, inverse, keep, HEAD, K, HEAD + TAIL > K, TAIL)
-    tl.store(scale_ptr + row, scale)
+    store_row(q_ptr, scale_ptr, row, peak, head, tail, K, HEAD, TAIL)
 
 
 @triton.jit
@@ -133,8 +128,7 @@ def _launch(
     m, k = rows.shape
     launch.check_rotation(k, rotation)
     smooth = launch.vector(smooth, "smooth", k, x)
-    q = torch.empty((m, k), dtype=torch.int8, device=x.device)
-    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    q, scale = launch.int8_rows(m, k, x.device)
     if m == 0:
         return q, scale
     arguments = (
@@ -148,18 +142,6 @@ def _launch(
     )
     steps = {"SWIGLU": up is not None, "HAS_SMOOTH": smooth is not None, "ROTATION": rotation or 0}
     with launch.on_device(x):
-        if k > MAX_ROW:
-            quantize_long_rows_kernel[(m,)](
-                *arguments, K=k, BLOCK=LONG_ROW.head, num_warps=LONG_ROW.num_warps, **steps
-            )
-        else:
-            cover = row_config(k)
-            quantize_rows_kernel[(m,)](
-                *arguments,
-                K=k,
-                HEAD=cover.head,
-                TAIL=cover.tail,
-                num_warps=cover.num_warps,
-                **steps,
-            )
+        kernels = quantize_rows_kernel, quantize_long_rows_kernel
+        launch.each_row(m, k, kernels, *arguments, **steps)
     return q, scale

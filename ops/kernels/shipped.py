@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..blocks import FORMATS
-from .configs import GEMM_CONFIGS, LONG_ROW, MAX_ROW, GemmConfig, row_config
+from .configs import GEMM_CONFIGS, MAX_ROW, GemmConfig, row_blocks
 from .gguf import PACKED
 from .offline import Variant
 
@@ -60,14 +60,6 @@ def gemm_variants(arch: int) -> Iterator[Variant]:
         yield gemm_variant(config)
 
 
-def _cover(k: int) -> tuple[dict[str, int], int]:
-    """Constants and warps of a row of ``k`` values."""
-    if k > MAX_ROW:
-        return {"K": k, "BLOCK": LONG_ROW.head}, LONG_ROW.num_warps
-    cover = row_config(k)
-    return {"K": k, "HEAD": cover.head, "TAIL": cover.tail}, cover.num_warps
-
-
 def _row_label(k: int, rotation: int, smooth: bool) -> str:
     parts = [f"K {k}"]
     if rotation:
@@ -79,7 +71,7 @@ def _row_label(k: int, rotation: int, smooth: bool) -> str:
 
 def quantize_variant(k: int, *, swiglu: bool, rotation: int, smooth: bool) -> Variant:
     """``quantize_rows``, ``smooth_rotate_quantize_rows`` and ``swiglu_quantize_rows``."""
-    cover, num_warps = _cover(k)
+    cover, num_warps = row_blocks(k)
     signature = {
         "x_ptr": "*bf16",
         "up_ptr": "*bf16",
@@ -102,7 +94,7 @@ def quantize_variant(k: int, *, swiglu: bool, rotation: int, smooth: bool) -> Va
 
 def rmsnorm_variant(k: int, *, rotation: int, smooth: bool) -> Variant:
     """``rmsnorm_scale_quantize_rows``."""
-    cover, num_warps = _cover(k)
+    cover, num_warps = row_blocks(k)
     signature = {
         "x_ptr": "*bf16",
         "weight_ptr": "*bf16",
@@ -128,7 +120,7 @@ def rmsnorm_variant(k: int, *, rotation: int, smooth: bool) -> Variant:
 
 def residual_variant(k: int) -> Variant:
     """``gate_residual_rmsnorm``."""
-    cover, num_warps = _cover(k)
+    cover, num_warps = row_blocks(k)
     signature = {
         "x_ptr": "*bf16",
         "gate_ptr": "*bf16",
@@ -154,7 +146,7 @@ def residual_variant(k: int) -> Variant:
 
 def dequantize_variant(k: int, qtype: str, *, rotation: int) -> Variant:
     """``dequantize_rotate_quantize``; rows of most formats are multiples of 16 B."""
-    cover, num_warps = _cover(k)
+    cover, num_warps = row_blocks(k)
     signature = {"bytes_ptr": "*u8", "q_ptr": "*i8", "scale_ptr": "*fp32", "stride_bytes": "i32"}
     row_bytes = FORMATS[qtype].row_bytes(k)
     divisible = [n for n in signature if n != "stride_bytes" or row_bytes % 16 == 0]
