@@ -151,6 +151,19 @@ def test_on_cuda_equals_the_cpu(name):
         assert torch.equal(got.cpu(), quantize(weight, name, importance))
 
 
+def test_half_above_is_the_next_float16_away_from_zero():
+    values = torch.cat([randn(2000, seed=21) * torch.logspace(-9, 4, 2000), torch.zeros(1)])
+    values = torch.cat([values, values.half().float()])
+    half = base.half_above(values)
+    assert half.isfinite().all()
+    assert (half.float() * values >= 0).all()
+    assert (half.float().abs() >= values.abs()).all()
+    below = (
+        torch.where(half == 0, 0, half.view(torch.int16) - 1).to(torch.int16).view(torch.float16)
+    )
+    assert (below.float().abs()[half != 0] < values.abs()[half != 0]).all()
+
+
 @pytest.mark.parametrize("shape", [(32, 1), (8, 1, 1), (32, 2), (16, 3, 5), (32, 3, 257), (1, 4)])
 def test_sums_run_from_first_to_last(shape):
     terms = randn(*shape, seed=20) * torch.logspace(0, 6, shape[0]).view(-1, *[1] * len(shape[1:]))

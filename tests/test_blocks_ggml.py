@@ -128,6 +128,16 @@ def test_error_is_at_most_that_of_ggml(name):
     assert rms_error(name, data, weights(), 1.0) <= error * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("magnitude", [2.0**-12, 1.0, 2.0**9])
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_error_is_below_that_of_bytes_as_ggml(name, magnitude):
+    weight = gaussian(200, K, seed=4) * np.float32(magnitude)
+    weight[100:] *= np.abs(weight[100:]) / np.float32(magnitude)
+    for rows in (weight[:100], weight[100:], np.abs(weight[:100])):
+        error = rms_error(name, encode(name, rows), rows, 1.0)
+        assert error < rms_error(name, encode(name, rows, as_ggml=True), rows, 1.0)
+
+
 @pytest.mark.parametrize("name", list(EXPECTED))
 def test_with_importance_less_error_than_ggml_reaches_with_it(name):
     error = rms_error(name, encode(name, weights(), importance()), weights(), importance())

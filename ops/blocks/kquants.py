@@ -65,9 +65,9 @@ class _AffineK(_KQuant):
         top = (1 << self.bits) - 1
         widths = self.plain_widths if importance is None else AFFINE_WIDTHS
         scale, offset = search.fit_affine(x, importance, top, tuple(top + each for each in widths))
-        d, scale = _six_bits(scale)
-        dmin, minimum = _six_bits(offset)
-        fit = StoredFit(to_half(d).float(), scale, to_half(dmin).float(), minimum)
+        d, dmin = (to_half(_six_bits(each)[0]).float() for each in (scale, offset))
+        scale, minimum = _in_steps(scale, d, 0, SCALE_TOP), _in_steps(offset, dmin, 0, SCALE_TOP)
+        fit = StoredFit(d, scale, dmin, minimum)
         if importance is None:
             fit = settle(x, fit, (0, top))
         else:
@@ -167,8 +167,9 @@ class Q6_K(_KQuant):
         x = _columns(weights, 16)  # [16, 16, n]
         importance = None if importance is None else _columns(importance, 16)
         widths = self.plain_widths if importance is None else SYMMETRIC_WIDTHS
-        d, scale, _ = _eight_bits(search.fit_symmetric(x, importance, 32, widths))
-        fit = StoredFit(half_above(d).float(), scale)
+        scale = search.fit_symmetric(x, importance, 32, widths)
+        d = half_above(_eight_bits(scale)[0]).float()
+        fit = StoredFit(d, _in_steps(scale, d, -128, 127))
         if importance is None:
             fit = settle(x, fit, (-32, 31))
         else:
@@ -221,6 +222,11 @@ def _rows(codes: Tensor) -> Tensor:
 def _plain_weights(x: Tensor) -> Tensor:
     """``rms(group) + |x|``: large weights count more."""
     return x.abs().add_(square_root(divide(ordered_sum(x * x), 32.0)))
+
+
+def _in_steps(values: Tensor, step: Tensor, least: int, most: int) -> Tensor:
+    """round(values / step), clamped; zero where the stored step [n] is zero."""
+    return torch.where(step != 0, divide(values, step), 0).round_().clamp_(least, most)
 
 
 def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
