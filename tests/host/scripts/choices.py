@@ -15,8 +15,11 @@ OVERRIDE = "optimized_attention_override"
 
 
 def main() -> None:
-    pack, (file, _) = inside.start("--user-directory", inside.sys.argv[-1])
+    pack, (file, user) = inside.start()
+    import folder_paths
     import torch
+
+    folder_paths.set_user_directory(user)  # as the host does for --user-directory
 
     records: list[str] = []
     handler = logging.Handler()
@@ -50,10 +53,8 @@ def main() -> None:
         reloaded, _ = patcher.cached_patcher_init
         again = reloaded(*patcher.cached_patcher_init[1], disable_dynamic=True)
         found["reloaded"] = OVERRIDE in again.model_options["transformer_options"]
-    import folder_paths
-
-    user = Path(folder_paths.get_user_directory())
-    found["kept"] = [p.relative_to(user).as_posix() for p in user.rglob("measured-*.json")]
+    kept = Path(user).rglob("measured-*.json")
+    found["kept"] = [p.relative_to(user).as_posix() for p in kept]
     inside.report(found)
 
 
