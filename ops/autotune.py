@@ -118,7 +118,7 @@ def _run(job: Job, device: torch.device, memory: int, deadline: float) -> Measur
         if seconds is None:
             return None
         errors = job.errors() if job.errors is not None else {}
-    except RuntimeError as error:  # out of memory is one
+    except Exception as error:  # out of memory, Triton's own: nothing here is worth a failed load
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning("cannot measure %s on %s: %s", job.key, device, reason)
         return None

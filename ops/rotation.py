@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import OpError
+from .library import without_autocast
 
 GROUPS = (256, 64, 16, 4)
 """Group sizes that can be rotated, largest first: powers of 4."""
@@ -29,6 +30,11 @@ def rotate(x: Tensor, group: int) -> Tensor:
     check_group(x.shape[-1], group)
     if not x.is_floating_point():
         raise OpError("only floating point values can be rotated", found=x.dtype)
+    with without_autocast(x.device):
+        return _rotate(x, group)
+
+
+def _rotate(x: Tensor, group: int) -> Tensor:
     work = x.dtype if x.dtype == torch.float64 else torch.float32
     grouped = x.to(work).reshape(-1, group)
     # H256 = H16 (x) H16: two products 16 wide take an eighth of the arithmetic of one 256 wide.
