@@ -47,7 +47,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     digests = _digests(pair)
 
     encoder = load_encoder(args.encoder, tokenizer=args.tokenizer, device=device)
-    prompts = [Prompt(t, f) for t, f in zip(texts, encoder.encode(texts), strict=True)]
+    prompts = [Prompt(text, encoder.encode([text])[0].cpu()) for text in texts]  # 60 MB each
     del encoder
     models = load_pair(pair, None, None, device=device)
     total = 2 * len(prompts) * len(args.seeds) * steps

@@ -1,6 +1,7 @@
 """Comparing files: rendering, resuming, shards, processes, and what makes a new picture."""
 
 import json
+import weakref
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 from PIL import Image
 
 from ideogram4_quant.engine.compare import render as module
+from ideogram4_quant.engine.compare import workers
 from ideogram4_quant.engine.compare.cases import Case, CompareError, System, read_cases
-from ideogram4_quant.engine.compare.render import Plan, Settings, render
+from ideogram4_quant.engine.compare.render import Plan, Settings
 from ideogram4_quant.engine.compare.score import score
 from ideogram4_quant.engine.compare.store import Fingerprints, Record, Store, picture_key
+from ideogram4_quant.engine.compare.workers import render
 from ideogram4_quant.quant import quantize_checkpoint
 
 CASES = [Case(f"word {i}", seed, 64, 32, text="A") for i in range(3) for seed in (0, 1)]
@@ -35,7 +38,9 @@ def files(tiny, tmp_path_factory):
 
 @pytest.fixture
 def settings(tiny) -> Settings:
-    return Settings(tiny.encoder_dir, tiny.vae_dir, "turbo", steps=3, read=False, device="cpu")
+    return Settings(
+        tiny.encoder_dir, tiny.vae_dir, preset="turbo", steps=3, read=False, device="cpu"
+    )
 
 
 def plan(files, settings, folder) -> Plan:
@@ -118,6 +123,44 @@ def test_units_share_the_work_between_processes(files, settings, tmp_path):
     assert sum(len(unit.work) for unit in units) == 2 * len(CASES)
 
 
+def test_units_are_small_enough_for_the_features_of_their_prompts(
+    files, settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "MOST_PICTURES", 4)
+    units = plan(files, settings, tmp_path).units()
+    assert [len(unit.work) for unit in units] == [4, 2, 4, 2]
+
+
+def test_the_encoder_is_gone_before_the_transformers_come(files, settings, tmp_path, monkeypatch):
+    alive = []
+    load = module.load_encoder
+
+    def loading(*arguments, **options):
+        encoder = load(*arguments, **options)
+        alive.append(weakref.ref(encoder.model))
+        return encoder
+
+    def sampling(*arguments, **options):
+        assert alive
+        assert not any(reference() for reference in alive)
+        raise InterruptedError
+
+    monkeypatch.setattr(module, "load_encoder", loading)
+    monkeypatch.setattr(module, "load_pair", sampling)
+    with pytest.raises(InterruptedError):
+        render(plan({"BF16": files["BF16"]}, settings, tmp_path))
+
+
+def test_an_encoder_without_a_tokenizer_takes_a_folder_with_one(files, settings, tiny, tmp_path):
+    bare = tmp_path / "encoder.safetensors"
+    bare.write_bytes((tiny.encoder_dir / "model.safetensors").read_bytes())
+    base = plan(files, settings, tmp_path / "a")
+    named = replace(settings, encoder=bare, tokenizer=tiny.encoder_dir)
+    other = plan(files, named, tmp_path / "b")
+    assert other.key(files["BF16"], CASES[0]) != base.key(files["BF16"], CASES[0])
+    assert render(Plan([files["BF16"]], CASES[:1], named, other.store)) == 1
+
+
 def test_what_changes_a_picture_changes_its_key(files, settings, tmp_path):
     def keys(system=files["BF16"], settings=settings):
         return Plan([system], CASES[:1], settings, Store(tmp_path)).key(system, CASES[0])
@@ -184,7 +227,7 @@ def test_the_processes_of_a_machine_take_its_gpus_in_turn(monkeypatch):
     turn = get_context("spawn").Value("i", 0)
     for count in (2, 2, 2, 1):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
-        module._take_a_gpu(turn)
+        workers._take_a_gpu(turn)
     assert taken == [0, 1, 0]
 
 
@@ -214,4 +257,4 @@ def test_reading_cases(tmp_path):
 def test_ray_missing_is_an_error_with_a_way_out(files, settings, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(CompareError, match="--jobs"):
-        module.render(plan(files, settings, tmp_path), ray=True)
+        workers.render(plan(files, settings, tmp_path), ray=True)

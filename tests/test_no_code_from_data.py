@@ -224,9 +224,10 @@ def test_a_listing_knows_its_own_names_only(tmp_path: Path, name: str):
 def test_quantize_load_sample_and_compare_need_no_network(tiny, tmp_path: Path, monkeypatch):
     """With every socket an error; the nodes are tried alike in test_host_trust.py."""
     from ideogram4_quant.engine.compare.cases import Case, System
-    from ideogram4_quant.engine.compare.render import Plan, Settings, render
+    from ideogram4_quant.engine.compare.render import Plan, Settings
     from ideogram4_quant.engine.compare.score import score
     from ideogram4_quant.engine.compare.store import Store
+    from ideogram4_quant.engine.compare.workers import render
     from ideogram4_quant.quant import quantize_checkpoint
 
     tried = []

@@ -36,6 +36,9 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     files.add_argument("--base", type=Path, help="rest of the weights for files of linears only")
     files.add_argument("--encoder", type=Path, metavar="DIR|F")
+    files.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="where the encoder brings none"
+    )
     files.add_argument("--vae", type=Path, metavar="DIR|F")
     files.add_argument("--prompts", type=Path, metavar="F", help=".txt or .jsonl")
     files.add_argument("--limit", type=int, help="only the first prompts of the file")
@@ -102,8 +105,9 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
 
     from tqdm import tqdm
 
-    from .render import Plan, Settings, render
+    from .render import Plan, Settings
     from .store import Store
+    from .workers import render
 
     systems = [System(name, *_pair(value), args.base) for name, value in map(_named, args.system)]
     check_systems(systems)
@@ -116,7 +120,7 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     )
     settings = Settings(
         args.encoder, args.vae, args.preset, args.steps, args.guidance, args.trajectories,
-        device=args.device, threads=1 if args.jobs > 1 else None,
+        device=args.device, threads=1 if args.jobs > 1 else None, tokenizer=args.tokenizer,
     )  # fmt: skip
     store = Store(args.cache or args.out / "cache")
     plan = Plan(systems, cases, settings, store)

@@ -1,16 +1,14 @@
-"""Render what is missing: in this process, in several, or on a Ray cluster."""
+"""What is still to be rendered, and one unit of it in the process that is told to."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...checkpoint import open_checkpoint
 from ...ops.linear import LinearOptions
@@ -25,7 +23,9 @@ from .score import Rendered, word_reader
 from .store import Fingerprints, Record, Store, picture_key
 
 Progress = Callable[[int], None]
-_LOOK_EVERY = 2.0  # seconds between two looks for what other processes have made
+
+#: Of one unit, at most: the features of its prompts wait in RAM, up to 60 MB each at full size.
+MOST_PICTURES = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Settings:
     """What all systems share: encoder, VAE, schedule, and whether to keep trajectories.
 
     ``threads`` is the number of torch threads of one process; ``read`` asks for OCR, which is left
-    to the scoring where it is not installed.
+    to the scoring where it is not installed. ``tokenizer`` is for an encoder without one.
     """
 
     encoder: Path
@@ -46,6 +46,7 @@ class Settings:
     device: str | None = None
     dtype: str | None = None
     threads: int | None = None
+    tokenizer: Path | None = None
 
     def painting(self) -> dict[str, object]:
         """The settings that change a picture, for its key."""
@@ -90,6 +91,8 @@ class Plan:
             "encoder": prints.of(settings.encoder),
             "vae": prints.of(settings.vae),
         }
+        if settings.tokenizer is not None:
+            shared["tokenizer"] = prints.of(settings.tokenizer)
         self._keys = {}
         for system in systems:
             identity = {
@@ -130,7 +133,7 @@ class Plan:
         for system in self.systems:
             work = by_system.get(system.name, [])
             parts = 1 if len(by_system) >= 2 * jobs else jobs
-            size = max(1, -(-len(work) // parts))
+            size = max(1, min(MOST_PICTURES, -(-len(work) // parts)))
             units += [Unit(system, tuple(work[i : i + size])) for i in range(0, len(work), size)]
         return units
 
@@ -157,19 +160,20 @@ def path_size(path: Path) -> int:
     return sum(f.stat().st_size for f in path.rglob("*.safetensors"))
 
 
-def load_models(system: System, settings: Settings) -> Models:
-    """Both copies of a system (one, where one file holds only the conditional), encoder and VAE."""
-    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    place = {"device": settings.device, "dtype": dtype}
+def _encoded(cases: Sequence[Case], settings: Settings, place: dict) -> dict[str, Tensor]:
+    """Prompt -> features, kept in RAM. The encoder is gone afterwards: with both copies of the
+    transformer it does not fit 24 GB."""
+    encoder = load_encoder(settings.encoder, tokenizer=settings.tokenizer, **place)
+    prompts = dict.fromkeys(case.prompt for case in cases)
+    return {prompt: encoder.encode([prompt])[0].cpu() for prompt in prompts}
+
+
+def _load(system: System, settings: Settings, place: dict) -> Models:
+    """Both copies of a system (one, where one file holds only the conditional) and the VAE."""
     copies = "both" if system.guided else "conditional"
     pair = open_pair(system.conditional, system.unconditional, base=system.base, copies=copies)
-    return load_pair(
-        pair,
-        load_encoder(settings.encoder, **place),
-        load_vae(settings.vae, **place),
-        options=LinearOptions(**system.options),
-        **place,
-    )
+    vae = load_vae(settings.vae, **place)
+    return load_pair(pair, None, vae, options=LinearOptions(**system.options), **place)
 
 
 def render_unit(
@@ -179,11 +183,15 @@ def render_unit(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     store = Store(Path(folder))
-    models = load_models(unit.system, settings)
-    reader = word_reader([case for _, case in unit.work]) if settings.read else None
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    place = {"device": settings.device, "dtype": dtype}
+    cases = [case for _, case in unit.work]
+    features = _encoded(cases, settings, place)
+    models = _load(unit.system, settings, place)
+    reader = word_reader(cases) if settings.read else None
     for key, case in unit.work:
         started = time.perf_counter()
-        result = generate(settings.request(case), models)
+        result = generate(settings.request(case), models, features=features[case.prompt])
         seconds = time.perf_counter() - started
         read = reader(result.image) if reader is not None and case.text else None
         latents = torch.stack(result.trajectory) if settings.trajectories else None
@@ -191,106 +199,3 @@ def render_unit(
         if progress is not None:
             progress(1)
     return len(unit.work)
-
-
-def _take_a_gpu(turn) -> None:
-    """One CUDA device after the other for the processes of one machine; ``turn`` counts them."""
-    with turn.get_lock():
-        number = turn.value
-        turn.value += 1
-    if torch.cuda.device_count() > 1:
-        torch.cuda.set_device(number % torch.cuda.device_count())
-
-
-def render(
-    plan: Plan,
-    *,
-    jobs: int = 1,
-    shard: tuple[int, int] = (0, 1),
-    ray: bool = False,
-    progress: Progress | None = None,
-) -> int:
-    """Make every missing picture of the shard; returns how many were made.
-
-    ``jobs`` processes on this machine, which take its CUDA devices in turn, or with ``ray`` tasks
-    on the cluster that ``ray.init()`` finds, at least one for each of its GPUs, each task with a
-    GPU of its own (its workers must see the same folders).
-    """
-    folder = str(plan.store.folder)
-    watch = _Watch(plan, shard, progress)
-    if ray:
-        return _render_on_ray(plan, shard, jobs, folder, watch)
-    units = plan.units(shard, jobs)
-    if jobs == 1:
-        return sum(render_unit(unit, plan.settings, folder, progress) for unit in units)
-    context = get_context("spawn")
-    turn = context.Value("i", 0)
-    pool = ProcessPoolExecutor(jobs, context, initializer=_take_a_gpu, initargs=(turn,))
-    with pool:
-        waiting = {pool.submit(render_unit, unit, plan.settings, folder) for unit in units}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=_LOOK_EVERY, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                watch.look()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, BrokenProcessPool):
-                raise CompareError(
-                    "a process died, most often for want of memory",
-                    hint="Run it again with fewer --jobs: it goes on with what is left.",
-                ) from error
-            raise
-    return watch.made
-
-
-class _Watch:
-    """Reports the pictures of other processes as they appear in the store."""
-
-    def __init__(self, plan: Plan, shard: tuple[int, int], progress: Progress | None) -> None:
-        self._store, self._progress = plan.store, progress
-        self._wanted = plan.settings.trajectories
-        self._missing = {key for _, key, _ in plan.missing(shard)}
-        self.made = 0
-
-    def look(self) -> None:
-        """Count what has come since the last look."""
-        come = {key for key in self._missing if self._store.has(key, trajectory=self._wanted)}
-        self._missing -= come
-        self.made += len(come)
-        if come and self._progress is not None:
-            self._progress(len(come))
-
-
-def _render_on_ray(
-    plan: Plan, shard: tuple[int, int], jobs: int, folder: str, watch: _Watch
-) -> int:
-    try:
-        import ray
-    except ImportError as error:
-        raise CompareError("Ray is not installed", hint="pip install ray, or use --jobs") from error
-    if not ray.is_initialized():
-        try:
-            ray.init(address="auto", log_to_driver=False)
-        except ConnectionError as error:
-            raise CompareError(
-                "no Ray cluster is running", hint="Start one (ray start --head), or use --jobs."
-            ) from error
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    kind = plan.settings.device_kind
-    if plan.settings.device is None and (kind == "cuda") != (gpus > 0):
-        raise CompareError(
-            "this machine and the cluster have different devices",
-            found=f"{kind} here, {gpus} GPUs there",
-            hint="Name the one to use: --device cuda or --device cpu.",
-        )
-    # Ray hides the GPUs of a node from tasks that ask for none.
-    task = ray.remote(num_cpus=1, num_gpus=1 if kind == "cuda" else 0)(render_unit)
-    units = plan.units(shard, max(jobs, gpus if kind == "cuda" else 1))
-    waiting = [task.remote(unit, plan.settings, folder) for unit in units]
-    while waiting:
-        done, waiting = ray.wait(waiting, timeout=_LOOK_EVERY)
-        ray.get(done)
-        watch.look()
-    return watch.made
