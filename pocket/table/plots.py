@@ -38,23 +38,30 @@ def _panels(count: int, height: float):
 
 
 def fidelity(comparisons: Mapping[str, Comparison], path: Path) -> None:
-    """Latent SQNR after the last step over the bytes of both copies, with the Pareto front."""
+    """Latent SQNR after the last step over the bytes of both copies, with the Pareto front.
+
+    Without the rungs of the protection ladder, which have a plot of their own, and the GGUF rows as
+    W8A8, which would cover others.
+    """
     figure, panels = _panels(len(comparisons), 6.0)
     for axes, (name, comparison) in zip(panels, comparisons.items(), strict=True):
         points = []
         for system in comparison.systems:
             cell = comparison.cell(system, "latent_sqnr")
-            if system.name != REFERENCE and cell is not None:
+            left_out = system.name == REFERENCE or system.name.endswith(("protected", "as W8A8"))
+            if not left_out and cell is not None:
                 points.append((system.bytes / 1e6, cell.interval, system.name))
         for size, interval, _ in points:
             bars = [[interval.mean - interval.low], [interval.high - interval.mean]]
-            axes.errorbar(size, interval.mean, yerr=bars, fmt="o", ms=4, capsize=2, color=_BLUE)
+            axes.errorbar(
+                size, interval.mean, yerr=bars, fmt="o", ms=4, capsize=2, color=_BLUE, zorder=5
+            )
         _labels(axes, [(size, interval.mean, label) for size, interval, label in points])
         front = pareto_front([(size, interval.mean) for size, interval, _ in points])
         x, y = [points[i][0] for i in front], [points[i][1].mean for i in front]
-        axes.step(x, y, where="post", color=_RED, lw=1.0, label="Pareto front")
+        axes.step(x, y, where="post", color=_RED, lw=1.0, label="Pareto front", zorder=1)
         axes.set(title=name, xlabel="both copies (MB)")
-        axes.set_xlim(right=max(p[0] for p in points) + 3.2)
+        axes.set_xlim(right=max(p[0] for p in points) + 1.6)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     panels[0].set_ylabel(f"latent SQNR to {REFERENCE} (dB)")
     figure.savefig(path)
@@ -63,7 +70,7 @@ def fidelity(comparisons: Mapping[str, Comparison], path: Path) -> None:
 def _labels(axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Labels right of their points, pushed apart where they would cover each other."""
     low, high = axes.get_ylim()
-    step = (high - low) / 42
+    step = (high - low) / 32
     placed: list[tuple[float, float]] = []
     for x, y, label in sorted(points, key=lambda p: p[1]):
         place = y
@@ -72,8 +79,10 @@ def _labels(axes, points: Sequence[tuple[float, float, str]]) -> None:
                 place = other_y + step
         placed.append((x, place))
         axes.annotate(
-            label, (x, y), xytext=(x + 0.25, place), fontsize=7, va="center",
+            label, (x, y), xytext=(x + 0.15, place), fontsize=8, va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.3, "color": _GREY},
+            bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
+            zorder=3,
         )  # fmt: skip
 
 
@@ -88,7 +97,8 @@ def trajectories(comparisons: Mapping[str, Comparison], path: Path) -> None:
         axes.set(title=name, xlabel="sampling step")
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"latent SQNR to {REFERENCE} (dB)")
-    panels[-1].legend(frameon=False, fontsize=8)
+    lines = panels[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=len(_DRAWN), frameon=False)
     figure.savefig(path)
 
 

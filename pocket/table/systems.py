@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...checkpoint.canonical import is_linear
 from ...ops.blocks import quantize
-from ...ops.layouts import FP8Layout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
+from ...ops.layouts import FP8Layout, GGUFLayout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
 from ...ops.reference import dequantize_rotate_quantize
 from ...quant.calibration import Calibration
 from ...quant.recipes import BLOCK_LINEARS
@@ -90,6 +90,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
     Scheme("ours: INT8 auto", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
+    Scheme("ours: Q4_K", _stored(GGUFLayout.NAME, qtype="Q4_K")),
     Scheme("ours: Q4_K, importance", _important, importance=True),
     Scheme("FP8 per row", _stored(FP8Layout.NAME, per_row=True)),
     Scheme("NF4", _stored(NF4Layout.NAME)),
