@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         print(
-            f"error: {error.name} is not installed. pip install 'ideogram4-quant[demo]'",
+            f"error: {error.name} is not installed. In the pack's folder, with an environment of "
+            'its own (not ComfyUI\'s): pip install -e ".[demo]"',
             file=sys.stderr,
         )
         return 1

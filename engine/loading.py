@@ -47,8 +47,9 @@ def open_pair(
                 "guidance needs both copies, and this file holds one",
                 file=model,
                 found=f"{', '.join(both.copies)} ({both.copy_reason})",
-                hint="Give the unconditional copy's file (--uncond F), or leave guidance out "
-                "(--copies conditional): the picture is worse without.",
+                hint="Give the unconditional copy's file too (--uncond F; in compare "
+                "--system NAME=COND,UNCOND). generate can leave guidance out with "
+                "--copies conditional: the picture is worse without.",
             )
         return both, both
     first = open_checkpoint(model, base, copy="conditional")

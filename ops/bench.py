@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         raise OpError("sizes must be positive", found=found)
     if args.chart is not None:
         check_output(args.chart, overwrite=args.overwrite)
+        import_module("matplotlib")  # missing: told before minutes of measuring
     document = bench(device, tokens, args.features, args.rounds)
     if args.chart is not None:
         from .bench_chart import draw

@@ -12,7 +12,7 @@ VAE_STAGES = tuple(
 
 def read_log(path: Path) -> list[dict]:
     """The rows of one stage's log."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw(logs: Path, out: Path) -> None:

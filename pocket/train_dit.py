@@ -207,7 +207,7 @@ class DitTrainer:
             if self.step % 20 == 0:
                 row = {"step": self.step, "seconds": round(time.time() - started, 1)}
                 row |= {k: sum(entry[k] for entry in logs) / len(logs) for k in logs[0]}
-                with log_path.open("a") as file:
+                with log_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 logs = []
             if self.step % save_every == 0 or self.step == self.stage.steps:

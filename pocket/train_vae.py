@@ -93,7 +93,7 @@ def _train_part(kind: str, part: str, steps: int, vae, latents: LinearLatents, w
         step, total = step + 1, total + loss.item()
         if step % 20 == 0:
             row = {"step": step, "seconds": round(time.time() - started, 1), "loss": total / 20}
-            with (work / f"vae_{kind}_{part}.jsonl").open("a") as file:
+            with (work / f"vae_{kind}_{part}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             total = 0.0
         if step % 100 == 0 or step == steps:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from ...engine.compare.cases import Case
 from ...engine.compare.metrics import latent_sqnr, ocr_scores, psnr, ssim
 from ...engine.ocr import WordReader
+from ...ops.new_file import replaced
 from .painting import PRESET, Painted
 
 #: Part of every key; raised when the same weights would be painted or measured otherwise.
@@ -63,9 +63,10 @@ class RunStore:
         tensors = {"pictures": torch.from_numpy(pixels)}
         if not run.steps:
             tensors["trajectories"] = painted.trajectories.contiguous()
-        self._write(f"{key}.safetensors", lambda part: save_file(tensors, part))
-        text = json.dumps(asdict(run))
-        self._write(f"{key}.json", lambda part: part.write_text(text, encoding="utf-8"))
+        with replaced(self.folder / f"{key}.safetensors") as file:
+            save_file(tensors, file)
+        with replaced(self.folder / f"{key}.json") as file:
+            file.write_text(json.dumps(asdict(run)), encoding="utf-8")
 
     def painted(self, key: str) -> Painted:
         """Pictures and trajectories of a run that is there; a reference has both."""
@@ -77,8 +78,8 @@ class RunStore:
         """Make this the newest run of its model, system and part: what a table is made from."""
         known = self._entries()
         known[f"{run.variant} | {run.scheme} | {run.part}"] = key
-        text = json.dumps(known, indent=1)
-        self._write("table.json", lambda part: part.write_text(text, encoding="utf-8"))
+        with replaced(self.folder / "table.json") as file:
+            file.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
     def newest(self) -> dict[str, Run]:
         """Key -> run, for the newest run of every model, system and part."""
@@ -88,14 +89,6 @@ class RunStore:
     def _entries(self) -> dict[str, str]:
         file = self.folder / "table.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-    def _write(self, name: str, write: Callable[[Path], object]) -> None:
-        part = self.folder / f"{name}.{os.getpid()}.part"
-        try:
-            write(part)
-            os.replace(part, self.folder / name)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def run_key(
