@@ -1,5 +1,6 @@
 """The table of systems on the pocket model: what a row computes, and that it is made once."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -145,6 +146,24 @@ def test_a_key_covers_weights_compute_cases_and_reference():
     }
     assert len(keys) == 5
     assert run_key(tensors, "dense", cases_of_part(0), None) in keys
+
+
+def test_the_readme_prints_what_the_table_says():
+    document = table.DOCUMENT.read_text(encoding="utf-8")
+    readme = (table.DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (?:\*\*)?([^|*(]+?)(?:\*\*)?(?: \(.+?\))?" + r" \| ([\d.]+)" * 4 + r" \|$",
+        readme,
+        re.M,
+    )
+    assert len(rows) == 9
+    for name, *printed in rows:
+        models = (
+            document.partition(f"<!-- begin {m} -->")[2] for m in ("clean", "channels", "tokens")
+        )
+        cells = [re.search(rf"^\| {re.escape(name)} \|.*$", m, re.M)[0].split("|") for m in models]
+        found = [float(cells[0][2]), *(float(row[5].split()[0]) for row in cells)]
+        assert [float(value) for value in printed] == pytest.approx(found, abs=0.0501)
 
 
 def test_a_model_has_the_same_bytes_whenever_it_is_written(tmp_path):
