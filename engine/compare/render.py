@@ -110,17 +110,20 @@ class Plan:
         return self._keys[system.name, case.key]
 
     def missing(self, shard: tuple[int, int] = (0, 1)) -> list[tuple[System, str, Case]]:
-        """What shard ``i`` of ``n`` has to make; the shards split the keys evenly by their hash."""
+        """What shard ``i`` of ``n`` has to make: every n-th picture in the order of keys.
+
+        So shards differ by at most one picture, and know their share without knowing each other.
+        """
         index, count = shard
         if not 0 <= index < count:
             raise CompareError("no such shard", found=f"{index}/{count}", needed="0 <= i < n")
         wanted = self.settings.trajectories
+        share = set(sorted(set(self._keys.values()))[index::count])
         todo: dict[str, tuple[System, str, Case]] = {}  # two systems may have the same files
         for system in self.systems:
             for case in self.cases:
                 key = self.key(system, case)
-                ours = int(key[:12], 16) % count == index
-                if ours and key not in todo and not self.store.has(key, trajectory=wanted):
+                if key in share and key not in todo and not self.store.has(key, trajectory=wanted):
                     todo[key] = (system, key, case)
         return list(todo.values())
 
