@@ -27,7 +27,7 @@ def encoding_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise QuantOptionError(
             f"cannot encode on this device: {reason}", found=device, hint="Leave --device out."
         ) from error

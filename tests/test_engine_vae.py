@@ -132,7 +132,13 @@ def test_old_prefixes_of_the_quantization_convolutions(tiny, tmp_path):
             name = f"decoder.{name}"
         renamed[name] = tensor
     save_file(renamed, tmp_path / "old.safetensors")
-    load_vae(tmp_path / "old.safetensors", device="cpu")
+    assert renamed.keys() != state.keys()
+    old, new = (
+        load_vae(file, device="cpu").model.state_dict()
+        for file in (tmp_path / "old.safetensors", tiny.vae_file)
+    )
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in new)
 
 
 def test_wrong_files_are_named(tiny, tmp_path):
