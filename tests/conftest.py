@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from ideogram4_quant.tests.host.locate import Host, find_host
 from ideogram4_quant.tests.host.server import PACK_FOLDER, Server, environment, make_base
@@ -39,6 +40,14 @@ def host() -> Host:
 def base(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of a ComfyUI of its own, with the pack in custom_nodes."""
     return make_base(tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    """A small random transformer by canonical names; a test may change it."""
+    from ideogram4_quant.tests import fixtures_files
+
+    return fixtures_files.model()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,232 @@
+"""What open_checkpoint and load refuse or leave out, and what they say of it."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ideogram4_quant.checkpoint import open_checkpoint
+from ideogram4_quant.ops.errors import (
+    CheckpointError,
+    CorruptFileError,
+    NotIdeogram4Error,
+    OpError,
+    TruncatedFileError,
+)
+from ideogram4_quant.tests import fixtures_files as files
+from ideogram4_quant.tests import fixtures_storage as storage
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("diffusion_model.layers.0.attention.qkv.lora_A.weight", "LoRA"),
+        ("model.language_model.layers.0.self_attn.q_proj.weight", "text encoder"),
+        ("decoder.conv_in.weight", "VAE"),
+        ("cap_embedder.0.weight", "no layers.0"),
+    ],
+)
+def test_other_models(tmp_path: Path, key: str, what: str):
+    path = files.save(tmp_path / "m.safetensors", {key: torch.zeros(2, 2)})
+    with pytest.raises(NotIdeogram4Error, match=what):
+        open_checkpoint(path)
+
+
+def test_missing_tensors_are_named(tmp_path: Path, state):
+    del state["layers.1.ffn_norm2.weight"], state["final_layer.linear.bias"]
+    ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+    with pytest.raises(
+        CorruptFileError,
+        match=r"2 tensors.*layers\.1\.ffn_norm2\.weight, final_layer\.linear\.bias",
+    ):
+        ck.load("conditional")
+
+
+def test_wrong_shape(tmp_path: Path, state):
+    state["layers.1.attention.o.weight"] = torch.zeros(64, 32)
+    ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+    with pytest.raises(
+        CorruptFileError, match=r"layers\.1\.attention\.o\.weight.*\[64, 32\].*\[64, 64\]"
+    ):
+        ck.load("conditional")
+
+
+def test_unknown_tensors_are_reported_once(tmp_path: Path, state, caplog):
+    state |= {"vae.decoder.weight": torch.zeros(1), "scaled_fp8": torch.zeros(0)}
+    with caplog.at_level(logging.WARNING):
+        ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+        ck.load("conditional")
+        ck.load("conditional")
+    assert len(caplog.records) == 1
+    assert "ignored 1 tensors" in caplog.text
+    assert "vae.decoder.weight" in caplog.text
+
+
+def test_tensors_without_a_place_in_the_model(tmp_path: Path, state, caplog):
+    state["layers.0.attention.qkv.bias"] = torch.ones(192)
+    ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+    assert "layers.0.attention.qkv.bias" in caplog.text
+    assert "layers.0.attention.qkv.bias" not in ck.load("conditional")
+
+
+def test_dtype_that_weights_do_not_have(tmp_path: Path, state):
+    ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+    with pytest.raises(OpError, match="no such dtype"):
+        ck.stream("conditional", dtype=torch.float64)
+
+
+def test_a_folder_that_cannot_be_read(tmp_path: Path, state, monkeypatch):
+    path = files.save(tmp_path / "m.safetensors", state)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("ideogram4_quant.checkpoint.container._open_file", refuse)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be read: Permission denied"):
+        open_checkpoint(path)
+
+
+def test_stored_twice(tmp_path: Path, state):
+    state["transformer.adaln_proj.weight"] = state["adaln_proj.weight"].clone()
+    with pytest.raises(CorruptFileError, match="stored twice"):
+        open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+
+
+@pytest.mark.parametrize(
+    ("parts", "found"),
+    [
+        (
+            {
+                "weight": torch.zeros(64, 32, dtype=torch.uint8),
+                "weight_scale": torch.ones(64, 4).to(torch.float8_e4m3fn),
+                "weight_scale_2": torch.ones(()),
+                "comfy_quant": storage.as_json({"format": "nvfp4"}),
+            },
+            "nvfp4",
+        ),
+        (
+            {
+                "weight": torch.zeros(64, 64, dtype=torch.float8_e4m3fn),
+                "weight_scale": torch.ones(64, 2, dtype=torch.uint8),
+                "comfy_quant": storage.as_json({"format": "mxfp8"}),
+            },
+            "mxfp8",
+        ),
+        ({"weight": torch.zeros(64, 64, dtype=torch.float8_e5m2)}, "F8_E5M2"),
+        ({"weight": torch.zeros(64, 32, dtype=torch.uint8)}, "U8 without a description"),
+        (
+            {"weight": torch.zeros(64, 64, dtype=torch.int8), "SCB": torch.ones(64)},
+            r"adaln_proj\.SCB",
+        ),
+        (
+            {
+                "weight": torch.zeros(64, 64, dtype=torch.float8_e4m3fn),
+                "weight_scale_inv": torch.ones(1, 1),
+            },
+            "weight_scale_inv",
+        ),
+        (
+            {
+                "weight": torch.zeros(2048, 1, dtype=torch.uint8),
+                "weight.quant_state.bitsandbytes__fp4": storage.as_json({"quant_type": "fp4"}),
+            },
+            "bitsandbytes fp4",
+        ),
+    ],
+)
+def test_formats_that_are_not_read(tmp_path: Path, state, parts: dict, found: str):
+    del state["adaln_proj.weight"]
+    stored = state | {f"adaln_proj.{suffix}": value for suffix, value in parts.items()}
+    path = files.save(tmp_path / "m.safetensors", stored)
+    with pytest.raises(CheckpointError, match=rf"adaln_proj.*not supported \(found .*{found}"):
+        open_checkpoint(path)
+
+
+def test_gguf_type_that_is_not_read(tmp_path: Path, state):
+    tensors = {name: (tensor.numpy(), "F32") for name, tensor in state.items()}
+    blocks = torch.zeros(64, 36, dtype=torch.uint8).numpy()
+    tensors["layers.0.attention.o.weight"] = (blocks, "IQ4_NL")
+    path = files.write_gguf_py(tmp_path / "m.gguf", tensors)
+    with pytest.raises(CheckpointError, match=r"attention\.o.*IQ4_NL.*Use a file of Q8_0"):
+        open_checkpoint(path)
+
+
+BAD_PARTS = {
+    "int8 without scale": ({"weight_scale": None}, "without a scale"),
+    "scale too short": ({"weight_scale": torch.ones(63)}, "no scale of this weight"),
+    "scale of integers": ({"weight_scale": torch.ones(64, dtype=torch.int32)}, "no scale"),
+    "scale not finite": ({"weight_scale": torch.full((64,), float("nan"))}, "NaN or infinity"),
+    "smooth too short": ({"smooth": torch.ones(63)}, "no smooth of this weight"),
+    "smooth with zero": ({"smooth": torch.zeros(64)}, "smooth"),
+    "rotation group": (
+        {
+            "comfy_quant": storage.as_json(
+                {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 48}
+            )
+        },
+        "rotation group",
+    ),
+    "description": ({"comfy_quant": torch.zeros(9, dtype=torch.uint8)}, "no usable JSON"),
+    "description type": ({"comfy_quant": torch.zeros(9)}, "no text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PARTS)
+def test_parts_that_do_not_fit(tmp_path: Path, state, case: str):
+    change, message = BAD_PARTS[case]
+    q, scale = storage.pack_int8(state.pop("adaln_proj.weight"))
+    parts = {"weight": q, "weight_scale": scale, **change}
+    stored = state | {f"adaln_proj.{k}": v for k, v in parts.items() if v is not None}
+    path = files.save(tmp_path / "m.safetensors", stored)
+    with pytest.raises(CorruptFileError, match=rf"adaln_proj.*{message}"):
+        open_checkpoint(path).load("conditional")
+
+
+BAD_NF4 = {
+    "weight.absmax": torch.ones(63),
+    "weight.quant_map": torch.ones(15),
+    "weight": torch.zeros(2047, 1, dtype=torch.uint8),
+    "weight.quant_state.bitsandbytes__nf4": storage.as_json(
+        {"quant_type": "nf4", "shape": [64, -64], "blocksize": 64}
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", BAD_NF4)
+def test_nf4_parts_that_do_not_fit(tmp_path: Path, state, suffix: str):
+    stored, _ = storage.pack_nf4(state.pop("adaln_proj.weight"))
+    stored[suffix] = BAD_NF4[suffix]
+    state |= {f"adaln_proj.{key}": value for key, value in stored.items()}
+    path = files.save(tmp_path / "m.safetensors", state)
+    with pytest.raises(CorruptFileError, match="adaln_proj"):
+        open_checkpoint(path).load("conditional")
+
+
+def test_a_scale_without_weight(tmp_path: Path, state):
+    state["adaln_proj.weight_scale"] = torch.ones(64)
+    del state["adaln_proj.weight"]
+    with pytest.raises(CheckpointError, match="adaln_proj"):
+        open_checkpoint(files.save(tmp_path / "m.safetensors", state))
+
+
+def test_file_that_changes_after_opening(tmp_path: Path, state):
+    path = files.save(tmp_path / "m.safetensors", state)
+    ck = open_checkpoint(path)
+    save_file(files.model(1, num_layers=3), path)
+    with pytest.raises(CheckpointError, match="changed after it was opened"):
+        ck.load("conditional")
+
+
+def test_truncated_download(tmp_path: Path, state):
+    path = files.save(tmp_path / "m.safetensors", state)
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 10)
+    with pytest.raises(
+        TruncatedFileError,
+        match=rf"m\.safetensors: tensor .*found {size - 10:,} bytes, needed {size:,} .*download",
+    ):
+        open_checkpoint(path)
