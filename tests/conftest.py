@@ -14,6 +14,9 @@ from torch import Tensor
 from ideogram4_quant.tests.host.locate import Host, find_host
 from ideogram4_quant.tests.host.server import PACK_FOLDER, Server, environment, make_base
 
+# helpers whose assertions shall say what they compared
+pytest.register_assert_rewrite("ideogram4_quant.tests.checkpoint_weights")
+
 SCRIPTS = Path(__file__).resolve().parent / "host" / "scripts"
 
 

@@ -5,6 +5,7 @@ Nothing here uses the package's own readers or writers, so that a shared mistake
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -176,8 +177,29 @@ def is_linear(name: str) -> bool:
     }
 
 
+def linears(state: dict[str, torch.Tensor]) -> set[str]:
+    """The names of the weights of linears."""
+    return {name for name in state if is_linear(name)}
+
+
 def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
     """A safetensors file by the safetensors library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+    return path
+
+
+def save_folder(path: Path, stored: dict[str, torch.Tensor]) -> Path:
+    """A diffusers model folder in two shards with an index."""
+    names = sorted(stored)
+    shards = [names[::2], names[1::2]]
+    index = {}
+    for number, part in enumerate(shards, 1):
+        file = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        save(path / file, {name: stored[name] for name in part})
+        index |= dict.fromkeys(part, file)
+    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": index})
+    (path / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+    values = {"_class_name": "Ideogram4Transformer2DModel", **CONFIG}
+    (path / "config.json").write_text(json.dumps(values))
     return path

@@ -1,6 +1,7 @@
-"""Stored forms of one linear, made by independent code, each with the weight that it stands for.
+"""Stored forms of a linear, made by independent code, each with the weight that it stands for.
 
-A packer returns (stored tensors by suffix, the true weight in fp32).
+A packer of one linear returns (stored tensors by suffix, the true weight in fp32); those of a
+whole model return (stored tensors by name, the true weights by name).
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import numpy as np
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-Packed = tuple[dict[str, torch.Tensor], torch.Tensor]
+from ideogram4_quant.tests import fixtures_files as files
+
+State = dict[str, torch.Tensor]
+Packed = tuple[State, torch.Tensor]
 
 
 def as_json(value: object) -> torch.Tensor:
@@ -121,6 +125,20 @@ def pack_smooth_int8(weight: torch.Tensor, seed: int, *, scale_dtype=torch.float
     return {"wq": q, "ws": scale, "smooth": smooth}, q.float() * scale.float() / smooth
 
 
+def packed(state: State, pack, prefix: str = "", skip=()) -> tuple[State, State]:
+    """(stored tensors, true weights) with every linear packed but those of ``skip``."""
+    stored, truth = {}, {}
+    for name, tensor in state.items():
+        module = name.removesuffix(".weight")
+        if files.is_linear(name) and not any(part in name for part in skip):
+            parts, truth[name] = pack(tensor)
+            stored |= {f"{prefix}{module}.{suffix}": value for suffix, value in parts.items()}
+        else:
+            stored[prefix + name] = tensor.bfloat16()
+            truth[name] = tensor
+    return stored, truth
+
+
 # --- GGUF -----------------------------------------------------------------------------------------
 
 # Where the fp16 factors of a block lie, for random bytes that decode to sane numbers
@@ -145,3 +163,22 @@ def gguf_blocks(weight: torch.Tensor, kind: str, seed: int = 0) -> tuple[np.ndar
     else:
         data = gguf.quants.quantize(weight.numpy(), qtype)
     return data, torch.from_numpy(gguf.quants.dequantize(data, qtype).copy()).float()
+
+
+def gguf_tensors(state: State, kind: str, prefix: str = "", everything: bool = False):
+    """Linears in ``kind`` (Q8_0 where blocks do not fit), the rest F16, or ``kind`` as well."""
+    tensors, truth = {}, {}
+    for number, (name, tensor) in enumerate(state.items()):
+        matrix = tensor.reshape(1, -1) if tensor.dim() == 1 else tensor
+        columns = matrix.shape[1]
+        if files.is_linear(name) or (everything and name.endswith(".weight")):
+            used = kind if columns % (256 if kind.endswith("_K") else 32) == 0 else "Q8_0"
+            data, true = gguf_blocks(matrix, used, number)
+            data = data.reshape(-1) if tensor.dim() == 1 else data
+            tensors[prefix + name] = (data, used)
+            truth[name] = true.reshape(tensor.shape)
+        else:
+            used = "BF16" if everything else "F16"
+            tensors[prefix + name] = (tensor.numpy(), used)
+            truth[name] = tensor if everything else tensor.half().float()
+    return tensors, truth
