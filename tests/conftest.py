@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from torch import Tensor
+import torch
 
 from ideogram4_quant.tests.host.locate import Host, find_host
 from ideogram4_quant.tests.host.server import PACK_FOLDER, Server, environment, make_base
 
 # helpers whose assertions shall say what they compared
-pytest.register_assert_rewrite("ideogram4_quant.tests.checkpoint_weights")
+pytest.register_assert_rewrite(
+    "ideogram4_quant.tests.checkpoint_weights", "ideogram4_quant.tests.kernel_checks"
+)
 
 SCRIPTS = Path(__file__).resolve().parent / "host" / "scripts"
 
@@ -46,7 +48,20 @@ def base(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def state() -> dict[str, Tensor]:
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` gives NaN and 85, so an output that a kernel leaves unwritten fails."""
+    torch.manual_seed(0)
+    empty = torch.empty
+
+    def poisoned(*size, **options):
+        tensor = empty(*size, **options)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 85)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
     """A small random transformer by canonical names; a test may change it."""
     from ideogram4_quant.tests import fixtures_files
 

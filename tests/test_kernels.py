@@ -26,7 +26,14 @@ def run_apart(name: str, **environment: str) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["test_kernels_interpreted.py", "test_fused_interpreted.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_kernels_interpreted.py",
+        "test_kernels_interpreted_rows.py",
+        "test_fused_interpreted.py",
+    ],
+)
 def test_under_the_interpreter(name):
     run_apart(name, TRITON_INTERPRET="1")
 
