@@ -48,6 +48,17 @@ def base(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def nothing_measured() -> Iterator[None]:
+    """No measured choices of the CPU, before or after."""
+    from ideogram4_quant.ops import choices
+
+    cpu = torch.device("cpu")
+    choices.forget(cpu)
+    yield
+    choices.forget(cpu)
+
+
+@pytest.fixture
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """``torch.empty`` gives NaN and 85, so an output that a kernel leaves unwritten fails."""
     torch.manual_seed(0)
