@@ -47,6 +47,13 @@ def base(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("comfyui"))
 
 
+@pytest.fixture(params=[False, True], ids=["grad mode", "inference mode"])
+def mode(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether the test runs in inference mode: once not, once so."""
+    with torch.inference_mode(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def nothing_measured() -> Iterator[None]:
     """No measured choices of the CPU, before or after."""

@@ -39,12 +39,6 @@ def relative(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
-@pytest.fixture(params=[False, True], ids=["grad mode", "inference mode"])
-def mode(request):
-    with torch.inference_mode(request.param):
-        yield request.param
-
-
 # ---- the formula
 
 

@@ -121,7 +121,7 @@ def test_the_oldest_comfy_kitchen_that_is_supported(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     version = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert version.stdout.strip() == "0.2.31"
-    names = ("linear", "int8_linear", "gguf_linear", "layouts", "layout_hooks")
+    names = ("linear", "int8_linear", "gguf_linear", "layouts", "layout_operations", "layout_hooks")
     files = [here / f"test_{name}.py" for name in names]
     options = ["-q", "-m", "not slow", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *map(str, files)]
