@@ -51,6 +51,73 @@ def is_ours(weight: object) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls in FORMATS
 
 
+class _QuantizedLinear:
+    """What the host's mixed-precision linear, which this is mixed into, lacks for our layouts."""
+
+    takes_activations = True
+    weight_dtype: torch.dtype  # of ``make_ops``, as are the options
+    linear_options: LinearOptions | None
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ):
+        key = prefix + "weight"
+        weight = state_dict.get(key)
+        if not is_ours(weight):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+            )
+            return
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            errors.append(
+                f"{key}: found {tuple(weight.shape)}, "
+                f"needed {(self.out_features, self.in_features)}"
+            )
+            return
+        state_dict.pop(key)
+        self.layout_type = weight._layout_cls
+        self.quant_format = FORMATS[weight._layout_cls]
+        weight = weight.to(device=self.factory_kwargs["device"], dtype=self.weight_dtype)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        # the bias the plain way, past the host's handling of quantized weights
+        torch.nn.Module._load_from_state_dict(
+            self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+        if key in missing:
+            missing.remove(key)
+
+    def forward_comfy_cast_weights(
+        self, input, compute_dtype=None, want_requant=False, weight_only_quant=False
+    ):
+        if not (weight_only_quant and is_ours(self.weight)):
+            return super().forward_comfy_cast_weights(
+                input, compute_dtype, want_requant, weight_only_quant
+            )
+        # The host's lines but for a cast to the dtype of the input, which these layouts do
+        # not need, and after which torch.compile no longer sees what the weight is.
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self,
+            dtype=self.weight.dtype,
+            device=input.device,
+            bias_dtype=input.dtype,
+            offloadable=True,
+            compute_dtype=compute_dtype,
+            want_requant=True,
+        )
+        try:
+            return self._forward(input, weight, bias)
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def _forward(self, x: Tensor | Activation, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not is_ours(weight) or isinstance(x, QuantizedTensor):
+            return super()._forward(dense(x), weight, bias)
+        if self.linear_options is None:
+            weight = weight.dequantize().to(x.dtype)
+            return torch.nn.functional.linear(dense(x), weight, bias)
+        return linear(x, weight, bias, self.linear_options)
+
+
 def make_ops(compute_dtype: torch.dtype, options: LinearOptions | None = None) -> type:
     """The host's mixed-precision operations with a linear that runs this pack's layouts.
 
@@ -61,68 +128,8 @@ def make_ops(compute_dtype: torch.dtype, options: LinearOptions | None = None) -
     base = comfy.ops.mixed_precision_ops({}, compute_dtype)
 
     class Operations(base):
-        class Linear(base.Linear):
-            takes_activations = True
-
-            def _load_from_state_dict(
-                self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-            ):
-                key = prefix + "weight"
-                weight = state_dict.get(key)
-                if not is_ours(weight):
-                    super()._load_from_state_dict(
-                        state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-                    )
-                    return
-                if tuple(weight.shape) != (self.out_features, self.in_features):
-                    errors.append(
-                        f"{key}: found {tuple(weight.shape)}, "
-                        f"needed {(self.out_features, self.in_features)}"
-                    )
-                    return
-                state_dict.pop(key)
-                self.layout_type = weight._layout_cls
-                self.quant_format = FORMATS[weight._layout_cls]
-                weight = weight.to(device=self.factory_kwargs["device"], dtype=compute_dtype)
-                self.weight = torch.nn.Parameter(weight, requires_grad=False)
-                # the bias the plain way, past the host's handling of quantized weights
-                torch.nn.Module._load_from_state_dict(
-                    self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-                )
-                if key in missing:
-                    missing.remove(key)
-
-            def forward_comfy_cast_weights(
-                self, input, compute_dtype=None, want_requant=False, weight_only_quant=False
-            ):
-                if not (weight_only_quant and is_ours(self.weight)):
-                    return super().forward_comfy_cast_weights(
-                        input, compute_dtype, want_requant, weight_only_quant
-                    )
-                # The host's lines but for a cast to the dtype of the input, which these layouts do
-                # not need, and after which torch.compile no longer sees what the weight is.
-                weight, bias, stream = comfy.ops.cast_bias_weight(
-                    self,
-                    dtype=self.weight.dtype,
-                    device=input.device,
-                    bias_dtype=input.dtype,
-                    offloadable=True,
-                    compute_dtype=compute_dtype,
-                    want_requant=True,
-                )
-                try:
-                    return self._forward(input, weight, bias)
-                finally:
-                    comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-
-            def _forward(
-                self, x: Tensor | Activation, weight: Tensor, bias: Tensor | None
-            ) -> Tensor:
-                if not is_ours(weight) or isinstance(x, QuantizedTensor):
-                    return super()._forward(dense(x), weight, bias)
-                if options is None:
-                    weight = weight.dequantize().to(x.dtype)
-                    return torch.nn.functional.linear(dense(x), weight, bias)
-                return linear(x, weight, bias, options)
+        class Linear(_QuantizedLinear, base.Linear):
+            weight_dtype = compute_dtype
+            linear_options = options
 
     return Operations
