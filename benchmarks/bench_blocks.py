@@ -5,7 +5,9 @@
 Mweights/s, the best of several runs side by side. With one thread the clock is the CPU time of the
 process, so that other work on the machine counts less; with more it is the wall clock. gguf-py
 decodes with one thread, ggml encodes with one. The RMSE is of this encoder over ggml's, with
-importance the weighted one. ggml's columns need ggml-python (pip install ggml-python==0.0.45).
+importance the weighted one; error feedback (after importance, 16 directions) spends it on the error
+of outputs, see bench_importance.py. ggml's Q8_0 knows no importance. ggml's columns need
+ggml-python (pip install ggml-python==0.0.45).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from gguf.quants import dequantize as gguf_dequantize
 
 from ideogram4_quant.ops.blocks import FORMATS, BlockFormat, dequantize, quantize
+from ideogram4_quant.ops.feedback import Feedback
 
 try:
     import ggml
@@ -91,14 +94,17 @@ def rms_error(fmt: BlockFormat, data: torch.Tensor, weight: torch.Tensor, column
 def encoding(weight: torch.Tensor, clock: Callable[[], float]) -> None:
     print(f"\n{'encode':18}{'ggml':>10}{'here':>10}{'ratio':>8}{'RMSE':>9}   equal blocks")
     millions = weight.numel() / 1e6
-    importance = torch.rand(weight.shape[1], generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    importance = torch.rand(weight.shape[1], generator=generator)
+    directions = torch.randn(weight.shape[1], 16, generator=generator) * importance.sqrt()[:, None]
+    led = {"feedback": Feedback(importance, directions / 8)}
     for fmt in PACKED:
-        variants = [("", None, False), (" importance", importance, False)]
+        variants = [("", None, {}), (" importance", importance, {}), (" feedback", importance, led)]
         if fmt.name.endswith("_K"):
-            variants.append((" as ggml", None, True))
-        for variant, column, as_ggml in variants:
+            variants.append((" as ggml", None, {"as_ggml": True}))
+        for variant, column, options in variants:
             name = fmt.name + variant
-            ours = partial(quantize, weight, fmt.name, column, as_ggml=as_ggml)
+            ours = partial(quantize, weight, fmt.name, column, **options)
             if ggml is None:
                 (seconds,) = best(clock, REPEATS["encode"], ours)
                 print(f"{name:18}{'-':>10}{millions / seconds:10.1f}", flush=True)

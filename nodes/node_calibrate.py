@@ -77,7 +77,8 @@ class Calibrate(io.ComfyNode):
                 CalibrationType.Output(
                     id="calibration",
                     display_name="calibration",
-                    tooltip="For another Calibrate node, which adds its caption.",
+                    tooltip="For Quantize Ideogram 4, or another Calibrate node, which adds its "
+                    "caption.",
                 ),
                 io.String.Output(id="path", display_name="path", tooltip="The file."),
                 io.String.Output(

@@ -75,8 +75,8 @@ class Quantize(io.ComfyNode):
                 CalibrationType.Input(
                     "calibration",
                     optional=True,
-                    tooltip="From Calibrate Ideogram 4, on this very file: GGUF scales are then "
-                    "searched for the least error of each layer's output.",
+                    tooltip="From Calibrate Ideogram 4, on this very file: weights are then "
+                    "rounded, and GGUF scales searched, for the least error of the outputs.",
                 ),
                 io.Combo.Input(
                     "policy",

@@ -151,11 +151,11 @@ class Calibration:
         """Whether every run saw this very file."""
         return _models(self.provenance).get(copy) == {sha256}
 
-    def check_weight(self, copy: str, module: str, weight_absmax: Tensor, sha256: str) -> None:
+    def check_weight(self, copy: str, module: str, weight_absmax: Tensor, model: str) -> None:
         """Raise CalibrationError if a linear's weight is not the one that was calibrated.
 
         ``weight_absmax`` fp32 [K]. For files of another hash: the same model at another level
-        (FP8 for bf16) passes, another training does not.
+        (FP8 for bf16) passes, another training does not. ``model`` names the file at hand.
         """
         stats = self.layer(copy, module)
         if stats is None:
@@ -169,7 +169,7 @@ class Calibration:
                 file=self.path,
                 tensor=f"{copy}.{module}",
                 found=_hashes(_models(self.provenance).get(copy, set())),
-                needed=f"sha256 {sha256}",
+                needed=model,
                 hint="Calibrate this model (ideogram4-quant calibrate).",
             )
 

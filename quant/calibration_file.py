@@ -19,10 +19,11 @@ from ..checkpoint.writers import write_safetensors
 from ..ops.errors import CheckpointError
 from .calibration import Calibration, Run
 from .errors import CalibrationError
+from .input_moments import DIRECTIONS
 from .layer_stats import LayerStats
 
 FORMAT = "ideogram4-quant calibration"
-VERSION = "1"
+VERSION = "2"
 
 _MAX_COLUMNS = 4096
 _MAX_CANDIDATES = 256
@@ -35,6 +36,7 @@ _FIELDS: dict[str, tuple[str, Callable[[int, int, int], tuple[int, ...]], bool]]
     "tokens": ("I64", lambda k, s, c: (1,), False),
     "absmax": ("F32", lambda k, s, c: (k,), False),
     "square_sum": ("F64", lambda k, s, c: (k,), False),
+    "sketch": ("F32", lambda k, s, c: (k, DIRECTIONS), True),
     "weight_absmax": ("F32", lambda k, s, c: (k,), False),
     "power_sums": ("F64", lambda k, s, c: (4,), True),
     "peaks": ("F64", lambda k, s, c: (3, s), False),

@@ -14,7 +14,7 @@ from ..checkpoint.folding import sites
 from .encodings import Shape
 from .errors import QuantOptionError
 from .layer_stats import LayerStats
-from .recipes import TREATMENTS, QuantOptions, Recipe
+from .recipes import ROUNDINGS, TREATMENTS, QuantOptions, Recipe
 from .tables import human_bytes
 from .treatments import (
     Treatment,
@@ -59,6 +59,10 @@ def check_choice_options(recipe: Recipe, options: QuantOptions) -> None:
         value = getattr(options, name)
         if value is not None and not low <= value <= (math.inf if high is None else high):
             raise QuantOptionError(f"{name} out of range", found=value, needed=f"{low} to {high}")
+    if options.rounding not in ROUNDINGS:
+        raise QuantOptionError(
+            "unknown rounding", found=options.rounding, needed=f"one of {', '.join(ROUNDINGS)}"
+        )
     used = [name for name, given in asked.items() if given]
     if not used:
         return

@@ -22,7 +22,7 @@ from .errors import QuantOptionError
 from .fold import ALL
 from .inspect import inspect_file
 from .quantize import plan_quantization, quantize_checkpoint
-from .recipes import LAYOUTS, RECIPES, TREATMENTS, QuantOptions, TypeRule
+from .recipes import LAYOUTS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
 from .verify import verify_file
 
 COPIES = (CONDITIONAL, UNCONDITIONAL)
@@ -123,6 +123,12 @@ def _add_calibrated(parser: argparse.ArgumentParser) -> None:
         help="strength of smoothing (default: the best measured)",
     )
     group.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default=ROUNDINGS[0],
+        help="feedback (default): codes that make errors of correlated inputs cancel; nearest",
+    )
+    group.add_argument(
         "--protect-budget",
         metavar="8%|SIZE",
         help="keep the most fragile linears in bf16: a share of them, or what adds SIZE (700MB)",
@@ -162,6 +168,9 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
         "--base", nargs="+", metavar="F", help="gives a linears-only FILE its other tensors"
     )
     parser.add_argument("--against-base", nargs="+", metavar="F", help="the same for SRC")
+    parser.add_argument(
+        "--calibration", metavar="CAL", help="of SRC: foretell the error of each linear's output"
+    )
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows (default: 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_verify)
@@ -213,6 +222,10 @@ def _type_rule(text: str) -> TypeRule:
     return TypeRule(pattern, qtype)
 
 
+def _calibration(args: argparse.Namespace) -> Calibration | None:
+    return None if args.calibration is None else Calibration.load(args.calibration)
+
+
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?(%|[kMG]?B)")
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -239,10 +252,11 @@ def _quantize(args: argparse.Namespace) -> int:
         target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),
         linears=args.linears,
         licence=args.licence,
-        calibration=None if args.calibration is None else Calibration.load(args.calibration),
+        calibration=_calibration(args),
         fold=() if args.fold is None else tuple(args.fold) or (ALL,),
         treatment=args.treatment,
         alpha=args.alpha,
+        rounding=args.rounding,
         protect_below=args.protect_below,
         **_budget(args.protect_budget),
     )
@@ -287,6 +301,7 @@ def _verify(args: argparse.Namespace) -> int:
             copy=args.copy,
             base=args.base,
             against_base=args.against_base,
+            calibration=_calibration(args),
             progress=progress,
         )
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.table(args.worst))

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops.blocks.base import FEEDBACK_CHUNK
 from ..ops.errors import OpError
 from .errors import NonFiniteWeightError, QuantOptionError
-from .measure import ErrorMeter, dense_rows, row_chunks
+from .measure import CHUNK, ErrorMeter, dense_rows, row_chunks
 from .plan import TensorPlan
 
 _DAMAGED = (
@@ -58,11 +59,15 @@ def encode_tensor(
         for suffix, (dtype, size) in plan.encoding.parts(shape).items()
     }
     meter = ErrorMeter()
-    for rows in row_chunks(shape, device):
+    encoding = plan.encoding
+    if plan.inputs is not None:
+        encoding = encoding.led_by(plan.inputs, feedback=plan.feedback)
+    fed_back = getattr(encoding, "feedback", None) is not None
+    for rows in row_chunks(shape, device, FEEDBACK_CHUNK if fed_back else CHUNK):
         true = dense_rows(matrix, rows).to(device)
         _check_finite(true, plan, rows, file, _DAMAGED)
         try:
-            parts = plan.encoding.encode(true)
+            parts = encoding.encode(true)
         except OpError as error:  # block scales are fp16
             raise NonFiniteWeightError(
                 f"cannot be stored as {plan.encoding.label}: {error.message}",
@@ -74,7 +79,7 @@ def encode_tensor(
             ) from error
         back = plan.encoding.decode(parts)
         _check_finite(back, plan, rows, file, _TOO_LARGE)
-        meter.add(true, back)
+        meter.add(true, back, plan.inputs)
         for suffix, part in parts.items():
             stored[suffix][rows] = part
         advance(rows.stop / shape[0])

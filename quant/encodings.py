@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..checkpoint.codecs import SMOOTH_INT8
 from ..ops.blocks import FORMATS, dequantize, quantize
-from ..ops.reference import quantize_rows, smooth_rotate_quantize_rows
+from ..ops.feedback import Feedback
+from ..ops.reference import quantize_rows
 from ..ops.rotation import rotate
+from .input_moments import InputMoments
 
 Shape = tuple[int, ...]
 
@@ -36,6 +38,13 @@ class Encoding(Protocol):
     def constants(self) -> dict[str, Tensor]:
         """Stored tensors that do not depend on the weight, by suffix."""
 
+    def led_by(self, inputs: InputMoments, *, feedback: bool) -> Encoding:
+        """The same for a linear of these inputs: its outputs lose the least, not its weights.
+
+        What all rows share is computed here; without ``feedback`` codes are rounded to nearest.
+        """
+        return self
+
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         """fp32 rows -> their share of ``parts``."""
 
@@ -44,7 +53,7 @@ class Encoding(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
+class Plain(Encoding):
     """Stored as it is, in ``dtype``, under the suffix ``suffix`` (``weight``, ``bias``)."""
 
     dtype: torch.dtype = torch.bfloat16
@@ -68,7 +77,7 @@ class Plain:
 
 
 @dataclass(frozen=True, eq=False)
-class NativeInt8:
+class NativeInt8(Encoding):
     """``q = round(R(W * smooth) / scale)``, ``scale = absmax / 127`` a row: ComfyUI's container.
 
     ``weight`` int8 [N, K], ``weight_scale`` fp32 [N, 1], ``comfy_quant`` the JSON that stock
@@ -79,6 +88,7 @@ class NativeInt8:
 
     rotation: int | None = None
     smooth: Tensor | None = None
+    feedback: Feedback | None = None
 
     @property
     def label(self) -> str:
@@ -96,9 +106,16 @@ class NativeInt8:
         text = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
         return {"comfy_quant": text} | ({"smooth": self.smooth.float()} if smoothed else {})
 
+    def led_by(self, inputs: InputMoments, *, feedback: bool) -> NativeInt8:
+        inputs = inputs.damped()
+        inputs = inputs if self.smooth is None else inputs.scaled(1 / self.smooth)
+        inputs = inputs if self.rotation is None else inputs.rotated(self.rotation)
+        return replace(self, feedback=inputs.feedback() if feedback else None)
+
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        smoothed = rows if self.smooth is None else rows * self.smooth.to(rows)
-        q, scale = smooth_rotate_quantize_rows(smoothed, None, self.rotation)
+        values = rows if self.smooth is None else rows * self.smooth.to(rows)
+        values = values if self.rotation is None else rotate(values, self.rotation)
+        q, scale = _int8_rows(values, self.feedback)
         return {"weight": q, "weight_scale": scale[:, None]}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
@@ -108,7 +125,7 @@ class NativeInt8:
 
 
 @dataclass(frozen=True, eq=False)
-class SmoothInt8:
+class SmoothInt8(Encoding):
     """``q = round(W * smooth / scale)``: Transformer Lab's layout.
 
     ``wq`` int8 [N, K], ``ws`` fp32 [N], ``smooth`` fp32 [K]: the reader divides the activations by
@@ -116,6 +133,7 @@ class SmoothInt8:
     """
 
     smooth: Tensor | None = None
+    feedback: Feedback | None = None
 
     @property
     def label(self) -> str:
@@ -127,8 +145,14 @@ class SmoothInt8:
     def constants(self) -> dict[str, Tensor]:
         return {} if self.smooth is None else {"smooth": self.smooth.float()}
 
+    def led_by(self, inputs: InputMoments, *, feedback: bool) -> SmoothInt8:
+        inputs = inputs.damped()
+        inputs = inputs if self.smooth is None else inputs.scaled(1 / self.smooth)
+        return replace(self, feedback=inputs.feedback() if feedback else None)
+
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        q, scale = quantize_rows(rows if self.smooth is None else rows * self.smooth.to(rows))
+        values = rows if self.smooth is None else rows * self.smooth.to(rows)
+        q, scale = _int8_rows(values, self.feedback)
         return {"wq": q, "ws": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
@@ -137,7 +161,7 @@ class SmoothInt8:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Encoding):
     """GGUF blocks of type ``qtype``, as bytes; F32 and BF16 are types like the others.
 
     ``importance`` fp32 [K], the mean square of each input, leads the search for scales.
@@ -147,6 +171,7 @@ class Blocks:
     shape: Shape
     suffix: str = "weight"
     importance: Tensor | None = field(default=None, compare=False)
+    feedback: Feedback | None = field(default=None, compare=False)
 
     @property
     def label(self) -> str:
@@ -164,12 +189,30 @@ class Blocks:
     def constants(self) -> dict[str, Tensor]:
         return {}
 
+    def led_by(self, inputs: InputMoments, *, feedback: bool) -> Blocks:
+        if not FORMATS[self.qtype].uses_importance:
+            return self
+        follow = inputs.damped().feedback() if feedback else None
+        return replace(self, importance=inputs.square, feedback=follow)
+
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        return {self.suffix: quantize(rows, self.qtype, self.importance)}
+        blocks = quantize(rows, self.qtype, self.importance, feedback=self.feedback)
+        return {self.suffix: blocks}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         data = parts[self.suffix]
         return dequantize(data, self.qtype, (*data.shape[:-1], self.shape[-1]))
+
+
+def _int8_rows(values: Tensor, feedback: Feedback | None) -> tuple[Tensor, Tensor]:
+    """``quantize_rows``, with the codes of ``feedback`` where it expects less error of a row."""
+    q, scale = quantize_rows(values)
+    if feedback is None:
+        return q, scale
+    step = scale[:, None]
+    codes = feedback.round(values, step, None, (-127, 127))
+    better = feedback.better(values, q * step, codes * step)
+    return torch.where(better[:, None], codes, q), scale
 
 
 def stored_bytes(encoding: Encoding, shape: Shape) -> int:

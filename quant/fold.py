@@ -158,23 +158,17 @@ def plan_fold(
     return FoldPlan(copy, tuple(smoothed), alphas, vectors, rotation)
 
 
-def folded_importance(tensors: Sequence[TensorPlan], plan: FoldPlan) -> tuple[TensorPlan, ...]:
-    """The same plans, with the importance of blocks that of the folded inputs: ``E[(x / s)^2]``.
-
-    A rotation spreads every input over its group: were they uncorrelated, all would be alike.
-    """
+def with_folded_inputs(tensors: Sequence[TensorPlan], plan: FoldPlan) -> tuple[TensorPlan, ...]:
+    """The same plans, with the moments of the folded inputs: ``x / s``, rotated where o is."""
     found = []
     for tensor in tensors:
         vector = plan.vectors.get(tensor.module) if tensor.linear else None
         group = plan.rotation.get(tensor.module) if tensor.linear else None
-        importance = getattr(tensor.encoding, "importance", None)
-        if importance is not None and (vector is not None or group is not None):
-            folded = importance.double()
-            folded = folded if vector is None else folded / vector.square()
-            if group is not None:
-                folded = folded.view(-1, group).mean(1).repeat_interleave(group)
-            encoding = replace(tensor.encoding, importance=folded.float())
-            tensor = replace(tensor, encoding=encoding)
+        inputs = tensor.inputs
+        if inputs is not None and (vector is not None or group is not None):
+            inputs = inputs if vector is None else inputs.scaled(1 / vector)
+            inputs = inputs if group is None else inputs.rotated(group)
+            tensor = replace(tensor, inputs=inputs)
         found.append(tensor)
     return tuple(found)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .input_moments import InputMoments, input_moments, sketch
+
 
 @dataclass(frozen=True, eq=False)
 class LayerStats:
@@ -16,6 +18,8 @@ class LayerStats:
 
     - ``tokens``: input rows seen.
     - ``absmax`` fp32 [K]: the largest ``|x|`` of each input channel; ``square_sum`` fp64 [K].
+    - ``sketch`` fp32 [K, r]: their products summed, ``sum over tokens of x (x . signs)``, of which
+      ``moments`` makes the directions of most energy.
     - ``weight_absmax`` fp32 [K]: the largest ``|w|`` of each input channel.
     - ``power_sums`` fp64 [4]: sums of x, x^2, x^3, x^4 over all values of all channels.
     - ``peaks`` fp64 [3, S]: sampled tokens, sum and largest of their peak-to-median ratios.
@@ -28,6 +32,7 @@ class LayerStats:
     tokens: int
     absmax: Tensor
     square_sum: Tensor
+    sketch: Tensor
     weight_absmax: Tensor
     power_sums: Tensor
     peaks: Tensor
@@ -43,6 +48,7 @@ class LayerStats:
             tokens=x.shape[0],
             absmax=x.abs().amax(0).float(),
             square_sum=x.square().sum(0),
+            sketch=sketch(inputs.float()),
             weight_absmax=weight.float().abs().amax(0),
             power_sums=torch.stack([x.pow(k).sum() for k in range(1, 5)]),
             peaks=torch.zeros(3, 1, dtype=torch.float64),
@@ -53,6 +59,11 @@ class LayerStats:
     def second_moment(self) -> Tensor:
         """``mean over tokens of x_k^2``, fp32 [K]."""
         return (self.square_sum / max(self.tokens, 1)).float()
+
+    @property
+    def moments(self) -> InputMoments | None:
+        """Which inputs are loud, and which together; None if all of them were zero."""
+        return input_moments(self.square_sum, self.sketch, self.tokens)
 
     @property
     def kurtosis(self) -> float:
@@ -120,6 +131,7 @@ class LayerStats:
             tokens=self.tokens + other.tokens,
             absmax=torch.maximum(self.absmax, other.absmax),
             square_sum=self.square_sum + other.square_sum,
+            sketch=self.sketch + other.sketch,
             weight_absmax=torch.maximum(self.weight_absmax, other.weight_absmax),
             power_sums=self.power_sums + other.power_sums,
             peaks=torch.cat(

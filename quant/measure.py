@@ -9,23 +9,34 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
-_CHUNK = 1 << 20  # values held in fp32 at a time: 4 MiB, near the size of a core's cache
+from .input_moments import InputMoments
+
+CHUNK = 1 << 20  # values held in fp32 at a time: 4 MiB, near the size of a core's cache
 _ACCELERATOR_CHUNK = 1 << 24  # launches cost more than memory there
 
 
 class ErrorMeter:
-    """``10 log10(sum(w^2) / sum((w - w')^2))`` and ``max |w - w'|`` over any number of chunks."""
+    """``10 log10(sum(w^2) / sum((w - w')^2))`` and ``max |w - w'|`` over any number of chunks.
+
+    Where a calibration tells the inputs x apart, ``10 log10(sum((w x)^2) / sum((w x - w' x)^2))``
+    too: rounding with error feedback spends the first on the second.
+    """
 
     def __init__(self) -> None:
         self.signal = 0.0
         self.noise = 0.0
         self.max_abs_error = 0.0
+        self.output_signal = 0.0
+        self.output_noise = 0.0
 
-    def add(self, weight: Tensor, stored: Tensor) -> None:
+    def add(self, weight: Tensor, stored: Tensor, inputs: InputMoments | None = None) -> None:
         """Count one chunk: the true values and what the file gives back, same shape, any float."""
         error = stored.float() - weight.float()
         self.signal += _sum_of_squares(weight)
         self.noise += _sum_of_squares(error)
+        if inputs is not None:
+            self.output_signal += inputs.output_energy(weight)
+            self.output_noise += inputs.output_energy(error)
         if error.numel():
             low, high = torch.aminmax(error)
             self._largest(max(high.item(), -low.item()))
@@ -34,6 +45,8 @@ class ErrorMeter:
         """Count everything that ``other`` counted."""
         self.signal += other.signal
         self.noise += other.noise
+        self.output_signal += other.output_signal
+        self.output_noise += other.output_noise
         self._largest(other.max_abs_error)
 
     def _largest(self, error: float) -> None:
@@ -43,25 +56,38 @@ class ErrorMeter:
 
     def to_list(self) -> list[float]:
         """What :meth:`of` takes."""
-        return [self.signal, self.noise, self.max_abs_error]
+        return [
+            self.signal, self.noise, self.max_abs_error, self.output_signal, self.output_noise,
+        ]  # fmt: skip
 
     @classmethod
     def of(cls, sums: Sequence[float]) -> ErrorMeter:
         """The meter that gave these sums."""
         meter = cls()
-        meter.signal, meter.noise, meter.max_abs_error = map(float, sums)
+        meter.signal, meter.noise, meter.max_abs_error, *outputs = map(float, sums)
+        meter.output_signal, meter.output_noise = outputs or (0.0, 0.0)  # an older note has none
         return meter
 
     @property
     def sqnr_db(self) -> float:
         """In dB: inf if nothing was lost, -inf if nothing but error is left, NaN if not finite."""
-        if math.isnan(self.signal) or math.isnan(self.noise):
-            return math.nan
-        if self.noise == 0:
-            return math.inf
-        if self.signal == 0 or math.isinf(self.noise):
-            return -math.inf
-        return 10 * math.log10(self.signal / self.noise)
+        return _decibels(self.signal, self.noise)
+
+    @property
+    def output_db(self) -> float:
+        """The outputs' SQNR, as the calibration foretells it, rather too low than too high; NaN
+        without one."""
+        return _decibels(self.output_signal, self.output_noise) if self.output_signal else math.nan
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    if signal == 0 or math.isinf(noise):
+        return -math.inf
+    return 10 * math.log10(signal / noise)
 
 
 def _sum_of_squares(values: Tensor) -> float:
@@ -70,15 +96,17 @@ def _sum_of_squares(values: Tensor) -> float:
     return torch.dot(wide, wide).item()
 
 
-def row_chunks(shape: tuple[int, ...], device: torch.device | None = None) -> Iterator[slice]:
-    """Slices of the first dimension, about a million values each (on an accelerator 16 million).
+def row_chunks(
+    shape: tuple[int, ...], device: torch.device | None = None, values: int = CHUNK
+) -> Iterator[slice]:
+    """Slices of the first dimension, about ``values`` values each (on an accelerator 16 million).
 
     None for a scalar or no rows.
     """
     if not shape:
         return
     width = math.prod(shape[1:])
-    chunk = _CHUNK if device is None or device.type == "cpu" else _ACCELERATOR_CHUNK
+    chunk = values if device is None or device.type == "cpu" else _ACCELERATOR_CHUNK
     step = max(1, chunk // max(width, 1))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 from ..checkpoint.canonical import is_linear
 from ..ops.blocks import FORMATS
 from .block_types import block_types, check_type_options, header_reserve
-from .calibration import Calibration
 from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Plain, Shape, SmoothInt8, stored_bytes
 from .errors import QuantOptionError
+from .input_moments import InputMoments
 from .recipes import (
     BLOCK_LINEARS,
     LAYOUTS,
@@ -33,7 +33,8 @@ class TensorPlan:
 
     ``linear``: the weight of a linear layer; ``quantized``: one that the recipe applies to;
     ``protected``: left in bf16 because a pattern of ``QuantOptions.protect`` or the calibration
-    says so; ``choice``: what the calibration chose and why, if it was asked.
+    says so; ``choice``: what the calibration chose and why, if it was asked; ``inputs``: what it
+    knows of the linear's inputs, as they reach the stored weight, with which ``feedback`` rounds.
     """
 
     copy: str
@@ -44,6 +45,8 @@ class TensorPlan:
     quantized: bool = False
     protected: bool = False
     choice: Choice | None = None
+    inputs: InputMoments | None = None
+    feedback: bool = False
 
     @property
     def module(self) -> str:
@@ -118,17 +121,21 @@ def plan_tensors(
             if quantized and recipe.weight_type == "INT8":
                 encoding = _int8(layout, recipe, options, choice, (copy, module), shape)
             elif quantized:
-                importance = _importance(options.calibration, copy, module, types[copy, module])
-                encoding = Blocks(types[copy, module], shape, importance=importance)
+                encoding = Blocks(types[copy, module], shape)
             elif layout == "gguf":
                 encoding = _unquantized_blocks(suffix, shape, linear)
             elif layout == "transformer-lab" and not linear and suffix != "bias":
                 continue  # that layout holds linears alone
             else:
                 encoding = Plain(torch.bfloat16, suffix)
-            plans.append(
-                TensorPlan(copy, name, tuple(shape), encoding, linear, quantized, protected, choice)
+            plan = TensorPlan(
+                copy, name, tuple(shape), encoding, linear, quantized, protected, choice
             )
+            if quantized and options.calibration is not None:
+                stats = options.calibration.layer(copy, module)
+                inputs = None if stats is None else stats.moments
+                plan = replace(plan, inputs=inputs, feedback=rounding_of(options) == "feedback")
+            plans.append(plan)
     return plans
 
 
@@ -166,19 +173,21 @@ def _int8(
     return NativeInt8(group, smooth)
 
 
-def _importance(
-    calibration: Calibration | None, copy: str, module: str, qtype: str
-) -> Tensor | None:
-    """The mean square of each input [K]; None where none was seen, or nothing is searched.
+def rounding_of(options: QuantOptions) -> str:
+    """The rounding that the calibration allows: inputs of one step say too little of the others."""
+    calibration = options.calibration
+    enough = calibration is not None and len(calibration.times) > 1
+    return options.rounding if enough else "nearest"
 
-    Inputs that calibration never saw keep a millionth of the mean: another prompt may bring them.
-    """
-    stats = None if calibration is None else calibration.layer(copy, module)
-    if stats is None or not FORMATS[qtype].uses_importance:
-        return None
-    moment = stats.second_moment
-    mean = moment.mean()
-    return moment.clamp_min(1e-6 * mean) if bool(mean > 0) else None
+
+def rounding_notes(options: QuantOptions) -> list[str]:
+    """What the user should know of the rounding."""
+    if options.calibration is None or rounding_of(options) == options.rounding:
+        return []
+    return [
+        "codes are rounded to nearest, each on its own: the calibration watched a single step, and "
+        "inputs of the others differ; calibrate with all steps for error feedback"
+    ]
 
 
 def _other_bytes(shapes: Mapping[str, Mapping[str, Shape]], targets: Mapping[Linear, Shape]) -> int:

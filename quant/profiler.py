@@ -25,6 +25,7 @@ from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
 from .calibration import Calibration, Run
 from .encodings import Blocks
 from .errors import CalibrationError, NonFiniteWeightError
+from .input_moments import DIRECTIONS, sketch
 from .layer_stats import LayerStats
 from .loudest import Loudest
 from .measure import dense_rows, row_chunks
@@ -186,6 +187,7 @@ class _Seen:
             tokens=0,
             absmax=torch.zeros(k),
             square_sum=zeros(k),
+            sketch=torch.zeros(k, DIRECTIONS),
             weight_absmax=absmax,
             power_sums=zeros(4),
             peaks=zeros(3, columns),
@@ -223,6 +225,7 @@ class _Seen:
             tokens=stats.tokens + len(x),
             absmax=self._loudest.absmax,
             square_sum=stats.square_sum + squares.sum(0, dtype=wide).cpu(),
+            sketch=stats.sketch + sketch(x).cpu(),
             power_sums=stats.power_sums + torch.stack(sums).cpu(),
             peaks=peaks,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import __version__
 from ..checkpoint.folding import FOLDED
 from ..ops.errors import CheckpointError
-from .plan import TensorPlan
+from .plan import TensorPlan, rounding_of
 from .recipes import QuantOptions, Recipe
 
 TOOL = f"ideogram4-quant {__version__}"
@@ -83,7 +83,7 @@ def recipe_record(
     def names(chosen: Iterable[TensorPlan]) -> list[str]:
         return [f"{p.copy}.{p.module}" if several else p.module for p in chosen]
 
-    led = any(getattr(plan.encoding, "importance", None) is not None for plan in plans)
+    led = any(plan.inputs is not None for plan in plans)
     record: dict[str, object] = {
         "level": recipe.level,
         "layout": layout,
@@ -92,6 +92,8 @@ def recipe_record(
     }
     if options.calibration is not None and options.calibration.path is not None:
         record["calibration_sha256"] = hash_files([options.calibration.path])[0].sha256
+    if led:
+        record["rounding"] = rounding_of(options)
     if recipe.container == "safetensors":
         record["scale"] = "absmax / 127 per output channel"
         record["rotation"] = recipe.rotation

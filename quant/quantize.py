@@ -22,12 +22,19 @@ from .errors import QuantOptionError
 from .fold import (
     FoldPlan,
     check_fold_options,
-    folded_importance,
     make_folding,
     plan_fold,
+    with_folded_inputs,
 )
 from .measure import ErrorMeter
-from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes
+from .plan import (
+    TensorPlan,
+    layout_of,
+    plan_tensors,
+    planned_bytes,
+    rotation_notes,
+    rounding_notes,
+)
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
 from .recipes import QuantOptions, Recipe, recipe_of
 from .report import QuantReport, totals_table
@@ -72,7 +79,8 @@ class QuantPlan:
         folded = [] if self.fold is None else self.fold.notes(self.layout)
         choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
         chosen = choice_notes(self.layout, choices)
-        return rotation_notes(self.recipe, self.tensors) + folded + chosen
+        rounded = rounding_notes(self.options)
+        return rotation_notes(self.recipe, self.tensors) + rounded + folded + chosen
 
     def stored_name(self, plan: TensorPlan, suffix: str) -> str:
         """Name in the file of one stored tensor."""
@@ -127,7 +135,7 @@ def plan_quantization(
     if options.fold:
         check_fold_options(recipe, layout, options)
         fold = plan_fold(recipe, options, tensors, found.config["attention_head_dim"])
-        tensors = folded_importance(tensors, fold)
+        tensors = with_folded_inputs(tensors, fold)
     return QuantPlan(recipe, layout, options, found, Path(out), tensors, fold)
 
 

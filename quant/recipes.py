@@ -70,6 +70,10 @@ TREATMENTS = ("smooth", "auto", "auto-native")
 """What a calibration may decide: smoothing on top of the level, the best of all that was measured,
 or the best of what ComfyUI's own container can say."""
 
+ROUNDINGS = ("feedback", "nearest")
+"""How codes are chosen with a calibration: so that errors of correlated inputs cancel, or each on
+its own."""
+
 # What a GGUF type falls back to where a row is no whole number of its blocks.
 BLOCK_FALLBACKS = ("Q8_0", "BF16")
 
@@ -101,8 +105,10 @@ class QuantOptions:
     - ``licence``: recorded where the source names none.
     - ``fold``: linears (names or patterns, or ``"all"``) whose smoothing goes into the weights
       before them, for hosts without this pack; see ``quant.fold``. Needs a calibration.
-    - ``calibration``: statistics of the linears' inputs, of this very model: GGUF types are then
-      searched for the least output error. The following need it.
+    - ``calibration``: statistics of the linears' inputs, of this very model: scales of GGUF types
+      are then searched for the least output error, and codes of every type rounded for it. The
+      following need it.
+    - ``rounding``: one of :data:`ROUNDINGS`.
     - ``treatment``: one of :data:`TREATMENTS`; None: the level's own.
     - ``alpha``: strength of smoothing, 0 (weights alone) to 1 (activations alone); None: the best
       of those that were measured for each input; in a GGUF file, which smooths by folding, 0.5.
@@ -120,6 +126,7 @@ class QuantOptions:
     linears: str | None = None
     licence: str | None = None
     calibration: Calibration | None = None
+    rounding: str = ROUNDINGS[0]
     fold: tuple[str, ...] = ()
     treatment: str | None = None
     alpha: float | None = None

@@ -15,6 +15,7 @@ class TensorResult:
     """One stored tensor: ``type`` as in the file, ``nbytes`` with its scales, the loss it took.
 
     ``sqnr_db`` is the weight's own, against the source's values; inf where nothing was lost.
+    ``output_db`` is that of the linear's outputs, as a calibration foretells it; NaN without one.
     ``linear`` marks the weights of linear layers, ``protected`` those kept on request.
     """
 
@@ -26,6 +27,7 @@ class TensorResult:
     max_abs_error: float
     linear: bool
     protected: bool = False
+    output_db: float = math.nan
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready; a figure that JSON cannot hold (inf, NaN) becomes None."""
@@ -34,6 +36,7 @@ class TensorResult:
             "shape": list(self.shape),
             "sqnr_db": finite_or_none(self.sqnr_db),
             "max_abs_error": finite_or_none(self.max_abs_error),
+            "output_db": finite_or_none(self.output_db),
         }
 
 
@@ -75,6 +78,7 @@ class QuantReport:
             "source_size": self.source_size,
             "sqnr_db": finite_or_none(self.meter.sqnr_db),
             "max_abs_error": finite_or_none(self.meter.max_abs_error),
+            "output_db": finite_or_none(self.meter.output_db),
             "tensors": [t.to_dict() for t in self.tensors],
             "metadata": self.metadata,
             "notes": list(self.notes),
@@ -85,7 +89,7 @@ class QuantReport:
         totals = (
             f"{self.path}: {self.level}, {human_bytes(self.size)} "
             f"({self.size / max(self.source_size, 1):.2f} of the source), "
-            f"weights {human_db(self.meter.sqnr_db)} dB"
+            f"weights {human_db(self.meter.sqnr_db)} dB{foretold(self.meter)}"
         )
         parts = [totals, totals_table(self.tensors)]
         worst = self.worst(count)
@@ -100,25 +104,44 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def foretold(meter: ErrorMeter) -> str:
+    """``, outputs 40.12 dB`` where a calibration foretells it."""
+    return "" if math.isnan(meter.output_db) else f", outputs {human_db(meter.output_db)} dB"
+
+
 def worst_first(tensors: Sequence[TensorResult]) -> list[TensorResult]:
-    """Lossy tensors by falling loss; NaN counts as the worst, equal ones stay in file order."""
+    """Lossy tensors by falling loss; NaN counts as the worst, equal ones stay in file order.
+
+    The loss of outputs where a calibration foretells it for all of them, else of weights.
+    """
     lossy = [t for t in tensors if t.sqnr_db != math.inf]
-    return sorted(lossy, key=lambda t: -math.inf if math.isnan(t.sqnr_db) else t.sqnr_db)
+    foretold = not any(math.isnan(t.output_db) for t in lossy)
+
+    def kept(tensor: TensorResult) -> float:
+        decibels = tensor.output_db if foretold else tensor.sqnr_db
+        return -math.inf if math.isnan(decibels) else decibels
+
+    return sorted(lossy, key=kept)
 
 
 def worst_table(tensors: Sequence[TensorResult]) -> str:
-    """A row a tensor: name, type, shape, dB, largest error."""
+    """A row a tensor: name, type, shape, dB, largest error; dB of outputs where foretold."""
+    header = ["layer", "type", "shape", "SQNR dB", "max error"]
     rows = [
-        (
+        [
             t.name,
             t.type,
             " x ".join(map(str, t.shape)),
             human_db(t.sqnr_db),
             f"{t.max_abs_error:.3g}",
-        )
+        ]
         for t in tensors
     ]
-    return text_table(("layer", "type", "shape", "SQNR dB", "max error"), rows, left=2)
+    if not all(math.isnan(t.output_db) for t in tensors):
+        header.append("output dB")
+        for row, tensor in zip(rows, tensors, strict=True):
+            row.append("" if math.isnan(tensor.output_db) else human_db(tensor.output_db))
+    return text_table(header, rows, left=2)
 
 
 def totals_table(tensors: Sequence[TensorResult]) -> str:

@@ -67,7 +67,8 @@ class TensorStream:
             if plan.quantized and copy in self._uncertain:
                 absmax = channel_absmax(tensor)
                 calibration = self._plan.options.calibration
-                calibration.check_weight(copy, plan.module, absmax, self._uncertain[copy])
+                model = f"sha256 {self._uncertain[copy]}"
+                calibration.check_weight(copy, plan.module, absmax, model)
             tensor = fold_tensor(name, tensor, self._folding)
             stored, meter = encode_tensor(
                 plan,
@@ -126,6 +127,7 @@ def tensor_result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter) -> Ten
         type=tensor.encoding.label,
         nbytes=tensor.nbytes,
         sqnr_db=meter.sqnr_db,
+        output_db=meter.output_db,
         max_abs_error=meter.max_abs_error,
         linear=tensor.linear,
         protected=tensor.protected,
@@ -143,9 +145,9 @@ def fingerprint(
     digest.update(json.dumps([dict(metadata), str(device)], sort_keys=True).encode())
     for tensor in plan.tensors:
         digest.update(json.dumps([tensor.copy, tensor.name, tensor.encoding.label]).encode())
-        importance = getattr(tensor.encoding, "importance", None)
+        inputs = tensor.inputs
         vectors = [*tensor.encoding.constants().values()]
-        for vector in vectors if importance is None else [*vectors, importance]:
+        for vector in vectors if inputs is None else [*vectors, inputs.square, inputs.directions]:
             digest.update(vector.contiguous().numpy().tobytes())
     return digest.hexdigest()
 

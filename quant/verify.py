@@ -13,8 +13,10 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.canonical import is_linear
 from ..ops.errors import PairMismatchError
-from .measure import ErrorMeter, dense_rows, row_chunks
-from .report import TensorResult, finite_or_none, worst_first, worst_table
+from .calibration import Calibration
+from .input_moments import InputMoments
+from .measure import ErrorMeter, channel_absmax, dense_rows, row_chunks
+from .report import TensorResult, finite_or_none, foretold, worst_first, worst_table
 from .source import BaseLike
 from .tables import human_db
 
@@ -50,6 +52,7 @@ class Verification:
             "copies": list(self.copies),
             "sqnr_db": finite_or_none(self.meter.sqnr_db),
             "max_abs_error": finite_or_none(self.meter.max_abs_error),
+            "output_db": finite_or_none(self.meter.output_db),
             "tensors": [t.to_dict() for t in self.tensors],
             "folded": self.folded,
             "missing": list(self.missing),
@@ -61,7 +64,7 @@ class Verification:
         linears = sum(t.linear for t in self.tensors)
         lines = [
             f"{self.path} against {self.against} ({' + '.join(self.copies)}): "
-            f"weights of {linears} linears {human_db(self.meter.sqnr_db)} dB"
+            f"weights of {linears} linears {human_db(self.meter.sqnr_db)} dB{foretold(self.meter)}"
         ]
         if self.folded:
             lines.append(
@@ -89,14 +92,16 @@ def verify_file(
     copy: str | None = None,
     base: BaseLike | Sequence[BaseLike] | None = None,
     against_base: BaseLike | Sequence[BaseLike] | None = None,
+    calibration: Calibration | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """SQNR in dB of every tensor of ``path`` against ``against``, dequantized, in fp32.
 
-    Compares ``copy``, or every copy that both files hold. Streams: tensors wait only until the
+    Compares ``copy``, or every copy that both files hold; with a calibration of the reference the
+    outputs that it foretells too. Streams: tensors wait only until the
     other file has brought theirs. ``progress(done, total)`` counts values. Raises
-    PairMismatchError if the files have no copy in common or tensors of other shapes, and what
-    ``open_checkpoint`` raises.
+    PairMismatchError if the files have no copy in common or tensors of other shapes,
+    CalibrationError for a calibration of another model, and what ``open_checkpoint`` raises.
     """
     file = open_checkpoint(path, base, copy=copy)
     reference = open_checkpoint(against, against_base, copy=copy)
@@ -109,6 +114,8 @@ def verify_file(
     for chosen in copies:
         prefix = f"{chosen}." if several else ""
         ours, theirs = file.shapes(chosen), reference.shapes(chosen)
+        if calibration is not None:
+            calibration.check_shapes(chosen, theirs)
         missing += [prefix + name for name in theirs if name not in ours]
         extra += [prefix + name for name in ours if name not in theirs]
         for name, stored, true in _pairs(file, reference, chosen):
@@ -120,7 +127,10 @@ def verify_file(
                     found=list(stored.shape),
                     needed=list(true.shape),
                 )
-            row, part = _compare(prefix + name, name, stored, true)
+            inputs = None
+            if calibration is not None and is_linear(name):
+                inputs = _inputs(calibration, chosen, name, true, str(against))
+            row, part = _compare(prefix + name, name, stored, true, inputs)
             rows.append(row)
             if row.linear:
                 meter.merge(part)
@@ -165,19 +175,32 @@ def _pairs(
                 yield name, waiting[0].pop(name), waiting[1].pop(name)
 
 
+def _inputs(
+    calibration: Calibration, copy: str, name: str, true: Tensor, against: str
+) -> InputMoments | None:
+    """The moments of a linear's inputs, if the calibration watched this very linear."""
+    module = name.removesuffix(".weight")
+    stats = calibration.layer(copy, module)
+    if stats is None:
+        return None
+    calibration.check_weight(copy, module, channel_absmax(true), against)
+    return stats.moments
+
+
 def _compare(
-    shown: str, name: str, stored: Tensor, true: Tensor
+    shown: str, name: str, stored: Tensor, true: Tensor, inputs: InputMoments | None
 ) -> tuple[TensorResult, ErrorMeter]:
     meter = ErrorMeter()
     shape = tuple(true.shape)
     for rows in row_chunks(shape):
-        meter.add(dense_rows(true, rows), dense_rows(stored, rows))
+        meter.add(dense_rows(true, rows), dense_rows(stored, rows), inputs)
     result = TensorResult(
         name=shown,
         shape=shape,
         type=_type_of(stored),
         nbytes=stored.nbytes,
         sqnr_db=meter.sqnr_db,
+        output_db=meter.output_db,
         max_abs_error=meter.max_abs_error,
         linear=is_linear(name),
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 
-from ideogram4_quant.ops.blocks import FORMATS, base, dequantize, format_of, quantize
+from ideogram4_quant.ops.blocks import FORMATS, base, chunks, dequantize, format_of, quantize
 from ideogram4_quant.ops.errors import OpError
 
 torch.set_num_threads(1)
@@ -125,7 +125,7 @@ def test_chunks_of_any_size_and_huge_pages_give_the_same(name, monkeypatch):
     assert want.data_ptr() % 64 == 0
     for chunk in (1 << 30, 777 * 256):
         monkeypatch.setattr(base, "DECODE_CHUNK", chunk)
-        monkeypatch.setattr(base, "HUGE_PAGES_FROM", 1 << 40)
+        monkeypatch.setattr(chunks, "HUGE_PAGES_FROM", 1 << 40)
         assert torch.equal(dequantize(data, name, shape).view(torch.int32), want.view(torch.int32))
 
 

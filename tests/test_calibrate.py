@@ -197,6 +197,8 @@ def test_runs_over_halves_merge_to_the_run_over_all(clean, models, prompts):
         assert stats.tokens == whole.tokens, key
         assert torch.equal(stats.absmax, whole.absmax), key
         torch.testing.assert_close(stats.square_sum, whole.square_sum, rtol=1e-12, atol=0)
+        scale = whole.sketch.abs().max().item()
+        torch.testing.assert_close(stats.sketch, whole.sketch, rtol=0, atol=1e-5 * scale)
 
 
 def sick_models(disease, strength, layers, encoder=None):

@@ -72,6 +72,7 @@ def test_merged_runs_are_one_run_over_both_inputs():
     assert merged.tokens == 57
     assert torch.equal(merged.absmax, wanted.absmax)
     torch.testing.assert_close(merged.square_sum, wanted.square_sum, rtol=1e-15, atol=0)
+    torch.testing.assert_close(merged.sketch, wanted.sketch, rtol=1e-5, atol=1e-3)
     assert merged.kurtosis == pytest.approx(wanted.kurtosis, rel=1e-12)
     assert torch.equal(merged.noise["int8"], first.noise["int8"] + second.noise["int8"])
     assert len(both.provenance) == 2
@@ -112,7 +113,15 @@ def test_a_file_gives_back_everything(tmp_path):
     for key, wanted in known.layers.items():
         layer = found.layers[key]
         assert (layer.shape, layer.tokens) == (wanted.shape, wanted.tokens)
-        for name in ("absmax", "square_sum", "weight_absmax", "power_sums", "peaks", "signal"):
+        for name in (
+            "absmax",
+            "square_sum",
+            "sketch",
+            "weight_absmax",
+            "power_sums",
+            "peaks",
+            "signal",
+        ):
             assert torch.equal(getattr(layer, name), getattr(wanted, name)), name
         assert layer.noise.keys() == wanted.noise.keys()
         assert all(torch.equal(layer.noise[n], wanted.noise[n]) for n in wanted.noise)
@@ -138,6 +147,7 @@ def damage(path, out, change=None, **metadata):
     [
         ({}, {"format": "pt"}, "no calibration"),
         ({}, {"version": "99"}, "version '99'"),
+        ({}, {"version": "1"}, "Make one with ideogram4-quant calibrate"),
         ({}, {"times": "[0.5, 0.1, 0.9]"}, "do not rise"),
         ({}, {"times": '[0.1, "x", 0.9]'}, "metadata times"),
         ({}, {"times": "[0.1, 0.2"}, "no usable JSON"),
@@ -149,6 +159,8 @@ def damage(path, out, change=None, **metadata):
         ({"absmax": -torch.ones(16)}, {}, "negative"),
         ({"absmax": torch.ones(15)}, {}, "square_sum does not fit"),
         ({"absmax": torch.ones(0)}, {}, "impossible"),
+        ({"sketch": torch.ones(16, 4)}, {}, "sketch does not fit"),
+        ({"sketch": torch.full((16, 16), torch.inf)}, {}, "NaN or infinity"),
         ({"shape": torch.tensor([6, 99])}, {}, "contradicts"),
         ({"tokens": torch.tensor([-1])}, {}, "negative"),
         ({"noise": torch.ones(2, 3)}, {}, "F32"),

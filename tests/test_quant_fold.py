@@ -148,19 +148,19 @@ def test_blocks_are_led_by_the_folded_inputs(case, tmp_path):
     options = QuantOptions(calibration=case.calibration)
     out = tmp_path / "x.gguf"
 
-    def importance(options):
+    def squares(options):
         plan = plan_quantization(case.source, "Q4_K", out, options=options)
-        return plan, {t.module: t.encoding.importance for t in plan.tensors if t.quantized}
+        return plan, {t.module: t.inputs for t in plan.tensors if t.quantized}
 
-    _, usual = importance(options)
-    plan, changed = importance(replace(options, fold=("all",)))
+    _, usual = squares(options)
+    plan, changed = squares(replace(options, fold=("all",)))
     for module, led in changed.items():
         vector = plan.fold.vectors.get(module, torch.ones(()))
-        wanted = (usual[module] / vector.square()).float()
+        wanted = usual[module].scaled(1 / vector.expand(len(usual[module].square)))
         group = plan.fold.rotation.get(module)
-        if group is not None:  # a rotation spreads each input over its group
-            wanted = wanted.view(-1, group).mean(1, keepdim=True).expand(-1, group).flatten()
-        torch.testing.assert_close(led, wanted)
+        wanted = wanted if group is None else wanted.rotated(group)
+        torch.testing.assert_close(led.square, wanted.square)
+        torch.testing.assert_close(led.directions, wanted.directions)
     assert set(plan.fold.vectors) < set(changed)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from ideogram4_quant.checkpoint.canonical import canonical_shapes
 from ideogram4_quant.checkpoint.config import ModelConfig
+from ideogram4_quant.ops.blocks.base import FEEDBACK_CHUNK
 from ideogram4_quant.tests import quant_model as model
 
 pytest.importorskip("resource")
@@ -18,12 +19,28 @@ pytest.importorskip("resource")
 SCRIPT = """
     import json, resource, sys
     import torch
-    from ideogram4_quant.quant import quantize_checkpoint
+    from ideogram4_quant.checkpoint import open_checkpoint
+    from ideogram4_quant.quant import Calibration, LayerStats, QuantOptions, quantize_checkpoint
     torch.set_num_threads(1)
-    small, big, level, ending = sys.argv[1:]
-    quantize_checkpoint(small, level, small + ending)  # everything imported, caches filled
+    small, big, level, ending, calibrated = sys.argv[1:]
+
+    def options(path):
+        if not calibrated:
+            return None
+        shapes = open_checkpoint(path).shapes("conditional").items()
+        layers = {
+            "conditional." + name.removesuffix(".weight"): LayerStats.of(
+                torch.randn(40, shape[1]), torch.zeros(shape)
+            )
+            for name, shape in shapes
+            if name.startswith("layers.") and len(shape) == 2
+        }
+        return QuantOptions(calibration=Calibration(layers, (0.2, 0.7)))
+
+    quantize_checkpoint(small, level, small + ending, options=options(small))  # fills caches
+    chosen = options(big)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    report = quantize_checkpoint(big, level, big + ending)
+    report = quantize_checkpoint(big, level, big + ending, options=chosen)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     print(json.dumps({"extra": (peak - base) * unit, "size": report.size}))
@@ -49,13 +66,14 @@ def sparse(path, **changes):
     return 8 + len(text) + end, largest
 
 
-def extra_memory(tmp_path, level, **changes):
+def extra_memory(tmp_path, level, calibrated=False, **changes):
     """(bytes above those of a small run, bytes of the source, values of its largest tensor)."""
     small, big = tmp_path / "small.safetensors", tmp_path / "big.safetensors"
     sparse(small)
     size, largest = sparse(big, **changes)
     ending = ".gguf" if level.startswith("Q") else ".out.safetensors"
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), small, big, level, ending]
+    command.append("calibrated" if calibrated else "")
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -72,6 +90,17 @@ def test_memory_is_that_of_a_few_tensors(tmp_path, level):
     assert size > 190e6
     assert extra < 8 * largest + 50e6  # 50 MB for chunks and the allocator
     assert extra < size / 2
+
+
+@pytest.mark.parametrize("level", ["Q4_K", "INT8 W8A8 rotated"])
+def test_a_calibration_adds_a_chunk_of_rows(tmp_path, level):
+    """Error feedback goes by columns of four million weights at a time."""
+    extra, size, largest = extra_memory(
+        tmp_path, level, calibrated=True, num_layers=12, num_attention_heads=4,
+        intermediate_size=4096,
+    )  # fmt: skip
+    assert size > 190e6
+    assert extra < 8 * largest + 50e6 + 32 * min(largest, FEEDBACK_CHUNK)
 
 
 @pytest.mark.slow

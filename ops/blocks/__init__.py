@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OpError
+from ..feedback import Feedback
 from .base import BlockFormat
 from .floats import BF16, F16, F32
 from .kquants import Q4_K, Q5_K, Q6_K
@@ -86,7 +87,12 @@ def dequantize(
 
 
 def quantize(
-    weight: Tensor, qtype: int | str, importance: Tensor | None = None, *, as_ggml: bool = False
+    weight: Tensor,
+    qtype: int | str,
+    importance: Tensor | None = None,
+    *,
+    feedback: Feedback | None = None,
+    as_ggml: bool = False,
 ) -> Tensor:
     """Packed blocks of ``weight``: float [..., K] -> uint8 [..., K // block_size * type_size].
 
@@ -94,9 +100,10 @@ def quantize(
     gives the very bytes of that code, to compare with. importance: [K], at or above zero, the
     mean square of each input feature: the least output error that it foretells,
     ``sum importance * (decoded - weight)^2``, at the same size (see ``refine``). Without it all
-    formats but Q4_K, Q5_K and Q6_K give ggml's bytes; the float types have nothing to search. The
-    bytes depend on nothing but the arguments, not on threads or chunks.
+    formats but Q4_K, Q5_K and Q6_K give ggml's bytes; the float types have nothing to search.
+    feedback: codes are then chosen, within the scales found, so that errors of correlated inputs
+    cancel (see ``Feedback``). The bytes depend on nothing but the arguments, not on threads.
     Raises OpError for NaN and infinity (with their count), for K that blocks do not fill, and for
     weights too large for the format's float16 scales.
     """
-    return format_of(qtype).quantize(weight, importance, as_ggml)
+    return format_of(qtype).quantize(weight, importance, feedback, as_ggml)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 from typing import ClassVar
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..errors import OpError
+from ..feedback import Feedback
+from .chunks import chunk_size, for_each, uninitialised
 
 log = logging.getLogger(__name__)
 
 DECODE_CHUNK = 1 << 20  # weights: the temporaries of one chunk stay in the cache
-ACCELERATOR_CHUNK = 1 << 24  # weights: launches cost more than memory there
-HUGE_PAGES_FROM = 1 << 22  # bytes: numpy asks for huge pages from here on
+FEEDBACK_CHUNK = 1 << 22  # weights: its work is by columns, and a call should pay for many rows
 
 
 class BlockFormat(ABC):
@@ -32,6 +32,7 @@ class BlockFormat(ABC):
     type_size: ClassVar[int]
     encode_chunk: ClassVar[int] = 1 << 20  # weights encoded at a time on a CPU
     uses_importance: ClassVar[bool] = False
+    code_limits: ClassVar[tuple[int, int]]  # of codes as ``grid`` means them
 
     @abstractmethod
     def decode(self, blocks: Tensor, out: Tensor) -> None:
@@ -51,6 +52,17 @@ class BlockFormat(ABC):
     def encode_as_ggml(self, weights: Tensor) -> Tensor:
         """The blocks that ggml's C code makes of ``weights``; see ``encode``."""
         return self.encode(weights, None)
+
+    def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(step, shift) float32 [n, groups]: a weight is ``step * code - shift`` of its group.
+
+        For formats with ``uses_importance``, as ``recode`` and ``code_limits``.
+        """
+        raise NotImplementedError
+
+    def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        """``blocks`` with other ``codes`` int8 [n, block_size], and the scales they have."""
+        raise NotImplementedError
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of ``k`` weights. Raises OpError when blocks do not fill the row."""
@@ -92,7 +104,7 @@ class BlockFormat(ABC):
     def _decode_chunks(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """[n_blocks, block_size] in ``dtype``, decoded in float32 a chunk at a time."""
         out = uninitialised((len(blocks), self.block_size), dtype, blocks.device)
-        step = _chunk(blocks.device, DECODE_CHUNK) // self.block_size
+        step = chunk_size(blocks.device, DECODE_CHUNK) // self.block_size
         if torch.compiler.is_compiling():
             step = max(1, len(blocks))  # the compiler fuses and tiles by itself
         scratch = None
@@ -108,20 +120,22 @@ class BlockFormat(ABC):
         return out
 
     @torch.no_grad()
-    def quantize(self, weight: Tensor, importance: Tensor | None, as_ggml: bool) -> Tensor:
+    def quantize(
+        self,
+        weight: Tensor,
+        importance: Tensor | None,
+        feedback: Feedback | None,
+        as_ggml: bool,
+    ) -> Tensor:
         """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package."""
-        if not weight.is_floating_point() or weight.ndim == 0:
-            raise OpError(
-                f"{self.name} encodes float tensors of at least one dimension",
-                found=f"{weight.dtype} {list(weight.shape)}",
-            )
-        if as_ggml and importance is not None:
+        if as_ggml and (importance is not None or feedback is not None):
             raise OpError(f"{self.name} bytes as ggml's know no importance", hint="Leave one out.")
+        self._check_weight(weight, feedback)
         row_bytes = self.row_bytes(weight.shape[-1])
         blocks = weight.reshape(weight.numel() // self.block_size, self.block_size)
         importance = self._importance_blocks(importance, weight)
         out = blocks.new_empty((len(blocks), self.type_size), dtype=torch.uint8)
-        step = max(1, _chunk(weight.device, self.encode_chunk) // self.block_size)
+        step = max(1, chunk_size(weight.device, self.encode_chunk) // self.block_size)
 
         def encode_chunk(start: int) -> None:
             chunk = blocks[start : start + step].to(torch.float32)
@@ -135,8 +149,40 @@ class BlockFormat(ABC):
                 encoded = self.encode_as_ggml(chunk) if as_ggml else self.encode(chunk, rows)
             out[start : start + step] = encoded
 
-        _for_each(range(0, len(blocks), step), encode_chunk, weight.device)
-        return out.view(*weight.shape[:-1], row_bytes)
+        for_each(range(0, len(blocks), step), encode_chunk, weight.device)
+        out = out.view(*weight.shape[:-1], row_bytes)
+        if feedback is not None and self.uses_importance:
+            self._feed_back(out.view(-1, row_bytes), weight.reshape(-1, weight.shape[-1]), feedback)
+        return out
+
+    def _feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:
+        """Give rows [N, row bytes] the codes of ``feedback`` where it expects less error."""
+        n, k = weight.shape
+        rows = max(1, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
+        for start in range(0, n, rows):
+            part, true = data[start : start + rows], weight[start : start + rows].float()
+            blocks = part.view(-1, self.type_size)
+            step, shift = (
+                None if each is None else each.reshape(len(true), -1) for each in self.grid(blocks)
+            )
+            codes = feedback.round(true, step, shift, self.code_limits)
+            recoded = self.recode(blocks, codes.view(-1, self.block_size)).view(part.shape)
+            values = (self.dequantize(each, true.shape, torch.float32) for each in (part, recoded))
+            better = feedback.better(true, *values)
+            part.copy_(torch.where(better[:, None], recoded, part))
+
+    def _check_weight(self, weight: Tensor, feedback: Feedback | None) -> None:
+        if not weight.is_floating_point() or weight.ndim == 0:
+            raise OpError(
+                f"{self.name} encodes float tensors of at least one dimension",
+                found=f"{weight.dtype} {list(weight.shape)}",
+            )
+        if feedback is not None and len(feedback.rest) != weight.shape[-1]:
+            raise OpError(
+                f"{self.name} with the error feedback of another linear",
+                found=f"{len(feedback.rest)} inputs",
+                needed=f"{weight.shape[-1]}",
+            )
 
     def _importance_blocks(self, importance: Tensor | None, weight: Tensor) -> Tensor | None:
         """Importance [K] as float32 [K // block_size, block_size], or None where it has no use."""
@@ -212,49 +258,6 @@ def signed_peak(values: Tensor, dim: int) -> Tensor:
         rows = values.movedim(dim, -1)[tied]
         peak[tied] = rows.gather(-1, rows.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return peak
-
-
-def _for_each(starts: range, work: Callable[[int], None], device: torch.device) -> None:
-    """Call ``work`` for every start, on a CPU in as many threads as PyTorch may use.
-
-    A search is some hundred small operations; whole chunks in parallel spare a barrier after each
-    of them, which costs more than the operation where other programs use the cores too. Chunks are
-    large, beyond a core's cache, as the workers take turns at Python's lock: on smaller ones they
-    wait for it longer than they compute. Every worker computes alone. ``torch.set_num_threads``
-    sets the calling thread and the default of threads to come, so that the caller restores the
-    default.
-    """
-    work = torch.inference_mode()(work)  # its calls are cheaper
-    threads = min(torch.get_num_threads(), len(starts))
-    if device.type != "cpu" or threads <= 1:
-        for start in starts:
-            work(start)
-        return
-    default = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, starts):
-                pass  # raises what a worker raised
-    finally:
-        torch.set_num_threads(default)
-
-
-def _chunk(device: torch.device, on_cpu: int) -> int:
-    return on_cpu if device.type == "cpu" else ACCELERATOR_CHUNK
-
-
-def uninitialised(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory, in huge pages where a large CPU tensor can have them.
-
-    numpy advises the kernel to back large buffers by huge pages and PyTorch does not; page faults
-    on fresh memory then take two thirds of the decoding time.
-    """
-    nbytes = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < HUGE_PAGES_FROM or torch.compiler.is_compiling():
-        return torch.empty(shape, dtype=dtype, device=device)
-    buffer = np.empty(nbytes + 64, dtype=np.uint8)
-    start = -buffer.ctypes.data % 64  # PyTorch's own alignment
-    return torch.from_numpy(buffer[start : start + nbytes]).view(dtype).view(shape)
 
 
 def _all_finite(values: Tensor) -> bool:

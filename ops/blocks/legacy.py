@@ -37,7 +37,7 @@ BELOW_HALF = 0.5 - 2.0**-25  # the float32 before 0.5
 # luck (a scale that suits the columns that count), and narrower ones clip the peak, which pays
 # where codes are few.
 FINE_STEPS = tuple(1 + 0.005 * number for number in range(-12, 21))
-COARSE_STEPS = tuple(1 + 0.02 * number for number in range(-10, 6))
+COARSE_STEPS = tuple(1 + 0.03 * number for number in range(-7, 4))
 
 
 class _Legacy(BlockFormat):
@@ -49,11 +49,17 @@ class _Legacy(BlockFormat):
 class Q8_0(_Legacy):
     """``d * q`` with q = round(w / d), d = absmax / 127."""
 
-    name, ggml_type, type_size = "Q8_0", 8, 34
+    name, ggml_type, type_size, code_limits = "Q8_0", 8, 34, (-127, 127)
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
         out.copy_(blocks[:, 2:].view(torch.int8))
         out.mul_(half_field(blocks, 0))
+
+    def grid(self, blocks: Tensor) -> tuple[Tensor, None]:
+        return half_field(blocks, 0), None
+
+    def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        return torch.cat([blocks[:, :2], codes.view(torch.uint8)], 1)
 
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         scale = divide(weights.abs().amax(1), 127.0)
@@ -71,6 +77,20 @@ class _Packed(_Legacy):
 
     bits: ClassVar[int]
     has_minimum: ClassVar[bool]
+
+    @property
+    def code_limits(self) -> tuple[int, int]:
+        middle = 0 if self.has_minimum else 1 << (self.bits - 1)
+        return -middle, (1 << self.bits) - 1 - middle
+
+    def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        return half_field(blocks, 0), -half_field(blocks, 1) if self.has_minimum else None
+
+    def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        head = blocks[:, : 4 if self.has_minimum else 2]
+        return torch.cat(
+            [head, *self._pack_codes((codes - self.code_limits[0]).view(torch.uint8))], 1
+        )
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
         high_at = 4 if self.has_minimum else 2
@@ -91,9 +111,12 @@ class _Packed(_Legacy):
         else:
             scale, low, codes = self._weighted(weights, importance)
         fields = [half_bytes(scale)] if low is None else [half_bytes(scale), half_bytes(low)]
-        if self.bits == 5:
-            fields.append(_pack_fifth_bits(codes))
-        return torch.cat([*fields, _pack_nibbles(codes)], 1)
+        return torch.cat([*fields, *self._pack_codes(codes)], 1)
+
+    def _pack_codes(self, codes: Tensor) -> list[Tensor]:
+        """The fields after the scales, of codes uint8 [n, 32]."""
+        high = [_pack_fifth_bits(codes)] if self.bits == 5 else []
+        return [*high, _pack_nibbles(codes)]
 
     def _plain(self, weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Scale [n], minimum [n] or None, codes uint8 [n, 32]."""
