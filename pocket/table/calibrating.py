@@ -5,6 +5,7 @@ Calibrated on training captions: no held-out word is among them.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from ...engine.calibrate import Prompt, calibrate
 from ...engine.encoder import load_encoder
 from ...engine.generate import GenerateRequest
 from ...engine.loading import load_pair, open_pair
-from ...quant import QuantOptions, quantize_checkpoint
+from ...quant import CalibrationError, QuantOptions, quantize_checkpoint
 from ...quant.calibration import Calibration
 from ...quant.profiler import ProfilerOptions
 from ...quant.provenance import combined_hash, hash_files
@@ -34,9 +35,10 @@ def calibration_of(variant: Variant, work: Path) -> Calibration:
     digests = {copy: combined_hash(hash_files([file])) for copy, file in files.items()}
     path = work / "calibrations" / f"{variant.slug}-{PROMPTS}.safetensors"
     if path.is_file():
-        known = Calibration.load(path)
-        if all(run.models == digests for run in known.provenance):
-            return known
+        with suppress(CalibrationError):  # one of an earlier format is made again
+            known = Calibration.load(path)
+            if all(run.models == digests for run in known.provenance):
+                return known
     path.parent.mkdir(parents=True, exist_ok=True)
     captions = [prompt.caption for prompt in prompt_batch("calibration", PROMPTS)]
     features = load_encoder(encoder_dir(), device="cpu").encode(captions)

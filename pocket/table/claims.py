@@ -56,8 +56,8 @@ CLAIMS = (
     Claim("W8A8 compute costs Q4_K fidelity", _OURS, "Q4_K", "Q4_K as W8A8"),
     Claim("Q4_K is nearer than NF4", "folklore", "Q4_K", "NF4"),
     Claim("our Q4_K is nearer than ggml's", _OURS, "ours: Q4_K", "Q4_K"),
-    Claim("importance improves ours", _OURS, "ours: Q4_K, importance", "ours: Q4_K"),
-    Claim("and lifts it above NF4", _OURS, "ours: Q4_K, importance", "NF4"),
+    Claim("calibration improves ours", _OURS, "ours: Q4_K, calibrated", "ours: Q4_K"),
+    Claim("and lifts it above NF4", _OURS, "ours: Q4_K, calibrated", "NF4"),
     Claim("a scale a row improves FP8", "folklore", "FP8 per row", "FP8 per tensor"),
 )  # fmt: skip
 

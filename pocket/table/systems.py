@@ -19,6 +19,8 @@ from ...ops.blocks import quantize
 from ...ops.layouts import FP8Layout, GGUFLayout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
 from ...ops.reference import dequantize_rotate_quantize
 from ...quant.calibration import Calibration
+from ...quant.encodings import Blocks
+from ...quant.input_moments import InputMoments
 from ...quant.recipes import BLOCK_LINEARS
 from ...quant.treatments import input_group, smoothing
 
@@ -31,8 +33,8 @@ PROTECTED = 2
 LADDER = (1, 4, 8)
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 
-#: (fp32 weight [N, K], vector [K] of smoothing or importance, or None) -> how it is stored
-Store = Callable[[Tensor, "Tensor | None"], QuantizedTensor]
+#: (fp32 weight [N, K], vector [K] of smoothing, moments of the inputs or None) -> how it is stored
+Store = Callable[[Tensor, "Tensor | InputMoments | None"], QuantizedTensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Scheme:
     ``store`` makes a quantized weight from the fp32 one (None: it stays in bf16). ``compute`` says
     how GGUF weights are multiplied. What needs a calibration: ``smooth`` is SmoothQuant's alpha;
     ``protect`` the number of linears of each copy that stay in bf16, the most fragile first; with
-    ``importance`` the encoder weighs errors by the inputs' second moments; ``treatment`` is the
+    ``moments`` the encoder searches and rounds for the least output error; ``treatment`` is the
     quantizer's, which writes files. With ``stress`` the row is made at stress strength too.
     """
 
@@ -51,13 +53,13 @@ class Scheme:
     compute: str = "dense"
     smooth: float | None = None
     protect: int = 0
-    importance: bool = False
+    moments: bool = False
     treatment: str | None = None
     stress: bool = False
 
     @property
     def calibrated(self) -> bool:
-        asked = (self.smooth is not None, self.protect > 0, self.importance, bool(self.treatment))
+        asked = (self.smooth is not None, self.protect > 0, self.moments, bool(self.treatment))
         return any(asked)
 
 
@@ -65,9 +67,10 @@ def _int8(weight: Tensor, smooth: Tensor | None) -> QuantizedTensor:
     return QuantizedTensor.from_float(weight, Int8Layout.NAME, smooth=smooth)
 
 
-def _important(weight: Tensor, importance: Tensor | None) -> QuantizedTensor:
-    blocks = quantize(weight, "Q4_K", importance)
-    return gguf_tensor(blocks, "Q4_K", tuple(weight.shape), dtype=torch.float32)
+def _calibrated(weight: Tensor, inputs: InputMoments) -> QuantizedTensor:
+    shape = tuple(weight.shape)
+    blocks = Blocks("Q4_K", shape).led_by(inputs, feedback=True).encode(weight)["weight"]
+    return gguf_tensor(blocks, "Q4_K", shape, dtype=torch.float32)
 
 
 def _as_ggml(qtype: str) -> Store:
@@ -91,7 +94,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("ours: INT8 auto", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
     Scheme("ours: Q4_K", _stored(GGUFLayout.NAME, qtype="Q4_K")),
-    Scheme("ours: Q4_K, importance", _important, importance=True),
+    Scheme("ours: Q4_K, calibrated", _calibrated, moments=True),
     Scheme("FP8 per row", _stored(FP8Layout.NAME, per_row=True)),
     Scheme("NF4", _stored(NF4Layout.NAME)),
     Scheme("Q8_0", _as_ggml("Q8_0")),
@@ -121,12 +124,12 @@ def weights(
     for name, tensor in state.items():
         module = name.rpartition(".")[0]
         if is_block_linear(name) and module not in kept:
-            vector = None
+            known = None
             if scheme.smooth is not None:
-                vector = smoothing_vector(calibration, copy, module, scheme.smooth)
-            elif scheme.importance:
-                vector = calibration.layer(copy, module).second_moment
-            out[name] = scheme.store(tensor.float(), vector)
+                known = smoothing_vector(calibration, copy, module, scheme.smooth)
+            elif scheme.moments:
+                known = calibration.layer(copy, module).moments
+            out[name] = scheme.store(tensor.float(), known)
     return out
 
 
