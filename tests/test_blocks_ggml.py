@@ -138,6 +138,17 @@ def test_error_is_below_that_of_bytes_as_ggml(name, magnitude):
         assert error < rms_error(name, encode(name, rows, as_ggml=True), rows, 1.0)
 
 
+@pytest.mark.parametrize("outlier", [-3e4, -1e3, 30.0, 1.0])
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+def test_a_lone_outlier_costs_no_block_more_than_ggml(name, outlier):
+    """Where float16 steps meet it by luck, the same luck is had."""
+    weight = gaussian(60, 256, seed=11) * np.float32(0.02)
+    weight[np.arange(60), (np.arange(60) * 37) % 256] = outlier
+    for row in weight:
+        error = rms_error(name, encode(name, row), row, 1.0)
+        assert error <= rms_error(name, encode(name, row, as_ggml=True), row, 1.0) * (1 + 1e-6)
+
+
 @pytest.mark.parametrize("name", list(EXPECTED))
 def test_with_importance_less_error_than_ggml_reaches_with_it(name):
     error = rms_error(name, encode(name, weights(), importance()), weights(), importance())

@@ -22,10 +22,11 @@ from torch import Tensor
 from . import ggml, search
 from .base import BlockFormat, divide, half_above, half_bytes, half_field, signed_peak, to_half
 from .columns import ordered_sum, square_root
+from .packing import EACH_BYTE, pack_nibbles, pack_scales, unpack_nibbles, unpack_scales
 from .refine import Limits, StoredFit, as_stored, best_codes, refine, settle
 
 SCALE_TOP = 63  # six bits
-EACH_BYTE = 0x0101010101010101  # codes are packed eight bytes at a time
+LONE = 0.5  # share of a block's energy in one weight: of gaussian ones it is some 0.06 at most
 
 # Steps of (scale, minimum) that the search with importance tries. Scales of Q6_K are so fine (seven
 # bits) that sixteen of them gain 0.1 to 0.3 dB, for two thirds of the rate: it tries none.
@@ -42,6 +43,33 @@ class _KQuant(BlockFormat):
     encode_chunk = 1 << 19
     uses_importance = True
 
+    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        blocks = self._search(weights, importance)
+        if importance is None:
+            self._take_luckier(weights, blocks)
+        return blocks
+
+    def _take_luckier(self, weights: Tensor, blocks: Tensor) -> None:
+        """Where one weight holds most of a block's energy, take ggml's block if it is nearer.
+
+        How well float16 steps meet that weight decides then, and no search leads to it.
+        """
+        squares = weights.square()
+        lone = squares.amax(1) > LONE * squares.sum(1)
+        if not lone.any():
+            return
+        rows, ours = weights[lone], blocks[lone]
+        theirs = self.encode_as_ggml(rows)
+        values = [torch.empty_like(rows) for _ in range(2)]
+        for each, out in zip((ours, theirs), values, strict=True):
+            self.decode(each, out)
+        lost, loses = (out.sub_(rows).square_().sum(1) for out in values)
+        blocks[lone] = torch.where((loses < lost)[:, None], theirs, ours)
+
+    @abstractmethod
+    def _search(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        """As ``encode``: least squares, but for what luck decides."""
+
 
 class _AffineK(_KQuant):
     """``d * sc * q - dmin * m``: 8 groups of 32 weights, six bits for each sc and m."""
@@ -57,14 +85,14 @@ class _AffineK(_KQuant):
         groups.mul_(scale[:, :, None]).sub_(minimum[:, :, None])
 
     def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        scale, minimum = _unpack_scales(blocks[:, 4:16])
+        scale, minimum = unpack_scales(blocks[:, 4:16])
         return half_field(blocks, 0) * scale, half_field(blocks, 1) * minimum
 
     def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
         fields = self._pack_codes(codes.view(torch.uint8).view(-1, 8, 32))
         return torch.cat([blocks[:, :16], *fields], 1)
 
-    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+    def _search(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = _columns(weights, 32)  # [32, 8, n]
         importance = None if importance is None else _columns(importance, 32)
         top = (1 << self.bits) - 1
@@ -97,7 +125,7 @@ class _AffineK(_KQuant):
     ) -> Tensor:
         """Blocks of d, dmin [n], scale, minimum [8, n] and codes [32, 8, n], all float32."""
         fields = self._pack_codes(_rows(codes.to(torch.uint8)))
-        scales = _pack_scales(scale, minimum)
+        scales = pack_scales(scale, minimum)
         return torch.cat([half_bytes(d), half_bytes(dmin), scales, *fields], 1)
 
     @abstractmethod
@@ -117,10 +145,10 @@ class Q4_K(_AffineK):
     ggml_ranges = ggml.grid(21, -1.0, 0.1, 15)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
-        return _unpack_nibbles(blocks[:, 16:])
+        return unpack_nibbles(blocks[:, 16:])
 
     def _pack_codes(self, codes: Tensor) -> list[Tensor]:
-        return [_pack_nibbles(codes)]
+        return [pack_nibbles(codes)]
 
 
 class Q5_K(_AffineK):
@@ -131,7 +159,7 @@ class Q5_K(_AffineK):
     ggml_ranges = ggml.grid(16, -0.5, 0.1, 31)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
-        codes = _unpack_nibbles(blocks[:, 48:])
+        codes = unpack_nibbles(blocks[:, 48:])
         high = blocks[:, 16:48].contiguous().view(torch.int32)  # four bytes at a time
         words = codes.view(torch.int32)
         for group in range(8):
@@ -143,7 +171,7 @@ class Q5_K(_AffineK):
         packed = high[:, 0].clone()
         for group in range(1, 8):
             packed |= high[:, group] << group
-        return [packed.view(torch.uint8), _pack_nibbles(codes)]
+        return [packed.view(torch.uint8), pack_nibbles(codes)]
 
 
 class Q6_K(_KQuant):
@@ -175,7 +203,7 @@ class Q6_K(_KQuant):
         fields = self._pack_codes((codes + 32).view(torch.uint8).view(-1, 2, 4, 32))
         return torch.cat([*fields, blocks[:, 192:]], 1)
 
-    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+    def _search(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = _columns(weights, 16)  # [16, 16, n]
         importance = None if importance is None else _columns(importance, 16)
         widths = self.plain_widths if importance is None else SYMMETRIC_WIDTHS
@@ -256,38 +284,3 @@ def _eight_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     empty = peak.abs() < ggml.NEGLIGIBLE
     codes = (values * inverse).round_().clamp_(max=127).masked_fill_(empty, 0)
     return inverse.reciprocal().masked_fill_(empty, 0), codes, empty
-
-
-# The six-bit scales and minima of groups 0 to 7, letters A to H, in 12 bytes:
-#     bytes 0-3    EEAAAAAA FFBBBBBB GGCCCCCC HHDDDDDD    scales; high bits of E to H
-#     bytes 4-7    eeaaaaaa ffbbbbbb ggcccccc hhdddddd    minima; high bits of e to h
-#     bytes 8-11   eeeeEEEE ffffFFFF ggggGGGG hhhhHHHH    low bits of both
-
-
-def _unpack_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [n, 12] -> scales, minima float32 [n, 8]."""
-    scale, minimum, low = packed.unflatten(1, (3, 4)).unbind(1)
-    scales = torch.cat([scale & 63, (low & 15) | ((scale >> 2) & 48)], 1)
-    minima = torch.cat([minimum & 63, (low >> 4) | ((minimum >> 2) & 48)], 1)
-    return scales.to(torch.float32), minima.to(torch.float32)
-
-
-def _pack_scales(scales: Tensor, minima: Tensor) -> Tensor:
-    """float32 [8, n] each -> uint8 [n, 12]."""
-    scales, minima = scales.t().to(torch.uint8), minima.t().to(torch.uint8)
-    first = scales[:, :4] | ((scales[:, 4:] >> 4) << 6)
-    second = minima[:, :4] | ((minima[:, 4:] >> 4) << 6)
-    third = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
-    return torch.cat([first, second, third], 1)
-
-
-def _unpack_nibbles(packed: Tensor) -> Tensor:
-    """[n, 128] -> uint8 [n, 8, 32]."""
-    packed = packed.unflatten(1, (4, 32))
-    return torch.stack([packed & 0x0F, packed >> 4], 2).view(-1, 8, 32)
-
-
-def _pack_nibbles(codes: Tensor) -> Tensor:
-    """The low four bits of uint8 [n, 8, 32] -> [n, 128]."""
-    low = codes.view(torch.int64) & 0x0F * EACH_BYTE
-    return (low[:, 0::2] | (low[:, 1::2] << 4)).view(torch.uint8).flatten(1)
