@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HUGE = (1 << 31, (1 << 32) - 1, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1)
+DEEP = "[" * 100_000  # JSON deeper than a parser goes
 
 
 @dataclass(frozen=True)
