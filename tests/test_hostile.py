@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import struct
 import time
 from collections.abc import Callable
@@ -15,19 +13,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ideogram4_quant.checkpoint import files as checkpoint_files
-from ideogram4_quant.checkpoint import open_checkpoint, open_encoder, write_safetensors
+from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
 from ideogram4_quant.checkpoint.container import open_container
 from ideogram4_quant.engine.compare.cases import read_cases
 from ideogram4_quant.gguf_loader import read_header
 from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
 from ideogram4_quant.ops import choice_files
-from ideogram4_quant.ops.errors import (
-    CheckpointError,
-    CorruptFileError,
-    Ideogram4QuantError,
-    TruncatedFileError,
-)
+from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError, Ideogram4QuantError
 from ideogram4_quant.quant import Calibration
 from ideogram4_quant.tests import hostile_files as hostile
 from ideogram4_quant.tests.fuzz import seeds, targets
@@ -173,7 +165,7 @@ def test_the_seeds_are_good(tmp_path: Path, first: list[bytes]):
         for load in (
             lambda p: open_checkpoint(p).load("conditional"),
             lambda p: open_encoder(p).load(),
-            lambda p: parse_lora(read_lora(p), SHAPES, str(p)),
+            lambda p: parse_lora(read_lora(p), targets.LORA_SHAPES, str(p)),
             Calibration.load,
         ):
             with suppress(Ideogram4QuantError):
@@ -200,118 +192,6 @@ _TOKENS = (
 )
 
 
-# --- files that change, links and names -----------------------------------------------------------
-
-
-def test_a_file_that_becomes_shorter_while_it_is_read(tmp_path: Path, monkeypatch):
-    path = tmp_path / "m.safetensors"
-    write_safetensors(path, seeds.transformer())
-    opened = open_checkpoint(path)
-    empty = torch.empty
-
-    def shrink(*arguments, **keywords):  # between the check of the file and the first byte
-        os.truncate(path, 2000)
-        return empty(*arguments, **keywords)
-
-    monkeypatch.setattr(checkpoint_files.torch, "empty", shrink)
-    with pytest.raises(TruncatedFileError, match=r"m\.safetensors: the file ends early"):
-        opened.load("conditional")
-
-
-def test_a_file_that_is_rewritten_while_it_is_read(tmp_path: Path, monkeypatch):
-    path = tmp_path / "m.safetensors"
-    write_safetensors(path, seeds.transformer())
-    opened = open_checkpoint(path)
-    empty = torch.empty
-
-    def rewrite(*arguments, **keywords):
-        os.utime(path, ns=(1, 1))
-        return empty(*arguments, **keywords)
-
-    monkeypatch.setattr(checkpoint_files.torch, "empty", rewrite)
-    with pytest.raises(CheckpointError, match="changed after it was opened"):
-        opened.load("conditional")
-
-
-def test_a_file_that_vanishes(tmp_path: Path):
-    path = tmp_path / "m.safetensors"
-    write_safetensors(path, seeds.transformer())
-    opened = open_checkpoint(path)
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be read: No such file"):
-        opened.load("conditional")
-    path = seeds.gguf(tmp_path / "m.gguf")
-    header = read_header(path)
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"m\.gguf: cannot be read: No such file"):
-        header.array("a.list")
-
-
-def test_an_array_that_is_other_than_in_the_header(tmp_path: Path):
-    """Same size, same time, other bytes: the lengths inside are checked again."""
-    path = seeds.gguf(tmp_path / "m.gguf")
-    state, header = path.stat(), read_header(path)
-    content = bytearray(path.read_bytes())
-    at = header.metadata["a.texts"].offset
-    content[at : at + 8] = struct.pack("<Q", 1 << 62)
-    path.write_bytes(content)
-    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    with pytest.raises(CheckpointError, match="changed after it was opened"):
-        header.array("a.texts")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("../secret.safetensors", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:x"),
-        *("\ud800", "a\0b", "x" * 300, 7, None, ["m-00001-of-00002.safetensors"]),
-    ],
-)
-def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name, monkeypatch):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    write_safetensors(tmp_path / "secret.safetensors", seeds.transformer())
-    index = folder / "m.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"adaln_proj.weight": name}}))
-    opened = []
-    plain = open
-
-    def watched(file, *arguments, **keywords):
-        opened.append(str(file))
-        return plain(file, *arguments, **keywords)
-
-    monkeypatch.setattr("builtins.open", watched)
-    with pytest.raises(CheckpointError) as caught:
-        open_container(index)
-    assert caught.value.file == str(index)
-    assert [file for file in opened if not file.startswith(str(folder))] == []
-
-
-def test_names_in_a_file_are_keys_and_never_paths(tmp_path: Path):
-    """Tensors called like files are ignored like any stranger."""
-    path = tmp_path / "m.safetensors"
-    strange = {"../../etc/passwd": torch.zeros(1), "..": torch.zeros(1), "a\0b": torch.zeros(1)}
-    write_safetensors(path, seeds.transformer() | strange)
-    opened = open_checkpoint(path)
-    assert not set(strange) & set(opened.shapes("conditional"))
-    assert len(opened.load("conditional")) == len(seeds.transformer())
-
-
-def test_links_that_lead_nowhere_and_in_circles(tmp_path: Path):
-    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
-    (tmp_path / "circle.safetensors").symlink_to(tmp_path / "circle.safetensors")
-    for name in ("gone.safetensors", "circle.safetensors"):
-        with pytest.raises(CheckpointError, match=name):
-            open_container(tmp_path / name)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_a_pipe_is_no_model_and_never_waited_for(tmp_path: Path):
-    os.mkfifo(tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: there is no such file"):
-        open_container(tmp_path / "m.safetensors")
-
-
 # --- what is said ---------------------------------------------------------------------------------
 
 
@@ -327,68 +207,3 @@ def test_messages_can_be_printed_and_read(tmp_path: Path):
     assert said.isprintable()
     assert len(said) < 1000
     assert r"\x1b[2J\n\r" in said
-
-
-# --- LoRAs ----------------------------------------------------------------------------------------
-
-SHAPES = {"layers.0.attention.qkv": (48, 16), "layers.0.attention.o": (16, 16)}
-_DOWN = "diffusion_model.layers.0.attention.qkv.lora_A.weight"
-_UP = "diffusion_model.layers.0.attention.qkv.lora_B.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({_DOWN: None}, "layers.0.attention.qkv"),
-        ({_UP: None}, "layers.0.attention.qkv"),
-        ({_UP: torch.zeros(48, 3)}, "layers.0.attention.qkv"),
-        ({_UP: torch.zeros(48, 2, 1)}, "layers.0.attention.qkv"),
-        ({_DOWN: torch.zeros(())}, "layers.0.attention.qkv"),
-        ({_DOWN: torch.zeros(0, 16), _UP: torch.zeros(48, 0)}, "layers.0.attention.qkv"),
-        ({_DOWN: torch.full((2, 16), float("nan"))}, "layers.0.attention.qkv"),
-        ({_UP: torch.full((48, 2), float("inf"))}, "layers.0.attention.qkv"),
-        ({_DOWN.replace("lora_A.weight", "alpha"): torch.ones(3)}, "layers.0.attention.qkv"),
-        ({_DOWN.replace("lora_A.weight", "alpha"): torch.ones(0)}, "layers.0.attention.qkv"),
-        (
-            {_DOWN.replace("lora_A.weight", "alpha"): torch.tensor(float("inf"))},
-            "layers.0.attention.qkv",
-        ),
-        ({_DOWN.replace("lora_A.weight", "dora_scale"): torch.ones(48)}, None),
-    ],
-)
-def test_a_lora_that_does_not_fit_is_named(tmp_path: Path, change: dict, named: str | None):
-    path = tmp_path / "lora.safetensors"
-    state = {**seeds.lora(), **change}
-    write_safetensors(path, {k: v for k, v in state.items() if v is not None})
-    with pytest.raises(CheckpointError) as caught:
-        parse_lora(read_lora(path), SHAPES, path.name)
-    assert caught.value.file == path.name
-    assert named is None or caught.value.tensor == named
-
-
-def test_two_spellings_of_one_half_are_refused(tmp_path: Path):
-    path = tmp_path / "lora.safetensors"
-    other = _DOWN.replace("diffusion_model.", "transformer.")
-    write_safetensors(path, {**seeds.lora(), other: torch.ones(2, 16)})
-    with pytest.raises(CorruptFileError, match="twice"):
-        parse_lora(read_lora(path), SHAPES, path.name)
-
-
-def test_a_pickle_under_any_name_is_no_lora(tmp_path: Path):
-    path = tmp_path / "lora.safetensors"
-    torch.save({_DOWN: torch.zeros(2, 16)}, path)
-    with pytest.raises(CorruptFileError, match="pickle"):
-        read_lora(path)
-
-
-def test_a_gguf_file_is_no_lora(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="read from safetensors"):
-        read_lora(seeds.gguf(tmp_path / "lora.gguf"))
-
-
-def test_a_whole_model_is_no_lora_and_not_read_to_find_that_out(tmp_path: Path, monkeypatch):
-    path = tmp_path / "lora.safetensors"
-    write_safetensors(path, seeds.transformer())
-    monkeypatch.setattr(checkpoint_files.SourceFile, "read", lambda *_: pytest.fail("read"))
-    with pytest.raises(CheckpointError, match="holds no LoRA for Ideogram 4"):
-        read_lora(path)

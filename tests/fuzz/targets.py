@@ -35,6 +35,8 @@ _DATA = 1 << 16  # bytes behind a header that the harness frames
 _CPU = torch.device("cpu")
 UNFINISHED = 16  # bytes of the file to be, behind which the record lies
 _LOADED = 1 << 20  # tensors of larger files are not read
+# the linears of a model that a LoRA is read for
+LORA_SHAPES = {"layers.0.attention.qkv": (48, 16), "layers.0.attention.o": (16, 16)}
 
 Open = Callable[[Path], object]
 
@@ -190,9 +192,8 @@ def read_prompts(path: Path) -> None:
 def read_lora(path: Path) -> None:
     from ideogram4_quant.nodes import lora_files
 
-    shapes = {"layers.0.attention.qkv": (48, 16), "layers.0.attention.o": (16, 16)}
     state = lora_files.read_lora(path)
-    lora_files.describe(lora_files.parse_lora(state, shapes, str(path)))
+    lora_files.describe(lora_files.parse_lora(state, LORA_SHAPES, str(path)))
 
 
 def read_calibration(path: Path) -> None:
