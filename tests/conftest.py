@@ -16,7 +16,9 @@ from ideogram4_quant.tests.host.server import PACK_FOLDER, Server, environment, 
 
 # helpers whose assertions shall say what they compared
 pytest.register_assert_rewrite(
-    "ideogram4_quant.tests.checkpoint_weights", "ideogram4_quant.tests.kernel_checks"
+    "ideogram4_quant.tests.checkpoint_weights",
+    "ideogram4_quant.tests.encoder_weights",
+    "ideogram4_quant.tests.kernel_checks",
 )
 
 SCRIPTS = Path(__file__).resolve().parent / "host" / "scripts"

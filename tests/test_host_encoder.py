@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
-from ideogram4_quant.tests.test_encoder_files import LLAMA_CPP
+from ideogram4_quant.tests.encoder_weights import LLAMA_CPP
 from ideogram4_quant.tests.tiny_model import AsVisionLanguageModel
 
 pytestmark = pytest.mark.host
