@@ -1,0 +1,11 @@
+"""Seeded random tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal values by a generator of their own, drawn in fp32 and cast to ``dtype``."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
