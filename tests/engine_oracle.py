@@ -51,8 +51,3 @@ def reference_velocity(
     times = torch.full((len(x),), time, dtype=x.dtype)
     out = model(timestep=times, return_dict=False, **inputs)[0]
     return out[:, out.shape[1] - x.shape[1] :]
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted|."""
-    return ((found - wanted).norm() / wanted.norm()).item()

@@ -67,11 +67,6 @@ def db(found: Tensor, wanted: Tensor) -> float:
     return math.inf if noise == 0 else 10 * math.log10(wanted.double().square().sum() / noise)
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """``||found - wanted|| / ||wanted||``."""
-    return 10 ** (-db(found, wanted) / 20)
-
-
 def inputs(seed: int = 0, text: int = 9, width: int = 832) -> list[tuple[Tensor, float, Tensor]]:
     """(latents, time, text features) of a few passes at 64 x 128 px."""
     generator = torch.Generator().manual_seed(seed)

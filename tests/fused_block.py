@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ideogram4_quant.ops import fused, layouts
 from ideogram4_quant.ops.linear import LinearOptions, linear
+from ideogram4_quant.tests.tensors import randn
 
 EPS = 1e-5
 W8A8 = LinearOptions(backend="reference", gguf_compute="w8a8")
@@ -28,14 +29,6 @@ LAYOUTS: dict[str, tuple[str, dict] | None] = {
     "bf16": None,
 }
 MODULES = ("qkv", "o", "w1", "w2", "w3")
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def encode(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:

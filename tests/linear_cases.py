@@ -21,14 +21,6 @@ KINDS = {
 }
 
 
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
-
-
 def make(kind, weight):
     layout, options = KINDS[kind]
     if "smooth" in options:

@@ -7,12 +7,9 @@ import torch
 
 from ideogram4_quant.ops import attention, autotune, choices
 from ideogram4_quant.ops.errors import BackendUnavailableError, OpError
+from ideogram4_quant.tests.tensors import randn
 
 CPU = torch.device("cpu")
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from ideogram4_quant.ops.choices import ALWAYS_DENSE, GGUF, LINEAR, Key, Measure
 from ideogram4_quant.ops.gguf_compute import FEW_TOKENS
 from ideogram4_quant.ops.layouts import QuantizedTensor
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear
-from ideogram4_quant.tests.linear_cases import CPU, randn
+from ideogram4_quant.tests.linear_cases import CPU
+from ideogram4_quant.tests.tensors import randn
 from ideogram4_quant.tests.tuning_cases import INT8, Q4_K, fake_times, linear_key
 
 pytestmark = pytest.mark.usefixtures("nothing_measured")

@@ -11,8 +11,9 @@ from ideogram4_quant.ops import autotune, choices, dispatch, fused, reference, t
 from ideogram4_quant.ops.autotune import Layer, Measure, layers_of, tune
 from ideogram4_quant.ops.choices import FUSED, Key, Measurement, Table
 from ideogram4_quant.ops.linear import LinearOptions
-from ideogram4_quant.tests.fused_block import Block, randn, relative
+from ideogram4_quant.tests.fused_block import Block
 from ideogram4_quant.tests.linear_cases import CPU
+from ideogram4_quant.tests.tensors import randn, relative
 from ideogram4_quant.tests.tuning_cases import fake_times
 
 pytestmark = pytest.mark.usefixtures("nothing_measured")

@@ -14,7 +14,8 @@ from ideogram4_quant.ops import (
 )
 from ideogram4_quant.ops.errors import BackendUnavailableError
 from ideogram4_quant.ops.linear import int8_linear
-from ideogram4_quant.tests.linear_cases import CPU, randn, relative
+from ideogram4_quant.tests.linear_cases import CPU
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 

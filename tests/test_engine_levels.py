@@ -13,7 +13,8 @@ from ideogram4_quant.engine.transformer import load_transformer, prepare, veloci
 from ideogram4_quant.ops import layouts
 from ideogram4_quant.ops.linear import LinearOptions
 from ideogram4_quant.quant import RECIPES, QuantOptions, quantize_checkpoint
-from ideogram4_quant.tests.engine_oracle import Stored, reference_velocity, relative
+from ideogram4_quant.tests.engine_oracle import Stored, reference_velocity
+from ideogram4_quant.tests.tensors import relative
 from ideogram4_quant.tests.tiny_model import (
     CONFIG,
     canonical_state,

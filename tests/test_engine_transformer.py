@@ -9,7 +9,8 @@ from ideogram4_quant.engine import transformer as engine
 from ideogram4_quant.engine.linear import QuantLinear
 from ideogram4_quant.engine.transformer import load_transformer, prepare, velocity
 from ideogram4_quant.ops.errors import CheckpointError, OpError
-from ideogram4_quant.tests.engine_oracle import Stored, reference_velocity, relative, stored
+from ideogram4_quant.tests.engine_oracle import Stored, reference_velocity, stored
+from ideogram4_quant.tests.tensors import relative
 from ideogram4_quant.tests.tiny_model import CONFIG, random_transformer
 
 REAL_HEADS = CONFIG | {"attention_head_dim": 256, "num_layers": 1, "rope_theta": 5_000_000}

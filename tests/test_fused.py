@@ -9,14 +9,8 @@ from ideogram4_quant.ops import fused, layouts, prequantized
 from ideogram4_quant.ops.errors import BackendUnavailableError
 from ideogram4_quant.ops.fold import Fold
 from ideogram4_quant.ops.linear import LinearOptions, linear
-from ideogram4_quant.tests.fused_block import (
-    LAYOUTS,
-    Block,
-    encode,
-    randn,
-    random_int8,
-    relative,
-)
+from ideogram4_quant.tests.fused_block import LAYOUTS, Block, encode, random_int8
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 

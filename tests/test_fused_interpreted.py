@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ideogram4_quant.ops.linear import LinearOptions
-from ideogram4_quant.tests.fused_block import Block, relative
+from ideogram4_quant.tests.fused_block import Block
+from ideogram4_quant.tests.tensors import relative
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_kernels.py, in a process of its own", allow_module_level=True)

@@ -13,7 +13,8 @@ from ideogram4_quant.ops import (
 )
 from ideogram4_quant.ops.gguf_compute import FEW_TOKENS, resolve_compute
 from ideogram4_quant.ops.linear import gguf_linear
-from ideogram4_quant.tests.linear_cases import EPS, randn, relative
+from ideogram4_quant.tests.linear_cases import EPS
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 

@@ -18,7 +18,8 @@ from ideogram4_quant.ops import (
 )
 from ideogram4_quant.ops import linear as ops_linear
 from ideogram4_quant.ops.linear import gguf_linear, int8_linear, linear
-from ideogram4_quant.tests.linear_cases import BACKENDS, CPU, EPS, SHAPES, make, randn
+from ideogram4_quant.tests.linear_cases import BACKENDS, CPU, EPS, SHAPES, make
+from ideogram4_quant.tests.tensors import randn
 from ideogram4_quant.tests.watch import Watch
 
 torch.set_num_threads(1)

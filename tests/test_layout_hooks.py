@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ideogram4_quant.ops.gguf_compute import FEW_TOKENS
 from ideogram4_quant.ops.layouts import QuantizedTensor
 from ideogram4_quant.ops.linear import linear
+from ideogram4_quant.tests.tensors import randn, relative
 
 KINDS = {
     "int8": ("Ideogram4QuantInt8", {}),
@@ -21,14 +22,6 @@ KINDS = {
     "Q4_K": ("Ideogram4QuantGGUF", {"qtype": "Q4_K"}),
 }
 HALF = FEW_TOKENS // 2  # a batch of two: a GGUF weight is multiplied as int8 from FEW_TOKENS on
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def make(kind, weight):

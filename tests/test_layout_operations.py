@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ideogram4_quant.tests.layout_cases import BLOCKS, KINDS, K, identical, make
-from ideogram4_quant.tests.linear_cases import randn, relative
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 

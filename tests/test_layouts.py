@@ -16,7 +16,7 @@ from ideogram4_quant.ops import layouts, nf4
 from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.tests.layout_cases import BLOCKS, FP8, INT8, KINDS, SMOOTH, K, identical, make
-from ideogram4_quant.tests.linear_cases import randn, relative
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 

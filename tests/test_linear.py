@@ -17,7 +17,8 @@ from ideogram4_quant.ops import (
 from ideogram4_quant.ops import linear as ops_linear
 from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear, linear
-from ideogram4_quant.tests.linear_cases import BACKENDS, EPS, KINDS, make, randn, relative
+from ideogram4_quant.tests.linear_cases import BACKENDS, EPS, KINDS, make
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 

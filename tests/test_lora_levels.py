@@ -11,16 +11,13 @@ from ideogram4_quant.nodes.lora_files import parse_lora
 from ideogram4_quant.ops import layouts
 from ideogram4_quant.ops.fold import Fold
 from ideogram4_quant.ops.linear import linear
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 K, RANK = 256, 4
 N = 3 * K
 QKV = "layers.7.attention.qkv"
 INT8, GGUF, FP8, NF4 = (f"Ideogram4Quant{name}" for name in ("Int8", "GGUF", "FP8", "NF4"))
-
-
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def factors(seed):
@@ -92,10 +89,6 @@ NAMINGS = {
     "OneTrainer": split("transformer.", *KOHYA, alpha=2),
     "kohya": split("lora_unet_", *KOHYA, alpha=1, separator="_"),
 }
-
-
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def update_of(naming):

@@ -23,6 +23,7 @@ from ideogram4_quant.quant import (
 )
 from ideogram4_quant.tests import fixtures_fold as fold
 from ideogram4_quant.tests import quant_model as model
+from ideogram4_quant.tests.tensors import relative
 
 LEVELS = fold.LEVELS
 O0 = "layers.0.attention.o"
@@ -74,9 +75,9 @@ def test_a_folded_file_gives_what_a_stock_host_computes_from_it(case, level, tmp
     assert open_checkpoint(stock).folding("conditional") is None
     passes = fold.inputs(seed=1)
     ours, theirs = (fold.run(fold.load(path), passes) for path in (case.files[level], stock))
-    assert fold.relative(ours, theirs) < 2e-3
+    assert relative(ours, theirs) < 2e-3
     plain = fold.run(fold.load(case.source), passes)
-    assert fold.relative(ours, plain) > 5e-3  # not trivially the source
+    assert relative(ours, plain) > 5e-3  # not trivially the source
 
 
 @pytest.mark.parametrize("level", LEVELS)

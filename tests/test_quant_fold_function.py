@@ -11,6 +11,7 @@ from ideogram4_quant.quant.fold import fold_tensor, remaining_factor
 from ideogram4_quant.quant.treatments import smooth_factors
 from ideogram4_quant.tests import fixtures_fold as fold
 from ideogram4_quant.tests import quant_model as model
+from ideogram4_quant.tests.tensors import relative
 
 O0 = "layers.0.attention.o"
 
@@ -100,7 +101,7 @@ def test_what_is_refused_would_change_the_function(what, least):
         changed[layer("attention.qkv")] = rotate(state[layer("attention.qkv")], 256)
     else:  # heads are 128 wide
         changed |= folded(state, Folding({}, {O0: 256}))
-    assert fold.relative(fold.block(changed, *block_inputs()), wanted) > least
+    assert relative(fold.block(changed, *block_inputs()), wanted) > least
 
 
 def test_factors_balance_activations_and_weights():

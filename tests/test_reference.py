@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from ideogram4_quant.ops import reference as ref
 from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.rotation import GROUPS, hadamard, largest_group, rotate
+from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 
@@ -16,18 +17,9 @@ EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7
 SHAPES = [(1, 1, 1), (1, 16, 64), (3, 63, 100), (17, 5, 255), (33, 40, 2000), (64, 128, 256)]
 
 
-def randn(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype)
-
-
 def randint8(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
-
-
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 # ---- quantize_rows
