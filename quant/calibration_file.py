@@ -28,6 +28,8 @@ VERSION = "2"
 _MAX_COLUMNS = 4096
 _MAX_CANDIDATES = 256
 _MAX_FEATURES = 1 << 20
+_MAX_TOKENS = 1 << 40
+_MAX_SQUARE = 1e30  # mean square of an input: the outputs' must fit fp32
 _UNMEASURED = -1.0  # in a row of "noise": sums of squares are never negative
 
 # Field -> (safetensors dtype, shape as a function of K, columns and candidates, may be negative)
@@ -141,10 +143,16 @@ def _layer(
     shape = tuple(values.pop("shape").tolist())
     if shape[1] != features or shape[0] < 1:
         raise bad("the shape contradicts the statistics", list(shape), f"[N, {features}]")
+    tokens = values.pop("tokens").item()
+    if not 0 < tokens <= _MAX_TOKENS:
+        raise bad("impossible number of tokens", tokens, f"1 to {_MAX_TOKENS}")
+    loudest = values["square_sum"].max().item() / tokens
+    if loudest > _MAX_SQUARE:
+        raise bad("impossible mean square of an input", f"{loudest:g}", f"at most {_MAX_SQUARE:g}")
     noise = dict(zip(candidates, values.pop("noise"), strict=True))
     return LayerStats(
         shape=shape,
-        tokens=values.pop("tokens").item(),
+        tokens=tokens,
         noise={name: row for name, row in noise.items() if bool((row >= 0).all())},
         **values,
     )

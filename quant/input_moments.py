@@ -25,6 +25,11 @@ DIRECTIONS = 16
 _NOISE = 1e-6
 # Mean square of an input that calibration never saw, of their mean: another prompt may bring it.
 _UNSEEN = 1e-6
+# Mean square below which inputs count as zero: of the quietest ones fp32 could not hold it.
+_SILENCE = 1e-20
+# Share of an input's mean square that directions explain, beyond which the sums are wrong: in exact
+# sums it is 1 at most.
+_IMPOSSIBLE = 1.01
 # Power of what calibration did not see, of the typical input's: feedback would else pile errors on
 # inputs that were silent (channels of w2 that only some words wake), for a gain of 0.1 dB.
 _DAMPING = 0.3
@@ -85,15 +90,18 @@ def signs(features: int, columns: int) -> Tensor:
 def input_moments(square_sum: Tensor, sums: Tensor, tokens: int) -> InputMoments | None:
     """Of sums over ``tokens`` inputs: squares fp64 [K], sketch fp32 [K, r]; None for silence.
 
-    Raises nothing for sums that contradict each other: directions then explain too much, which
-    ``Feedback`` bounds.
+    Where sums contradict each other, so that directions explain more than all of an input, they are
+    shortened to that.
     """
-    square = square_sum.double() / max(tokens, 1)
+    square = square_sum.double() / tokens
     mean = square.mean()
-    if not bool(mean > 0):
+    if not bool(mean > _SILENCE):
         return None
     square = square.clamp_min(_UNSEEN * mean.item())
-    return InputMoments(square.float(), _directions(sums.double() / tokens).float())
+    directions = _directions(sums.double() / tokens)
+    explained = directions.square().sum(1) / square
+    excess = torch.where(explained > _IMPOSSIBLE, explained, 1.0)
+    return InputMoments(square.float(), (directions / excess.sqrt()[:, None]).float())
 
 
 def _directions(product: Tensor) -> Tensor:

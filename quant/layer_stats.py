@@ -56,11 +56,6 @@ class LayerStats:
         )
 
     @property
-    def second_moment(self) -> Tensor:
-        """``mean over tokens of x_k^2``, fp32 [K]."""
-        return (self.square_sum / max(self.tokens, 1)).float()
-
-    @property
     def moments(self) -> InputMoments | None:
         """Which inputs are loud, and which together; None if all of them were zero."""
         return input_moments(self.square_sum, self.sketch, self.tokens)
@@ -75,7 +70,8 @@ class LayerStats:
         variance = m2 - m * m
         if variance <= 1e-12 * m2:
             return math.nan
-        return (m4 - 4 * m * m3 + 6 * m * m * m2 - 3 * m**4) / variance**2
+        square = m * m  # products overflow to infinity, where powers raise
+        return (m4 - 4 * m * m3 + 6 * square * m2 - 3 * square * square) / (variance * variance)
 
     @property
     def peak_to_median(self) -> Tensor:

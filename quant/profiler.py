@@ -121,9 +121,7 @@ class Profiler:
                 tensor=silent[0],
                 hint="Another patch runs these layers in its own way: take it off to calibrate.",
             )
-        loud = [
-            key for key, seen in self._seen.items() if not bool(seen.stats.absmax.isfinite().all())
-        ]
+        loud = [key for key, seen in self._seen.items() if not seen.finite]
         if loud:
             raise CalibrationError(
                 "the inputs of this linear are not finite",
@@ -201,6 +199,12 @@ class _Seen:
     @property
     def samples(self) -> int:
         return self._loudest.samples
+
+    @property
+    def finite(self) -> bool:
+        """Whether all inputs were, and what is summed of them."""
+        sums = self.stats.absmax, self.stats.square_sum, self.stats.sketch
+        return all(bool(each.isfinite().all()) for each in sums)
 
     def without(self, sample: int) -> LayerStats:
         """The statistics with the maxima of all samples but this one."""

@@ -52,7 +52,7 @@ def test_figures_are_the_formulas():
     found, x = stats()
     values = x.double().numpy()
     np.testing.assert_array_equal(found.absmax.numpy(), np.abs(x.numpy()).max(0))
-    np.testing.assert_allclose(found.second_moment.numpy(), (values**2).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.moments.square.numpy(), (values**2).mean(0), rtol=1e-6)
     centred = values - values.mean()
     wanted = (centred**4).mean() / (centred**2).mean() ** 2
     assert found.kurtosis == pytest.approx(wanted, rel=1e-9)
@@ -61,6 +61,11 @@ def test_figures_are_the_formulas():
     assert found.error("int8") == pytest.approx(math.sqrt(noise / signal))
     assert found.sqnr_db("int8") == pytest.approx(10 * math.log10(signal / noise))
     assert math.isnan(found.error("never measured"))
+
+
+def test_kurtosis_of_impossible_sums_is_no_number():
+    sums = torch.tensor([1e90, 1e180, 1e300, 1e300], dtype=torch.float64)
+    assert not math.isfinite(replace(stats()[0], power_sums=sums).kurtosis)
 
 
 def test_merged_runs_are_one_run_over_both_inputs():
@@ -163,6 +168,13 @@ def damage(path, out, change=None, **metadata):
         ({"sketch": torch.full((16, 16), torch.inf)}, {}, "NaN or infinity"),
         ({"shape": torch.tensor([6, 99])}, {}, "contradicts"),
         ({"tokens": torch.tensor([-1])}, {}, "negative"),
+        ({"tokens": torch.tensor([0])}, {}, "impossible number of tokens"),
+        ({"tokens": torch.tensor([2**63 - 1])}, {}, "impossible number of tokens"),
+        (
+            {"square_sum": torch.full((16,), 1e300, dtype=torch.float64)},
+            {},
+            "impossible mean square",
+        ),
         ({"noise": torch.ones(2, 3)}, {}, "F32"),
         ({"extra": torch.ones(3)}, {}, "extra"),
     ],

@@ -106,15 +106,26 @@ def test_silence_has_no_moments_and_one_token_has_one_direction():
     torch.testing.assert_close(found.directions.abs()[:, 0], x.abs()[0], rtol=1e-3, atol=1e-4)
 
 
-def test_sums_that_contradict_each_other_do_no_harm():
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1.0, 1e30, 1e38])
+@pytest.mark.parametrize("orthogonal", [False, True])  # to the signs: nothing but rounding is left
+def test_sums_that_contradict_each_other_explain_no_more_than_all(size, orthogonal):
     generator = torch.Generator().manual_seed(5)
     square = torch.rand(64, dtype=torch.float64, generator=generator)
-    for size in (1e-30, 1.0, 1e30):
-        sketch = torch.randn(64, DIRECTIONS, generator=generator) * size
-        found = input_moments(square, sketch, 10)
-        weight = torch.randn(4, 64, generator=generator)
-        codes = found.feedback().round(weight, torch.full((4, 1), 0.1), None, (-127, 127))
-        assert codes.shape == weight.shape
+    sketch = torch.rand(64, DIRECTIONS, dtype=torch.float64, generator=generator)
+    if orthogonal:
+        known = signs(64, DIRECTIONS).double()
+        sketch = sketch - known @ torch.linalg.lstsq(known, sketch).solution
+    found = input_moments(square, (sketch * size).float(), 10)
+    weight = torch.randn(4, 64, generator=generator)
+    assert (found.directions.square().sum(1) <= 1.02 * found.square).all()
+    assert 0 < found.output_energy(weight) < 100 * weight.square().sum()
+    codes = found.feedback().round(weight, torch.full((4, 1), 0.1), None, (-127, 127))
+    assert codes.shape == weight.shape
+
+
+def test_inputs_too_quiet_for_fp32_count_as_silent():
+    x = correlated(32, 50) * 1e-16
+    assert LayerStats.of(x, torch.ones(2, 32)).moments is None
 
 
 # ---- INT8

@@ -32,7 +32,7 @@ def test_figures_are_those_of_the_inputs():
     assert stats.tokens == 50
     assert torch.equal(stats.absmax, x.abs().amax(0))
     assert torch.equal(stats.weight_absmax, weight.abs().amax(0))
-    torch.testing.assert_close(stats.second_moment, x.square().mean(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.moments.square, x.square().mean(0), rtol=1e-5, atol=0)
     wide = x.double()
     kurtosis = (wide - wide.mean()).pow(4).mean() / wide.var(correction=0) ** 2
     assert stats.kurtosis == pytest.approx(kurtosis.item(), rel=1e-5)
@@ -135,10 +135,13 @@ def test_linears_that_are_never_called_are_named():
         profiler.result(Run({}, "", 1, (0,), 1, 1, 1))
 
 
-@pytest.mark.parametrize("where", ["weight", "input"])
-def test_values_that_are_not_finite_are_named(where):
+@pytest.mark.parametrize(
+    ("where", "value"), [("weight", torch.nan), ("input", torch.nan), ("input", 1e30)]
+)
+def test_values_that_are_not_finite_are_named(where, value):
+    """Nor squares of values, of which sums are kept."""
     linear, x = torch.nn.Linear(16, 4), torch.rand(3, 16)
-    (linear.weight.data if where == "weight" else x)[1, 2] = torch.nan
+    (linear.weight.data if where == "weight" else x)[1, 2] = value
     profiler = Profiler({"conditional.layers.0.a": linear}, [0.0], OPTIONS)
 
     def run():
