@@ -21,13 +21,16 @@ from .errors import OpError
 # Directions explain at most this much of a column: other prompts bring other inputs.
 MOST_SHARED = 0.95
 
+# Of two sums in fp32 over any row here: they differ by less from their true values.
+_UNSURE = 1e-3
+
 
 def output_energy(rows: Tensor, rest: Tensor, directions: Tensor) -> Tensor:
-    """``r^T (diag(rest) + V V^T) r`` of each row of ``rows`` [N, K]: fp32 [N].
+    """``r^T (diag(rest) + V V^T) r`` of each row of ``rows`` [N, K]: fp32 [N], fp64 of fp64 rows.
 
     Of a weight: the mean square of its outputs; of a weight's error: that of the outputs' error.
     """
-    rows = rows.float()
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     own = rows.square() @ rest.to(rows)
     return own + (rows @ directions.to(rows)).square().sum(1)
 
@@ -53,12 +56,20 @@ class Feedback:
         """Whether less error is expected of ``after`` than of ``before``: bool [N].
 
         A row whose codes are clipped, by a scale that clips columns of little importance, may lose.
+        fp32 sums depend on the number of threads; where their last digits would decide, fp64 does.
         """
-        errors = (
-            output_energy(values - weight, self.rest, self.directions) for values in (before, after)
-        )
-        lost, loses = errors
-        return loses < lost
+
+        def energies(rows: slice | Tensor, dtype: torch.dtype) -> list[Tensor]:
+            errors = (values[rows] - weight[rows] for values in (before, after))
+            return [output_energy(e.to(dtype), self.rest, self.directions) for e in errors]
+
+        lost, loses = energies(slice(None), torch.float32)
+        better = loses < lost
+        close = (loses - lost).abs() <= _UNSURE * lost
+        if close.any():
+            lost, loses = energies(close, torch.float64)
+            better[close] = loses < lost
+        return better
 
     def round(
         self, weight: Tensor, step: Tensor, shift: Tensor | None, limits: tuple[int, int]

@@ -125,6 +125,19 @@ def test_bytes_depend_on_nothing_but_the_arguments(name, monkeypatch):
     assert torch.equal(again, whole)
 
 
+def test_what_is_better_is_told_by_more_digits_than_threads_may_change():
+    """Sums of fp32 over many columns differ with the threads that share them, by more than this."""
+    _, square, directions = case(1, 4608, 16, seed=3)
+    directions[0] = 0
+    follow = Feedback(square, directions)
+    before = torch.randn(200, 4608, generator=torch.Generator().manual_seed(4))
+    after = before.clone()
+    after[:, 0] *= 1 - 2**-12
+    weight = torch.zeros_like(before)
+    assert follow.better(weight, before, after).all()
+    assert not follow.better(weight, after, before).any()
+
+
 def test_beside_a_cpu_it_rounds_as_on_one(monkeypatch):
     """The calls that a GPU gets, here on a CPU."""
     weight, square, directions = case(33, 512, 6, seed=7)
