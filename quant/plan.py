@@ -131,7 +131,7 @@ def plan_tensors(
             plan = TensorPlan(
                 copy, name, tuple(shape), encoding, linear, quantized, protected, choice
             )
-            if quantized and options.calibration is not None:
+            if linear and options.calibration is not None:
                 stats = options.calibration.layer(copy, module)
                 inputs = None if stats is None else stats.moments
                 plan = replace(plan, inputs=inputs, feedback=rounding_of(options) == "feedback")

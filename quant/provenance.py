@@ -83,7 +83,7 @@ def recipe_record(
     def names(chosen: Iterable[TensorPlan]) -> list[str]:
         return [f"{p.copy}.{p.module}" if several else p.module for p in chosen]
 
-    led = any(plan.inputs is not None for plan in plans)
+    led = any(plan.quantized and plan.inputs is not None for plan in plans)
     record: dict[str, object] = {
         "level": recipe.level,
         "layout": layout,

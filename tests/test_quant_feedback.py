@@ -202,6 +202,28 @@ def test_files_of_every_level_are_nearer_in_their_outputs(level, source, calibra
         assert linear(fresh, stored).shape == wanted.shape
 
 
+def test_the_worst_are_worst_in_their_outputs_where_norms_and_protected_linears_lose_too(
+    calibration, tmp_path
+):
+    exact = {
+        name: tensor.float() * (1.001 if name.startswith("layers.") else 1)  # more than bf16 holds
+        for name, tensor in model.weights().items()
+    }
+    source = model.write(tmp_path / "fp32.safetensors", exact)
+    options = QuantOptions(calibration=calibration, protect=("layers.1.attention.*",))
+    out = tmp_path / "q.safetensors"
+    report = quantize_checkpoint(source, "INT8 W8A8", out, options=options)
+    again = verify_file(out, source, calibration=calibration)
+    assert not all(t.linear for t in again.worst(1000))
+    for found in (report, again):
+        lossy = [t for t in found.worst(1000) if t.linear]
+        assert any("layers.1.attention" in t.name for t in lossy)
+        outputs = [t.output_db for t in lossy]
+        assert outputs == sorted(outputs)
+        assert [t.sqnr_db for t in lossy] != sorted(t.sqnr_db for t in lossy)
+    assert again.meter.output_db == pytest.approx(report.meter.output_db, abs=1e-3)
+
+
 def test_one_step_says_too_little_to_follow(source, calibration, tmp_path, caplog):
     single = replace(calibration, times=(0.2,))
     plain, out = tmp_path / "plain.safetensors", tmp_path / "single.safetensors"
