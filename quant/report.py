@@ -113,14 +113,12 @@ def foretold(meter: ErrorMeter) -> str:
 def worst_first(tensors: Sequence[TensorResult]) -> list[TensorResult]:
     """Lossy tensors by falling loss; NaN counts as the worst, equal ones stay in file order.
 
-    A linear's loss is its outputs' where a calibration foretells it for all linears, else its
-    weight's; that of other tensors, such as norms, is their own.
+    The loss of a linear's outputs where a calibration foretells it, else of the tensor itself.
     """
     lossy = [t for t in tensors if t.sqnr_db != math.inf]
-    foretold = not any(math.isnan(t.output_db) for t in lossy if t.linear)
 
     def kept(tensor: TensorResult) -> float:
-        decibels = tensor.output_db if foretold and tensor.linear else tensor.sqnr_db
+        decibels = tensor.sqnr_db if math.isnan(tensor.output_db) else tensor.output_db
         return -math.inf if math.isnan(decibels) else decibels
 
     return sorted(lossy, key=kept)
