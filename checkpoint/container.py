@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def _open_index(path: Path) -> Container:
                 "the index names no plain file", file=path, tensor=key, found=repr(name)[:80]
             )
         names.add(name)
-    container = _merge(path, [path.parent / name for name in sorted(names)])
+    container = _merge(path, sorted(names))
     for key, name in weight_map.items():
         raw = container.tensors.get(key)
         if raw is None or raw.file.path.name != name:
@@ -208,14 +209,16 @@ def _open_shards(path: Path, shard: re.Match[str]) -> Container:
         return _open_index(index)
     count = int(shard["count"])
     names = [f"{shard['stem']}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return _merge(path, [path.with_name(name) for name in names])
+    return _merge(path, names)
 
 
-def _merge(path: Path, shards: list[Path]) -> Container:
-    if len(shards) > _MAX_SHARDS:
+def _merge(path: Path, names: Sequence[str]) -> Container:
+    """The shards of these names in the folder of ``path``."""
+    if len(names) > _MAX_SHARDS:
         raise CorruptFileError(
-            "too many shards", file=path, found=len(shards), needed=f"at most {_MAX_SHARDS}"
+            "too many shards", file=path, found=len(names), needed=f"at most {_MAX_SHARDS}"
         )
+    shards = [path.with_name(name) for name in names]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise TruncatedFileError(
