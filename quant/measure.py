@@ -74,10 +74,10 @@ class ErrorMeter:
         return _decibels(self.signal, self.noise)
 
     @property
-    def output_db(self) -> float:
-        """The outputs' SQNR, as the calibration foretells it, rather too low than too high; NaN
+    def output_db(self) -> float | None:
+        """The outputs' SQNR, as the calibration foretells it, rather too low than too high; None
         without one."""
-        return _decibels(self.output_signal, self.output_noise) if self.output_signal else math.nan
+        return _decibels(self.output_signal, self.output_noise) if self.output_signal else None
 
 
 def _decibels(signal: float, noise: float) -> float:

@@ -16,7 +16,7 @@ class TensorResult:
 
     ``sqnr_db`` is the weight's own, against the source's values; inf where nothing was lost.
     ``output_db`` is that of the linear's outputs, as a calibration foretells it, without what int8
-    activations cost; NaN without a calibration.
+    activations cost; None without a calibration.
     ``linear`` marks the weights of linear layers, ``protected`` those kept on request.
     """
 
@@ -28,7 +28,7 @@ class TensorResult:
     max_abs_error: float
     linear: bool
     protected: bool = False
-    output_db: float = math.nan
+    output_db: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready; a figure that JSON cannot hold (inf, NaN) becomes None."""
@@ -100,14 +100,14 @@ class QuantReport:
         return "\n\n".join(parts)
 
 
-def finite_or_none(value: float) -> float | None:
-    """The value, or None where JSON has no such number."""
-    return value if math.isfinite(value) else None
+def finite_or_none(value: float | None) -> float | None:
+    """The value, or None where there is none or JSON has no such number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def foretold(meter: ErrorMeter) -> str:
     """``, outputs 40.12 dB`` where a calibration foretells it."""
-    return "" if math.isnan(meter.output_db) else f", outputs {human_db(meter.output_db)} dB"
+    return "" if meter.output_db is None else f", outputs {human_db(meter.output_db)} dB"
 
 
 def worst_first(tensors: Sequence[TensorResult]) -> list[TensorResult]:
@@ -118,7 +118,7 @@ def worst_first(tensors: Sequence[TensorResult]) -> list[TensorResult]:
     lossy = [t for t in tensors if t.sqnr_db != math.inf]
 
     def kept(tensor: TensorResult) -> float:
-        decibels = tensor.sqnr_db if math.isnan(tensor.output_db) else tensor.output_db
+        decibels = tensor.sqnr_db if tensor.output_db is None else tensor.output_db
         return -math.inf if math.isnan(decibels) else decibels
 
     return sorted(lossy, key=kept)
@@ -137,10 +137,10 @@ def worst_table(tensors: Sequence[TensorResult]) -> str:
         ]
         for t in tensors
     ]
-    if not all(math.isnan(t.output_db) for t in tensors):
+    if any(t.output_db is not None for t in tensors):
         header.append("output dB")
         for row, tensor in zip(rows, tensors, strict=True):
-            row.append("" if math.isnan(tensor.output_db) else human_db(tensor.output_db))
+            row.append("" if tensor.output_db is None else human_db(tensor.output_db))
     return text_table(header, rows, left=2)
 
 
