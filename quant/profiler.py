@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..ops.blocks import FORMATS
 from ..ops.fused import Activation, dense
+from ..ops.library import without_autocast
 from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
 from .calibration import Calibration, Run
 from .encodings import Blocks
@@ -155,14 +156,16 @@ class Profiler:
     def _count(self, key: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if key not in self._seen:
             self._seen[key] = _Seen(key, module.weight, len(self.times), self._options.channels)
-        seen = self._seen[key]
-        seen.count(_rows(args[0]), self._sample, self._column, self._options.tokens)
+        x = _rows(args[0])
+        with without_autocast(x.device):
+            self._seen[key].count(x, self._sample, self._column, self._options.tokens)
 
     @torch.no_grad()
     def _measure(self, key: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if key in self._seen:
-            vectors = self._smoothing(input_group(key))
-            self._seen[key].measure(_rows(args[0]), vectors, self._column, self._options.tokens)
+            vectors, x = self._smoothing(input_group(key)), _rows(args[0])
+            with without_autocast(x.device):
+                self._seen[key].measure(x, vectors, self._column, self._options.tokens)
 
 
 class _Seen:

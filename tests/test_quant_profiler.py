@@ -85,6 +85,24 @@ def test_a_prompt_is_smoothed_as_the_others_say():
     assert stats.noise["int8 smooth 0.5"].item() == pytest.approx(noise, rel=1e-3)
 
 
+def test_autocast_rounds_nothing_that_is_measured():
+    generator = torch.Generator().manual_seed(0)
+    linear, x = torch.nn.Linear(256, 40), torch.randn(30, 256, generator=generator)
+
+    def measured(enabled):
+        profiler = Profiler({"conditional.layers.0.w": linear}, [0.5], OPTIONS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for phase in (profiler.statistics, profiler.errors):
+                with phase():
+                    linear(x)
+        return profiler.result(Run({}, "", 1, (0,), 1, 1, 1)).layer("conditional", "layers.0.w")
+
+    plain, cast = measured(False), measured(True)
+    assert torch.equal(cast.sketch, plain.sketch)
+    assert torch.equal(cast.signal, plain.signal)
+    assert all(torch.equal(cast.noise[name], plain.noise[name]) for name in plain.noise)
+
+
 @pytest.mark.parametrize("samples", [1, 2, 5])
 def test_maxima_without_any_one_sample(samples):
     generator = torch.Generator().manual_seed(samples)
