@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -61,11 +61,14 @@ class ErrorMeter:
         ]  # fmt: skip
 
     @classmethod
-    def of(cls, sums: Sequence[float]) -> ErrorMeter:
-        """The meter that gave these sums."""
+    def of(cls, sums: object) -> ErrorMeter | None:
+        """The meter that gave these sums; None for what no meter gave."""
         meter = cls()
-        meter.signal, meter.noise, meter.max_abs_error, *outputs = map(float, sums)
-        meter.output_signal, meter.output_noise = outputs or (0.0, 0.0)  # an older note has none
+        kinds = [type(each) for each in sums] if isinstance(sums, list) else []
+        if kinds != [float] * len(meter.to_list()):
+            return None
+        meter.signal, meter.noise, meter.max_abs_error, *outputs = sums
+        meter.output_signal, meter.output_noise = outputs
         return meter
 
     @property

@@ -106,7 +106,10 @@ class TensorStream:
 
     def _skip(self, plan: TensorPlan) -> bool:
         """Whether an earlier run has written all of this tensor; then it stays."""
-        if self._partial is None or _key(plan) not in self._partial.notes:
+        if self._partial is None:
+            return False
+        meter = ErrorMeter.of(self._partial.notes.get(_key(plan)))
+        if meter is None:
             return False
         stored = {**plan.encoding.parts(plan.shape), **plan.encoding.constants()}
         names = {self._plan.stored_name(plan, suffix) for suffix in stored}
@@ -114,7 +117,7 @@ class TensorStream:
             return False
         for name in names:
             self._partial.skip(name)
-        self._meters[plan.copy, plan.name] = ErrorMeter.of(self._partial.notes[_key(plan)])
+        self._meters[plan.copy, plan.name] = meter
         return True
 
 

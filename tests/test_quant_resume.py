@@ -1,6 +1,7 @@
 """Interrupted runs: what they leave, and that going on gives the bytes of a run in one go."""
 
 import fcntl
+import json
 import signal
 import subprocess
 import sys
@@ -106,6 +107,24 @@ def test_damage_and_cut_lines_are_written_again(tmp_path, source, whole):
     unfinished.write_bytes(bytes(content) + b'{"part":"layers.0')
     quantize_checkpoint(source, level, out, resume=True)
     assert out.read_bytes() == wanted
+
+
+@pytest.mark.parametrize("value", [None, [], [1.0, 0.5, 0.1], "12345", [1.0] * 4 + [10**400]])
+def test_notes_that_no_meter_gave_are_made_again(tmp_path, source, whole, value):
+    level, name, wanted, report = whole
+    out = tmp_path / name
+    interrupt(source, level, out)
+    content = partial_path(out).read_bytes()
+    lines = [json.loads(line) for line in content[report.size :].splitlines()]
+    notes = [line for line in lines if "note" in line]
+    assert notes
+    for note in notes:
+        note["value"] = value
+    text = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    partial_path(out).write_bytes(content[: report.size] + text)
+    resumed = quantize_checkpoint(source, level, out, resume=True)
+    assert out.read_bytes() == wanted
+    assert resumed.tensors == report.tensors
 
 
 def test_nothing_to_go_on_with_is_a_start(tmp_path, source, whole):
