@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..ops.blocks.base import FEEDBACK_CHUNK
+from ..ops.blocks.coded import FEEDBACK_CHUNK
 from ..ops.errors import OpError
 from .errors import NonFiniteWeightError, QuantOptionError
 from .measure import CHUNK, ErrorMeter, dense_rows, row_chunks

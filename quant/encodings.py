@@ -107,10 +107,7 @@ class NativeInt8(Encoding):
         return {"comfy_quant": text} | ({"smooth": self.smooth.float()} if smoothed else {})
 
     def led_by(self, inputs: InputMoments, *, feedback: bool) -> NativeInt8:
-        inputs = inputs.damped()
-        inputs = inputs if self.smooth is None else inputs.scaled(1 / self.smooth)
-        inputs = inputs if self.rotation is None else inputs.rotated(self.rotation)
-        return replace(self, feedback=inputs.feedback() if feedback else None)
+        return replace(self, feedback=_follow(inputs, self.smooth, self.rotation, feedback))
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         values = rows if self.smooth is None else rows * self.smooth.to(rows)
@@ -146,9 +143,7 @@ class SmoothInt8(Encoding):
         return {} if self.smooth is None else {"smooth": self.smooth.float()}
 
     def led_by(self, inputs: InputMoments, *, feedback: bool) -> SmoothInt8:
-        inputs = inputs.damped()
-        inputs = inputs if self.smooth is None else inputs.scaled(1 / self.smooth)
-        return replace(self, feedback=inputs.feedback() if feedback else None)
+        return replace(self, feedback=_follow(inputs, self.smooth, None, feedback))
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         values = rows if self.smooth is None else rows * self.smooth.to(rows)
@@ -202,6 +197,17 @@ class Blocks(Encoding):
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         data = parts[self.suffix]
         return dequantize(data, self.qtype, (*data.shape[:-1], self.shape[-1]))
+
+
+def _follow(
+    inputs: InputMoments, smooth: Tensor | None, rotation: int | None, wanted: bool
+) -> Feedback | None:
+    """The feedback of a weight whose inputs are divided by ``smooth`` and rotated."""
+    if not wanted:
+        return None
+    inputs = inputs.damped()
+    inputs = inputs if smooth is None else inputs.scaled(1 / smooth)
+    return (inputs if rotation is None else inputs.rotated(rotation)).feedback()
 
 
 def _int8_rows(values: Tensor, feedback: Feedback | None) -> tuple[Tensor, Tensor]:

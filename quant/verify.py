@@ -98,10 +98,10 @@ def verify_file(
     """SQNR in dB of every tensor of ``path`` against ``against``, dequantized, in fp32.
 
     Compares ``copy``, or every copy that both files hold; with a calibration of the reference the
-    outputs that it foretells too. Streams: tensors wait only until the
-    other file has brought theirs. ``progress(done, total)`` counts values. Raises
-    PairMismatchError if the files have no copy in common or tensors of other shapes,
-    CalibrationError for a calibration of another model, and what ``open_checkpoint`` raises.
+    outputs that it foretells too. Streams: tensors wait only until the other file has brought
+    theirs. ``progress(done, total)`` counts values. Raises PairMismatchError if the files have no
+    copy in common or tensors of other shapes, CalibrationError for a calibration of another model,
+    and what ``open_checkpoint`` raises.
     """
     file = open_checkpoint(path, base, copy=copy)
     reference = open_checkpoint(against, against_base, copy=copy)

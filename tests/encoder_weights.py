@@ -20,23 +20,6 @@ SIZES = {
 ROPE = {"rope_type": "default", "rope_theta": 1234567.0, "mrope_section": [6, 5, 5]}
 CONFIG = {**SIZES, "rms_norm_eps": 1e-5, "rope_parameters": {**ROPE, "mrope_interleaved": True}}
 
-# llama.cpp's names, written out once more by hand
-LLAMA_CPP = {
-    "embed_tokens": "token_embd",
-    "norm": "output_norm",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
 
 def random_weights() -> State:
     """By transformers' own names and shapes; values that bf16 holds."""

@@ -10,8 +10,9 @@ from ideogram4_quant.checkpoint import open_encoder
 from ideogram4_quant.tests import encoder_weights
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
-from ideogram4_quant.tests.encoder_weights import LLAMA_CPP, SIZES, check, sizes_of
+from ideogram4_quant.tests.encoder_weights import SIZES, check, sizes_of
 from ideogram4_quant.tests.fixtures_storage import State
+from ideogram4_quant.tests.llama_cpp_names import llama_cpp_name
 
 
 @pytest.fixture
@@ -21,15 +22,7 @@ def state() -> State:
 
 def llama_cpp_names(state: State) -> dict[str, str]:
     """Our name -> llama.cpp's."""
-    names = {}
-    for name in state:
-        module, parameter = name.rsplit(".", 1)
-        if module.startswith("layers."):
-            _, number, module = module.split(".", 2)
-            names[name] = f"blk.{number}.{LLAMA_CPP[module]}.{parameter}"
-        else:
-            names[name] = f"{LLAMA_CPP[module]}.{parameter}"
-    return names
+    return {name: llama_cpp_name(name) for name in state}
 
 
 def gguf_metadata(arch: str) -> dict:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ideogram4_quant.ops import feedback
-from ideogram4_quant.ops.blocks import FORMATS, base, dequantize, quantize
+from ideogram4_quant.ops.blocks import FORMATS, coded, dequantize, quantize
 from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.feedback import Feedback, output_energy
 
@@ -118,7 +118,7 @@ def test_bytes_depend_on_nothing_but_the_arguments(name, monkeypatch):
     follow = Feedback(square, directions)
     whole = quantize(weight, name, square, feedback=follow)
     rows = torch.stack([quantize(row, name, square, feedback=follow) for row in weight])
-    monkeypatch.setattr(base, "FEEDBACK_CHUNK", 3 * 512)
+    monkeypatch.setattr(coded, "FEEDBACK_CHUNK", 3 * 512)
     assert torch.equal(rows, whole)
     assert torch.equal(quantize(weight, name, square, feedback=follow), whole)
     again = quantize(weight, name, square, feedback=Feedback(square, directions))

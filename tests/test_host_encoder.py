@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
-from ideogram4_quant.tests.encoder_weights import LLAMA_CPP
+from ideogram4_quant.tests.llama_cpp_names import llama_cpp_name
 from ideogram4_quant.tests.tiny_model import AsVisionLanguageModel
 
 pytestmark = pytest.mark.host
@@ -66,14 +66,12 @@ def variants(tiny, tmp_path_factory) -> tuple[dict, dict]:
 def _gguf(path, state: dict, level: str):
     tensors, truth = {}, dict(state)
     for name, tensor in state.items():
-        module = name.removesuffix(".weight")
-        layer, _, part = module.removeprefix("layers.").partition(".")
-        theirs = f"blk.{layer}.{LLAMA_CPP[part]}" if part else LLAMA_CPP[module]
+        theirs = llama_cpp_name(name)
         if files.is_linear(name):
             data, truth[name] = storage.gguf_blocks(tensor, level)
-            tensors[f"{theirs}.weight"] = (data, level)
+            tensors[theirs] = (data, level)
         else:
-            tensors[f"{theirs}.weight"] = (tensor.numpy(), "F32")
+            tensors[theirs] = (tensor.numpy(), "F32")
     return files.write_gguf_py(path, tensors, {}, arch="qwen3vl"), truth
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ideogram4_quant.checkpoint.canonical import canonical_shapes
 from ideogram4_quant.checkpoint.config import ModelConfig
-from ideogram4_quant.ops.blocks.base import FEEDBACK_CHUNK
+from ideogram4_quant.ops.blocks.coded import FEEDBACK_CHUNK
 from ideogram4_quant.tests import quant_model as model
 
 pytest.importorskip("resource")

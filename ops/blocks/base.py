@@ -20,7 +20,6 @@ from .chunks import chunk_size, for_each, uninitialised
 log = logging.getLogger(__name__)
 
 DECODE_CHUNK = 1 << 20  # weights: the temporaries of one chunk stay in the cache
-FEEDBACK_CHUNK = 1 << 22  # weights: its work is by columns, and a call should pay for many rows
 
 
 class BlockFormat(ABC):
@@ -32,7 +31,6 @@ class BlockFormat(ABC):
     type_size: ClassVar[int]
     encode_chunk: ClassVar[int] = 1 << 20  # weights encoded at a time on a CPU
     uses_importance: ClassVar[bool] = False
-    code_limits: ClassVar[tuple[int, int]]  # of codes as ``grid`` means them
 
     @abstractmethod
     def decode(self, blocks: Tensor, out: Tensor) -> None:
@@ -52,17 +50,6 @@ class BlockFormat(ABC):
     def encode_as_ggml(self, weights: Tensor) -> Tensor:
         """The blocks that ggml's C code makes of ``weights``; see ``encode``."""
         return self.encode(weights, None)
-
-    def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(step, shift) float32 [n, groups]: a weight is ``step * code - shift`` of its group.
-
-        For formats with ``uses_importance``, as ``recode`` and ``code_limits``.
-        """
-        raise NotImplementedError
-
-    def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
-        """``blocks`` with other ``codes`` int8 [n, block_size], and the scales they have."""
-        raise NotImplementedError
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of ``k`` weights. Raises OpError when blocks do not fill the row."""
@@ -127,7 +114,10 @@ class BlockFormat(ABC):
         feedback: Feedback | None,
         as_ggml: bool,
     ) -> Tensor:
-        """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package."""
+        """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package.
+
+        Plain numbers are not coded: ``feedback`` is of use to a ``CodedFormat``.
+        """
         if as_ggml and (importance is not None or feedback is not None):
             raise OpError(f"{self.name} bytes as ggml's know no importance", hint="Leave one out.")
         self._check_weight(weight, feedback)
@@ -150,26 +140,7 @@ class BlockFormat(ABC):
             out[start : start + step] = encoded
 
         for_each(range(0, len(blocks), step), encode_chunk, weight.device)
-        out = out.view(*weight.shape[:-1], row_bytes)
-        if feedback is not None and self.uses_importance:
-            self._feed_back(out.view(-1, row_bytes), weight.reshape(-1, weight.shape[-1]), feedback)
-        return out
-
-    def _feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:
-        """Give rows [N, row bytes] the codes of ``feedback`` where it expects less error."""
-        n, k = weight.shape
-        rows = max(1, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
-        for start in range(0, n, rows):
-            part, true = data[start : start + rows], weight[start : start + rows].float()
-            blocks = part.view(-1, self.type_size)
-            step, shift = (
-                None if each is None else each.reshape(len(true), -1) for each in self.grid(blocks)
-            )
-            codes = feedback.round(true, step, shift, self.code_limits)
-            recoded = self.recode(blocks, codes.view(-1, self.block_size)).view(part.shape)
-            values = (self.dequantize(each, true.shape, torch.float32) for each in (part, recoded))
-            better = feedback.better(true, *values)
-            part.copy_(torch.where(better[:, None], recoded, part))
+        return out.view(*weight.shape[:-1], row_bytes)
 
     def _check_weight(self, weight: Tensor, feedback: Feedback | None) -> None:
         if not weight.is_floating_point() or weight.ndim == 0:

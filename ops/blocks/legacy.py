@@ -26,7 +26,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import BlockFormat, divide, half_bytes, half_field, signed_peak
+from .base import divide, half_bytes, half_field, signed_peak
+from .coded import CodedFormat
 from .ggml import fit_affine, grid
 from .refine import Limits, StoredFit, as_stored, best_codes, choose, group_errors, refine
 
@@ -40,10 +41,9 @@ FINE_STEPS = tuple(1 + 0.005 * number for number in range(-12, 21))
 COARSE_STEPS = tuple(1 + 0.03 * number for number in range(-7, 4))
 
 
-class _Legacy(BlockFormat):
+class _Legacy(CodedFormat):
     block_size = 32
     encode_chunk = 1 << 20
-    uses_importance = True
 
 
 class Q8_0(_Legacy):

@@ -67,9 +67,12 @@ def _int8(weight: Tensor, smooth: Tensor | None) -> QuantizedTensor:
     return QuantizedTensor.from_float(weight, Int8Layout.NAME, smooth=smooth)
 
 
-def _calibrated(weight: Tensor, inputs: InputMoments) -> QuantizedTensor:
+def _calibrated(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
     shape = tuple(weight.shape)
-    blocks = Blocks("Q4_K", shape).led_by(inputs, feedback=True).encode(weight)["weight"]
+    encoding = Blocks("Q4_K", shape)
+    if inputs is not None:  # else the calibration saw nothing but zeros
+        encoding = encoding.led_by(inputs, feedback=True)
+    blocks = encoding.encode(weight)["weight"]
     return gguf_tensor(blocks, "Q4_K", shape, dtype=torch.float32)
 
 

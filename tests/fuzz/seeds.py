@@ -14,6 +14,7 @@ from ideogram4_quant.checkpoint import ModelConfig, write_safetensors
 from ideogram4_quant.checkpoint.canonical import canonical_shapes, is_linear
 from ideogram4_quant.checkpoint.encoders import encoder_shapes
 from ideogram4_quant.gguf_loader import TYPE_NUMBERS, write_gguf
+from ideogram4_quant.tests.llama_cpp_names import llama_cpp_name
 
 CONFIG = ModelConfig(
     in_channels=8,
@@ -152,27 +153,10 @@ def gguf(path: Path) -> Path:
 
 def encoder_gguf(path: Path) -> Path:
     """A text encoder by llama.cpp's names."""
-    names = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "embed_tokens.": "token_embd.",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    tensors = []
-    for name, shape in encoder_shapes(ENCODER).items():
-        written = name.replace("layers.", "blk.")
-        for ours, theirs in names.items():
-            written = written.replace(ours, theirs)
-        written = "output_norm.weight" if written == "norm.weight" else written
-        tensors.append((written, shape, TYPE_NUMBERS["F32"], torch.zeros(shape)))
+    tensors = [
+        (llama_cpp_name(name), shape, TYPE_NUMBERS["F32"], torch.zeros(shape))
+        for name, shape in encoder_shapes(ENCODER).items()
+    ]
     sections = [24, 20, 20, 0]
     metadata = {"general.architecture": "qwen3vl", "qwen3vl.rope.dimension_sections": sections}
     write_gguf(path, tensors, metadata)

@@ -1,0 +1,61 @@
+"""Formats of codes on a grid of scales: what importance searches and error feedback rounds."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..feedback import Feedback
+from .base import BlockFormat
+from .chunks import chunk_size
+
+FEEDBACK_CHUNK = 1 << 22  # weights: its work is by columns, and a call should pay for many rows
+
+
+class CodedFormat(BlockFormat):
+    """A weight is ``step * code - shift``, step and shift those of its group in the block."""
+
+    uses_importance = True
+    code_limits: ClassVar[tuple[int, int]]
+
+    @abstractmethod
+    def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(step, shift) float32 [n, groups] of ``blocks`` uint8 [n, type_size]."""
+
+    @abstractmethod
+    def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        """``blocks`` with other ``codes`` int8 [n, block_size], and the scales they have."""
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        weight: Tensor,
+        importance: Tensor | None,
+        feedback: Feedback | None,
+        as_ggml: bool,
+    ) -> Tensor:
+        """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package."""
+        data = super().quantize(weight, importance, feedback, as_ggml)
+        if feedback is not None:
+            k = weight.shape[-1]
+            self._feed_back(data.view(-1, data.shape[-1]), weight.reshape(-1, k), feedback)
+        return data
+
+    def _feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:
+        """Give rows [N, row bytes] the codes of ``feedback`` where it expects less error."""
+        n, k = weight.shape
+        rows = max(1, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
+        for start in range(0, n, rows):
+            part, true = data[start : start + rows], weight[start : start + rows].float()
+            blocks = part.view(-1, self.type_size)
+            step, shift = (
+                None if each is None else each.reshape(len(true), -1) for each in self.grid(blocks)
+            )
+            codes = feedback.round(true, step, shift, self.code_limits)
+            recoded = self.recode(blocks, codes.view(-1, self.block_size)).view(part.shape)
+            values = (self.dequantize(each, true.shape, torch.float32) for each in (part, recoded))
+            better = feedback.better(true, *values)
+            part.copy_(torch.where(better[:, None], recoded, part))
