@@ -21,6 +21,10 @@ from .columns import ordered_sum
 
 NEGLIGIBLE = 1e-15  # groups whose largest magnitude is below are zero
 
+# Of blocks like no gaussian one, see worth_trying.
+FEW = 24.0  # loud weights hold their energy; of 256 gaussian ones it is as if 85 did
+USUAL_LOSS = (0.5, 4.0)  # times the loss of gaussian blocks; heavy tails lose up to three times it
+
 
 class AffineFit(NamedTuple):
     """``x ~ scale * code - offset``; the search's code is round((x - base) * inverse), clamped."""
@@ -131,3 +135,19 @@ def fit_symmetric(x: Tensor, weight: Tensor, half: int) -> SymmetricFit:
         scale = torch.where(better, trial_scale, scale)
         inverse = torch.where(better, trial_inverse, inverse)
     return SymmetricFit(scale.masked_fill_(negligible, 0), inverse, negligible)
+
+
+def worth_trying(x: Tensor, loss: Tensor) -> Tensor:
+    """Whether a block may be nearer as ggml makes it: bool [n]; x [group, groups, n].
+
+    loss: [n], the squared error of a least-squares search, in gaussian blocks' share of the energy.
+
+    How well float16 steps meet a few loud weights decides, or that they hardly reach tiny ones, or
+    that codes hit weights of few values: luck, and no search leads to it.
+    """
+    squares = x * x
+    energy = ordered_sum(ordered_sum(squares))
+    fourth = ordered_sum(ordered_sum(squares.square_()))
+    few = fourth * FEW > energy.square()
+    least, most = USUAL_LOSS
+    return few | (loss < energy * least) | (loss > energy * most)

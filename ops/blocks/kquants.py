@@ -24,10 +24,9 @@ from .base import divide, half_above, half_bytes, half_field, signed_peak, to_ha
 from .coded import CodedFormat
 from .columns import ordered_sum, square_root
 from .packing import EACH_BYTE, pack_nibbles, pack_scales, unpack_nibbles, unpack_scales
-from .refine import Limits, StoredFit, as_stored, best_codes, refine, settle
+from .refine import Limits, StoredFit, as_stored, best_codes, group_errors, refine, settle
 
 SCALE_TOP = 63  # six bits
-LONE = 0.5  # share of a block's energy in one weight: of gaussian ones it is some 0.06 at most
 
 # Steps of (scale, minimum) that the search with importance tries. Scales of Q6_K are so fine (seven
 # bits) that sixteen of them gain 0.4 dB at most with error feedback, for two thirds of the rate: it
@@ -44,38 +43,47 @@ class _KQuant(CodedFormat):
     block_size = 256
     encode_chunk = 1 << 19
 
+    group: ClassVar[int]  # weights that share a scale
+    gaussian_loss: ClassVar[float]  # the error's share of a gaussian block's energy
+
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
-        blocks = self._search(weights, importance)
-        if importance is None:
-            self._take_luckier(weights, blocks)
+        x = _columns(weights, self.group)  # [group, groups, n]
+        plain = importance is None
+        fit = self._fit(x, None if plain else _columns(importance, self.group))
+        codes = best_codes(x, fit, self.code_limits)
+        blocks = self._pack(fit, codes)
+        if plain:
+            lost = ordered_sum(group_errors(x, None, fit, codes))
+            self._take_luckier(
+                weights, blocks, lost, ggml.worth_trying(x, lost / self.gaussian_loss)
+            )
         return blocks
 
-    def _take_luckier(self, weights: Tensor, blocks: Tensor) -> None:
-        """Where one weight holds most of a block's energy, take ggml's block if it is nearer.
-
-        How well float16 steps meet that weight decides then, and no search leads to it.
-        """
-        squares = weights.square()
-        lone = squares.amax(1) > LONE * squares.sum(1)
-        if not lone.any():
+    def _take_luckier(self, weights: Tensor, blocks: Tensor, lost: Tensor, where: Tensor) -> None:
+        """Of the ``blocks`` ``where`` bool [n] says, take ggml's where less than ``lost`` is."""
+        if not where.any():
             return
-        rows, ours = weights[lone], blocks[lone]
+        rows, ours = weights[where], blocks[where]
         theirs = self.encode_as_ggml(rows)
-        values = [torch.empty_like(rows) for _ in range(2)]
-        for each, out in zip((ours, theirs), values, strict=True):
-            self.decode(each, out)
-        lost, loses = (out.sub_(rows).square_().sum(1) for out in values)
-        blocks[lone] = torch.where((loses < lost)[:, None], theirs, ours)
+        values = torch.empty_like(rows)
+        self.decode(theirs, values)
+        errors = values.sub_(rows).square_()
+        nearer = ordered_sum(errors.t().contiguous()) < lost[where]
+        blocks[where] = torch.where(nearer[:, None], theirs, ours)
 
     @abstractmethod
-    def _search(self, weights: Tensor, importance: Tensor | None) -> Tensor:
-        """As ``encode``: least squares, but for what luck decides."""
+    def _fit(self, x: Tensor, importance: Tensor | None) -> StoredFit:
+        """Of least squared errors, weighed by ``importance``; both [group, groups, n]."""
+
+    @abstractmethod
+    def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
+        """Blocks of a fit and of ``codes`` [group, groups, n], all float32."""
 
 
 class _AffineK(_KQuant):
     """``d * sc * q - dmin * m``: 8 groups of 32 weights, six bits for each sc and m."""
 
-    bits: ClassVar[int]
+    group = 32
     plain_widths: ClassVar[tuple[float, ...]]  # as AFFINE_WIDTHS, without importance
     ggml_ranges: ClassVar[Tensor]  # what ggml tries
 
@@ -93,41 +101,34 @@ class _AffineK(_KQuant):
         fields = self._pack_codes(codes.view(torch.uint8).view(-1, 8, 32))
         return torch.cat([blocks[:, :16], *fields], 1)
 
-    def _search(self, weights: Tensor, importance: Tensor | None) -> Tensor:
-        x = _columns(weights, 32)  # [32, 8, n]
-        importance = None if importance is None else _columns(importance, 32)
-        top = (1 << self.bits) - 1
+    def _fit(self, x: Tensor, importance: Tensor | None) -> StoredFit:
+        top = self.code_limits[1]
         widths = self.plain_widths if importance is None else AFFINE_WIDTHS
         scale, offset = search.fit_affine(x, importance, top, tuple(top + each for each in widths))
         d, dmin = (to_half(_six_bits(each)[0]).float() for each in (scale, offset))
         scale, minimum = _in_steps(scale, d, 0, SCALE_TOP), _in_steps(offset, dmin, 0, SCALE_TOP)
         fit = StoredFit(d, scale, dmin, minimum)
         if importance is None:
-            fit = settle(x, fit, (0, top))
-        else:
-            limits = Limits((0, top), (0, SCALE_TOP), (0, SCALE_TOP), AFFINE_MOVES)
-            fit = refine(x, importance, fit, limits)
-        return self._pack(*fit, best_codes(x, fit, (0, top)))
+            return settle(x, fit, self.code_limits)
+        limits = Limits(self.code_limits, (0, SCALE_TOP), (0, SCALE_TOP), AFFINE_MOVES)
+        return refine(x, importance, fit, limits)
 
     def encode_as_ggml(self, weights: Tensor) -> Tensor:
-        x = _columns(weights, 32)
-        top = (1 << self.bits) - 1
-        flat = x.view(32, -1)
+        x = _columns(weights, self.group)
+        top = self.code_limits[1]
+        flat = x.view(self.group, -1)
         fit = ggml.fit_affine(flat, _plain_weights(flat), top, self.ggml_ranges)
         fit = ggml.AffineFit(*(field.view(x.shape[1:]) for field in fit))
         d, scale = _six_bits(fit.scale)
         dmin, minimum = _six_bits(fit.offset)
         step, shift = as_stored(d) * scale, as_stored(dmin) * minimum  # [8, n]
         codes = torch.where(step != 0, (x + shift).div_(step), (x - fit.base).mul_(fit.inverse))
-        return self._pack(d, scale, dmin, minimum, codes.round_().clamp_(0, top))
+        return self._pack(StoredFit(d, scale, dmin, minimum), codes.round_().clamp_(0, top))
 
-    def _pack(
-        self, d: Tensor, scale: Tensor, dmin: Tensor, minimum: Tensor, codes: Tensor
-    ) -> Tensor:
-        """Blocks of d, dmin [n], scale, minimum [8, n] and codes [32, 8, n], all float32."""
+    def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
         fields = self._pack_codes(_rows(codes.to(torch.uint8)))
-        scales = pack_scales(scale, minimum)
-        return torch.cat([half_bytes(d), half_bytes(dmin), scales, *fields], 1)
+        scales = pack_scales(fit.scale, fit.minimum)
+        return torch.cat([half_bytes(fit.d), half_bytes(fit.dmin), scales, *fields], 1)
 
     @abstractmethod
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -141,8 +142,9 @@ class _AffineK(_KQuant):
 class Q4_K(_AffineK):
     """Byte l of the j-th 32 bytes of qs: the low nibble is of group 2 j, the high of 2 j + 1."""
 
-    name, ggml_type, type_size, bits, code_limits = "Q4_K", 12, 144, 4, (0, 15)
+    name, ggml_type, type_size, code_limits = "Q4_K", 12, 144, (0, 15)
     plain_widths = tuple(0.2 * number - 1 for number in range(10))
+    gaussian_loss = 5.0e-3
     ggml_ranges = ggml.grid(21, -1.0, 0.1, 15)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -155,8 +157,9 @@ class Q4_K(_AffineK):
 class Q5_K(_AffineK):
     """As Q4_K; bit s of qh[l] is the fifth bit of weight l in group s."""
 
-    name, ggml_type, type_size, bits, code_limits = "Q5_K", 13, 176, 5, (0, 31)
+    name, ggml_type, type_size, code_limits = "Q5_K", 13, 176, (0, 31)
     plain_widths = (-1.0, -0.7, -0.4, -0.1, 0.2, 0.5)
+    gaussian_loss = 1.26e-3
     ggml_ranges = ggml.grid(16, -0.5, 0.1, 31)
 
     def _unpack_codes(self, blocks: Tensor) -> Tensor:
@@ -183,7 +186,9 @@ class Q6_K(_KQuant):
     """
 
     name, ggml_type, type_size, code_limits = "Q6_K", 14, 210, (-32, 31)
+    group = 16
     plain_widths = (30.0, 31.0, 32.0, 33.0, 34.0)
+    gaussian_loss = 2.87e-4
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
         n = len(blocks)
@@ -204,34 +209,30 @@ class Q6_K(_KQuant):
         fields = self._pack_codes((codes + 32).view(torch.uint8).view(-1, 2, 4, 32))
         return torch.cat([*fields, blocks[:, 192:]], 1)
 
-    def _search(self, weights: Tensor, importance: Tensor | None) -> Tensor:
-        x = _columns(weights, 16)  # [16, 16, n]
-        importance = None if importance is None else _columns(importance, 16)
+    def _fit(self, x: Tensor, importance: Tensor | None) -> StoredFit:
         widths = self.plain_widths if importance is None else SYMMETRIC_WIDTHS
         scale = search.fit_symmetric(x, importance, 32, widths)
         d = half_above(_eight_bits(scale)[0]).float()
         fit = StoredFit(d, _in_steps(scale, d, -128, 127))
         if importance is None:
-            fit = settle(x, fit, (-32, 31))
-        else:
-            fit = refine(x, importance, fit, Limits((-32, 31)))
-        return self._pack(fit.d, fit.scale, best_codes(x, fit, (-32, 31)).add_(32))
+            return settle(x, fit, self.code_limits)
+        return refine(x, importance, fit, Limits(self.code_limits))
 
     def encode_as_ggml(self, weights: Tensor) -> Tensor:
-        x = _columns(weights, 16)
+        x = _columns(weights, self.group)
         fit = ggml.fit_symmetric(x.view(16, -1), (x * x).view(16, -1), 32)
         group_scale, group_inverse, negligible = (field.view(x.shape[1:]) for field in fit)
         d, scale, empty = _eight_bits(group_scale)
         step = as_stored(d) * scale  # [16, n]
         codes = torch.where(step != 0, x / step, x * group_inverse).round_()
-        codes = codes.clamp_(-32, 31).add_(32).masked_fill_(negligible | empty, 0)
-        return self._pack(d, scale, codes)
+        codes = codes.clamp_(-32, 31).masked_fill_(negligible | empty, -32)
+        return self._pack(StoredFit(d, scale), codes)
 
-    def _pack(self, d: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
-        """Blocks of d [n], scale [16, n] and codes 0 .. 63 [16, 16, n], all float32."""
-        fields = self._pack_codes(_rows(codes.to(torch.uint8)).view(-1, 2, 4, 32))
-        scale = scale.t().to(torch.int8).view(torch.uint8)
-        return torch.cat([*fields, scale, half_bytes(d)], 1)
+    def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
+        """Codes are stored from zero up."""
+        fields = self._pack_codes(_rows((codes + 32).to(torch.uint8)).view(-1, 2, 4, 32))
+        scale = fit.scale.t().to(torch.int8).view(torch.uint8)
+        return torch.cat([*fields, scale, half_bytes(fit.d)], 1)
 
     @staticmethod
     def _pack_codes(codes: Tensor) -> list[Tensor]:

@@ -66,7 +66,7 @@ def best_codes(
     return out.round_().clamp_(*codes)
 
 
-def group_errors(x: Tensor, importance: Tensor, fit: StoredFit, codes: Tensor) -> Tensor:
+def group_errors(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Tensor) -> Tensor:
     """sum importance * (d * scale * code - dmin * minimum - x)^2 over a group: [groups, n].
 
     Uses ``codes`` up.
@@ -75,7 +75,8 @@ def group_errors(x: Tensor, importance: Tensor, fit: StoredFit, codes: Tensor) -
     if fit.dmin is not None:
         residual.sub_(fit.dmin * fit.minimum)
     residual.sub_(x)
-    return ordered_sum(residual.mul_(residual).mul_(importance))
+    residual.mul_(residual)
+    return ordered_sum(residual if importance is None else residual.mul_(importance))
 
 
 def refine(x: Tensor, importance: Tensor, fit: StoredFit, limits: Limits) -> StoredFit:
