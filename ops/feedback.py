@@ -6,23 +6,42 @@ its inputs. Rounding each weight on its own looks at the diagonal of C alone. GP
 lost; its C has K^2 values, 600 MB for the widest linears here. With ``C ~ diag(rest) + V V^T`` of a
 few directions V, K * r values, the same is exact at r products a weight: all that later columns
 need to know of the earlier ones is ``p = V^T e``.
+
+Columns are rounded a panel at a time, each to the nearest code once the best make-up of the whole
+panel for p is taken off: two products of matrices a panel, where a column on its own costs a dozen
+calls. Errors of a panel are made up for by those after it, of which there are enough.
+
+A product's order of sums is a library's own, and differs with shapes, threads and machines. Here
+every product is exact: both factors are rounded to so few bits that all sums are whole numbers of
+some unit, below 2^53 of them, which fp64 holds. Codes then depend on the arguments alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .chunks import uninitialised
 from .errors import OpError
 
 # Directions explain at most this much of a column: other prompts bring other inputs.
 MOST_SHARED = 0.95
 
-# Of two sums in fp32 over any row here: they differ by less from their true values.
-_UNSURE = 1e-3
+# Columns of a panel at most, as a share of all, and of those before it: loud ones are few, and each
+# has much to make up for. Error grows by 0.1 dB at most (bench_importance.py).
+_OF_ALL = 1 / 48
+_OF_EARLIER = 1 / 2
+
+# Bits of one factor of a product; the other's are those that 53 leave for so many terms.
+_FACTOR_BITS = 16
+# The unit of errors, as a share of their row's largest step, both weighed by the inputs' loudness.
+_UNIT = 2.0**-18
+
+# Share of the expected error that a row has to keep to be the better one: beyond any rounding.
+_LESS = 0.999
 
 
 def output_energy(rows: Tensor, rest: Tensor, directions: Tensor) -> Tensor:
@@ -35,8 +54,18 @@ def output_energy(rows: Tensor, rest: Tensor, directions: Tensor) -> Tensor:
     return own + (rows @ directions.to(rows)).square().sum(1)
 
 
+class _Panel(NamedTuple):
+    """Columns that are rounded at once, and how; their errors are weighed by loudness."""
+
+    place: Tensor  # int64 [B]: the columns
+    loudness: Tensor  # fp32 [B, 1]: powers of two, over the unit of errors
+    gains: Tensor  # fp64 [B, r], in few bits: what makes up for p is -gains . p
+    directions: Tensor  # fp64 [r, B], in few bits: what errors add to p
+    own: Tensor  # fp32 [B, 1]: the square root of rest
+
+
 class Feedback:
-    """Codes of least ``sum rest * e^2 + |V^T e|^2``, column after column, loudest inputs first.
+    """Codes of least ``sum rest * e^2 + |V^T e|^2``, panel after panel, loudest inputs first.
 
     square: [K], the mean square of each input, above zero; directions: V [K, r], so that
     ``E[x x^T] ~ diag(rest) + V V^T`` has that diagonal. Raises OpError for other shapes or values.
@@ -45,114 +74,146 @@ class Feedback:
     def __init__(self, square: Tensor, directions: Tensor) -> None:
         _check(square, directions)
         square, shared = square.cpu().double(), directions.cpu().double()
-        rest = square - shared.square().sum(1)
+        rest = square - _fold(shared.square()[None].transpose(1, 2))[0]
         rest = torch.maximum(rest, square * (1 - MOST_SHARED))
-        self.order: list[int] = square.argsort(descending=True, stable=True).tolist()
         self.rest = rest.float()
         self.directions = shared.float()
-        self._gains = _gains(rest.numpy(), shared.numpy(), self.order)
+        self._loudness = _power_above(torch.maximum(square.sqrt(), shared.abs().amax(1)))
+        place = square.argsort(descending=True, stable=True)
+        self.order: list[int] = place.tolist()
+        self._panels = self._prepare(place, rest[place, None], shared[place])
 
-    def better(self, weight: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """Whether less error is expected of ``after`` than of ``before``: bool [N].
-
-        A row whose codes are clipped, by a scale that clips columns of little importance, may lose.
-        fp32 sums depend on the number of threads; where their last digits would decide, fp64 does.
-        """
-
-        def energies(rows: slice | Tensor, dtype: torch.dtype) -> list[Tensor]:
-            errors = (values[rows] - weight[rows] for values in (before, after))
-            return [output_energy(e.to(dtype), self.rest, self.directions) for e in errors]
-
-        lost, loses = energies(slice(None), torch.float32)
-        better = loses < lost
-        close = (loses - lost).abs() <= _UNSURE * lost
-        if close.any():
-            lost, loses = energies(close, torch.float64)
-            better[close] = loses < lost
-        return better
+    def _prepare(self, place: Tensor, rest: Tensor, shared: Tensor) -> list[_Panel]:
+        panels = _panels(len(place))
+        loudness = self._loudness[place, None]
+        gains = _gains(rest.numpy(), shared.numpy(), panels)
+        gains = _coarse(gains, _power_above(gains.abs().amax(1, keepdim=True))) * _UNIT
+        directions = _coarse(shared / loudness, torch.ones_like(loudness))
+        own, loudness = (rest.sqrt() / loudness).float(), (loudness / _UNIT).float()
+        return [
+            _Panel(place[at], loudness[at], gains[at], directions[at].t(), own[at]) for at in panels
+        ]
 
     def round(
         self, weight: Tensor, step: Tensor, shift: Tensor | None, limits: tuple[int, int]
-    ) -> Tensor:
-        """Codes int8 [N, K] of ``weight``, where a reader takes them for ``step * code - shift``.
+    ) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] of ``weight``, and whether less error is expected of them than of the
+        nearest codes, bool [N].
 
-        weight: fp32 [N, K]; step, shift: fp32 [N, G], one value a run of K // G columns; codes stay
-        within ``limits``. The result depends on nothing but the arguments, not on threads.
+        weight: fp32 [N, K]; step, shift: fp32 [N, G], one value a run of K // G columns: a reader
+        takes codes for ``step * code - shift``. They stay within ``limits``; rows that lose by it,
+        as a scale clips columns of little importance, are not the better ones. The result depends
+        on nothing but the arguments, not on the other rows, threads or the device.
         """
-        if len(weight) == 1:  # numpy sums a single row in another order
-            weight, step = weight.repeat(2, 1), step.repeat(2, 1)
-            shift = None if shift is None else shift.repeat(2, 1)
-            return self.round(weight, step, shift, limits)[:1]
-        run = weight.shape[1] // step.shape[1]
+        unit = self._row_unit(step)
+        wanted = uninitialised(weight.t().shape, weight.dtype, weight.device)
+        wanted.copy_(weight.t()).mul_(unit)  # turned: a column is a run of memory
+        step = (step * unit[:, None]).t().contiguous()
+        if shift is not None:
+            wanted.unflatten(0, (len(step), -1)).add_((shift.t() * unit)[:, None])
+        codes, (lost, lost_by_nearest) = self._follow(wanted, step, limits)
+        codes = codes.index_select(0, torch.tensor(self.order, device=codes.device).argsort())
+        return codes.t().contiguous(), lost < _LESS * lost_by_nearest
+
+    def _row_unit(self, step: Tensor) -> Tensor:
+        """Powers of two [N] that bring each row's largest step, by loudness, to below one."""
+        loudest = self._loudness.view(step.shape[1], -1).amax(1).to(step)
+        exponent = torch.frexp((step.abs() * loudest).amax(1)).exponent
+        return torch.ldexp(torch.ones_like(step[:, 0]), -exponent.clamp(-126, 126))
+
+    def _follow(
+        self, wanted: Tensor, step: Tensor, limits: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Codes [K, N], loudest columns first; the error that is expected of them, and of the
+        nearest ones, [2, N]. wanted, step: [K, N] and [G, N].
+
+        Both are followed side by side, in memory that is bound once: fresh one takes longer than
+        what is done in it.
+        """
+        (k, n), device = wanted.shape, wanted.device
         inverse = step.reciprocal()
         inverse.masked_fill_(inverse.isinf(), 0)  # such steps decode to -shift whatever the code
-        wanted = weight.t().clone(memory_format=torch.contiguous_format)
-        if shift is not None:
-            wanted.unflatten(0, (-1, run)).add_(shift.t()[:, None])
-        codes = torch.empty(wanted.shape, dtype=torch.int8, device=weight.device)
-        columns = wanted, step.t().contiguous(), inverse.t().contiguous(), codes
-        if _in_numpy(weight.device):
-            columns = tuple(each.numpy() for each in columns)
-        with np.errstate(all="ignore"):  # as torch: what overflows is not better, and is not kept
-            self._follow(*columns, run, limits, *self._state(len(weight), weight.device))
-        return codes.t().contiguous()
-
-    def _follow(self, wanted, step, inverse, codes, run, limits, project, absorb) -> None:
-        """Fill ``codes`` [K, N], column after column; the others [K, N] and [G, N], all arrays of
-        numpy or all tensors."""
-        for column in self.order:
-            group = column // run
-            value = wanted[column] - project(column)
-            value *= inverse[group]
-            value = value.round().clip(*limits)
-            codes[column] = value
-            value *= step[group]
-            value -= wanted[column]
-            absorb(column, value)
-
-    def _state(
-        self, rows: int, device: torch.device
-    ) -> tuple[Callable[[int], object], Callable[[int, object], None]]:
-        """p = V^T e of each row, as two calls: what column j makes up for, and its own error."""
-        r = self.directions.shape[1]
-        if not _in_numpy(device):
-            p = torch.zeros(r, rows, device=device)
-            gains, directions = self._gains.to(device), self.directions.to(device)
-            return lambda j: gains[j] @ p, lambda j, error: p.addr_(directions[j], error)
-        gains, directions = self._gains.numpy()[:, :, None], self.directions.numpy()[:, :, None]
-        p = np.zeros((r, rows), np.float32)
-        products, total = np.empty_like(p), np.empty(rows, np.float32)
-
-        def project(j: int) -> np.ndarray:
-            np.multiply(p, gains[j], out=products)
-            return np.add.reduce(products, 0, None, total)  # row after row: a fixed order
-
-        def absorb(j: int, error: np.ndarray) -> None:
-            np.multiply(directions[j], error, out=products)
-            np.add(p, products, out=p)
-
-        return project, absorb
+        codes = torch.empty_like(wanted, dtype=torch.int8)
+        p = wanted.new_zeros((2, self.directions.shape[1], n), dtype=torch.float64)
+        sizes = [len(panel.place) for panel in self._panels]
+        energy, values = wanted.new_zeros((2, 2, max(sizes), n))
+        errors, (true, scale) = torch.empty_like(values, dtype=p.dtype), torch.empty_like(values)
+        memory = energy, values, *values, errors, *errors, true, scale
+        views = {size: [each[..., :size, :] for each in memory] for size in set(sizes)}
+        for panel, target in zip(self._panels, codes.split(sizes), strict=True):
+            place, loudness, gains, directions, share = (each.to(device) for each in panel)
+            own, both, fed, nearest, lost, lost_fed, lost_nearest, true, scale = views[len(place)]
+            groups = place // (k // len(step))
+            torch.index_select(wanted, 0, place, out=true)
+            torch.index_select(inverse, 0, groups, out=scale)
+            torch.mm(gains, _bounded(p[0].round(), len(p[0])), out=lost_fed)
+            torch.sub(true, fed.copy_(lost_fed), out=fed).mul_(scale)
+            torch.mul(true, scale, out=nearest)
+            both.round_().clamp_(*limits)
+            target.copy_(fed)
+            torch.index_select(step, 0, groups, out=scale)
+            both.mul_(scale).sub_(true).mul_(loudness).round_()
+            lost.copy_(_bounded(both, k))
+            p[0].addmm_(directions, lost_fed)
+            p[1].addmm_(directions, lost_nearest)
+            own.add_(both.mul_(share).square_())
+        return codes, _fold(energy) + _fold(p.square_())
 
 
-def _in_numpy(device: torch.device) -> bool:
-    """On a CPU: a column is a dozen short calls, and numpy's take a third of PyTorch's time."""
-    return device.type == "cpu"
+def _fold(terms: Tensor) -> Tensor:
+    """Sum over dimension 1, in an order that no library chooses."""
+    while (count := terms.shape[1]) > 1:
+        half = count // 2
+        terms[:, :half] += terms[:, count - half :]
+        terms = terms[:, : count - half]
+    return terms[:, 0]
 
 
-def _gains(rest: np.ndarray, directions: np.ndarray, order: list[int]) -> Tensor:
-    """fp32 [K, r]: column j makes up for p by ``-gains[j] . p``, knowing what comes after it.
+def _bounded(values: Tensor, terms: int) -> Tensor:
+    """Whole ``values``, clamped so that sums of so many products with ``_coarse`` ones are exact.
 
-    Later columns, were they not rounded, leave ``p^T S p`` of |p|^2, ``S = (I + sum over them of
-    v v^T / rest)^-1``; each takes its rank-one part off (Sherman-Morrison).
+    They are far smaller, but where codes are clipped column after column: such a row loses.
+    """
+    most = 2.0 ** (53 - _FACTOR_BITS) / terms
+    return values.clamp_(-most, most)
+
+
+def _coarse(values: Tensor, peak: Tensor) -> Tensor:
+    """``values``, of magnitude ``peak`` (powers of two) at most, in few bits of that."""
+    finest = 2.0**-_FACTOR_BITS * peak
+    return (values / finest).round() * finest
+
+
+def _power_above(values: Tensor) -> Tensor:
+    """The least power of two above each of ``values``, fp64; 1 above zero."""
+    return torch.ldexp(torch.ones_like(values), torch.frexp(values).exponent)
+
+
+def _panels(columns: int) -> list[slice]:
+    """Columns that are rounded at once: the loudest ones alone, then more and more."""
+    panels, start = [], 0
+    while start < columns:
+        width = max(1, int(min(start * _OF_EARLIER, columns * _OF_ALL)))
+        panels.append(slice(start, min(start + width, columns)))
+        start += width
+    return panels
+
+
+def _gains(rest: np.ndarray, directions: np.ndarray, panels: list[slice]) -> Tensor:
+    """fp64 [K, r]: column j makes up for p by ``-gains[j] . p``, as its panel and later ones do.
+
+    Columns from a panel on, were they not rounded, leave ``p^T S p`` of |p|^2, ``S = (I + sum over
+    them of v v^T / rest)^-1``, by making up ``S v / rest . p`` each; S loses a rank-one part by
+    every column (Sherman-Morrison).
     """
     left = np.eye(directions.shape[1])
     gains = np.empty_like(directions)
-    for j in reversed(order):
-        reach = (left * directions[j]).sum(1)
-        energy = rest[j] + (directions[j] * reach).sum()
-        gains[j] = reach / energy
-        left -= reach[:, None] * gains[j]
-    return torch.from_numpy(gains.astype(np.float32))
+    for panel in reversed(panels):
+        for own, v in zip(rest[panel], directions[panel], strict=True):
+            reach = (left * v).sum(1)
+            left -= reach[:, None] * (reach / (own + (v * reach).sum()))
+        gains[panel] = (left * directions[panel, None]).sum(2) / rest[panel]
+    return torch.from_numpy(gains)
 
 
 def _check(square: Tensor, directions: Tensor) -> None:

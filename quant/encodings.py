@@ -215,9 +215,7 @@ def _int8_rows(values: Tensor, feedback: Feedback | None) -> tuple[Tensor, Tenso
     q, scale = quantize_rows(values)
     if feedback is None:
         return q, scale
-    step = scale[:, None]
-    codes = feedback.round(values, step, None, (-127, 127))
-    better = feedback.better(values, q * step, codes * step)
+    codes, better = feedback.round(values, scale[:, None], None, (-127, 127))
     return torch.where(better[:, None], codes, q), scale
 
 

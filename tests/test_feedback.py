@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from ideogram4_quant.ops import feedback
 from ideogram4_quant.ops.blocks import FORMATS, coded, dequantize, quantize
@@ -43,14 +44,17 @@ def gptq(weight, step, shift, covariance, order, limits):
 @pytest.mark.parametrize(
     ("n", "k", "r", "run"), [(5, 32, 1, 32), (17, 96, 4, 16), (9, 256, 16, 32)]
 )
-def test_it_is_gptq_for_a_covariance_of_low_rank(n, k, r, run):
+def test_it_is_gptq_for_a_covariance_of_low_rank(n, k, r, run, monkeypatch):
     weight, square, directions = case(n, k, r)
+    in_panels = Feedback(square, directions)
+    monkeypatch.setattr(feedback, "_OF_ALL", 0)  # every column alone
     follow = Feedback(square, directions)
     covariance = torch.diag(follow.rest.double()) + directions.double() @ directions.double().T
     groups = weight.view(n, -1, run)
     low = groups.amin(2).clamp(max=0)
     step, shift = (groups.amax(2) - low) / 15, -low
-    codes = follow.round(weight, step, shift, (0, 15))
+    codes, better = follow.round(weight, step, shift, (0, 15))
+    assert better.all()
     wanted = gptq(weight, step, shift, covariance, follow.order, (0, 15))
     # A value between two codes may fall to either side in fp32, and the row goes on from there.
     alike = (codes == wanted).all(1)
@@ -63,13 +67,16 @@ def test_it_is_gptq_for_a_covariance_of_low_rank(n, k, r, run):
 
     assert lost(codes) == pytest.approx(lost(wanted).item(), rel=0.02)
     assert lost(codes) < 0.8 * lost(plain)
+    codes, _ = in_panels.round(weight, step, shift, (0, 15))
+    assert lost(codes) == pytest.approx(lost(wanted).item(), rel=0.05)
 
 
 def test_without_correlation_it_rounds_to_nearest():
     weight, square, _ = case(7, 64, 1)
     step = weight.view(7, 2, 32).abs().amax(2) / 127
     follow = Feedback(square, torch.zeros(64, 3))
-    codes = follow.round(weight, step, None, (-127, 127))
+    codes, better = follow.round(weight, step, None, (-127, 127))
+    assert not better.any()  # nor worse
     assert torch.equal(codes, (weight.view(7, 2, 32) / step[..., None]).round().view(7, 64).char())
 
 
@@ -118,40 +125,71 @@ def test_bytes_depend_on_nothing_but_the_arguments(name, monkeypatch):
     follow = Feedback(square, directions)
     whole = quantize(weight, name, square, feedback=follow)
     rows = torch.stack([quantize(row, name, square, feedback=follow) for row in weight])
-    monkeypatch.setattr(coded, "FEEDBACK_CHUNK", 3 * 512)
     assert torch.equal(rows, whole)
-    assert torch.equal(quantize(weight, name, square, feedback=follow), whole)
+    turned = quantize(weight.flip(0), name, square, feedback=follow)
+    assert torch.equal(turned.flip(0), whole)
+    monkeypatch.setattr(coded, "FEEDBACK_CHUNK", 3 * 512)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(quantize(weight, name, square, feedback=follow), whole)
+    finally:
+        torch.set_num_threads(threads)
     again = quantize(weight, name, square, feedback=Feedback(square, directions))
     assert torch.equal(again, whole)
 
 
-def test_what_is_better_is_told_by_more_digits_than_threads_may_change():
-    """Sums of fp32 over many columns differ with the threads that share them, by more than this."""
-    _, square, directions = case(1, 4608, 16, seed=3)
-    directions[0] = 0
-    follow = Feedback(square, directions)
-    before = torch.randn(200, 4608, generator=torch.Generator().manual_seed(4))
-    after = before.clone()
-    after[:, 0] *= 1 - 2**-12
-    weight = torch.zeros_like(before)
-    assert follow.better(weight, before, after).all()
-    assert not follow.better(weight, after, before).any()
+def backwards(a, b):
+    """``a @ b``, term after term from the last one to the first."""
+    total = torch.zeros(len(a), b.shape[1], dtype=a.dtype)
+    for j in reversed(range(len(b))):
+        total += a[:, j : j + 1] * b[j]
+    return total
 
 
-def test_beside_a_cpu_it_rounds_as_on_one(monkeypatch):
-    """The calls that a GPU gets, here on a CPU."""
-    weight, square, directions = case(33, 512, 6, seed=7)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_products_are_exact_in_whatever_order_a_library_sums(scale, monkeypatch):
+    weight, square, directions = case(23, 384, 7, seed=5)
+    weight[:3] *= torch.tensor([1e-3, 1.0, 1e4])[:, None]
+    weight[3, ::50] = 5.0  # outliers: other rows clip
+    weight *= scale
+    step = weight.view(23, 12, 32).abs().amax(2) / 7
+    step[4] /= 8  # most codes are clipped
+    follow = Feedback(square * 2.0**-20, directions * 2.0**-10)
+    codes, better = follow.round(weight, step, None, (-8, 7))
+    assert better[:3].all()
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out.copy_(backwards(a, b)))
+    monkeypatch.setattr(Tensor, "addmm_", lambda sums, a, b: sums.add_(backwards(a, b)))
+    again, better_again = follow.round(weight, step, None, (-8, 7))
+    assert torch.equal(again, codes)
+    assert torch.equal(better_again, better)
+
+
+def test_what_is_better_is_what_loses_less_of_the_outputs():
+    weight, square, directions = case(64, 256, 6, seed=6, share=0.008)  # hardly anything to gain
     follow = Feedback(square, directions)
-    step, shift = weight.abs().amax(1, keepdim=True) / 7, torch.rand(33, 1) * 0.01
-    here = follow.round(weight, step, shift, (-8, 7))
-    monkeypatch.setattr(feedback, "_in_numpy", lambda device: False)
-    there = follow.round(weight, step, shift, (-8, 7))
-    assert (here == there).all(1).float().mean() > 0.75  # ties fall to either side
-    lost, other = (
-        output_energy(codes * step - shift - weight, follow.rest, follow.directions).sum()
-        for codes in (here, there)
+    step = weight.abs().amax(1, keepdim=True) / torch.linspace(7, 40, 64)[:, None]
+    codes, better = follow.round(weight, step, None, (-8, 7))
+    nearest = (weight / step).round().clamp(-8, 7)
+    lost, loses = (
+        output_energy((each * step - weight).double(), follow.rest, follow.directions)
+        for each in (nearest, codes)
     )
-    assert other == pytest.approx(lost.item(), rel=0.02)
+    assert 8 < better.sum() < 56
+    assert torch.equal(better, loses < 0.999 * lost)
+
+
+def test_rows_of_zeros_and_steps_of_zero_get_the_codes_of_zero():
+    weight, square, directions = case(4, 64, 3, seed=8)
+    weight[0] = 0
+    step = weight.view(4, 2, 32).abs().amax(2) / 7
+    step[1, 0] = 0
+    codes, better = Feedback(square, directions).round(weight, step, None, (-8, 7))
+    assert not codes[0].any()
+    assert not better[0]
+    assert not codes[1, :32].any()
+    assert codes[1, 32:].any()
 
 
 @settings(deadline=None, max_examples=40)

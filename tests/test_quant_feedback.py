@@ -119,7 +119,7 @@ def test_sums_that_contradict_each_other_explain_no_more_than_all(size, orthogon
     weight = torch.randn(4, 64, generator=generator)
     assert (found.directions.square().sum(1) <= 1.02 * found.square).all()
     assert 0 < found.output_energy(weight) < 100 * weight.square().sum()
-    codes = found.feedback().round(weight, torch.full((4, 1), 0.1), None, (-127, 127))
+    codes, _ = found.feedback().round(weight, torch.full((4, 1), 0.1), None, (-127, 127))
     assert codes.shape == weight.shape
 
 

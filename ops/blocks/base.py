@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..chunks import chunk_size, even, for_each, uninitialised, workers
 from ..errors import OpError
 from ..feedback import Feedback
-from .chunks import chunk_size, for_each, uninitialised
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ class BlockFormat(ABC):
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         """Blocks uint8 [n, type_size] of ``weights`` float32 [n, block_size], all finite.
 
-        ``importance`` float32 [n, block_size] weighs each squared error; formats with
-        ``uses_importance`` get it, the others always get None.
+        ``importance`` float32 [row's blocks, block_size] weighs the squared errors of every row;
+        formats with ``uses_importance`` get it, with whole rows, the others always get None.
         """
 
     def encode_as_ggml(self, weights: Tensor) -> Tensor:
@@ -125,22 +125,24 @@ class BlockFormat(ABC):
         blocks = weight.reshape(weight.numel() // self.block_size, self.block_size)
         importance = self._importance_blocks(importance, weight)
         out = blocks.new_empty((len(blocks), self.type_size), dtype=torch.uint8)
-        step = max(1, chunk_size(weight.device, self.encode_chunk) // self.block_size)
+        step = self._blocks_at_a_time(weight, by_rows=importance is not None)
 
         def encode_chunk(start: int) -> None:
             chunk = blocks[start : start + step].to(torch.float32)
             if not _all_finite(chunk):
                 raise _not_finite(self.name, weight)
-            rows = None
-            if importance is not None:
-                numbers = torch.arange(start, start + len(chunk), device=chunk.device)
-                rows = importance[numbers % len(importance)]
             with np.errstate(all="ignore"):  # as torch: searches meet infinities, and pass on
-                encoded = self.encode_as_ggml(chunk) if as_ggml else self.encode(chunk, rows)
+                encoded = self.encode_as_ggml(chunk) if as_ggml else self.encode(chunk, importance)
             out[start : start + step] = encoded
 
         for_each(range(0, len(blocks), step), encode_chunk, weight.device)
         return out.view(*weight.shape[:-1], row_bytes)
+
+    def _blocks_at_a_time(self, weight: Tensor, by_rows: bool) -> int:
+        """As many in every chunk, so that threads end together; with ``by_rows`` whole rows."""
+        unit = max(weight.shape[-1], 1) if by_rows else self.block_size
+        some = chunk_size(weight.device, self.encode_chunk) // unit
+        return even(weight.numel() // unit, some, workers(weight.device)) * unit // self.block_size
 
     def _check_weight(self, weight: Tensor, feedback: Feedback | None) -> None:
         if not weight.is_floating_point() or weight.ndim == 0:

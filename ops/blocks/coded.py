@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..chunks import chunk_size, even
 from ..feedback import Feedback
 from .base import BlockFormat
-from .chunks import chunk_size
 
 FEEDBACK_CHUNK = 1 << 22  # weights: its work is by columns, and a call should pay for many rows
 
@@ -47,15 +47,15 @@ class CodedFormat(BlockFormat):
     def _feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:
         """Give rows [N, row bytes] the codes of ``feedback`` where it expects less error."""
         n, k = weight.shape
-        rows = max(1, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
+        rows = even(n, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
         for start in range(0, n, rows):
             part, true = data[start : start + rows], weight[start : start + rows].float()
             blocks = part.view(-1, self.type_size)
             step, shift = (
                 None if each is None else each.reshape(len(true), -1) for each in self.grid(blocks)
             )
-            codes = feedback.round(true, step, shift, self.code_limits)
+            codes, better = feedback.round(true, step, shift, self.code_limits)
             recoded = self.recode(blocks, codes.view(-1, self.block_size)).view(part.shape)
-            values = (self.dequantize(each, true.shape, torch.float32) for each in (part, recoded))
-            better = feedback.better(true, *values)
-            part.copy_(torch.where(better[:, None], recoded, part))
+            worse = ~better  # few
+            recoded[worse] = part[worse]
+            part.copy_(recoded)

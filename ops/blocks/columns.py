@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def every_row(row: Tensor, like: Tensor) -> Tensor:
+    """``row`` [..., a row's blocks] again and again, in the shape of ``like`` [..., blocks]."""
+    return row.repeat(*[1] * (row.ndim - 1), like.shape[-1] // max(1, row.shape[-1]))
+
+
 def ordered_sum(terms: Tensor) -> Tensor:
     """Sum over dimension 0 from first to last: torch.sum's order depends on shape and threads."""
     total = torch.empty_like(terms[0], memory_format=torch.contiguous_format)

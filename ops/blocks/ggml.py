@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..chunks import uninitialised
 from .base import divide, signed_peak
-from .chunks import uninitialised
 from .columns import ordered_sum
 
 NEGLIGIBLE = 1e-15  # groups whose largest magnitude is below are zero

@@ -28,22 +28,31 @@ from torch import Tensor
 
 from .base import divide, half_bytes, half_field, signed_peak
 from .coded import CodedFormat
+from .columns import every_row
 from .ggml import fit_affine, grid
-from .refine import Limits, StoredFit, as_stored, best_codes, choose, group_errors, refine
+from .refine import (
+    Limits,
+    StoredFit,
+    as_stored,
+    best_codes,
+    choose,
+    group_errors,
+    refine,
+    settle,
+)
+from .search import fit_symmetric
 
 # Added to |x| before truncation it rounds halves up: x + 0.5 would also round 0.49999997 up.
 BELOW_HALF = 0.5 - 2.0**-25  # the float32 before 0.5
 
-# With importance: steps that are tried, as shares of the plain one. Wider ones come out best by
-# luck (a scale that suits the columns that count), and narrower ones clip the peak, which pays
-# where codes are few.
-FINE_STEPS = tuple(1 + 0.005 * number for number in range(-12, 21))
-COARSE_STEPS = tuple(1 + 0.03 * number for number in range(-7, 4))
+# With importance: steps that are tried. Wider ones come out best by luck (a scale that suits the
+# columns that count), and narrower ones clip the peak, which pays where codes are few.
+FINE_WIDTHS = tuple(1.27 * number for number in range(90, 103))  # steps to the peak
+COARSE_STEPS = tuple(1 + 0.03 * number for number in range(-7, 4))  # as shares of the plain one
 
 
 class _Legacy(CodedFormat):
     block_size = 32
-    encode_chunk = 1 << 20
 
 
 class Q8_0(_Legacy):
@@ -62,14 +71,22 @@ class Q8_0(_Legacy):
         return torch.cat([blocks[:, :2], codes.view(torch.uint8)], 1)
 
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
-        scale = divide(weights.abs().amax(1), 127.0)
-        if importance is not None:
-            starts = [(scale * share, None) for share in FINE_STEPS]
-            scale, _, codes = _search(weights, importance, starts, (-127, 127))
-            return torch.cat([half_bytes(scale), codes.to(torch.int8).view(torch.uint8)], 1)
-        value = weights * _inverse(scale)
-        value += value.sign().mul_(BELOW_HALF)
-        return torch.cat([half_bytes(scale), value.to(torch.int8).view(torch.uint8)], 1)
+        if importance is None:
+            scale = divide(weights.abs().amax(1), 127.0)
+            codes = weights * _inverse(scale)
+            codes += codes.sign().mul_(BELOW_HALF)
+        else:
+            scale, codes = self._weighted(weights, importance)
+        return torch.cat([half_bytes(scale), codes.to(torch.int8).view(torch.uint8)], 1)
+
+    def _weighted(self, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale [n] and codes [n, 32] of the least output error that the search finds."""
+        x = _columns(weights)
+        importance = every_row(_columns(importance), x)
+        scale = fit_symmetric(x, importance, self.code_limits, FINE_WIDTHS)
+        fit = StoredFit(as_stored(scale[0]), torch.ones_like(scale))
+        fit = settle(x, importance, fit, self.code_limits)
+        return fit.d, best_codes(x, fit, self.code_limits)[:, 0].t().contiguous()
 
 
 class _Packed(_Legacy):
@@ -143,8 +160,9 @@ class _Packed(_Legacy):
                 (divide(width * share, float(top)), -(low + width * ((1 - share) / 2)))
                 for share in COARSE_STEPS
             ]
-            by_weight = (each.t().contiguous() for each in (weights, importance))
-            fit = fit_affine(*by_weight, top, grid(19, -0.9, 0.1, top))
+            x = weights.t().contiguous()
+            by_weight = every_row(importance.t().contiguous(), x)
+            fit = fit_affine(x, by_weight, top, grid(19, -0.9, 0.1, top))
             starts.append((fit.scale, fit.offset))
             scale, minimum, codes = _search(weights, importance, starts, (0, top))
             return scale, -minimum, codes.to(torch.uint8)
@@ -178,8 +196,8 @@ def _search(
     limits: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """d [n], dmin [n] and codes [n, 32] of ``d * code - dmin``: the best start, refined."""
-    x = weights.t().contiguous()[:, None]  # [32, 1, n]
-    importance = importance.t().contiguous()[:, None]
+    x = _columns(weights)
+    importance = every_row(_columns(importance), x)
     one = torch.ones_like(x[0])
     best: StoredFit | None = None
     for d, dmin in starts:
@@ -195,6 +213,11 @@ def _search(
         best = choose(better, trial, best)
     fit = refine(x, importance, best, Limits(limits))
     return fit.d, fit.dmin, best_codes(x, fit, limits)[:, 0].t().contiguous()
+
+
+def _columns(blocks: Tensor) -> Tensor:
+    """[n, 32] -> [32, 1, n] contiguous: one group a block."""
+    return blocks.t().contiguous()[:, None]
 
 
 def _inverse(scale: Tensor) -> Tensor:

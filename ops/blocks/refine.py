@@ -136,9 +136,11 @@ class _Products(NamedTuple):
     mx: Tensor
 
 
-def settle(x: Tensor, fit: StoredFit, codes: tuple[int, int]) -> StoredFit:
-    """``fit`` with d and dmin solved for where that takes more off sum x^2; see ``refine``."""
-    products = _products(x, None, fit, best_codes(x, fit, codes))
+def settle(
+    x: Tensor, importance: Tensor | None, fit: StoredFit, codes: tuple[int, int]
+) -> StoredFit:
+    """``fit`` with d and dmin solved for where that takes more off the error; see ``refine``."""
+    products = _products(x, importance, fit, best_codes(x, fit, codes))
     trial = _solve(fit, products)
     return choose(_gain(trial, products) > _gain(fit, products), trial, fit)
 

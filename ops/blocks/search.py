@@ -113,12 +113,12 @@ class _AffineSearch:
 
 
 def fit_symmetric(
-    x: Tensor, importance: Tensor | None, half: int, widths: tuple[float, ...]
+    x: Tensor, importance: Tensor | None, codes: tuple[int, int], widths: tuple[float, ...]
 ) -> Tensor:
-    """Scale [...] of least sum importance * (scale * code - x)^2, codes -half .. half - 1.
+    """Scale [...] of least sum importance * (scale * code - x)^2, with codes within ``codes``.
 
-    x, importance: [16, ...], None for equal ones. Each of ``widths`` puts the peak that many steps
-    from zero, on the side of -half.
+    x, importance: [weights of a group, ...], None for equal ones. Each of ``widths`` puts the peak
+    that many steps from zero, below it.
     """
     peak = signed_peak(x, 0)
     weighted = x if importance is None else importance * x
@@ -133,7 +133,7 @@ def fit_symmetric(
     sum_products, keep_better = bind_sum(products, sums), bind_choice(better, trial, kept)
     for width in widths:
         torch.div(x.new_full((), -width), peak, out=inverse)
-        torch.mul(x, inverse, out=code).round_().clamp_(-half, half - 1)
+        torch.mul(x, inverse, out=code).round_().clamp_(*codes)
         torch.mul(weighted, code, out=w_xl)
         torch.mul(code, code, out=w_l2)
         if importance is not None:

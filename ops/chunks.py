@@ -25,8 +25,8 @@ def for_each(starts: range, work: Callable[[int], None], device: torch.device) -
     default.
     """
     work = torch.inference_mode()(work)  # its calls are cheaper
-    threads = min(torch.get_num_threads(), len(starts))
-    if device.type != "cpu" or threads <= 1:
+    threads = min(workers(device), len(starts))
+    if threads <= 1:
         for start in starts:
             work(start)
         return
@@ -37,6 +37,21 @@ def for_each(starts: range, work: Callable[[int], None], device: torch.device) -
                 pass  # raises what a worker raised
     finally:
         torch.set_num_threads(default)
+
+
+def workers(device: torch.device) -> int:
+    """Threads that share the work of ``for_each``."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def even(total: int, some: int, parts: int = 1) -> int:
+    """How much at a time, about ``some``, gives each of ``parts`` as much to do.
+
+    Less than an eighth of ``some`` is not worth a thread.
+    """
+    some = max(1, some)
+    turns = max(1, round(total / (some * parts)))
+    return max(1, some // 8, -(-total // (turns * parts)))
 
 
 def chunk_size(device: torch.device, on_cpu: int) -> int:
