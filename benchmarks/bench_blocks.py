@@ -1,6 +1,6 @@
 """Decoding and encoding rates of the GGUF block formats, beside gguf-py's and ggml's.
 
-    python benchmarks/bench_blocks.py [--threads 1] [--rows 2048] [--columns 4608]
+    python benchmarks/bench_blocks.py [--threads 1] [--rows 2048] [--columns 4608] [--types Q4_K]
 
 Mweights/s, the best of several runs side by side. With one thread the clock is the CPU time of the
 process, so that other work on the machine counts less; with more it is the wall clock. gguf-py
@@ -32,7 +32,7 @@ try:
 except ImportError:
     ggml = None
 
-PACKED = [fmt for fmt in FORMATS.values() if fmt.block_size > 1]
+PACKED = {fmt.name: fmt for fmt in FORMATS.values() if fmt.block_size > 1}
 REPEATS = {"decode": 7, "encode": 3}
 
 
@@ -49,10 +49,10 @@ def best(
     return seconds
 
 
-def decoding(weight: torch.Tensor, clock: Callable[[], float]) -> None:
+def decoding(formats: list[BlockFormat], weight: torch.Tensor, clock: Callable[[], float]) -> None:
     print(f"{'decode':8}{'gguf-py':>10}{'float32':>10}{'ratio':>8}{'bfloat16':>10}")
     millions = weight.numel() / 1e6
-    for fmt in PACKED:
+    for fmt in formats:
         data = quantize(weight[:64], fmt.name).repeat(len(weight) // 64, 1)
         array, kind = data.numpy(), gguf.GGMLQuantizationType(fmt.ggml_type)
         theirs, ours, low = best(
@@ -91,14 +91,14 @@ def rms_error(fmt: BlockFormat, data: torch.Tensor, weight: torch.Tensor, column
     return float((squares if column is None else squares * column).mean().sqrt())
 
 
-def encoding(weight: torch.Tensor, clock: Callable[[], float]) -> None:
+def encoding(formats: list[BlockFormat], weight: torch.Tensor, clock: Callable[[], float]) -> None:
     print(f"\n{'encode':18}{'ggml':>10}{'here':>10}{'ratio':>8}{'RMSE':>9}   equal blocks")
     millions = weight.numel() / 1e6
     generator = torch.Generator().manual_seed(1)
     importance = torch.rand(weight.shape[1], generator=generator)
     directions = torch.randn(weight.shape[1], 16, generator=generator) * importance.sqrt()[:, None]
     led = {"feedback": Feedback(importance, directions / 8)}
-    for fmt in PACKED:
+    for fmt in formats:
         variants = [("", None, {}), (" importance", importance, {}), (" feedback", importance, led)]
         if fmt.name.endswith("_K"):
             variants.append((" as ggml", None, {"as_ggml": True}))
@@ -127,8 +127,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=2048, help="a multiple of 64")
     parser.add_argument("--columns", type=int, default=4608, help="a multiple of 256")
+    parser.add_argument("--types", nargs="+", choices=PACKED, default=list(PACKED))
     parser.add_argument("--only", choices=("decode", "encode"))
     options = parser.parse_args()
+    formats = [PACKED[name] for name in options.types]
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
     weight = torch.randn(
@@ -140,9 +142,9 @@ def main() -> None:
         f"[{options.rows}, {options.columns}], Mweights/s"
     )
     if options.only != "encode":
-        decoding(weight, clock)
+        decoding(formats, weight, clock)
     if options.only != "decode":
-        encoding(weight, clock)
+        encoding(formats, weight, clock)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,9 @@ def test_rows_of_any_kind_lose_no_more_than_without(seed, name):
 
 def test_what_it_cannot_follow_is_refused():
     square, directions = torch.ones(8), torch.zeros(8, 2)
-    for wrong in ((square[:4], directions), (square, directions[:, 0]), (square[None], directions)):
+    no_directions, one = directions[:, :0], directions[:, 0]
+    shapes = (square[:4], directions), (square[None], directions), (square, one)
+    for wrong in (*shapes, (square, no_directions)):
         with pytest.raises(OpError, match="of each input"):
             Feedback(*wrong)
     for bad in (0.0, -1.0, math.nan, math.inf):

@@ -1,4 +1,4 @@
-"""Searches for the scales of K-quant blocks, over many blocks at a time: least squares.
+"""Searches for the scales of K-quants and Q8_0, over many blocks at a time: least squares.
 
 Every function works on columns: dimension 0 runs over the weights of one group (16 or 32), the
 others over independent problems, so that each step is one elementwise operation over contiguous
