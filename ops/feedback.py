@@ -79,7 +79,7 @@ class Feedback:
         rest = torch.maximum(rest, square * (1 - MOST_SHARED))
         self.rest = rest.float()
         self.directions = shared.float()
-        self._loudness = _power_above(torch.maximum(square.sqrt(), shared.abs().amax(1)))
+        self._loudness = _power_above(torch.maximum(_root(square), shared.abs().amax(1)))
         place = square.argsort(descending=True, stable=True)
         self.order: list[int] = place.tolist()
         self._panels = self._prepare(place, rest[place, None], shared[place])
@@ -90,7 +90,7 @@ class Feedback:
         gains = _gains(rest.numpy(), shared.numpy(), panels)
         gains = _coarse(gains, _power_above(gains.abs().amax(1, keepdim=True))) * _UNIT
         directions = _coarse(shared / loudness, torch.ones_like(loudness))
-        own, loudness = (rest.sqrt() / loudness).float(), (loudness / _UNIT).float()
+        own, loudness = (_root(rest) / loudness).float(), (loudness / _UNIT).float()
         return [
             _Panel(place[at], loudness[at], gains[at], directions[at].t(), own[at]) for at in panels
         ]
@@ -177,6 +177,11 @@ def _bounded(values: Tensor, terms: int) -> Tensor:
     """
     most = 2.0 ** (53 - _FACTOR_BITS) / terms
     return values.clamp_(-most, most)
+
+
+def _root(values: Tensor) -> Tensor:
+    """Square roots of fp64, correctly rounded, which torch.sqrt's need not be."""
+    return torch.from_numpy(np.sqrt(values.numpy()))
 
 
 def _coarse(values: Tensor, peak: Tensor) -> Tensor:
