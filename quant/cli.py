@@ -1,4 +1,4 @@
-"""``ideogram4-quant quantize | inspect | verify``: arguments in, tables out, one line an error."""
+"""``ideogram4-quant quantize | inspect | verify``: arguments in, tables out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
-from ..ops.errors import Ideogram4QuantError
 from ..ops.partial import partial_path
 from .block_types import POLICIES
 from .calibration import Calibration
@@ -26,7 +24,6 @@ from .recipes import LAYOUTS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, Type
 from .verify import verify_file
 
 COPIES = (CONDITIONAL, UNCONDITIONAL)
-Handler = Callable[[argparse.Namespace], int]
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -176,26 +173,6 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(func=_verify)
 
 
-def _one_line_errors(handler: Handler) -> Handler:
-    """Errors of the pack and of the system: one line on stderr and exit code 1, no traceback."""
-
-    @wraps(handler)
-    def reported(args: argparse.Namespace) -> int:
-        try:
-            return handler(args)
-        except (Ideogram4QuantError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            left = partial_path(Path(args.out)) if getattr(args, "out", None) else None
-            if left is not None and left.exists():
-                print(f"{left} holds what is done: --resume goes on with it", file=sys.stderr)
-            return 130
-
-    return reported
-
-
 @contextmanager
 def _bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress callback ``(done, total)`` that draws a bar with rate and time left on stderr.
@@ -213,6 +190,18 @@ def _bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
             bar.update(done - bar.n)
 
         yield progress
+
+
+@contextmanager
+def _saying_what_is_left(out: Path) -> Iterator[None]:
+    """On Ctrl-C: how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        left = partial_path(out)
+        if left.exists():
+            print(f"{left} holds what is done: --resume goes on with it", file=sys.stderr)
+        raise
 
 
 def _type_rule(text: str) -> TypeRule:
@@ -242,7 +231,6 @@ def _budget(text: str | None) -> dict[str, float | int]:
     return {"protect_bytes": round(float(match[1]) * _UNITS[match[2]])}
 
 
-@_one_line_errors
 def _quantize(args: argparse.Namespace) -> int:
     options = QuantOptions(
         layout=args.layout,
@@ -270,7 +258,7 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan_quantization(args.source, args.level, args.out, **choice).table())
         return 0
-    with _bar(args.level, "B") as progress:
+    with _bar(args.level, "B") as progress, _saying_what_is_left(Path(args.out)):
         report = quantize_checkpoint(
             args.source,
             args.level,
@@ -285,14 +273,12 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-@_one_line_errors
 def _inspect(args: argparse.Namespace) -> int:
     found = inspect_file(args.file, args.base)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.table())
     return 0
 
 
-@_one_line_errors
 def _verify(args: argparse.Namespace) -> int:
     with _bar("verify", " values") as progress:
         found = verify_file(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint.codecs import SMOOTH_INT8
 from ..ops.blocks import FORMATS, dequantize, quantize
 from ..ops.feedback import Feedback
+from ..ops.layouts.int8 import int8_label
 from ..ops.reference import quantize_rows
 from ..ops.rotation import rotate
 from .input_moments import InputMoments
@@ -92,8 +93,7 @@ class NativeInt8(Encoding):
 
     @property
     def label(self) -> str:
-        smooth = "" if self.smooth is None else " smooth"
-        return f"INT8{smooth}" + ("" if self.rotation is None else f" rot{self.rotation}")
+        return int8_label(self.rotation, smooth=self.smooth is not None)
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
         return {"weight": (torch.int8, shape), "weight_scale": (torch.float32, (shape[0], 1))}
@@ -134,7 +134,7 @@ class SmoothInt8(Encoding):
 
     @property
     def label(self) -> str:
-        return "INT8" if self.smooth is None else "INT8 smooth"
+        return int8_label(None, smooth=self.smooth is not None)
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
         return {"wq": (torch.int8, shape), "ws": (torch.float32, shape[:1])}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.canonical import is_linear
 from ..ops.errors import PairMismatchError
+from ..ops.layouts import QuantizedTensor
 from .calibration import Calibration
 from .input_moments import InputMoments
 from .measure import ErrorMeter, channel_absmax, dense_rows, row_chunks
@@ -208,5 +209,6 @@ def _compare(
 
 
 def _type_of(tensor: Tensor) -> str:
-    layout = getattr(tensor, "_layout_cls", None)
-    return str(tensor.dtype).removeprefix("torch.") if layout is None else str(layout)
+    if isinstance(tensor, QuantizedTensor):
+        return tensor._params.label
+    return str(tensor.dtype).removeprefix("torch.")

@@ -44,6 +44,17 @@ def test_help_imports_nothing_heavy(command):
     assert "ideogram4-quant" in done.stdout
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As of ``doctor | head -1``: what is left to print has nowhere to go."""
+    command = [sys.executable, "-m", "ideogram4_quant", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.close()
+        errors = running.stderr.read().decode()
+    assert "pipe" not in errors.lower()
+    assert "Traceback" not in errors
+    assert running.returncode == 1
+
+
 def test_help_lists_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])

@@ -1,12 +1,13 @@
 """The three commands as a user runs them: tables on stdout, one line an error, exit codes."""
 
-import argparse
 import json
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ideogram4_quant.cli import main
 from ideogram4_quant.quant import cli, stream
 from ideogram4_quant.tests import quant_model as model
 
@@ -21,10 +22,7 @@ def run(capsys):
     """(exit code, stdout, stderr) of a command line."""
 
     def command(*argv: object):
-        parser = argparse.ArgumentParser(prog="ideogram4-quant")
-        cli.add_parsers(parser.add_subparsers(required=True))
-        args = parser.parse_args([str(word) for word in argv])
-        code = args.func(args)
+        code = main([str(word) for word in argv])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
@@ -46,6 +44,7 @@ def test_quantize_inspect_verify_in_a_row(tmp_path, source, run):
     code, text, _ = run("verify", out, "--against", source, "--worst", 3)
     assert code == 0
     assert "worst 3 of 12 that differ:" in text
+    assert len(re.findall(r"^layers\S+ +INT8 rot256  ", text, re.M)) == 3
 
 
 def test_json_agrees_between_the_tools(tmp_path, source, run):

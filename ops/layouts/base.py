@@ -8,6 +8,7 @@ the tensors of both, so parameters are read by field name and never by class.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +27,17 @@ _CHUNK_DEVICE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class BaseParams:
+class BaseParams(ABC):
     """Everything but the storage. ``orig_shape`` is the logical one: (K, N) once transposed."""
 
     orig_dtype: torch.dtype
     orig_shape: tuple[int, ...]
     transposed: bool = False
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """The type as reports show it."""
 
     def _tensor_fields(self) -> list[str]:
         names = (f.name for f in dataclasses.fields(self))

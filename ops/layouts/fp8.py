@@ -40,6 +40,10 @@ class FP8Layout(Layout):
 
         scale: Tensor
 
+        @property
+        def label(self) -> str:
+            return "FP8" if self.scale.ndim else "FP8 scaled"
+
     @classmethod
     def quantize(
         cls,

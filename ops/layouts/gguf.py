@@ -30,6 +30,10 @@ class GGUFLayout(InputHooks, Layout):
 
         qtype: str
 
+        @property
+        def label(self) -> str:
+            return self.qtype
+
     @classmethod
     def quantize(
         cls,

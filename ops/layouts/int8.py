@@ -40,6 +40,10 @@ class Int8Layout(InputHooks, Layout):
         smooth: Tensor | None = None
         rotation: int | None = None
 
+        @property
+        def label(self) -> str:
+            return int8_label(self.rotation, smooth=self.smooth is not None)
+
     @classmethod
     def quantize(
         cls,
@@ -139,6 +143,11 @@ class Int8Layout(InputHooks, Layout):
         return prequantized.int8_product(
             q, scale, weight._qdata, params.scale, bias, dtype, options.backend
         )
+
+
+def int8_label(rotation: int | None, *, smooth: bool) -> str:
+    """An int8 type as reports show it: with smoothing, with a rotation in groups of so many."""
+    return "INT8" + (" smooth" if smooth else "") + (f" rot{rotation}" if rotation else "")
 
 
 def int8_tensor(

@@ -42,6 +42,10 @@ class NF4Layout(Layout):
         code: Tensor
         block_size: int
 
+        @property
+        def label(self) -> str:
+            return "NF4"
+
     @classmethod
     def quantize(
         cls,
