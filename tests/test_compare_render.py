@@ -43,6 +43,14 @@ def settings(tiny) -> Settings:
     )
 
 
+@pytest.fixture
+def one_thread(settings):
+    """As ``compare --jobs``: sums of several threads end in other last digits."""
+    threads = torch.get_num_threads()
+    yield replace(settings, threads=1)
+    torch.set_num_threads(threads)
+
+
 def plan(files, settings, folder) -> Plan:
     return Plan(list(files.values()), CASES, settings, Store(folder))
 
@@ -91,8 +99,8 @@ def test_shards_split_the_work_and_merge(files, settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_pictures_as_one(files, settings, tmp_path):
-    one, two = (plan(files, settings, tmp_path / name) for name in ("one", "two"))
+def test_two_processes_make_the_same_pictures_as_one(files, one_thread, tmp_path):
+    one, two = (plan(files, one_thread, tmp_path / name) for name in ("one", "two"))
     render(one)
     assert render(two, jobs=2) == 2 * len(CASES)
     for system in files.values():
@@ -102,11 +110,11 @@ def test_two_processes_make_the_same_pictures_as_one(files, settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_local_ray_cluster_makes_the_same_pictures(files, settings, tmp_path):
+def test_a_local_ray_cluster_makes_the_same_pictures(files, one_thread, tmp_path):
     ray = pytest.importorskip("ray", reason="Ray is an optional extra")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        one, two = (plan(files, settings, tmp_path / name) for name in ("one", "two"))
+        one, two = (plan(files, one_thread, tmp_path / name) for name in ("one", "two"))
         render(one)
         assert render(two, ray=True, jobs=2) == 2 * len(CASES)
     finally:
