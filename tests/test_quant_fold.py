@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from dataclasses import replace
@@ -12,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
+from ideogram4_quant.cli import main
 from ideogram4_quant.quant import (
     Calibration,
     QuantOptions,
-    cli,
     inspect_file,
     plan_quantization,
     quantize_checkpoint,
@@ -178,12 +177,9 @@ def test_a_folded_file_can_be_verified_and_quantized_again(case, tmp_path):
 def test_the_command_line_folds(case, tmp_path, capsys):
     saved, out = tmp_path / "calibration.safetensors", tmp_path / "folded.safetensors"
     case.calibration.save(saved)
-    parser = argparse.ArgumentParser()
-    cli.add_parsers(parser.add_subparsers(required=True))
 
     def run(*words):
-        args = parser.parse_args([str(word) for word in words])
-        return args.func(args), capsys.readouterr()
+        return main([str(word) for word in words]), capsys.readouterr()
 
     order = ("quantize", case.source, "--level", "int8", "--calibration", saved, "--out", out)
     code, said = run(*order, "--fold", "layers.0.adaln_modulation")
