@@ -119,8 +119,11 @@ def test_sums_that_contradict_each_other_explain_no_more_than_all(size, orthogon
     weight = torch.randn(4, 64, generator=generator)
     assert (found.directions.square().sum(1) <= 1.02 * found.square).all()
     assert 0 < found.output_energy(weight) < 100 * weight.square().sum()
-    codes, _ = found.feedback().round(weight, torch.full((4, 1), 0.1), None, (-127, 127))
-    assert codes.shape == weight.shape
+    codes, better = found.feedback().round(weight, torch.full((4, 1), 0.1), None, (-127, 127))
+    nearest = (weight / 0.1).round()
+    kept = torch.where(better[:, None], codes.float(), nearest)
+    lost, loses = (found.output_energy(each * 0.1 - weight) for each in (nearest, kept))
+    assert loses < lost if better.any() else loses == lost
 
 
 def test_inputs_too_quiet_for_fp32_count_as_silent():

@@ -114,10 +114,7 @@ class BlockFormat(ABC):
         feedback: Feedback | None,
         as_ggml: bool,
     ) -> Tensor:
-        """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package.
-
-        Plain numbers are not coded: ``feedback`` is of use to a ``CodedFormat``.
-        """
+        """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package."""
         if as_ggml and (importance is not None or feedback is not None):
             raise OpError(f"{self.name} bytes as ggml's know no importance", hint="Leave one out.")
         self._check_weight(weight, feedback)
@@ -136,7 +133,12 @@ class BlockFormat(ABC):
             out[start : start + step] = encoded
 
         for_each(range(0, len(blocks), step), encode_chunk, weight.device)
+        if feedback is not None:
+            self.feed_back(out.view(-1, row_bytes), weight.reshape(-1, weight.shape[-1]), feedback)
         return out.view(*weight.shape[:-1], row_bytes)
+
+    def feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:  # noqa: B027
+        """Give rows ``data`` [N, row bytes] the codes of ``feedback``; plain numbers have none."""
 
     def _blocks_at_a_time(self, weight: Tensor, by_rows: bool) -> int:
         """As many in every chunk, so that threads end together; with ``by_rows`` whole rows."""

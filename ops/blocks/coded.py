@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..chunks import chunk_size, even
@@ -29,22 +28,7 @@ class CodedFormat(BlockFormat):
     def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
         """``blocks`` with other ``codes`` int8 [n, block_size], and the scales they have."""
 
-    @torch.no_grad()
-    def quantize(
-        self,
-        weight: Tensor,
-        importance: Tensor | None,
-        feedback: Feedback | None,
-        as_ggml: bool,
-    ) -> Tensor:
-        """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package."""
-        data = super().quantize(weight, importance, feedback, as_ggml)
-        if feedback is not None:
-            k = weight.shape[-1]
-            self._feed_back(data.view(-1, data.shape[-1]), weight.reshape(-1, k), feedback)
-        return data
-
-    def _feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:
+    def feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:
         """Give rows [N, row bytes] the codes of ``feedback`` where it expects less error."""
         n, k = weight.shape
         rows = even(n, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
