@@ -29,8 +29,8 @@ from .refine import Limits, StoredFit, as_stored, best_codes, group_errors, refi
 SCALE_TOP = 63  # six bits
 
 # Steps of (scale, minimum) that the search with importance tries. Scales of Q6_K are so fine (seven
-# bits) that sixteen of them gain 0.4 dB at most with error feedback, for two thirds of the rate: it
-# tries none.
+# bits) that sixteen of them gain 0.4 dB at most with error feedback (bench_importance.py), for two
+# thirds of the rate: it tries none.
 AFFINE_MOVES = tuple((s, m) for s in (-1, 0, 1) for m in (-1, 0, 1) if s or m)
 
 # Steps over a group, beside the highest code, that the search with importance tries: it pays to
@@ -38,7 +38,7 @@ AFFINE_MOVES = tuple((s, m) for s in (-1, 0, 1) for m in (-1, 0, 1) if s or m)
 AFFINE_WIDTHS = tuple(0.2 * number - 2 for number in range(15))
 
 # Steps to the peak. With importance a fifth one, of 34, gains 0.07 dB where codes are then rounded
-# to nearest, and loses as much where they are fed back.
+# to nearest, and loses as much where they are fed back (bench_importance.py).
 SYMMETRIC_WIDTHS = (30.0, 31.0, 32.0, 33.0)
 
 
