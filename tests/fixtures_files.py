@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -17,16 +15,6 @@ import numpy as np
 import torch
 from diffusers import Ideogram4Transformer2DModel
 from safetensors.torch import save_file
-
-
-def cpu_time(function: Callable[[], object]) -> float:
-    """The least of five runs, in CPU seconds: other processes do not count."""
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return min(times)
 
 
 def write_gguf_py(

@@ -13,6 +13,7 @@ from ideogram4_quant.tests import fixtures_storage as storage
 from ideogram4_quant.tests.encoder_weights import SIZES, check, sizes_of
 from ideogram4_quant.tests.fixtures_storage import State
 from ideogram4_quant.tests.llama_cpp_names import llama_cpp_name
+from ideogram4_quant.tests.timing import cpu_seconds
 
 
 @pytest.fixture
@@ -98,4 +99,4 @@ def test_a_real_header_opens_at_once(tmp_path: Path):
     assert (ck.config["hidden_size"], ck.config["num_attention_heads"]) == (4096, 32)
     assert ck.config["mrope_section"] == [24, 20, 20]
     assert len(ck.shapes()) == 2 + 11 * 36
-    assert files.cpu_time(lambda: open_encoder(path)) < 0.3
+    assert cpu_seconds(lambda: open_encoder(path)) < 0.3
