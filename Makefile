@@ -56,6 +56,7 @@ bench: setup
 	$(RUN) -m ideogram4_quant bench
 	$(RUN) benchmarks/bench_linear.py
 	$(RUN) benchmarks/bench_blocks.py --threads 2
+	$(RUN) benchmarks/bench_encode.py
 	$(RUN) benchmarks/model_3090.py
 
 # pip-audit says "no known vulnerabilities" of packages that it could not look up; --strict does not.
