@@ -41,13 +41,17 @@ from ideogram4_quant.quant.provenance import combined_hash, hash_files
 from ideogram4_quant.quant.tables import text_table
 
 PAPER_SHARE = 17 / 211
+NEAREST = {"rounding": "nearest"}
 
 # name -> (level, options beside the calibration)
 RECIPES: dict[str, tuple[str, dict]] = {
-    "rotated": ("INT8 W8A8 rotated", {}),  # stock ConvRot
-    "naive": ("INT8 W8A8", {}),
-    "smooth": ("INT8 W8A8", {"alpha": 0.5}),
-    "paper": ("INT8 W8A8", {"alpha": 0.5, "protect_share": PAPER_SHARE}),
+    # as others have it: codes rounded to nearest
+    "convrot": ("INT8 W8A8 rotated", NEAREST),
+    "naive": ("INT8 W8A8", NEAREST),
+    "smooth": ("INT8 W8A8", {"alpha": 0.5, **NEAREST}),
+    "paper": ("INT8 W8A8", {"alpha": 0.5, "protect_share": PAPER_SHARE, **NEAREST}),
+    # ours: with error feedback
+    "rotated": ("INT8 W8A8 rotated", {}),
     "auto-native": ("INT8 W8A8 rotated", {"treatment": "auto-native"}),
     "auto-native-8%": (
         "INT8 W8A8 rotated", {"treatment": "auto-native", "protect_share": PAPER_SHARE},

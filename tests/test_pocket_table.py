@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine.compare.metrics import psnr
 from ideogram4_quant.engine.generate import GenerateRequest, generate
 from ideogram4_quant.engine.loading import load_pair, open_pair
@@ -18,8 +19,10 @@ from ideogram4_quant.pocket.table import systems
 from ideogram4_quant.pocket.table.models import VARIANTS, write_model
 from ideogram4_quant.pocket.table.painting import Studio, cases_of_part
 from ideogram4_quant.pocket.table.runs import RunStore, run_key
+from ideogram4_quant.quant import RECIPES, QuantOptions, Run, quantize_checkpoint
 from ideogram4_quant.quant.calibration import Calibration
 from ideogram4_quant.quant.layer_stats import LayerStats
+from ideogram4_quant.quant.provenance import hash_files
 
 NAME = "layers.1.feed_forward.w2.weight"
 
@@ -61,6 +64,26 @@ def test_unpacked_weights_multiply_as_the_packed_ones(state, calibration, scheme
     x = torch.randn(96, 768, generator=torch.Generator().manual_seed(0))
     options = LinearOptions(gguf_compute=scheme.compute)
     assert torch.equal(linear(x, ready, None, options), linear(x, packed[NAME], None, options))
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("ours: INT8 rotated, calibrated", "INT8 W8A8 rotated"), ("ours: Q4_K, calibrated", "Q4_K")],
+)
+def test_calibrated_rows_are_what_the_quantizer_writes(tmp_path, state, calibration, name, level):
+    source = write_model(VARIANTS[0], tmp_path)["conditional"]
+    (file,) = hash_files([source])
+    run = Run({"conditional": file.sha256}, "", 1, (0,), 20, 64, 64)
+    out = tmp_path / f"q.{RECIPES[level].container}"
+    options = QuantOptions(calibration=replace(calibration, times=(0.0, 0.5), provenance=(run,)))
+    quantize_checkpoint(source, level, out, copy="conditional", options=options)
+    files = open_checkpoint(out).load("conditional")
+    (scheme,) = [s for s in systems.SCHEMES if s.name == name]
+    known = {k: state[k] for k in (NAME, "layers.0.feed_forward.w1.weight")}
+    row = systems.weights(scheme, known, "conditional", calibration)
+    for tensor in known:
+        assert torch.equal(row[tensor]._qdata, files[tensor]._qdata)
+        assert torch.equal(row[tensor].dequantize().bfloat16(), files[tensor].dequantize())
 
 
 def test_the_most_fragile_block_linears_stay_in_bf16(state, calibration):
@@ -156,7 +179,7 @@ def test_the_readme_prints_what_the_table_says():
         readme,
         re.M,
     )
-    assert len(rows) == 9
+    assert len(rows) == 10
     for name, *printed in rows:
         models = (
             document.partition(f"<!-- begin {m} -->")[2] for m in ("clean", "channels", "tokens")

@@ -65,8 +65,10 @@ def calibration(source, weights, inputs):
     special = {
         W2: {**USUAL, "int8": 0.5, ROTATED: 0.3, "int8 smooth 0.5": 0.012, BOTH: 0.01},
         W1: {**USUAL, BOTH: 0.001},
-        W3: {**USUAL, BOTH: 0.03, ROTATED: 0.0301},
+        W3: {**USUAL, BOTH: 0.03, ROTATED: 0.05},
         QKV: {**USUAL, ROTATED: 0.06, BOTH: 0.05, "int8": 0.025},
+        "layers.1.attention.qkv": {**USUAL, BOTH: 0.013},
+        "layers.1.feed_forward.w2": {**USUAL, BOTH: 0.0124},
     }
     layers = {}
     for name in model.linear_names():
@@ -113,6 +115,8 @@ def test_auto_takes_the_least_error_and_smoothing_only_for_a_gain(plan):
     assert found[W2] == BOTH
     assert found[QKV] == "int8"
     assert found["layers.1.attention.o"] == ROTATED  # smoothing would gain 0.2 dB
+    assert found["layers.1.attention.qkv"] == ROTATED  # 3.7 dB: too little
+    assert found["layers.1.feed_forward.w2"] == BOTH  # 4.2 dB
     assert found[W1] == found[W3] == BOTH  # one input, one treatment
     choices = plan(treatment="auto")
     assert torch.equal(choices[W1].smooth, choices[W3].smooth)

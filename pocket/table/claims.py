@@ -30,6 +30,7 @@ class Claim:
 
 _PAPER = "2606.12280"
 _OURS = "this project"
+_ROTATED = "ours: INT8 rotated, calibrated"
 
 CLAIMS = (
     Claim("naive W8A8 loses text", _PAPER, REFERENCE, "W8A8", "ocr_exact"),
@@ -52,6 +53,8 @@ CLAIMS = (
     Claim("rotation replaces both", _OURS, "W8A8 rotated", "W8A8 + both"),
     Claim("the calibrated choice beats both", _OURS, "ours: INT8 auto", "W8A8 + both"),
     Claim("and rotation alone", _OURS, "ours: INT8 auto", "W8A8 rotated"),
+    Claim("calibration improves rotation", _OURS, _ROTATED, "W8A8 rotated"),
+    Claim("the calibrated choice improves that", _OURS, "ours: INT8 auto", _ROTATED),
     Claim("W8A8 compute costs Q8_0 fidelity", _OURS, "Q8_0", "Q8_0 as W8A8"),
     Claim("W8A8 compute costs Q4_K fidelity", _OURS, "Q4_K", "Q4_K as W8A8"),
     Claim("Q4_K is nearer than NF4", "folklore", "Q4_K", "NF4"),

@@ -17,6 +17,7 @@ _DRAWN = {
     "W8A8": _RED,
     "W8A8 + smooth": "#e6ab02",
     "W8A8 rotated": _BLUE,
+    "ours: INT8 rotated, calibrated": "#e07a1f",
     "ours: INT8 auto": "#000000",
     "Q4_K": "#66a61e",
     "NF4": _GREY,
@@ -61,7 +62,7 @@ def fidelity(comparisons: Mapping[str, Comparison], path: Path) -> None:
         x, y = [points[i][0] for i in front], [points[i][1].mean for i in front]
         axes.step(x, y, where="post", color=_RED, lw=1.0, label="Pareto front", zorder=1)
         axes.set(title=name, xlabel="both copies (MB)")
-        axes.set_xlim(right=max(p[0] for p in points) + 1.6)
+        axes.set_xlim(right=max(p[0] for p in points) + 2.2)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
     panels[0].set_ylabel(f"latent SQNR to {REFERENCE} (dB)")
     figure.savefig(path)

@@ -19,7 +19,7 @@ from ...ops.blocks import quantize
 from ...ops.layouts import FP8Layout, GGUFLayout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
 from ...ops.reference import dequantize_rotate_quantize
 from ...quant.calibration import Calibration
-from ...quant.encodings import Blocks
+from ...quant.encodings import Blocks, Encoding, NativeInt8
 from ...quant.input_moments import InputMoments
 from ...quant.recipes import BLOCK_LINEARS
 from ...quant.treatments import input_group, smoothing
@@ -67,13 +67,22 @@ def _int8(weight: Tensor, smooth: Tensor | None) -> QuantizedTensor:
     return QuantizedTensor.from_float(weight, Int8Layout.NAME, smooth=smooth)
 
 
-def _calibrated(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
+def _rotated_by(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
+    parts = _led(NativeInt8(ROTATION), inputs).encode(weight)
+    return int8_tensor(
+        parts["weight"], parts["weight_scale"], dtype=torch.float32, rotation=ROTATION
+    )
+
+
+def _q4_k_by(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
     shape = tuple(weight.shape)
-    encoding = Blocks("Q4_K", shape)
-    if inputs is not None:  # else the calibration saw nothing but zeros
-        encoding = encoding.led_by(inputs, feedback=True)
-    blocks = encoding.encode(weight)["weight"]
+    blocks = _led(Blocks("Q4_K", shape), inputs).encode(weight)["weight"]
     return gguf_tensor(blocks, "Q4_K", shape, dtype=torch.float32)
+
+
+def _led(encoding: Encoding, inputs: InputMoments | None) -> Encoding:
+    """As the quantizer has it; without inputs where the calibration saw nothing but zeros."""
+    return encoding if inputs is None else encoding.led_by(inputs, feedback=True)
 
 
 def _as_ggml(qtype: str) -> Store:
@@ -94,10 +103,11 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("W8A8 + smooth", _int8, smooth=ALPHA, stress=True),
     Scheme("W8A8 + protect", _int8, protect=PROTECTED, stress=True),
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
+    Scheme("ours: INT8 rotated, calibrated", _rotated_by, moments=True, stress=True),
     Scheme("ours: INT8 auto", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
     Scheme("ours: Q4_K", _stored(GGUFLayout.NAME, qtype="Q4_K")),
-    Scheme("ours: Q4_K, calibrated", _calibrated, moments=True),
+    Scheme("ours: Q4_K, calibrated", _q4_k_by, moments=True),
     Scheme("FP8 per row", _stored(FP8Layout.NAME, per_row=True)),
     Scheme("NF4", _stored(NF4Layout.NAME)),
     Scheme("Q8_0", _as_ggml("Q8_0")),
