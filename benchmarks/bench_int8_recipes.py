@@ -1,17 +1,18 @@
 """INT8 recipes on the pocket model, well and sick: what each does to linears and pictures.
 
-    python benchmarks/bench_int8_recipes.py [--models clean channels ...] [--recipes naive auto ...]
-        [--skip 6] [--prompts 12] [--json F]
+    python benchmarks/bench_int8_recipes.py [--models clean channels ...]
+        [--recipes convrot auto ...] [--skip 6] [--prompts 12] [--json F]
 
 Calibrates on training captions, writes each recipe's files with ``quantize``, and compares on
 held-out captions: the output SQNR of each quantized linear on the inputs that the bf16 model gives
 it, and the SQNR of the final latents over whole runs at the same noise, in dB, with the paired
 difference to the first recipe; +- is half a 95 % interval over captions. ``paper`` is SmoothQuant
 0.5 with the 8 % most fragile linears in bf16 (arXiv 2606.12280). The first 6 captions were looked
-at while the choice of treatments was worked out; figures for a claim leave them out.
+at while the choice of treatments was worked out, all of them for what smoothing has to gain.
 
-With --skip 6 --prompts 12: on the clean model rotated 43.1 +- 0.8 dB, auto 44.4 +- 0.7, paired
-difference +1.3 +- 0.6; on tokens 42.6 +- 0.8, 44.2 +- 0.7 and +1.6 +- 0.5.
+With --skip 6 --prompts 58 --calibration 8, convrot and the differences of rotated and auto to it:
+clean 43.6 +- 0.4 dB, +2.8 +- 0.5, +3.1 +- 0.4; channels 31.5 +- 0.7, +7.6 +- 0.3, +13.9 +- 0.7;
+tokens 43.3 +- 0.4, +2.6 +- 0.4, +2.8 +- 0.4.
 """
 
 from __future__ import annotations
