@@ -214,10 +214,13 @@ def _reason(stats: LayerStats, best: Treatment, allowed: Sequence[Treatment]) ->
     if not others:
         return f"{best.name}: {db:.1f} dB"
     second = min(others, key=lambda treatment: stats.error(treatment.name))
-    return (
-        f"{best.name}: {db:.1f} dB, the best of {len(others) + 1}; "
-        f"{second.name} {stats.sqnr_db(second.name):.1f} dB"
-    )
+    figure = f"{second.name} {stats.sqnr_db(second.name):.1f} dB"
+    if stats.error(second.name) >= stats.error(best.name):
+        return f"{best.name}: {db:.1f} dB, the best of {len(others) + 1}; {figure}"
+    why = "the best for all linears of this input"
+    if best.native and not second.native:
+        why = f"smoothing gains the linears of this input less than {SMOOTHING_GAIN_DB:g} dB"
+    return f"{best.name}: {db:.1f} dB, {why}; {figure}"
 
 
 # ---- protection

@@ -119,6 +119,10 @@ def test_auto_takes_the_least_error_and_smoothing_only_for_a_gain(plan):
     assert found["layers.1.feed_forward.w2"] == BOTH  # 4.2 dB
     assert found[W1] == found[W3] == BOTH  # one input, one treatment
     choices = plan(treatment="auto")
+    assert choices["layers.1.attention.qkv"].reason == (
+        f"{ROTATED}: 34.0 dB, smoothing gains the linears of this input less than 4 dB; "
+        f"{BOTH} 37.7 dB"
+    )
     assert torch.equal(choices[W1].smooth, choices[W3].smooth)
     assert choices["layers.1.attention.o"].smooth is None
     assert choices[W2].reason == f"{BOTH}: 40.0 dB, the best of 6; int8 smooth 0.5 38.4 dB"
