@@ -2,9 +2,9 @@
 
     python benchmarks/bench_encode.py [--threads 2] [--rows 1024] [--columns 4608] [--levels Q4_K]
 
-Mweights/s on the wall clock, the best of several runs side by side, of what ``quantize`` does with
-each weight in bf16: encode, decode, measure the error. With a calibration, and its time beside the
-plain one's: rounded to nearest (GGUF types search their scales by importance), and with error
+Mweights/s on the wall clock, the median of several runs side by side, of what ``quantize`` does
+with each weight in bf16: encode, decode, measure the error. With a calibration, beside the time of
+the plain one: rounded to nearest (GGUF types search their scales by importance), and with error
 feedback, the default. The last column is the time of a copy's 9.3 billion weights at that rate:
 computed, not measured.
 """
@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ideogram4_quant.ops.timing import medians
 from ideogram4_quant.quant.encode import encode_tensor
 from ideogram4_quant.quant.encodings import Blocks, Encoding, NativeInt8
 from ideogram4_quant.quant.input_moments import DIRECTIONS, InputMoments, input_moments, sketch
@@ -47,17 +47,6 @@ def inputs(columns: int) -> InputMoments:
     return input_moments(x.double().square().sum(0), sketch(x), TOKENS)
 
 
-def best(*candidates: Callable[[], object]) -> list[float]:
-    """Least seconds of each candidate; they take turns, so that they share the machine's moods."""
-    seconds = [float("inf")] * len(candidates)
-    for _ in range(REPEATS):
-        for number, candidate in enumerate(candidates):
-            started = time.perf_counter()
-            candidate()
-            seconds[number] = min(seconds[number], time.perf_counter() - started)
-    return seconds
-
-
 def row(level: str, encoding: Encoding, weight: Tensor, moments: InputMoments) -> str:
     """The level's rates, and how much longer each kind of calibrated rounding takes."""
 
@@ -68,9 +57,11 @@ def row(level: str, encoding: Encoding, weight: Tensor, moments: InputMoments) -
         )  # fmt: skip
         encode_tensor(plan, weight)
 
-    plain, nearest, fed_back = best(
-        lambda: run(None, False), lambda: run(moments, False), lambda: run(moments, True)
+    kinds = {"plain": (None, False), "nearest": (moments, False), "feedback": (moments, True)}
+    seconds = medians(
+        {kind: partial(run, *how) for kind, how in kinds.items()}, torch.device("cpu"), REPEATS
     )
+    plain, nearest, fed_back = seconds.values()
     millions = weight.numel() / 1e6
     shown = f"{level:14}{millions / plain:10.1f}"
     shown += "".join(f"{millions / s:12.1f}{s / plain:7.1f}x" for s in (nearest, fed_back))

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from ideogram4_quant.ops import dispatch
 from ideogram4_quant.ops.linear import int8_linear
 from ideogram4_quant.ops.reference import smooth_rotate_quantize_rows
+from ideogram4_quant.ops.timing import medians
 
 
 def candidates(tokens: int, features: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:
@@ -57,20 +56,6 @@ def _eager() -> Callable[..., Tensor] | None:
     return eager
 
 
-def measure(functions: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
-    """Median seconds of each function; the rounds go through all of them in turn."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for index in range(rounds + 1):  # the first round warms up
-        for name, function in functions.items():
-            started = time.perf_counter()
-            out = function()
-            if out.device.type == "cuda":
-                torch.cuda.synchronize(out.device)
-            if index:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 4608])
@@ -83,7 +68,7 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for tokens in args.tokens:
-            times = measure(candidates(tokens, args.features, device), args.rounds)
+            times = medians(candidates(tokens, args.features, device), device, args.rounds)
             base = times["fp32 F.linear"]
             rows += [
                 {"tokens": tokens, "name": name, "ms": 1e3 * t, "times_fp32": base / t}

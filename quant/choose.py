@@ -29,8 +29,8 @@ SMOOTHING_GAIN_DB = 4.0
 """What a smoothing vector must gain over the best treatment without one to be chosen.
 
 Errors are measured without error feedback, which makes up for the smaller gains: on the pocket
-model vectors chosen for 0.5 or 2 dB end 0.3 to 0.8 dB behind rotation alone where rotation is
-right, those for 4 dB as near; and sick models still gain 6 to 35 dB (docs/pocket-table.md)."""
+model vectors chosen for 0.5 dB end up to 0.8 dB behind rotation alone where rotation is right,
+those for 4 dB as near; and sick models still gain 6 to 35 dB (docs/pocket-table.md)."""
 
 Linear = tuple[str, str]
 """Copy and canonical module name."""

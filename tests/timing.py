@@ -6,6 +6,7 @@ ten times as long or a hundred times, on any machine. A slow neighbour or an old
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -21,15 +22,15 @@ def cpu_seconds(function: Callable[[], object], limit: float = 0.0, tries: int =
     """The least CPU time of up to `tries` calls, in seconds of the machine of the limits.
 
     Of this thread alone: other processes, and threads that wait for work, do not count. A machine
-    that takes longer for the same known work, before or after the call, has longer seconds; a
-    faster one has none shorter. The first call under `limit` is the last.
+    that takes longer for the same known work, both before and after the call, has longer seconds;
+    a faster one has none shorter. The first call under `limit` is the last.
     """
     least = float("inf")
     for _ in range(tries):
-        before = _thread_seconds(_reference)
+        before = _reference_seconds()
         seconds = _thread_seconds(function)
-        slowness = max(1.0, max(before, _thread_seconds(_reference)) / _REFERENCE_SECONDS)
-        least = min(least, seconds / slowness)
+        slowness = min(before, _reference_seconds()) / _REFERENCE_SECONDS
+        least = min(least, seconds / max(1.0, slowness))
         if least < limit:
             break
     return least
@@ -39,6 +40,17 @@ def _thread_seconds(function: Callable[[], object]) -> float:
     start = time.thread_time()
     function()
     return time.thread_time() - start
+
+
+def _reference_seconds() -> float:
+    """Without the garbage of others, whose collection may take longer than the work."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _thread_seconds(_reference)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _reference() -> int:
