@@ -4,7 +4,7 @@ ComfyUI imports this folder by path and calls :func:`comfy_entrypoint`; nothing 
 imported before that, so the package also works without ComfyUI.
 """
 
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 WEB_DIRECTORY = "./web"
 

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import __version__
-from .ops.errors import Ideogram4QuantError
+from .errors import Ideogram4QuantError
+from .version import __version__
 
 PROG = "ideogram4-quant"
 PRESET_NAMES = ("quality", "default", "turbo")
@@ -28,10 +28,13 @@ DELEGATED = {
     "fragility": (".engine.calibration_cli", "rank the linears of a calibration"),
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
     "compare-merge": (".engine.compare.cli", "collect the pictures that shards made"),
-    "doctor": (".doctor.cli", "say what this machine has, lacks and can run"),
-    "selftest": (".ops.selftest", "check every backend of this device against the formulas"),
-    "bench": (".ops.bench", "time every backend of this device side by side"),
-    "kernels": (".ops.kernels.cli", "compile the Triton kernels without a GPU"),
+    "doctor": (".diagnostics.doctor.cli", "say what this machine has, lacks and can run"),
+    "selftest": (
+        ".diagnostics.selftest",
+        "check every backend here against the formulas",
+    ),
+    "bench": (".diagnostics.bench", "time every backend of this device side by side"),
+    "kernels": (".diagnostics.machine_code.cli", "compile the Triton kernels without a GPU"),
 }
 
 

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ideogram4_quant.ops.timing import medians
+from ideogram4_quant.ops.tuning.timing import medians
 from ideogram4_quant.quant.encode import encode_tensor
 from ideogram4_quant.quant.encodings import Blocks, Encoding, NativeInt8
 from ideogram4_quant.quant.input_moments import DIRECTIONS, InputMoments, input_moments, sketch

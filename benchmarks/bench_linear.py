@@ -20,7 +20,7 @@ from torch import Tensor
 from ideogram4_quant.ops import dispatch
 from ideogram4_quant.ops.linear import int8_linear
 from ideogram4_quant.ops.reference import smooth_rotate_quantize_rows
-from ideogram4_quant.ops.timing import medians
+from ideogram4_quant.ops.tuning.timing import medians
 
 
 def candidates(tokens: int, features: int, device: torch.device) -> dict[str, Callable[[], Tensor]]:

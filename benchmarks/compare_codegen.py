@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ideogram4_quant.ops.kernels import configs, offline, shipped
+from ideogram4_quant.diagnostics.machine_code import offline, shipped
+from ideogram4_quant.ops.kernels import configs
 
 
 def comfy_kitchen_reports(arch: int) -> list[offline.Report]:

@@ -19,7 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from ideogram4_quant.ops.kernels import configs, offline, shipped
+from ideogram4_quant.diagnostics.machine_code import offline, shipped
+from ideogram4_quant.ops.kernels import configs
 
 ARCH = 86
 

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.errors import (
-    CheckpointError,
-    CorruptFileError,
-    MissingBaseError,
-    PairMismatchError,
-)
+from ..errors import CheckpointError, CorruptFileError, MissingBaseError, PairMismatchError
 from .canonical import TEXT_ONLY, canonical_shapes
 from .config import ModelConfig, same_model
 from .container import Container

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.errors import CorruptFileError
+from ..errors import CorruptFileError
 
 _MAX_SIZE = 1 << 24  # bounds what an untrusted file can make us list or allocate
 _MAX_LAYERS = 1 << 10

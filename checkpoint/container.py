@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import CheckpointError, CorruptFileError, TruncatedFileError
 from ..gguf_loader import GGUFHeader, read_header
-from ..ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
 from .safetensors_header import MAX_HEADER, MAX_TENSORS, parse_json, read_safetensors_header
 

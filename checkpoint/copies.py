@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from ..ops.errors import CheckpointError, PairMismatchError, printable
+from ..errors import CheckpointError, PairMismatchError, printable
 from .canonical import TEXT_ONLY
 from .container import Container
 from .grammar import CONDITIONAL, UNCONDITIONAL

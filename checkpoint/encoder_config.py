@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import CorruptFileError
 from ..gguf_loader import ArrayRef
-from ..ops.errors import CorruptFileError
 from .container import Container, read_json
 from .entries import Entry
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.errors import CorruptFileError, NotIdeogram4Error
+from ..errors import CorruptFileError, NotIdeogram4Error
 from .container import Container, open_container
 from .encoder_config import encoder_config
 from .encoder_names import NAMINGS, parse_encoder_keys

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..ops.errors import CorruptFileError, OpError
+from ..errors import CorruptFileError, OpError
 from ..ops.fold import Fold
 from ..ops.linear import ACTIVATION_DTYPES
 from .codecs import Blocks, Fp8, Int8, Plain, Stored

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError, TruncatedFileError
 from ..gguf_loader import TENSOR_TYPES
-from ..ops.errors import CheckpointError, TruncatedFileError
 
 DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 

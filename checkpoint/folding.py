@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..ops.errors import CorruptFileError
+from ..errors import CorruptFileError
 from ..ops.fold import Fold
 from ..ops.rotation import GROUPS
 from .files import DOWNLOAD_AGAIN, RawTensor

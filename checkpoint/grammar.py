@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.errors import CorruptFileError
+from ..errors import CorruptFileError
 from .canonical import is_linear
 from .entries import Entry
 from .files import RawTensor

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..ops.errors import NotIdeogram4Error
+from ..errors import NotIdeogram4Error
 from .container import Container
 from .files import RawTensor
 from .grammar import Key

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from ..ops.errors import CheckpointError, NotIdeogram4Error, PairMismatchError
+from ..errors import CheckpointError, NotIdeogram4Error, PairMismatchError
 from .checkpoints import Checkpoint, check_pair
 from .listing import Listing
 from .published import files_of

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..ops.errors import CheckpointError
+from ..errors import CheckpointError
 
 EXTENSIONS = (".safetensors", ".sft", ".gguf")
 # A sharded or two-folder model is one entry: the folder that one of these lies in.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..ops.errors import CorruptFileError, PairMismatchError, printable
+from ..errors import CorruptFileError, PairMismatchError, printable
 from .canonical import canonical_shapes
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
@@ -18,15 +18,7 @@ from .copies import COPY_FOLDERS, check_copy_name, tell_copy
 from .entries import Entry, main_level
 from .files import DOWNLOAD_AGAIN, RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
-from .grammar import (
-    CONDITIONAL,
-    MARKERS,
-    PREFIXES,
-    Key,
-    build_entries,
-    parse_fold_key,
-    parse_key,
-)
+from .grammar import CONDITIONAL, MARKERS, PREFIXES, Key, build_entries, parse_fold_key, parse_key
 from .layouts import check_is_ideogram4, layout_of
 
 logger = logging.getLogger(__name__)

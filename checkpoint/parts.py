@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.errors import CheckpointError, CorruptFileError
+from ..errors import CheckpointError, CorruptFileError
 from .files import DOWNLOAD_AGAIN, RawTensor
 
 _MAX_JSON = 1 << 12  # bytes; ComfyUI's and bitsandbytes' descriptions take 300

@@ -14,8 +14,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from ..errors import CorruptFileError, TruncatedFileError, printable
 from ..gguf_loader.reader import MAX_NAME
-from ..ops.errors import CorruptFileError, TruncatedFileError, printable
 from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
 
 # The format allows 100 MB. Both copies with all their scales take 0.2 MB, and JSON grows up to

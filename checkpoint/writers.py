@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.new_file import OutputExistsError, WriteError, check_output, check_space, new_file
-from ..ops.partial import Partial
+from ..files.new_file import OutputExistsError, WriteError, check_output, check_space, new_file
+from ..files.partial import Partial
 from .safetensors_header import MAX_HEADER
 
 __all__ = [

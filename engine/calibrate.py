@@ -11,10 +11,10 @@ import torch
 from diffusers import Ideogram4Transformer2DModel
 from torch import Tensor, nn
 
-from .. import __version__
 from ..quant.calibration import Calibration, Run
 from ..quant.profiler import Profiler, ProfilerOptions
 from ..sampling import grid_size
+from ..version import __version__
 from .generate import GenerateRequest, Models, initial_noise, sample
 from .linear import QuantLinear
 from .transformer import canonical_name, prepare

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
-from ..ops.errors import OpError
-from ..ops.new_file import check_output
+from ..errors import OpError
+from ..files.new_file import check_output
 from ..quant.calibration import Calibration
 from ..quant.errors import QuantOptionError
 from ..quant.fragility import fragility_table

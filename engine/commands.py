@@ -12,11 +12,11 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from ..errors import Ideogram4QuantError, OpError
+from ..files.new_file import replaced
 from ..ops import attention, dispatch
-from ..ops.autotune import Measure
-from ..ops.errors import Ideogram4QuantError, OpError
 from ..ops.linear import LinearOptions
-from ..ops.new_file import replaced
+from ..ops.tuning.autotune import Measure
 from ..sampling import check_size
 from .encoder import load_encoder
 from .generate import GenerateRequest, generate

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import __version__
 from ..checkpoint import Checkpoint
-from ..ops.errors import CheckpointError, OpError
-from ..ops.new_file import make_folder, replaced
+from ..errors import CheckpointError, OpError
+from ..files.new_file import make_folder, replaced
 from ..quant import RECIPES, quantize_checkpoint
 from ..sampling import preset as preset_of
+from ..version import __version__
 from .compare.metrics import psnr
 from .encoder import load_encoder
 from .generate import GenerateRequest, generate

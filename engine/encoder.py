@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLTextConf
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from ..checkpoint import open_encoder
-from ..ops.errors import CheckpointError, OpError
+from ..errors import CheckpointError, OpError
 from .linear import LinearOptions, default_device, default_dtype, install_weights
 
 _log = logging.getLogger(__name__)

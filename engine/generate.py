@@ -13,7 +13,7 @@ from diffusers import Ideogram4Transformer2DModel
 from PIL import Image
 from torch import Tensor
 
-from ..ops.errors import OpError
+from ..errors import OpError
 from ..sampling import (
     StepPlan,
     combine,

@@ -10,7 +10,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
-from ..ops.errors import CheckpointError, OpError
+from ..errors import CheckpointError, OpError
 from ..ops.linear import LinearOptions, linear
 
 _log = logging.getLogger(__name__)

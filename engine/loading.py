@@ -11,9 +11,9 @@ import torch
 from diffusers import Ideogram4Transformer2DModel
 
 from ..checkpoint import Checkpoint, check_pair, open_checkpoint
+from ..errors import CheckpointError
 from ..ops.attention import SDPA
-from ..ops.autotune import Measure
-from ..ops.errors import CheckpointError
+from ..ops.tuning.autotune import Measure
 from .encoder import TextEncoder
 from .generate import Models
 from .linear import LinearOptions

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..ops.errors import Ideogram4QuantError
+from ..errors import Ideogram4QuantError
 
 
 class PictureError(Ideogram4QuantError, ValueError):

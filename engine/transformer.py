@@ -22,11 +22,11 @@ from diffusers.models.transformers.transformer_ideogram4 import (
 )
 from torch import Tensor, nn
 
+from ..errors import OpError
 from ..ops.attention import SDPA, attention
 from ..ops.attention import check as check_attention
-from ..ops.autotune import Measure, layers_of, tune
 from ..ops.dispatch import AUTO
-from ..ops.errors import OpError
+from ..ops.tuning.autotune import Measure, layers_of, tune
 from .linear import LinearOptions, QuantLinear, default_device, default_dtype, install_weights
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.container import open_container, read_json
-from ..ops.errors import CheckpointError, CorruptFileError
+from ..errors import CheckpointError, CorruptFileError
 from .latents import PATCH, pack, to_token_order, unpack
 from .linear import default_device, default_dtype
 

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from ..ops.errors import CorruptFileError, TruncatedFileError
+from ..errors import CorruptFileError, TruncatedFileError
 
 MAX_HEADER = 1 << 24  # bytes; a language model's header with 150,000 tokens takes 6 MB
 MAX_TEXTS = 1 << 22  # bytes of names and texts in all, those of arrays apart

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ops.errors import CorruptFileError
+from ..errors import CorruptFileError
 from .cursor import DOWNLOAD_AGAIN, Cursor
 from .types import SCALAR_CODES, ValueType
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
+from ..errors import CheckpointError, CorruptFileError, TruncatedFileError
 from .cursor import DOWNLOAD_AGAIN, Cursor
 from .metadata import ArrayRef, check_built, decode_array, read_metadata
 from .types import TENSOR_TYPES

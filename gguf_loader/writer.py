@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.new_file import WriteError, new_file
-from ..ops.partial import Partial
+from ..files.new_file import WriteError, new_file
+from ..files.partial import Partial
 from .reader import DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS
 from .types import SCALAR_CODES, TENSOR_TYPES, ValueType
 
@@ -72,7 +72,7 @@ def write_gguf(
     The file is written under a temporary name in the same folder, flushed to the disk and renamed;
     with ``partial`` tensors of an earlier run may be skipped.
     Raises GGUFWriteError for a name, type, shape, value or data that does not fit the format or the
-    announcement, and what `ops.new_file.new_file` raises; then ``path`` is as it was.
+    announcement, and what `files.new_file.new_file` raises; then ``path`` is as it was.
     """
     path = Path(path)
     if data is None:

@@ -11,14 +11,14 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..checkpoint.canonical import is_linear
 from ..checkpoint.copies import COPIES
-from ..ops.errors import OpError
+from ..errors import OpError
 from ..quant.calibration import Calibration, Run
 from ..quant.profiler import Profiler, ProfilerOptions
 from ..quant.provenance import combined_hash, hash_files
 from ..quant.source import files_of
+from ..version import __version__
 from .guidance import Guidance
 from .guider import DualCopyGuider
 from .headers import open_header

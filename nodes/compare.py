@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..ops.errors import OpError
+from ..errors import OpError
 
 
 def compare_levels(

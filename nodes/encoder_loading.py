@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..checkpoint import EncoderCheckpoint, open_encoder
-from ..ops.errors import CheckpointError, NotIdeogram4Error, OpError
+from ..errors import CheckpointError, NotIdeogram4Error, OpError
 from .captions import PLAIN_TEXT, is_plain
 from .host_ops import make_ops
 

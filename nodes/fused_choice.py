@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..errors import OpError
 from ..ops.dispatch import BackendReport
-from ..ops.errors import OpError
 from ..ops.prequantized import WHOLE_LAYERS_ONLY
 
 AUTO, ON, OFF = "auto", "on", "off"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..ops.errors import OpError
+from ..errors import OpError
 from ..sampling import StepPlan, guidance_schedule, plan, preset
 
 MAX_STEPS = 1000

@@ -18,7 +18,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 from torch import Tensor
 
-from ..ops.errors import NotIdeogram4Error, OpError, PairMismatchError
+from ..errors import NotIdeogram4Error, OpError, PairMismatchError
 from ..sampling import StepPlan, step_at
 from . import residency
 from .encoder_loading import MAX_TOKENS

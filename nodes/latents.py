@@ -6,7 +6,7 @@ import comfy.model_management as management
 import torch
 from torch import Tensor
 
-from ..ops.errors import OpError
+from ..errors import OpError
 
 TOKEN_PIXELS = 16
 LATENT_CHANNELS = 128

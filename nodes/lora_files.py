@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.container import open_container
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
-from ..ops.errors import CheckpointError, CorruptFileError, printable
+from ..errors import CheckpointError, CorruptFileError, printable
 
 # prefix -> the copy that it names; None: the file does not say
 _PREFIXES: tuple[tuple[str, str | None], ...] = (

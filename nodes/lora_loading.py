@@ -15,7 +15,7 @@ from comfy.patcher_extension import PatcherInjection
 from torch import Tensor
 
 from ..checkpoint.folding import Folding
-from ..ops.errors import Ideogram4QuantError
+from ..errors import Ideogram4QuantError
 from .headers import open_header
 from .lora_files import LowRank, stack
 from .model_loading import source_of

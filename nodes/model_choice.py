@@ -20,9 +20,9 @@ from ..checkpoint.levels import (
     read_catalogue,
     resolve,
 )
+from ..errors import PairMismatchError
 from ..ops import dispatch
 from ..ops.attention import reports as attention_reports
-from ..ops.errors import PairMismatchError
 from .headers import open_header
 from .model_files import host_listing
 from .model_loading import compute_dtype

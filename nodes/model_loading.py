@@ -14,10 +14,10 @@ import folder_paths
 import torch
 
 from ..checkpoint import Checkpoint
-from ..ops import choices
-from ..ops.autotune import Layer, Measure, inputs_of, layers_of, tune
 from ..ops.dispatch import AUTO
 from ..ops.linear import LinearOptions
+from ..ops.tuning import choices
+from ..ops.tuning.autotune import Layer, Measure, inputs_of, layers_of, tune
 from .attention import check as check_attention
 from .attention import install
 from .fused_blocks import add_fused_blocks

@@ -7,7 +7,7 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from ..ops.errors import OpError
+from ..errors import OpError
 from .captions import check_caption
 from .schema import CATEGORY
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..checkpoint.copies import COPIES
 from ..checkpoint.levels import AUTO, LEVELS
 from ..checkpoint.listing import stamp
-from ..ops.errors import Ideogram4QuantError
+from ..errors import Ideogram4QuantError
 from ..ops.linear import LinearOptions
 from . import report
 from .attention import CHOICES as ATTENTIONS

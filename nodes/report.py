@@ -18,10 +18,10 @@ from ..checkpoint.levels import (
     Pair,
     residency,
 )
-from ..ops.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurement, Table
 from ..ops.dispatch import BackendReport
 from ..ops.gguf_compute import resolve_compute
 from ..ops.linear import LinearOptions
+from ..ops.tuning.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurement, Table
 from . import costs
 from .fused_choice import OFF
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..checkpoint.levels import ALTERNATING, AUTO, BOTH, STREAMED, residency
-from ..ops.errors import Ideogram4QuantError
+from ..errors import Ideogram4QuantError
 
 CHOICES = (AUTO, BOTH, ALTERNATING, STREAMED)
 

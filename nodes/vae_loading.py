@@ -12,7 +12,7 @@ import comfy.sd
 from torch import Tensor
 
 from ..checkpoint.container import open_container
-from ..ops.errors import CorruptFileError, NotIdeogram4Error
+from ..errors import CorruptFileError, NotIdeogram4Error
 
 LATENT_CHANNELS = 32
 PATCH = 2

@@ -1,1 +1,1 @@
-"""Quantized tensor formats and arithmetic, from block formats to kernels; imports no sibling."""
+"""What computes: formulas, block formats, tensor layouts, kernels, and the choice among them."""

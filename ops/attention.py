@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import choices
+from ..errors import BackendUnavailableError, OpError
 from .dispatch import AUTO, BackendReport
-from .errors import BackendUnavailableError, OpError
 from .library import define
+from .tuning import choices
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,9 @@ from functools import cache
 
 import torch
 
-from . import adapters, choices, reference
-from .errors import BackendUnavailableError, OpError
+from ..errors import BackendUnavailableError, OpError
+from . import adapters, reference
+from .tuning import choices
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import OpError
 from .chunks import uninitialised
-from .errors import OpError
 
 # Directions explain at most this much of a column: other prompts bring other inputs.
 MOST_SHARED = 0.95

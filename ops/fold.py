@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import OpError
+from ..errors import OpError
 from .rotation import check_group, rotate
 
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import choices, dispatch, prequantized
+from . import dispatch, prequantized
+from .tuning import choices
 
 NORMED, NORMED_SHARED, GATED = "normed", "normed for two", "gated"
 INPUTS = {

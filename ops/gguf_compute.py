@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from . import choices, dispatch
-from .errors import OpError
+from ..errors import OpError
+from . import dispatch
+from .tuning import choices
 
 W8A8_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K")
 """GGUF formats that ``"auto"`` runs through int8: their own error hides that of the activations."""

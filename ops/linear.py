@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import OpError
 from . import dispatch, prequantized
-from .errors import OpError
 from .fused import Activation
 from .gguf_compute import compute_here, resolve_compute
 from .library import define

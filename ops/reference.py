@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import OpError
+from ..errors import OpError
 from .rotation import rotate
 
 __all__ = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import OpError
+from ..errors import OpError
 from .library import without_autocast
 
 GROUPS = (256, 64, 16, 4)

@@ -1,12 +1,7 @@
 """Recipes that make quantized files, and the tools that look into files."""
 
 from .calibration import Calibration, Run
-from .errors import (
-    AlreadyQuantizedError,
-    CalibrationError,
-    NonFiniteWeightError,
-    QuantOptionError,
-)
+from .errors import AlreadyQuantizedError, CalibrationError, NonFiniteWeightError, QuantOptionError
 from .inspect import Inspection, inspect_file
 from .layer_stats import LayerStats
 from .quantize import QuantPlan, plan_quantization, quantize_checkpoint

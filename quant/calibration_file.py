@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checkpoint.files import RawTensor
 from ..checkpoint.safetensors_header import parse_json, read_safetensors_header
 from ..checkpoint.writers import write_safetensors
-from ..ops.errors import CheckpointError
+from ..errors import CheckpointError
 from .calibration import Calibration, Run
 from .errors import CalibrationError
 from .input_moments import DIRECTIONS

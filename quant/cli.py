@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
-from ..ops.partial import partial_path
+from ..files.partial import partial_path
 from .block_types import POLICIES
 from .calibration import Calibration
 from .errors import QuantOptionError

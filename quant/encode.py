@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..errors import OpError
 from ..ops.blocks.coded import FEEDBACK_CHUNK
-from ..ops.errors import OpError
 from .errors import NonFiniteWeightError, QuantOptionError
 from .measure import CHUNK, ErrorMeter, dense_rows, row_chunks
 from .plan import TensorPlan

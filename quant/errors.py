@@ -1,8 +1,8 @@
-"""Typed errors of the quantizer; each is one of the pack's own (``ops/errors.py``)."""
+"""Typed errors of the quantizer; each is one of the pack's own (``errors.py``)."""
 
 from __future__ import annotations
 
-from ..ops.errors import CheckpointError, Ideogram4QuantError
+from ..errors import CheckpointError, Ideogram4QuantError
 
 
 class QuantOptionError(Ideogram4QuantError, ValueError):

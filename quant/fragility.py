@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..ops.new_file import check_output, replaced
+from ..files.new_file import check_output, replaced
 from .calibration import Calibration
 from .errors import CalibrationError
 from .layer_stats import LayerStats

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.container import open_container
-from ..ops.errors import printable
+from ..errors import printable
 from .source import BaseLike
 from .tables import human_bytes, text_table
 

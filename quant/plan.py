@@ -17,13 +17,7 @@ from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Plain, Shape, SmoothInt8, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
-from .recipes import (
-    BLOCK_LINEARS,
-    LAYOUTS,
-    QuantOptions,
-    Recipe,
-    matches,
-)
+from .recipes import BLOCK_LINEARS, LAYOUTS, QuantOptions, Recipe, matches
 from .treatments import ROTATION, rotation_group
 
 

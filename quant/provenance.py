@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import __version__
 from ..checkpoint.folding import FOLDED
-from ..ops.errors import CheckpointError
+from ..errors import CheckpointError
+from ..version import __version__
 from .plan import TensorPlan, rounding_of
 from .recipes import QuantOptions, Recipe
 

@@ -13,28 +13,15 @@ import torch
 
 from ..checkpoint.folding import Folding
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
+from ..files.partial import Partial, check_unfinished
 from ..gguf_loader import GGUFSpec, write_gguf
-from ..ops.partial import Partial, check_unfinished
 from .choose import choice_notes
 from .encode import encoding_device
 from .encodings import Blocks
 from .errors import QuantOptionError
-from .fold import (
-    FoldPlan,
-    check_fold_options,
-    make_folding,
-    plan_fold,
-    with_folded_inputs,
-)
+from .fold import FoldPlan, check_fold_options, make_folding, plan_fold, with_folded_inputs
 from .measure import ErrorMeter
-from .plan import (
-    TensorPlan,
-    layout_of,
-    plan_tensors,
-    planned_bytes,
-    rotation_notes,
-    rounding_notes,
-)
+from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes, rounding_notes
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
 from .recipes import QuantOptions, Recipe, recipe_of
 from .report import QuantReport, totals_table

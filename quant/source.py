@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, check_pair, open_checkpoint
 from ..checkpoint.grammar import CONDITIONAL
-from ..ops.errors import PairMismatchError
+from ..errors import PairMismatchError
 from .errors import AlreadyQuantizedError, QuantOptionError
 from .recipes import SOURCE_BITS, Recipe
 

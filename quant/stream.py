@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.folding import Folding
-from ..ops.errors import CorruptFileError
-from ..ops.partial import Partial
+from ..errors import CorruptFileError
+from ..files.partial import Partial
 from .encode import encode_tensor
 from .fold import fold_tensor, stored_record
 from .measure import ErrorMeter, channel_absmax

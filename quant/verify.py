@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.canonical import is_linear
-from ..ops.errors import PairMismatchError
+from ..errors import PairMismatchError
 from ..ops.layouts import QuantizedTensor
 from .calibration import Calibration
 from .input_moments import InputMoments

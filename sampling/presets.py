@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..ops.errors import OpError
+from ..errors import OpError
 
 MAIN_GUIDANCE = 7.0
 POLISH_GUIDANCE = 3.0

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..ops.errors import OpError
+from ..errors import OpError
 
 LOGSNR_MIN, LOGSNR_MAX = -15.0, 18.0
 REFERENCE_PIXELS = 512 * 512

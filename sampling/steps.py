@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..ops.errors import OpError
+from ..errors import OpError
 
 Unconditional = Literal["run", "reuse", "skip"]
 

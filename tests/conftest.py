@@ -59,7 +59,7 @@ def mode(request: pytest.FixtureRequest) -> Iterator[bool]:
 @pytest.fixture
 def nothing_measured() -> Iterator[None]:
     """No measured choices of the CPU, before or after."""
-    from ideogram4_quant.ops import choices
+    from ideogram4_quant.ops.tuning import choices
 
     cpu = torch.device("cpu")
     choices.forget(cpu)

@@ -22,11 +22,11 @@ from PIL import Image
 
 from ideogram4_quant.checkpoint import write_safetensors
 from ideogram4_quant.engine.compare.store import Record, Store
+from ideogram4_quant.errors import Ideogram4QuantError
+from ideogram4_quant.files.new_file import replaced
 from ideogram4_quant.gguf_loader import TYPE_NUMBERS, write_gguf
-from ideogram4_quant.ops import choice_files
-from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
-from ideogram4_quant.ops.errors import Ideogram4QuantError
-from ideogram4_quant.ops.new_file import replaced
+from ideogram4_quant.ops.tuning import choice_files
+from ideogram4_quant.ops.tuning.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.quant import Calibration, LayerStats, QuantOptions, quantize_checkpoint
 from ideogram4_quant.tests import quant_model
 

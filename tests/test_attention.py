@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ideogram4_quant.ops import attention, autotune, choices
-from ideogram4_quant.ops.errors import BackendUnavailableError, OpError
+from ideogram4_quant.errors import BackendUnavailableError, OpError
+from ideogram4_quant.ops import attention
+from ideogram4_quant.ops.tuning import autotune, choices
 from ideogram4_quant.tests.tensors import randn
 
 CPU = torch.device("cpu")

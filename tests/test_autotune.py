@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ideogram4_quant.ops import autotune, blocks, choices, dispatch, reference, tuning_jobs
-from ideogram4_quant.ops.autotune import Layer, Measure, layers_of, tune
-from ideogram4_quant.ops.choices import ALWAYS_DENSE, GGUF, LINEAR, Key, Measurement, Table
+from ideogram4_quant.ops import blocks, dispatch, reference
 from ideogram4_quant.ops.gguf_compute import FEW_TOKENS
 from ideogram4_quant.ops.layouts import QuantizedTensor
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear
+from ideogram4_quant.ops.tuning import autotune, choices, tuning_jobs
+from ideogram4_quant.ops.tuning.autotune import Layer, Measure, layers_of, tune
+from ideogram4_quant.ops.tuning.choices import ALWAYS_DENSE, GGUF, LINEAR, Key, Measurement, Table
 from ideogram4_quant.tests.linear_cases import CPU
 from ideogram4_quant.tests.tensors import randn
 from ideogram4_quant.tests.tuning_cases import INT8, Q4_K, fake_times, linear_key

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from ideogram4_quant.ops import autotune, choices, dispatch, fused, reference, tuning_jobs
-from ideogram4_quant.ops.autotune import Layer, Measure, layers_of, tune
-from ideogram4_quant.ops.choices import FUSED, Key, Measurement, Table
+from ideogram4_quant.ops import dispatch, fused, reference
 from ideogram4_quant.ops.linear import LinearOptions
+from ideogram4_quant.ops.tuning import autotune, choices, tuning_jobs
+from ideogram4_quant.ops.tuning.autotune import Layer, Measure, layers_of, tune
+from ideogram4_quant.ops.tuning.choices import FUSED, Key, Measurement, Table
 from ideogram4_quant.tests.fused_block import Block
 from ideogram4_quant.tests.linear_cases import CPU
 from ideogram4_quant.tests.tensors import randn, relative

@@ -8,9 +8,9 @@ import pytest
 import torch
 from gguf.quants import dequantize as gguf_dequantize
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import chunks
 from ideogram4_quant.ops.blocks import FORMATS, base, dequantize, format_of, quantize
-from ideogram4_quant.ops.errors import OpError
 
 torch.set_num_threads(1)
 

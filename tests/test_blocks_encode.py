@@ -14,9 +14,9 @@ import pytest
 import torch
 from gguf.quants import quantize as gguf_quantize
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops.blocks import FORMATS, base, quantize
 from ideogram4_quant.ops.blocks.search import ordered_sum
-from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.tests.block_cases import FLOATS, NAMES, PACKED, SIMPLE, planted, round_trip
 from ideogram4_quant.tests.tensors import randn
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ideogram4_quant.checkpoint.container import open_container
 from ideogram4_quant.checkpoint.files import TORCH_DTYPES
 from ideogram4_quant.checkpoint.safetensors_header import read_safetensors_header
-from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
+from ideogram4_quant.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from ideogram4_quant.tests import fixtures_files as files
 
 

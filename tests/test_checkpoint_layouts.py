@@ -8,7 +8,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ideogram4_quant.checkpoint import open_checkpoint
-from ideogram4_quant.ops.errors import CorruptFileError
+from ideogram4_quant.errors import CorruptFileError
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
 from ideogram4_quant.tests.checkpoint_weights import check_weights, quantized

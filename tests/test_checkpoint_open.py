@@ -10,7 +10,7 @@ import torch
 
 from ideogram4_quant.checkpoint import ModelConfig, check_pair, open_checkpoint
 from ideogram4_quant.checkpoint.canonical import canonical_shapes, is_linear
-from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError, PairMismatchError
+from ideogram4_quant.errors import CheckpointError, CorruptFileError, PairMismatchError
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests.timing import cpu_seconds
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
-from ideogram4_quant.ops.errors import (
+from ideogram4_quant.errors import (
     CheckpointError,
     CorruptFileError,
     NotIdeogram4Error,

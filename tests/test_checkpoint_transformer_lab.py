@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ideogram4_quant.checkpoint import open_checkpoint
-from ideogram4_quant.ops.errors import MissingBaseError, PairMismatchError
+from ideogram4_quant.errors import MissingBaseError, PairMismatchError
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
 from ideogram4_quant.tests.checkpoint_weights import check_weights, quantized

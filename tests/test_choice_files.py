@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ideogram4_quant.ops import choice_files, choices, dispatch, tuning_jobs
-from ideogram4_quant.ops.autotune import Layer, Measure, tune
-from ideogram4_quant.ops.choices import Measurement, Table
+from ideogram4_quant.ops import dispatch
 from ideogram4_quant.ops.linear import LinearOptions
+from ideogram4_quant.ops.tuning import choice_files, choices, tuning_jobs
+from ideogram4_quant.ops.tuning.autotune import Layer, Measure, tune
+from ideogram4_quant.ops.tuning.choices import Measurement, Table
 from ideogram4_quant.tests.linear_cases import CPU
 from ideogram4_quant.tests.tuning_cases import INT8, fake_times, linear_key
 
@@ -106,8 +107,8 @@ _WRITER = """
 import sys
 from pathlib import Path
 import torch
-from ideogram4_quant.ops import choice_files
-from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
+from ideogram4_quant.ops.tuning import choice_files
+from ideogram4_quant.ops.tuning.choices import LINEAR, Key, Measurement, Table
 folder, name = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 cpu = torch.device("cpu")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ideogram4_quant.engine.compare import metrics
-from ideogram4_quant.ops.errors import OpError
+from ideogram4_quant.errors import OpError
 
 
 def picture(seed: int, size=(96, 64)) -> Image.Image:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from ideogram4_quant.errors import Ideogram4QuantError
 from ideogram4_quant.nodes import compare
-from ideogram4_quant.ops.errors import Ideogram4QuantError
 
 CAPTION = json.dumps(
     {"compositional_deconstruction": {"elements": [{"type": "text", "text": "HI"}]}}

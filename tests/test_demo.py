@@ -11,7 +11,7 @@ from ideogram4_quant import cli
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine import demo
 from ideogram4_quant.engine.sheet import Row, contact_sheet
-from ideogram4_quant.ops.errors import CheckpointError, OpError
+from ideogram4_quant.errors import CheckpointError, OpError
 
 
 @dataclass

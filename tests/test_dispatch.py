@@ -7,12 +7,12 @@ import logging
 import pytest
 import torch
 
+from ideogram4_quant.errors import BackendUnavailableError
 from ideogram4_quant.ops import (
     adapters,
     dispatch,
     reference,
 )
-from ideogram4_quant.ops.errors import BackendUnavailableError
 from ideogram4_quant.ops.linear import int8_linear
 from ideogram4_quant.tests.linear_cases import CPU
 from ideogram4_quant.tests.tensors import randn, relative

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from ideogram4_quant import cli
 from ideogram4_quant.checkpoint.levels import LEVELS, WORKING_MEMORY, residency
 from ideogram4_quant.checkpoint.published import PUBLISHED
-from ideogram4_quant.doctor import examine
-from ideogram4_quant.doctor.comfyui import find_host, model_folders
-from ideogram4_quant.doctor.machine import Device
-from ideogram4_quant.doctor.sizes import copy_bytes
+from ideogram4_quant.diagnostics.doctor import examine
+from ideogram4_quant.diagnostics.doctor.comfyui import find_host, model_folders
+from ideogram4_quant.diagnostics.doctor.machine import Device
+from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes
 from ideogram4_quant.ops.dispatch import BackendReport
 
 GB = 10**9
@@ -181,7 +181,7 @@ def test_levels_say_what_fits_a_card(comfyui, monkeypatch, memory, fits):
 
 def test_the_readme_says_of_cards_what_the_sizes_say():
     words = {"both": "both resident", "alternating": "take turns", "streamed": "streamed"}
-    readme = (Path(examine.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) GB \| (.+?) \| (.+?) GB \| (.+?) \|$", readme, re.MULTILINE)
     assert [int(memory) for memory, *_ in rows] == [24, 16, 12, 8]
     for memory, levels, sizes, said in rows:

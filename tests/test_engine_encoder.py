@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from ideogram4_quant.engine import encoder as engine
 from ideogram4_quant.engine.encoder import MAX_TOKENS, TAPS, load_encoder
 from ideogram4_quant.engine.linear import QuantLinear
+from ideogram4_quant.errors import CheckpointError, OpError
 from ideogram4_quant.ops.blocks import quantize
-from ideogram4_quant.ops.errors import CheckpointError, OpError
 from ideogram4_quant.ops.layouts import gguf_tensor
 
 PROMPTS = [

@@ -16,7 +16,7 @@ from ideogram4_quant.engine.encoder import load_encoder
 from ideogram4_quant.engine.generate import GenerateRequest, Models, generate, initial_noise
 from ideogram4_quant.engine.loading import load_pair, open_pair
 from ideogram4_quant.engine.vae import load_vae
-from ideogram4_quant.ops.errors import CheckpointError, OpError, PairMismatchError
+from ideogram4_quant.errors import CheckpointError, OpError, PairMismatchError
 from ideogram4_quant.tests.tiny_model import CONFIG, canonical_state, random_transformer
 
 PROMPT = '{"high_level_description":"a word"}'

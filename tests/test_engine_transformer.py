@@ -8,7 +8,7 @@ from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine import transformer as engine
 from ideogram4_quant.engine.linear import QuantLinear
 from ideogram4_quant.engine.transformer import load_transformer, prepare, velocity
-from ideogram4_quant.ops.errors import CheckpointError, OpError
+from ideogram4_quant.errors import CheckpointError, OpError
 from ideogram4_quant.tests.engine_oracle import Stored, reference_velocity, stored
 from ideogram4_quant.tests.tensors import relative
 from ideogram4_quant.tests.tiny_model import CONFIG, random_transformer

@@ -18,7 +18,7 @@ from ideogram4_quant.engine.latents import (
     unpack,
 )
 from ideogram4_quant.engine.vae import load_vae
-from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError
+from ideogram4_quant.errors import CheckpointError, CorruptFileError
 
 
 def pixels(image):

@@ -12,10 +12,11 @@ import torch
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine.linear import default_dtype
 from ideogram4_quant.engine.transformer import load_transformer, prepare, velocity
-from ideogram4_quant.ops import adapters, blocks, choices, dispatch, kernels, reference
+from ideogram4_quant.ops import adapters, blocks, dispatch, kernels, reference
 from ideogram4_quant.ops.dispatch import Backend
 from ideogram4_quant.ops.gguf_compute import compute_here
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear
+from ideogram4_quant.ops.tuning import choices
 from ideogram4_quant.quant import quantize_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ideogram4_quant.ops import new_file
-from ideogram4_quant.ops.new_file import WriteError, replaced
+from ideogram4_quant.files import new_file
+from ideogram4_quant.files.new_file import WriteError, replaced
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITERS = (

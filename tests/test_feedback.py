@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import feedback
 from ideogram4_quant.ops.blocks import FORMATS, coded, dequantize, quantize
-from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.feedback import Feedback, output_energy
 
 SEARCHED = [form for form in FORMATS.values() if form.uses_importance]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import layouts, reference
-from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.fold import Fold
 from ideogram4_quant.ops.linear import LinearOptions, linear
 from ideogram4_quant.tests.tensors import randn, relative

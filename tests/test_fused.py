@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ideogram4_quant.errors import BackendUnavailableError
 from ideogram4_quant.ops import fused, layouts, prequantized
-from ideogram4_quant.ops.errors import BackendUnavailableError
 from ideogram4_quant.ops.fold import Fold
 from ideogram4_quant.ops.linear import LinearOptions, linear
 from ideogram4_quant.tests.fused_block import LAYOUTS, Block, encode, random_int8

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ideogram4_quant.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from ideogram4_quant.gguf_loader import ArrayRef, ValueType, read_header
-from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from ideogram4_quant.tests.gguf_bytes import info, raw_file, sample, text
 from ideogram4_quant.tests.timing import cpu_seconds
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from ideogram4_quant.files import new_file
+from ideogram4_quant.files.new_file import OutputExistsError, WriteError
 from ideogram4_quant.gguf_loader import (
     TYPE_NUMBERS,
     GGUFSpec,
@@ -17,8 +19,6 @@ from ideogram4_quant.gguf_loader import (
     read_header,
     write_gguf,
 )
-from ideogram4_quant.ops import new_file
-from ideogram4_quant.ops.new_file import OutputExistsError, WriteError
 from ideogram4_quant.tests import fixtures_files as files
 
 METADATA = {

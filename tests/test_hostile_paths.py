@@ -13,8 +13,8 @@ import torch
 from ideogram4_quant.checkpoint import files as checkpoint_files
 from ideogram4_quant.checkpoint import open_checkpoint, write_safetensors
 from ideogram4_quant.checkpoint.container import open_container
+from ideogram4_quant.errors import CheckpointError, TruncatedFileError
 from ideogram4_quant.gguf_loader import read_header
-from ideogram4_quant.ops.errors import CheckpointError, TruncatedFileError
 from ideogram4_quant.tests.fuzz import seeds
 
 

@@ -14,11 +14,11 @@ from ideogram4_quant.checkpoint import write_safetensors
 from ideogram4_quant.engine.compare.cases import CompareError, read_cases
 from ideogram4_quant.engine.compare.score import read_captions_file
 from ideogram4_quant.engine.compare.store import Record, Store
+from ideogram4_quant.errors import CheckpointError
+from ideogram4_quant.files.partial import Partial, partial_path
 from ideogram4_quant.nodes.headers import open_header
-from ideogram4_quant.ops import choice_files
-from ideogram4_quant.ops.choices import LINEAR, Key, Measurement, Table
-from ideogram4_quant.ops.errors import CheckpointError
-from ideogram4_quant.ops.partial import Partial, partial_path
+from ideogram4_quant.ops.tuning import choice_files
+from ideogram4_quant.ops.tuning.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.tests.fuzz import seeds, targets
 from ideogram4_quant.tests.hostile_files import DEEP
 

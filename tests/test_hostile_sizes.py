@@ -11,8 +11,8 @@ import pytest
 from ideogram4_quant.checkpoint import files as checkpoint_files
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder, write_safetensors
 from ideogram4_quant.checkpoint.container import open_container
+from ideogram4_quant.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
-from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.tests import hostile_files as hostile
 from ideogram4_quant.tests.fuzz import seeds
 from ideogram4_quant.tests.fuzz.targets import SECONDS

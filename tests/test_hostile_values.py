@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ideogram4_quant.checkpoint import open_checkpoint, write_safetensors
-from ideogram4_quant.ops.errors import CheckpointError
+from ideogram4_quant.errors import CheckpointError
 from ideogram4_quant.quant import Calibration, inspect_file
 from ideogram4_quant.tests.fuzz import seeds, targets
 from ideogram4_quant.tests.hostile_files import DEEP

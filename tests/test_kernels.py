@@ -67,7 +67,7 @@ def test_without_triton_the_reason_names_what_to_install():
 
 def test_importing_the_package_loads_neither_torch_nor_triton():
     code = (
-        "import sys, ideogram4_quant.ops.kernels, ideogram4_quant.ops.kernels.cli\n"
+        "import sys, ideogram4_quant.ops.kernels, ideogram4_quant.diagnostics.machine_code.cli\n"
         "print(sorted({'torch', 'triton'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import reference
 from ideogram4_quant.ops.blocks import FORMATS, dequantize, quantize
-from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.rotation import largest_group
 from ideogram4_quant.tests.kernel_checks import check_quantized, outliers, ulps
 

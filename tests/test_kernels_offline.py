@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from ideogram4_quant.ops.errors import BackendUnavailableError
-from ideogram4_quant.ops.kernels import cli, configs, offline, sass
+from ideogram4_quant.diagnostics.machine_code import cli, offline, sass
+from ideogram4_quant.errors import BackendUnavailableError
+from ideogram4_quant.ops.kernels import configs
 
 PROGRAM = """
 .text.kernel:
@@ -189,7 +190,8 @@ has_compiler = pytest.mark.skipif(
 def kernels_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """``ideogram4-quant kernels`` in a process that compiles."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-m", "ideogram4_quant.ops.kernels.cli", "kernels", *arguments]
+    module = "ideogram4_quant.diagnostics.machine_code.cli"
+    command = [sys.executable, "-m", module, "kernels", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
 
 
@@ -250,7 +252,7 @@ def test_dump_leaves_the_cubins(tmp_path):
 def test_without_triton_the_command_says_what_to_install():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from ideogram4_quant.ops.kernels.cli import main\n"
+        "from ideogram4_quant.diagnostics.machine_code.cli import main\n"
         "sys.exit(main(['kernels', '--arch', '86']))\n"
     )
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

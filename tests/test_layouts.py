@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
 import ideogram4_quant
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import layouts, nf4
-from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.tests.layout_cases import BLOCKS, FP8, INT8, KINDS, SMOOTH, K, identical, make
 from ideogram4_quant.tests.tensors import randn, relative

@@ -19,8 +19,8 @@ from ideogram4_quant.checkpoint.levels import (
     resolve,
 )
 from ideogram4_quant.checkpoint.listing import list_files
+from ideogram4_quant.errors import CheckpointError, NotIdeogram4Error, TruncatedFileError
 from ideogram4_quant.nodes import headers
-from ideogram4_quant.ops.errors import CheckpointError, NotIdeogram4Error, TruncatedFileError
 from ideogram4_quant.tests.fixtures_levels import BOTH, COND, UNCOND, Header, catalogue
 
 PACK = Path(headers.__file__).parents[1]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import (
     blocks,
     dispatch,
@@ -15,7 +16,6 @@ from ideogram4_quant.ops import (
     reference,
 )
 from ideogram4_quant.ops import linear as ops_linear
-from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear, linear
 from ideogram4_quant.tests.linear_cases import BACKENDS, EPS, KINDS, make
 from ideogram4_quant.tests.tensors import randn, relative

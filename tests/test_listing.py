@@ -7,8 +7,8 @@ import os
 import pytest
 
 from ideogram4_quant.checkpoint.listing import list_files, new_name, stamp
+from ideogram4_quant.errors import CheckpointError
 from ideogram4_quant.nodes.report import fingerprint
-from ideogram4_quant.ops.errors import CheckpointError
 
 
 def test_listing_finds_files_folders_and_links_once(tmp_path):

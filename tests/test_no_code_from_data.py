@@ -153,7 +153,7 @@ def test_every_writer_goes_through_new_file():
     """
     found, seen = [], 0
     for path, tree, text in sources():
-        if path == "ops/new_file.py" or path.startswith("pocket/"):
+        if path == "files/new_file.py" or path.startswith("pocket/"):
             continue
         functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
         for node in ast.walk(tree):
@@ -208,7 +208,7 @@ def test_paths_of_widgets_are_looked_up_and_never_joined():
 )
 def test_a_listing_knows_its_own_names_only(tmp_path: Path, name: str):
     from ideogram4_quant.checkpoint.listing import list_files
-    from ideogram4_quant.ops.errors import CheckpointError
+    from ideogram4_quant.errors import CheckpointError
 
     root = tmp_path / "models"
     root.mkdir()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.nodes import residency
 from ideogram4_quant.nodes.connections import leads_anywhere
 from ideogram4_quant.nodes.fused_choice import decide
 from ideogram4_quant.ops.dispatch import BackendReport
-from ideogram4_quant.ops.errors import OpError
 
 RUNS = (BackendReport("triton", True, "Triton 3.7, sm_86"),)
 LACKS = (BackendReport("triton", False, "no Triton"),)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.nodes.guidance import Guidance, format_guidance, parse_guidance
-from ideogram4_quant.ops.errors import OpError
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ideogram4_quant.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.nodes.lora_files import parse_lora, stack
-from ideogram4_quant.ops.errors import CheckpointError, CorruptFileError
 
 SHAPES = {"layers.0.attention.qkv": (12, 4), "layers.0.attention.o": (4, 4), "input_proj": (4, 6)}
 

@@ -11,9 +11,9 @@ import torch
 from ideogram4_quant.checkpoint.folding import Folding
 from ideogram4_quant.checkpoint.levels import LEVELS, find_pair
 from ideogram4_quant.nodes import costs, report
-from ideogram4_quant.ops.choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
 from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.ops.linear import LinearOptions
+from ideogram4_quant.ops.tuning.choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
 from ideogram4_quant.tests.fixtures_levels import BOTH, Header, catalogue
 
 PACK = Path(report.__file__).parents[1]

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ideogram4_quant.ops.errors import CheckpointError, TruncatedFileError
+from ideogram4_quant.errors import CheckpointError, TruncatedFileError
 from ideogram4_quant.quant import (
     Calibration,
     CalibrationError,

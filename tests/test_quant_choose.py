@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.cli import main
-from ideogram4_quant.ops.errors import CorruptFileError
+from ideogram4_quant.errors import CorruptFileError
 from ideogram4_quant.ops.linear import linear
 from ideogram4_quant.ops.reference import smooth_rotate_quantize_rows
 from ideogram4_quant.quant import (

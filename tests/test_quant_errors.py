@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ideogram4_quant.checkpoint.writers import OutputExistsError, WriteError
-from ideogram4_quant.ops.errors import CheckpointError, Ideogram4QuantError, PairMismatchError
+from ideogram4_quant.errors import CheckpointError, Ideogram4QuantError, PairMismatchError
 from ideogram4_quant.quant import (
     AlreadyQuantizedError,
     NonFiniteWeightError,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ideogram4_quant.ops.errors import CheckpointError
+from ideogram4_quant.errors import CheckpointError
 from ideogram4_quant.ops.reference import int8_linear, quantize_rows
 from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.quant import CalibrationError, LayerStats, Run

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from ideogram4_quant.ops.partial import ResumeError, partial_path
+from ideogram4_quant.files.partial import ResumeError, partial_path
 from ideogram4_quant.quant import (
     NonFiniteWeightError,
     QuantOptions,

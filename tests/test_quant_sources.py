@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
-from ideogram4_quant.ops.errors import MissingBaseError
+from ideogram4_quant.errors import MissingBaseError
 from ideogram4_quant.quant import (
     AlreadyQuantizedError,
     QuantOptionError,

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import reference as ref
-from ideogram4_quant.ops.errors import OpError
 from ideogram4_quant.ops.rotation import GROUPS, hadamard, largest_group, rotate
 from ideogram4_quant.tests.tensors import randn, relative
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ideogram4_quant.ops.errors import OpError
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.sampling import (
     PRESETS,
     check_size,

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from ideogram4_quant import cli
-from ideogram4_quant.ops import bench, bench_cases, bench_chart, dispatch, health, selftest
+from ideogram4_quant.diagnostics import bench, bench_cases, bench_chart, health, selftest
+from ideogram4_quant.ops import dispatch
 
 CPU = torch.device("cpu")
 

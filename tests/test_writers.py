@@ -22,7 +22,7 @@ from ideogram4_quant.checkpoint.writers import (
     WriteError,
     write_safetensors,
 )
-from ideogram4_quant.ops import new_file
+from ideogram4_quant.files import new_file
 
 DTYPES = [
     torch.bool,

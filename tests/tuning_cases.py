@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ideogram4_quant.ops import autotune
-from ideogram4_quant.ops.autotune import Layer
-from ideogram4_quant.ops.choices import LINEAR, Key
+from ideogram4_quant.ops.tuning import autotune
+from ideogram4_quant.ops.tuning.autotune import Layer
+from ideogram4_quant.ops.tuning.choices import LINEAR, Key
 
 INT8 = Layer("int8", 48, 256)
 Q4_K = Layer("Q4_K", 48, 256)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...ops.errors import Ideogram4QuantError
+from ...errors import Ideogram4QuantError
 from .metrics import text_asked
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ... import __version__
+from ...version import __version__
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:

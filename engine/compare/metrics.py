@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...ops.errors import OpError
+from ...errors import OpError
 
 #: PSNR of two equal pictures: a finite stand-in for infinity, so that means stay finite.
 PSNR_CAP = 100.0

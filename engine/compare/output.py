@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...ops.new_file import make_folder, replaced
+from ...files.new_file import make_folder, replaced
 from .page import write_page
 from .plots import fidelity_against_memory, sqnr_along_trajectory
 from .results import Comparison, write_json

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...ops.new_file import replaced
+from ...files.new_file import replaced
 from .cases import Case
 from .metrics import METRICS
 from .results import Cell, Comparison, extent

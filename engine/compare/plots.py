@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...ops.new_file import replaced
+from ...files.new_file import replaced
 from .metrics import METRICS
 from .results import Comparison, pareto_front
 from .statistics import MIN_PROMPTS

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...ops.new_file import replaced
+from ...files.new_file import replaced
 from .cases import Case
 from .metrics import METRICS
 from .statistics import MIN_PROMPTS, Interval, bootstrap_mean, paired_difference, prompt_means

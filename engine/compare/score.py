@@ -10,17 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...ops.errors import OpError
+from ...errors import OpError
 from ..pictures import read_picture
 from .cases import Case, CompareError, check_reference
-from .metrics import (
-    METRICS,
-    PAIR_FUNCTIONS,
-    latent_sqnr,
-    missing_packages,
-    ocr_scores,
-    text_asked,
-)
+from .metrics import METRICS, PAIR_FUNCTIONS, latent_sqnr, missing_packages, ocr_scores, text_asked
 from .results import Comparison, SystemScores
 from .statistics import MIN_PROMPTS
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 from ...checkpoint import write_safetensors
 from ...checkpoint.container import open_container
-from ...ops.errors import CheckpointError
-from ...ops.new_file import make_folder, replaced
+from ...errors import CheckpointError
+from ...files.new_file import make_folder, replaced
 from ...quant.provenance import hash_files
 from ..pictures import read_picture
 from .cases import Case, CompareError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ...errors import OpError
 from ..feedback import Feedback
 from .base import BlockFormat
 from .floats import BF16, F16, F32

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...errors import OpError
 from ..chunks import chunk_size, even, for_each, uninitialised, workers
-from ..errors import OpError
 from ..feedback import Feedback
 
 log = logging.getLogger(__name__)

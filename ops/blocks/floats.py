@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ...errors import OpError
 from .base import BlockFormat
 
 

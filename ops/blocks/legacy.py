@@ -30,16 +30,7 @@ from .base import divide, half_bytes, half_field, signed_peak
 from .coded import CodedFormat
 from .columns import every_row
 from .ggml import fit_affine, grid
-from .refine import (
-    Limits,
-    StoredFit,
-    as_stored,
-    best_codes,
-    choose,
-    group_errors,
-    refine,
-    settle,
-)
+from .refine import Limits, StoredFit, as_stored, best_codes, choose, group_errors, refine, settle
 from .search import fit_symmetric
 
 # Added to |x| before truncation it rounds halves up: x + 0.5 would also round 0.49999997 up.

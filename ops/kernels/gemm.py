@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import OpError
 from .. import reference
-from ..errors import OpError
 from . import launch
 from .configs import GemmConfig, gemm_candidates
 

@@ -16,18 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import OpError
 from .. import reference
-from ..errors import OpError
 from . import launch
-from .primitives import (
-    absmax,
-    columns,
-    rotate,
-    row_scale,
-    store_int8,
-    store_row,
-    unit_order,
-)
+from .primitives import absmax, columns, rotate, row_scale, store_int8, store_row, unit_order
 from .rows import smooth_rotate_quantize_rows
 
 __all__ = ["dequantize_rotate_quantize"]

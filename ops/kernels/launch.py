@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..errors import OpError
+from ...errors import OpError
 from ..rotation import check_group
 from .configs import MAX_ROW, row_blocks, table_architecture
 

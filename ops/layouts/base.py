@@ -17,7 +17,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedLayout, QuantizedTensor
 from torch import Tensor
 
-from ..errors import OpError
+from ...errors import OpError
 from ..linear import ACTIVATION_DTYPES, LinearOptions
 
 # Weights worked on at a time: fp32 copies stay in a CPU's cache, and off one they stay small

@@ -14,7 +14,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
-from ..errors import OpError
+from ...errors import OpError
 from ..fold import Fold
 from ..linear import LinearOptions
 from .base import BaseParams, Layout, check_same_device

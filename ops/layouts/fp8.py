@@ -9,7 +9,7 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
-from ..errors import OpError
+from ...errors import OpError
 from ..reference import SCALE_FLOOR
 from .base import (
     BaseParams,

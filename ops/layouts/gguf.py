@@ -9,8 +9,8 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
+from ...errors import OpError
 from .. import blocks
-from ..errors import OpError
 from ..gguf_compute import compute_here
 from ..linear import LinearOptions, gguf_linear
 from ..prequantized import gguf_product

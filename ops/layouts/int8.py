@@ -9,8 +9,8 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
+from ...errors import OpError
 from .. import prequantized, reference
-from ..errors import OpError
 from ..linear import LinearOptions, int8_linear
 from ..rotation import check_group, rotate
 from .base import (

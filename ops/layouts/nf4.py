@@ -10,8 +10,8 @@ import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
+from ...errors import OpError
 from .. import nf4
-from ..errors import OpError
 from .base import (
     BaseParams,
     Layout,

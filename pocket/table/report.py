@@ -11,13 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from ... import __version__
 from ...engine.compare.cases import Case
 from ...engine.compare.results import Comparison, SystemScores
 from ...engine.compare.tables import comma_separated, gap_lines, table
 from ...engine.sheet import Row, contact_sheet
-from ...ops.errors import Ideogram4QuantError
+from ...errors import Ideogram4QuantError
 from ...quant.provenance import hash_files
+from ...version import __version__
 from ..data import HELD_OUT
 from ..paths import dit_path
 from .claims import claims_table

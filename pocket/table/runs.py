@@ -18,7 +18,7 @@ from torch import Tensor
 from ...engine.compare.cases import Case
 from ...engine.compare.metrics import latent_sqnr, ocr_scores, psnr, ssim
 from ...engine.ocr import WordReader
-from ...ops.new_file import replaced
+from ...files.new_file import replaced
 from .painting import PRESET, Painted
 
 #: Part of every key; raised when the same weights would be painted or measured otherwise.

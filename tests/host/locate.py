@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ideogram4_quant.doctor.comfyui import PACK, Host, find_host
+from ideogram4_quant.diagnostics.doctor.comfyui import PACK, Host, find_host
 
 __all__ = ["PACK", "Host", "find_host"]

@@ -64,7 +64,7 @@ def refused(pack: str, models: dict, run) -> dict[str, str]:
         try:
             run("a red word", 9, **changed)
             found[name] = "ran"
-        except inside.load(pack, "ops.errors").OpError as error:
+        except inside.load(pack, "errors").OpError as error:
             found[name] = str(error)
     return found
 

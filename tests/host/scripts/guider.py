@@ -158,7 +158,7 @@ def refused(world: World) -> dict[str, str]:
         try:
             world.guider_class(*parts, world.guidance())
             found[name] = "taken"
-        except inside.load(world.pack, "ops.errors").Ideogram4QuantError as error:
+        except inside.load(world.pack, "errors").Ideogram4QuantError as error:
             found[name] = str(error)
     return found
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from .choice_files import environment
-from .timing import synchronize
+from ..ops.tuning.choice_files import environment
+from ..ops.tuning.timing import synchronize
 
 _STEADY_SECONDS = 1.0
 _STEADY_SIZE = {"cpu": 512}

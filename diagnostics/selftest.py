@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention, blocks, dispatch, reference
-from .layouts import QuantizedTensor
-from .linear import LinearOptions, gguf_linear, int8_linear, linear
+from ..ops import attention, blocks, dispatch, reference
+from ..ops.layouts import QuantizedTensor
+from ..ops.linear import LinearOptions, gguf_linear, int8_linear, linear
 
 SECONDS = 60.0
 OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"

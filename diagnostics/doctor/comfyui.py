@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-PACK = Path(__file__).resolve().parents[1]
+PACK = Path(__file__).resolve().parents[2]
 # kind of model -> folders below ComfyUI's models, the documented one last
 MODEL_FOLDERS = {
     "diffusion_models": ("unet", "diffusion_models"),

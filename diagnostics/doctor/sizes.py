@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 
-from ..checkpoint import ModelConfig
-from ..checkpoint.canonical import canonical_shapes
-from ..ops.blocks import FORMATS
+from ...checkpoint import ModelConfig
+from ...checkpoint.canonical import canonical_shapes
+from ...ops.blocks import FORMATS
 
 _BITS = {"BF16": 16.0, "FP8": 8.0, "INT8 W8A8": 8.0, "INT8 W8A8 rotated": 8.0, "NF4": 4.5}
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..blocks import FORMATS
-from .configs import GEMM_CONFIGS, MAX_ROW, GemmConfig, row_blocks
-from .gguf import PACKED
+from ...ops.blocks import FORMATS
+from ...ops.kernels.configs import GEMM_CONFIGS, MAX_ROW, GemmConfig, row_blocks
+from ...ops.kernels.gguf import PACKED
 from .offline import Variant
 
 HIDDEN, FEED_FORWARD, TEXT_ENCODER, TEXT_FEATURES = 4608, 12288, 4096, 53248

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import adapters, attention, choices, dispatch, fused, prequantized, reference
+from .. import adapters, attention, dispatch, fused, prequantized, reference
+from ..gguf_compute import FEW_TOKENS, W8A8_FORMATS
+from ..linear import LinearOptions, gguf_linear, int8_linear
+from ..rotation import largest_group
+from . import choices
 from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Table, dtype_name
-from .gguf_compute import FEW_TOKENS, W8A8_FORMATS
-from .linear import LinearOptions, gguf_linear, int8_linear
-from .rotation import largest_group
 
 # 1024 px with its text, 512 px, and few tokens. A CPU takes one count, or it would take minutes.
 _TOKENS = {"cpu": (512,)}
@@ -211,7 +212,7 @@ def _fused_job(
 def _gguf_job(
     layer: Layer, device: torch.device, dtype: torch.dtype, tokens: int, memory: int
 ) -> Job:
-    from .blocks import FORMATS
+    from ..blocks import FORMATS
 
     n, k = layer.n, layer.k
     # as above; a weight is packed, in dtype, and on its way in fp32, a chunk at a time for int8

@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows, where a file in use cannot be removed anyway
     fcntl = None
 
-from .errors import CheckpointError, Ideogram4QuantError
+from ..errors import CheckpointError, Ideogram4QuantError
 from .partial import Partial, ResumeError, check_unfinished, partial_path
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, open_checkpoint, open_encoder
-from ..checkpoint.levels import (
+from ...checkpoint import Checkpoint, open_checkpoint, open_encoder
+from ...checkpoint.levels import (
     AUTO,
     AUTO_ORDER,
     LEVELS,
@@ -22,10 +22,10 @@ from ..checkpoint.levels import (
     residency,
     resolve,
 )
-from ..checkpoint.listing import Listing, list_files
-from ..checkpoint.published import PUBLISHED, Published
-from ..checkpoint.safetensors_header import read_safetensors_header
-from ..ops.errors import CheckpointError, NotIdeogram4Error
+from ...checkpoint.listing import Listing, list_files
+from ...checkpoint.published import PUBLISHED, Published
+from ...checkpoint.safetensors_header import read_safetensors_header
+from ...errors import CheckpointError, NotIdeogram4Error
 from .comfyui import Host, model_folders
 from .machine import Device, find_device, ram, versions
 from .sizes import copy_bytes

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import attention, dispatch
-from .layouts import QuantizedTensor
-from .linear import LinearOptions, int8_linear, linear
-from .reference import quantize_rows, smooth_rotate_quantize_rows
-from .timing import medians
+from ..ops import attention, dispatch
+from ..ops.layouts import QuantizedTensor
+from ..ops.linear import LinearOptions, int8_linear, linear
+from ..ops.reference import quantize_rows, smooth_rotate_quantize_rows
+from ..ops.tuning.timing import medians
 
 Progress = Callable[[int, int], None]
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from io import RawIOBase
 from pathlib import Path
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 _PIECE = 1 << 24
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
+from ...files.new_file import WriteError, new_file
 from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Measurement, Table
-from .new_file import WriteError, new_file
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..ops.errors import CheckpointError
+from ...errors import CheckpointError
 from .comfyui import Host, find_host
 
 _FITS = {

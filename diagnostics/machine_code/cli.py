@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import BackendUnavailableError
-from ..new_file import replaced
-from .configs import ARCHITECTURES, unsupported_by
+from ...errors import BackendUnavailableError
+from ...files.new_file import replaced
+from ...ops.kernels.configs import ARCHITECTURES, unsupported_by
 
 if TYPE_CHECKING:
     from .offline import Built, Report
@@ -156,7 +156,7 @@ def _row(report: Report) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command by itself: ``python -m ideogram4_quant.ops.kernels.cli kernels``."""
+    """The command by itself: ``python -m ideogram4_quant.diagnostics.machine_code.cli kernels``."""
     parser = argparse.ArgumentParser(prog="ideogram4-quant")
     add_parsers(parser.add_subparsers(required=True))
     args = parser.parse_args(argv)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.dispatch import BackendReport, reports
+from ...ops.dispatch import BackendReport, reports
 
 PACKAGES = ("torch", "triton", "triton-windows", "comfy-kitchen", "safetensors", "numpy")
 _BFLOAT16_FROM = (8, 0)  # Ampere; earlier cards emulate it

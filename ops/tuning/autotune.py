@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from ..linear import LinearOptions
 from . import choice_files, choices
 from .choices import Measurement, Table
-from .linear import LinearOptions
 from .timing import medians
 from .tuning_jobs import Job, Layer, inputs_of, jobs, layers_of
 

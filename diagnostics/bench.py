@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..errors import OpError
+from ..files.new_file import check_output, new_file
 from .bench_cases import HEAD_SIZE, Case, Progress, attentions, ceilings, linears, timed
-from .errors import OpError
 from .health import examine
-from .new_file import check_output, new_file
 
 _TOKENS = {"cpu": [512]}
 _TOKENS_DEVICE = [512, 4608]

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BackendUnavailableError
+from ...errors import BackendUnavailableError
+from ...ops.kernels.configs import release
 from . import sass
-from .configs import release
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def build(variant: Variant, arch: int, kernel: Any = None) -> Built:
     """
     version, folder = require_tools()
     if kernel is None:
-        module = importlib.import_module(f".{variant.module}", __package__)
+        module = importlib.import_module(f"...ops.kernels.{variant.module}", __package__)
         kernel = getattr(module, variant.function)
     compiled = _compile(kernel, variant, arch)
     cubin = compiled.asm["cubin"]

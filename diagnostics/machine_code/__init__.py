@@ -1,0 +1,1 @@
+"""What the kernels become without a GPU: compiled offline, and the machine code read."""

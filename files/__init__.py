@@ -1,0 +1,1 @@
+"""Writing a file whole or not at all, and going on with an unfinished one; nothing of models."""

@@ -1,0 +1,3 @@
+"""The pack's version; imports nothing, so that everything may import it."""
+
+__version__ = "0.2.0"
