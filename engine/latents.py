@@ -35,10 +35,3 @@ def from_comfyui(latent: Tensor) -> Tensor:
     b, c, rows, columns = latent.shape
     split = latent.reshape(b, c // PATCH**2, PATCH**2, rows, columns).permute(0, 3, 4, 2, 1)
     return split.reshape(b, rows * columns, c)
-
-
-def to_comfyui(tokens: Tensor, rows: int, columns: int) -> Tensor:
-    """The inverse of `from_comfyui`."""
-    b, _, c = tokens.shape
-    split = tokens.reshape(b, rows, columns, PATCH**2, c // PATCH**2).permute(0, 4, 3, 1, 2)
-    return split.reshape(b, c, rows, columns)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from ..checkpoint.folding import sites
 from .encodings import Shape
 from .errors import QuantOptionError
 from .layer_stats import LayerStats
@@ -18,7 +15,6 @@ from .recipes import ROUNDINGS, TREATMENTS, QuantOptions, Recipe
 from .tables import human_bytes
 from .treatments import (
     Treatment,
-    folded_treatment,
     group_loss,
     input_group,
     rotation_group,
@@ -54,7 +50,7 @@ def check_choice_options(recipe: Recipe, options: QuantOptions) -> None:
     """QuantOptionError for options about treatments and protection that contradict each other."""
     asked = {
         "treatment": options.treatment is not None,
-        "alpha": options.alpha is not None and not options.fold,
+        "alpha": options.alpha is not None,
         "protect_share": options.protect_share is not None,
         "protect_bytes": options.protect_bytes is not None,
         "protect_below": options.protect_below is not None,
@@ -108,10 +104,7 @@ def choose(
     for members in groups.values():
         found = [options.calibration.layer(*member) for member in members]
         shapes = [linears[member] for member in members]
-        if options.fold:
-            choices = _folded(recipe, options, members, found, shapes[0][1])
-        else:
-            choices = _treat(recipe, layout, options, found, shapes[0][1])
+        choices = _treat(recipe, layout, options, found, shapes[0][1])
         chosen.update(zip(members, choices, strict=True))
     chosen = {linear: chosen[linear] for linear in linears}
     return _protect(chosen, options, linears)
@@ -163,26 +156,6 @@ def _treat(
         Choice(best, _reason(each, best, allowed), each.sqnr_db(best.name), smooth)
         for each in stats
     ]
-
-
-def _folded(
-    recipe: Recipe,
-    options: QuantOptions,
-    members: Sequence[Linear],
-    found: Sequence[LayerStats | None],
-    in_features: int,
-) -> list[Choice]:
-    """The same where smoothing is folded: stored as the level says, as exact as if smoothed."""
-    rotatable = rotation_group(in_features) is not None
-    usual = Treatment(rotated=recipe.rotation is not None and rotatable)
-    turns = {name: site.rotates for site in sites(1) for name in site.consumers}
-    first = re.sub(r"layers\.\d+", "layers.0", members[0][1])
-    named = any(p == "all" or fnmatchcase(m, p) for _, m in members for p in options.fold)
-    measured = usual
-    if named and first in turns and None not in found:
-        measured = folded_treatment(found, options.alpha, usual.rotated, turns[first])
-    figures = [math.nan if stats is None else stats.sqnr_db(measured.name) for stats in found]
-    return [Choice(usual, f"{measured.name}: {db:.1f} dB", db) for db in figures]
 
 
 def _allowed(

@@ -17,7 +17,6 @@ from ..files.partial import partial_path
 from .block_types import POLICIES
 from .calibration import Calibration
 from .errors import QuantOptionError
-from .fold import ALL
 from .inspect import inspect_file
 from .quantize import plan_quantization, quantize_checkpoint
 from .recipes import LAYOUTS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
@@ -83,13 +82,6 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--linears", choices=("blocks", "all"), help="quantize those in the blocks, or all"
-    )
-    parser.add_argument(
-        "--fold",
-        nargs="*",
-        metavar="NAME",
-        help="for hosts without this pack: put the smoothing of these linears (default: all that "
-        "can) into the weights before them; LoRAs are then right in this pack alone",
     )
     _add_calibrated(parser)
     parser.add_argument("--licence", metavar="TEXT", help="recorded where SRC names none")
@@ -241,7 +233,6 @@ def _quantize(args: argparse.Namespace) -> int:
         linears=args.linears,
         licence=args.licence,
         calibration=_calibration(args),
-        fold=() if args.fold is None else tuple(args.fold) or (ALL,),
         treatment=args.treatment,
         alpha=args.alpha,
         rounding=args.rounding,

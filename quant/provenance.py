@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.folding import FOLDED
 from ..errors import CheckpointError
 from ..version import __version__
 from .plan import TensorPlan, rounding_of
@@ -128,12 +127,10 @@ class Provenance:
     sources: tuple[SourceFile, ...]
     source_level: str
     licence: str | None
-    folded: bool = False
 
     def _common(self) -> dict[str, str]:
         sources = [file.__dict__ for file in self.sources]
-        basis = {"lora_basis": FOLDED} if self.folded else {}
-        return basis | {
+        return {
             "config": _json(self.config),
             "quantization": _json(self.recipe),
             "source": _json(sources),

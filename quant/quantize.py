@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.folding import Folding
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
 from ..files.partial import Partial, check_unfinished
 from ..gguf_loader import GGUFSpec, write_gguf
@@ -19,7 +17,6 @@ from .choose import choice_notes
 from .encode import encoding_device
 from .encodings import Blocks
 from .errors import QuantOptionError
-from .fold import FoldPlan, check_fold_options, make_folding, plan_fold, with_folded_inputs
 from .measure import ErrorMeter
 from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes, rounding_notes
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
@@ -34,7 +31,6 @@ _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes: those read for the hash, then those written."""
 
-_GGML_TYPES = {torch.float32: 0, torch.int32: 26}
 SUFFIXES = {"native": ".safetensors", "transformer-lab": ".safetensors", "gguf": ".gguf"}
 
 
@@ -48,26 +44,18 @@ class QuantPlan:
     source: Source
     out: Path
     tensors: tuple[TensorPlan, ...]
-    fold: FoldPlan | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data to write; the header comes on top."""
-        record = sum(math.prod(s) * dtype.itemsize for dtype, s in self.fold_record.values())
-        return planned_bytes(self.tensors) + record
-
-    @property
-    def fold_record(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of the tensors that say what was folded."""
-        return {} if self.fold is None else self.fold.record
+        return planned_bytes(self.tensors)
 
     @property
     def notes(self) -> list[str]:
-        folded = [] if self.fold is None else self.fold.notes(self.layout)
         choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
         chosen = choice_notes(self.layout, choices)
         rounded = rounding_notes(self.options)
-        return rotation_notes(self.recipe, self.tensors) + rounded + folded + chosen
+        return rotation_notes(self.recipe, self.tensors) + rounded + chosen
 
     def stored_name(self, plan: TensorPlan, suffix: str) -> str:
         """Name in the file of one stored tensor."""
@@ -118,12 +106,7 @@ def plan_quantization(
             options.calibration.check_shapes(each, shapes)
     tensors = tuple(plan_tensors(recipe, options, found.shapes()))
     check_levels(found, recipe, ((p.copy, p.name) for p in tensors if p.quantized))
-    fold = None
-    if options.fold:
-        check_fold_options(recipe, layout, options)
-        fold = plan_fold(recipe, options, tensors, found.config["attention_head_dim"])
-        tensors = with_folded_inputs(tensors, fold)
-    return QuantPlan(recipe, layout, options, found, Path(out), tensors, fold)
+    return QuantPlan(recipe, layout, options, found, Path(out), tensors)
 
 
 def quantize_checkpoint(
@@ -178,9 +161,7 @@ def quantize_checkpoint(
         write, specs = write_safetensors, _safetensors_specs(plan)
     partial = Partial(fingerprint(plan, metadata, device), resume=resume) if kept else None
     uncertain = _uncertain(plan, provenance)
-    tensors = TensorStream(
-        plan, _folding(plan), uncertain, device=device, partial=partial, advance=counter.encoded
-    )
+    tensors = TensorStream(plan, uncertain, device=device, partial=partial, advance=counter.encoded)
     size = write(
         out,
         specs,
@@ -231,25 +212,14 @@ class _Counter:
             self._progress(self._told, self._total)
 
 
-def _folding(plan: QuantPlan) -> Folding:
-    """The factors of the plan's fold; reads the norms that take them."""
-    if plan.fold is None:
-        return Folding()
-    norms = plan.source.read(plan.fold.copy, plan.fold.norms)
-    dtype = torch.float32 if plan.layout == "gguf" else torch.bfloat16
-    return make_folding(plan.fold, norms, dtype)
-
-
 def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
-    folded = {} if plan.fold is None else plan.fold.to_dict()
     return Provenance(
         copies=plan.source.copies,
         config=plan.source.config,
-        recipe=recipe_record(plan.recipe, plan.layout, plan.options, plan.tensors) | folded,
+        recipe=recipe_record(plan.recipe, plan.layout, plan.options, plan.tensors),
         sources=hash_files(plan.source.paths, counter.hashed),
         source_level=plan.source.level,
         licence=licence_of(plan.source.metadata, plan.options),
-        folded=plan.fold is not None,
     )
 
 
@@ -274,18 +244,12 @@ def _safetensors_specs(plan: QuantPlan) -> list[TensorSpec]:
             stored[suffix] = (constant.dtype, tuple(constant.shape))
         for suffix, (dtype, shape) in stored.items():
             specs.append(TensorSpec(plan.stored_name(tensor, suffix), dtype, shape))
-    record = (TensorSpec(name, *stored) for name, stored in plan.fold_record.items())
-    return [*specs, *record]
+    return specs
 
 
 def _gguf_specs(plan: QuantPlan) -> list[GGUFSpec]:
-    specs = [
+    return [
         GGUFSpec(tensor.name, tensor.shape, tensor.encoding.ggml_type)
         for tensor in plan.tensors
         if isinstance(tensor.encoding, Blocks)  # all of them, in this layout
     ]
-    record = [
-        GGUFSpec(name, shape, _GGML_TYPES[dtype])
-        for name, (dtype, shape) in plan.fold_record.items()
-    ]
-    return specs + record

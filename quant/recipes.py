@@ -103,15 +103,13 @@ class QuantOptions:
     - ``linears``: ``"blocks"``, ``"all"``, or None for the layout's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
-    - ``fold``: linears (names or patterns, or ``"all"``) whose smoothing goes into the weights
-      before them, for hosts without this pack; see ``quant.fold``. Needs a calibration.
     - ``calibration``: statistics of the linears' inputs, of this very model: scales of GGUF types
       are then searched for the least output error, and codes of every type rounded for it. The
       following need it.
     - ``rounding``: one of :data:`ROUNDINGS`.
     - ``treatment``: one of :data:`TREATMENTS`; None: the level's own.
     - ``alpha``: strength of smoothing, 0 (weights alone) to 1 (activations alone); None: the best
-      of those that were measured for each input; in a GGUF file, which smooths by folding, 0.5.
+      of those that were measured for each input.
     - ``protect_share``, ``protect_bytes``, ``protect_below``: keep the most fragile linears in
       bf16: that share of those quantized, as many as cost that many bytes more, all whose output
       would be below that many dB of SQNR.
@@ -127,7 +125,6 @@ class QuantOptions:
     licence: str | None = None
     calibration: Calibration | None = None
     rounding: str = ROUNDINGS[0]
-    fold: tuple[str, ...] = ()
     treatment: str | None = None
     alpha: float | None = None
     protect_share: float | None = None

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checkpoint.folding import Folding
 from ..errors import CorruptFileError
 from ..files.partial import Partial
 from .encode import encode_tensor
-from .fold import fold_tensor, stored_record
 from .measure import ErrorMeter, channel_absmax
 from .plan import TensorPlan
 from .report import TensorResult
@@ -35,7 +33,6 @@ class TensorStream:
     def __init__(
         self,
         plan: QuantPlan,
-        folding: Folding,
         uncertain: Mapping[str, str],
         *,
         device: torch.device | None = None,
@@ -43,7 +40,6 @@ class TensorStream:
         advance: Callable[[float], None] = lambda nbytes: None,
     ) -> None:
         self._plan = plan
-        self._folding = folding
         self._uncertain = uncertain
         self._device = device
         self._partial = partial
@@ -69,7 +65,6 @@ class TensorStream:
                 calibration = self._plan.options.calibration
                 model = f"sha256 {self._uncertain[copy]}"
                 calibration.check_weight(copy, plan.module, absmax, model)
-            tensor = fold_tensor(name, tensor, self._folding)
             stored, meter = encode_tensor(
                 plan,
                 tensor,
@@ -84,8 +79,6 @@ class TensorStream:
                 yield self._plan.stored_name(plan, suffix), stored.pop(suffix)
             if self._partial is not None:
                 self._partial.note(_key(plan), meter.to_list())
-        for name, record in stored_record(self._folding):
-            yield name, record.view(torch.uint8) if self._plan.layout == "gguf" else record
 
     @property
     def results(self) -> tuple[TensorResult, ...]:

@@ -89,29 +89,6 @@ def group_loss(members: Sequence[LayerStats], treatment: Treatment) -> float:
     return math.inf if any(map(math.isnan, errors)) else sum(e * e for e in errors) / len(errors)
 
 
-def folded_treatment(
-    members: Sequence[LayerStats], alpha: float | None, rotated: bool, turns: bool
-) -> Treatment:
-    """What folding before ``members``, which share an input, comes nearest to.
-
-    ``alpha``: as asked for; None for the best measured, no smoothing included, and
-    :data:`DEFAULT_ALPHA` where none was. ``rotated``: the level rotates them at run time;
-    ``turns``: a rotation can be folded there, if the level does not.
-    """
-    turns = turns and not rotated
-    if alpha is not None:
-        return Treatment(alpha, rotated or turns)
-    measured = [
-        treatment
-        for name in members[0].noise
-        if all(name in each.noise for each in members)
-        and (treatment := Treatment.parse(name)) is not None
-        and (treatment.rotated == rotated or turns)
-    ]
-    usual = Treatment(DEFAULT_ALPHA, rotated or turns)
-    return min(measured, key=lambda treatment: group_loss(members, treatment), default=usual)
-
-
 def smoothing(members: Sequence[LayerStats], alpha: float) -> Tensor:
     """``s_k = max|x_k|^alpha / max|w_k|^(1 - alpha)`` over its geometric mean, fp32 [K].
 

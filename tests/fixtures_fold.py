@@ -15,12 +15,13 @@ from torch import Tensor
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.engine import transformer
 from ideogram4_quant.engine.linear import QuantLinear
-from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
 from ideogram4_quant.quant.calibration import Calibration
 from ideogram4_quant.quant.layer_stats import LayerStats
 from ideogram4_quant.tests import quant_model
+from ideogram4_quant.tests.fold_writer import write_folded
 
 TIMES = (0.1, 0.5, 0.9)
+PROTECTED = ("layers.1.feed_forward.w3", "layers.1.attention.o")
 LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated", "Q8_0", "Q4_K")
 
 
@@ -49,16 +50,12 @@ def written(folder: Path) -> FoldedCase:
     """The case in ``folder``; one w3 and one o of each folded file are protected."""
     weights = loud_weights()
     source = quant_model.write(folder / "bf16.safetensors", weights)
-    options = QuantOptions(
-        calibration=calibrate(source),
-        fold=("all",),
-        protect=("layers.1.feed_forward.w3", "layers.1.attention.o"),
-    )
+    calibration = calibrate(source)
     files = {}
     for level in LEVELS:
         files[level] = folder / f"{level}.{'gguf' if level[0] == 'Q' else 'safetensors'}"
-        quantize_checkpoint(source, level, files[level], options=options)
-    return FoldedCase(weights, source, options.calibration, files)
+        write_folded(source, level, files[level], calibration, protect=PROTECTED)
+    return FoldedCase(weights, source, calibration, files)
 
 
 def db(found: Tensor, wanted: Tensor) -> float:

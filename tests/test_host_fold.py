@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
+from ideogram4_quant.quant import quantize_checkpoint
 from ideogram4_quant.tests import fixtures_fold as fold
 from ideogram4_quant.tests import quant_model as model
+from ideogram4_quant.tests.fold_writer import write_folded
 
 pytestmark = pytest.mark.host
 NATIVE = ("INT8 W8A8", "INT8 W8A8 rotated")
@@ -36,13 +37,16 @@ def write_lora(path) -> None:
 def found(pocket, in_host, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("fold")
     source = pocket.conditional_file
-    options = QuantOptions(calibration=fold.calibrate(source), fold=("all",))
+    calibration = fold.calibrate(source)
     files = {"BF16": str(source)}
     for level in LEVELS:
-        for name, chosen in ((level, None), (f"{level}, folded", options)):
+        for name in (level, f"{level}, folded"):
             ending = "gguf" if level.startswith("Q") else "safetensors"
             out = folder / f"{name.replace(' ', '_')}.{ending}"
-            quantize_checkpoint(source, level, out, copy="conditional", options=chosen)
+            if name == level:
+                quantize_checkpoint(source, level, out, copy="conditional")
+            else:
+                write_folded(source, level, out, calibration)
             files[name] = str(out)
     write_lora(folder / "fused.safetensors")
     listing = folder / "files.json"

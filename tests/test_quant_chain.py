@@ -31,8 +31,8 @@ def calibration(tmp_path_factory):
     ("level", "options", "least"),  # dB of outputs: smoothing and feedback spend weights on them
     [
         ("INT8 W8A8 rotated", ("--treatment", "auto", "--protect-budget", "8%"), 50),
-        ("INT8 W8A8", ("--fold",), 45),
-        ("Q4_K", ("--fold",), 30),
+        ("INT8 W8A8", (), 45),
+        ("Q4_K", (), 30),
         ("Q4_K", ("--target-gb", "0.0045"), 35),
     ],
 )

@@ -178,13 +178,6 @@ def test_what_is_protected_is_what_stays_fragile_after_treatment(plan):
     assert found[W1] == BOTH
 
 
-def test_protection_beside_a_fold_counts_the_error_that_the_fold_leaves(plan):
-    found = plan("INT8 W8A8", fold=("all",), protect_below=30.0)
-    kept = {m for m, c in found.items() if c.treatment is None}
-    assert kept == {"layers.0.adaln_modulation", "layers.1.adaln_modulation"}  # never folded: 0.04
-    assert all(c.smooth is None for c in found.values())
-
-
 def test_linears_without_statistics_get_the_usual(plan, calibration):
     layers = {k: s for k, s in calibration.layers.items() if W3 not in k}
     found = plan(treatment="auto", calibration=replace(calibration, layers=layers))

@@ -7,10 +7,10 @@ import torch
 
 from ideogram4_quant.checkpoint.folding import Folding, sites
 from ideogram4_quant.ops.rotation import rotate
-from ideogram4_quant.quant.fold import fold_tensor, remaining_factor
 from ideogram4_quant.quant.treatments import smooth_factors
 from ideogram4_quant.tests import fixtures_fold as fold
 from ideogram4_quant.tests import quant_model as model
+from ideogram4_quant.tests.fold_writer import fold_tensor, remaining_factor
 from ideogram4_quant.tests.tensors import relative
 
 O0 = "layers.0.attention.o"

@@ -12,12 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.errors import CorruptFileError
-from ideogram4_quant.quant import (
-    Calibration,
-    QuantOptions,
-    quantize_checkpoint,
-)
-from ideogram4_quant.quant.errors import CalibrationError, QuantOptionError
 from ideogram4_quant.tests import fixtures_fold as fold
 
 O0 = "layers.0.attention.o"
@@ -26,38 +20,6 @@ O0 = "layers.0.attention.o"
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return fold.written(tmp_path_factory.mktemp("fold"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"calibration": None}, "needs the sizes of the activations.*calibrate"),
-        ({"alpha": 1.5}, "alpha out of range"),
-        ({"fold": ("layers.0.adaln_modulation",)}, "an activation lies before it"),
-        ({"fold": ("final_layer.linear",)}, "the norm before it has no weight"),
-        ({"fold": ("input_proj",)}, "the latent picture itself"),
-        ({"fold": ("layers.*.w4",)}, "no linear has this name"),
-        ({"smooth": {O0: torch.ones(256)}}, "smoothing vectors are given already"),
-        ({"layout": "transformer-lab"}, "the norms, which take the factors"),
-    ],
-)
-def test_what_cannot_be_folded_is_refused_with_the_reason(case, tmp_path, options, message):
-    options = {"calibration": case.calibration, "fold": ("all",), **options}
-    out = tmp_path / "out.safetensors"
-    with pytest.raises(QuantOptionError, match=message):
-        quantize_checkpoint(case.source, "INT8 W8A8", out, options=QuantOptions(**options))
-    assert not out.exists()
-
-
-def test_a_linear_that_was_not_watched_is_named(case, tmp_path):
-    layers = {
-        k: v
-        for k, v in case.calibration.layers.items()
-        if not k.endswith("layers.1.feed_forward.w2")
-    }
-    options = QuantOptions(calibration=Calibration(layers, (0.0,)), fold=("all",))
-    with pytest.raises(CalibrationError, match=r"layers\.1\.feed_forward\.w2: no statistics"):
-        quantize_checkpoint(case.source, "INT8 W8A8", tmp_path / "out.safetensors", options=options)
 
 
 def rewritten(path, out, change):
