@@ -80,6 +80,13 @@ class Block:
         }
         self.modulation_weight = (0.3 * randn(4 * h, 32, seed=30) / 32**0.5).to(self.dtype)
 
+    def to(self, device: str) -> Block:
+        """The block itself, its tensors on another device."""
+        for held in (self.weights, self.biases, self.norms):
+            held |= {name: None if t is None else t.to(device) for name, t in held.items()}
+        self.modulation_weight = self.modulation_weight.to(device)
+        return self
+
     def inputs(self, batch: int, tokens: int) -> tuple[Tensor, Tensor]:
         """``x`` with a few outlier channels, as the real model has, and the condition."""
         x = randn(batch, tokens, self.hidden, seed=40)

@@ -1,4 +1,4 @@
-"""Where the Triton kernels are available; and their tests, run by Triton's interpreter."""
+"""Where the Triton kernels are available; their tests, interpreted and on a GPU where one is."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -28,14 +29,21 @@ def run_apart(name: str, **environment: str) -> None:
 @needs_triton
 @pytest.mark.parametrize(
     "name",
+    ["test_kernels_products.py", "test_kernels_rows.py", "test_kernels_fused.py"],
+)
+@pytest.mark.parametrize(
+    "device",
     [
-        "test_kernels_interpreted.py",
-        "test_kernels_interpreted_rows.py",
-        "test_fused_interpreted.py",
+        "interpreted",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+        ),
     ],
 )
-def test_under_the_interpreter(name):
-    run_apart(name, TRITON_INTERPRET="1")
+def test_against_the_formulas(name, device):
+    interpret = {"TRITON_INTERPRET": "1"} if device == "interpreted" else {}
+    run_apart(name, KERNEL_TESTS=device, **interpret)
 
 
 @needs_triton

@@ -203,29 +203,24 @@ def dequantize_rotate_quantize(
     qtype: str,
     shape: tuple[int, int],
     rotation: int | None = None,
-    *,
-    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``quantize_rows(R(dequantize(blocks)))``: GGUF blocks to per-channel int8.
 
     ``blocks uint8 [N, row_bytes]`` of format ``qtype``, ``shape (N, K)`` -> ``q int8 [N, K]``,
-    ``scale fp32 [N]``, written to ``out`` where it is given. Raises OpError for bytes that do not
-    make the shape and for an ``out`` that does not fit.
+    ``scale fp32 [N]``. Raises OpError for bytes that do not make the shape.
     """
     n, k = shape
     launch.check_rotation(k, rotation)
     if qtype in _FLOATS:
         rows = _rows(blocks, n, _FLOATS[qtype].itemsize * k).view(_FLOATS[qtype])
-        return _copied(smooth_rotate_quantize_rows(rows, None, rotation), out)
+        return smooth_rotate_quantize_rows(rows, None, rotation)
     if qtype not in PACKED:
         launch.log_fallback(f"dequantize_rotate_quantize of {qtype}", k)
-        return _copied(reference.dequantize_rotate_quantize(blocks, qtype, shape, rotation), out)
+        return reference.dequantize_rotate_quantize(blocks, qtype, shape, rotation)
     from ..blocks import FORMATS
 
     rows = _rows(blocks, n, FORMATS[qtype].row_bytes(k))
-    q, scale = (
-        launch.int8_rows(n, k, blocks.device) if out is None else _check_out(out, n, k, blocks)
-    )
+    q, scale = launch.int8_rows(n, k, blocks.device)
     if n == 0:
         return q, scale
     arguments = (rows, q, scale, rows.stride(0))
@@ -247,29 +242,3 @@ def _rows(blocks: Tensor, n: int, row_bytes: int) -> Tensor:
     rows = blocks.reshape(n, row_bytes).contiguous()
     # A view as wider numbers needs their alignment; only a cut-out buffer lacks it.
     return rows if rows.storage_offset() % 4 == 0 else rows.clone()
-
-
-def _check_out(out: tuple[Tensor, Tensor], n: int, k: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """``out`` if it is a contiguous int8 [n, k] and fp32 [n] on the device of the blocks."""
-    for tensor, name, shape, dtype in zip(
-        out, ("q", "scale"), ((n, k), (n,)), (torch.int8, torch.float32), strict=True
-    ):
-        launch.check_same_device(tensor, f"out {name}", blocks, "blocks")
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise OpError(
-                f"out {name} does not fit",
-                found=f"{tensor.dtype} {tuple(tensor.shape)}",
-                needed=f"contiguous {dtype} {shape}",
-            )
-    return out
-
-
-def _copied(
-    result: tuple[Tensor, Tensor], out: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """``result``, moved into ``out`` where that is given."""
-    if out is None:
-        return result
-    n, k = result[0].shape
-    q, scale = _check_out(out, n, k, result[0])
-    return q.copy_(result[0]), scale.copy_(result[1])

@@ -1,10 +1,8 @@
 """The Triton product and decoding of weights against their formulas; what any kernel refuses.
 
-Triton decides at import whether it interprets; ``test_kernels.py`` runs this file in a process of
-its own, with TRITON_INTERPRET=1.
+Run by ``test_kernels.py``, once a device.
 """
 
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +13,9 @@ from ideogram4_quant.ops import reference
 from ideogram4_quant.ops.blocks import FORMATS, dequantize, quantize
 from ideogram4_quant.ops.rotation import largest_group
 from ideogram4_quant.tests.kernel_checks import check_quantized, outliers, ulps
+from ideogram4_quant.tests.kernel_device import DEVICE, kernel, skip_elsewhere
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_kernels.py, in a process of its own", allow_module_level=True)
+skip_elsewhere()
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -28,7 +26,7 @@ GEMM_SHAPES += [(300, 520, 384)]
 @pytest.mark.parametrize(("m", "n", "k"), GEMM_SHAPES)
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 def test_int8_gemm(m, n, k, biased):
-    from ideogram4_quant.ops.kernels import int8_gemm
+    int8_gemm = kernel("int8_gemm")
 
     q = torch.randint(-128, 128, (m, k), dtype=torch.int8)
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
@@ -44,7 +42,7 @@ def test_int8_gemm(m, n, k, biased):
 
 
 def test_int8_gemm_holds_the_largest_sum():
-    from ideogram4_quant.ops.kernels import int8_gemm
+    int8_gemm = kernel("int8_gemm")
 
     q = torch.full((2, 12288), 127, dtype=torch.int8)
     weight = torch.full((3, 12288), -127, dtype=torch.int8)
@@ -54,7 +52,7 @@ def test_int8_gemm_holds_the_largest_sum():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_int8_gemm_casts_its_result(dtype):
-    from ideogram4_quant.ops.kernels import int8_gemm
+    int8_gemm = kernel("int8_gemm")
 
     q = torch.randint(-127, 128, (5, 128), dtype=torch.int8)
     weight = torch.randint(-127, 128, (6, 128), dtype=torch.int8)
@@ -67,7 +65,7 @@ def test_int8_gemm_casts_its_result(dtype):
 
 
 def test_every_tiling_in_the_tables_gives_the_same_product():
-    from ideogram4_quant.ops.kernels import int8_gemm
+    int8_gemm = kernel("int8_gemm")
     from ideogram4_quant.ops.kernels.configs import GEMM_CONFIGS
 
     q = torch.randint(-127, 128, (131, 256), dtype=torch.int8)
@@ -80,7 +78,7 @@ def test_every_tiling_in_the_tables_gives_the_same_product():
 
 
 def test_int8_gemm_takes_slices_of_rows_and_of_weights():
-    from ideogram4_quant.ops.kernels import int8_gemm
+    int8_gemm = kernel("int8_gemm")
 
     q = torch.randint(-127, 128, (9, 256), dtype=torch.int8)[::2, 128:]
     weight = torch.randint(-127, 128, (20, 256), dtype=torch.int8)[3:16, :128]
@@ -89,7 +87,7 @@ def test_int8_gemm_takes_slices_of_rows_and_of_weights():
 
 
 def test_int8_gemm_of_a_depth_that_no_tile_fits_runs_the_formula_and_says_so_once(caplog):
-    from ideogram4_quant.ops.kernels import int8_gemm
+    int8_gemm = kernel("int8_gemm")
 
     q = torch.randint(-127, 128, (3, 100), dtype=torch.int8)
     weight = torch.randint(-127, 128, (4, 100), dtype=torch.int8)
@@ -117,7 +115,7 @@ def random_blocks(qtype: str, n: int, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("qtype", HALVES)
 @pytest.mark.parametrize(("n", "k", "rotated"), [(3, 256, False), (3, 4608, True), (1, 96, True)])
 def test_dequantize_rotate_quantize(qtype, n, k, rotated):
-    from ideogram4_quant.ops.kernels import dequantize_rotate_quantize
+    dequantize_rotate_quantize = kernel("dequantize_rotate_quantize")
 
     gguf = pytest.importorskip("gguf")
     k = k if k % FORMATS[qtype].block_size == 0 else 768
@@ -134,7 +132,7 @@ def test_dequantize_rotate_quantize(qtype, n, k, rotated):
 
 @pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K"])
 def test_dequantize_rotate_quantize_of_rows_beyond_the_registers(qtype):
-    from ideogram4_quant.ops.kernels import dequantize_rotate_quantize
+    dequantize_rotate_quantize = kernel("dequantize_rotate_quantize")
 
     blocks = random_blocks(qtype, 1, 17408)
     check_quantized(
@@ -146,7 +144,7 @@ def test_dequantize_rotate_quantize_of_rows_beyond_the_registers(qtype):
 
 @pytest.mark.parametrize("qtype", ["F32", "F16", "BF16"])
 def test_dequantize_rotate_quantize_of_floats(qtype):
-    from ideogram4_quant.ops.kernels import dequantize_rotate_quantize
+    dequantize_rotate_quantize = kernel("dequantize_rotate_quantize")
 
     blocks = quantize(outliers(4, 512), qtype)
     check_quantized(
@@ -157,24 +155,17 @@ def test_dequantize_rotate_quantize_of_floats(qtype):
 
 
 @pytest.mark.parametrize("qtype", ["Q4_K", "F16"])
-def test_decoded_weights_go_where_they_are_told(qtype):
-    from ideogram4_quant.ops.kernels import dequantize_rotate_quantize
-
-    blocks = quantize(torch.randn(6, 512), qtype)[1:]  # not at the start of its storage
-    expected = dequantize_rotate_quantize(blocks, qtype, (5, 512), 256)
-    workspace = torch.full((40, 512), 55, dtype=torch.int8), torch.full((40,), float("nan"))
-    out = (workspace[0][:5], workspace[1][:5])
-    result = dequantize_rotate_quantize(blocks, qtype, (5, 512), 256, out=out)
-    assert result[0].data_ptr() == workspace[0].data_ptr()
+def test_blocks_need_not_lie_at_the_start_of_their_storage(qtype):
+    blocks = quantize(torch.randn(6, 512), qtype)[1:]
+    expected = kernel("dequantize_rotate_quantize")(blocks.clone(), qtype, (5, 512), 256)
+    result = kernel("dequantize_rotate_quantize")(blocks, qtype, (5, 512), 256)
     assert torch.equal(result[0], expected[0])
     assert torch.equal(result[1], expected[1])
-    assert (workspace[0][5:] == 55).all()
-    with pytest.raises(OpError, match=r"out q.*needed contiguous torch.int8 \(5, 512\)"):
-        dequantize_rotate_quantize(blocks, qtype, (5, 512), 256, out=workspace)
 
 
 def test_no_rows_and_no_features_give_empty_results():
-    from ideogram4_quant.ops.kernels import int8_gemm, quantize_rows
+    int8_gemm = kernel("int8_gemm")
+    quantize_rows = kernel("quantize_rows")
 
     q, scale = quantize_rows(torch.zeros(0, 256))
     assert q.shape == (0, 256)
@@ -209,8 +200,6 @@ REFUSED = [
 
 @pytest.mark.parametrize(("op", "arguments", "message"), REFUSED)
 def test_what_does_not_fit_is_refused_with_its_values(op, arguments, message):
-    from ideogram4_quant.ops import kernels
-
     weight = torch.zeros(5, 128, dtype=torch.int8)
     case = SimpleNamespace(
         x=torch.randn(3, 128),
@@ -223,9 +212,10 @@ def test_what_does_not_fit_is_refused_with_its_values(op, arguments, message):
         bytes=torch.zeros(100, dtype=torch.uint8),
     )
     with pytest.raises(OpError, match=message):
-        getattr(kernels, op)(*arguments(case))
+        kernel(op)(*arguments(case))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="Triton does not interpret here")
 def test_the_interpreter_makes_the_kernels_available_on_the_cpu():
     from ideogram4_quant.ops.kernels import available
 

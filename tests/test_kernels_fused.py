@@ -1,19 +1,17 @@
-"""The fused block on the Triton kernels, run by Triton's interpreter on the CPU.
+"""The fused block on the Triton kernels against the formulas of the CPU.
 
-``test_kernels.py`` runs this file in a process of its own, with TRITON_INTERPRET=1.
+Run by ``test_kernels.py``, once a device.
 """
-
-import os
 
 import pytest
 import torch
 
 from ideogram4_quant.ops.linear import LinearOptions
 from ideogram4_quant.tests.fused_block import Block
+from ideogram4_quant.tests.kernel_device import DEVICE, moved, skip_elsewhere
 from ideogram4_quant.tests.tensors import relative
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_kernels.py, in a process of its own", allow_module_level=True)
+skip_elsewhere()
 
 TRITON = LinearOptions(backend="triton", gguf_compute="w8a8")
 
@@ -32,12 +30,13 @@ def test_the_kernels_make_the_same_block(kinds, bias):
     inputs = block.inputs(2, 3)
     want = block.unfused(*inputs)
     block.options = TRITON
-    assert relative(block.fused(*inputs), want) < 1e-3
+    out = block.to(DEVICE).fused(*moved(inputs, DEVICE))
+    assert relative(out.cpu(), want) < 1e-3
 
 
 def test_a_row_that_is_not_finite_stays_alone():
-    block = Block(inner=256, options=TRITON)
-    x, condition = block.inputs(1, 3)
+    block = Block(inner=256, options=TRITON).to(DEVICE)
+    x, condition = moved(block.inputs(1, 3), DEVICE)
     clean = block.fused(x, condition, attention=block.per_token)
     x[0, 1, 200] = float("nan")
     out = block.fused(x, condition, attention=block.per_token)

@@ -1,18 +1,16 @@
-"""The Triton kernels of rows against their formulas, interpreted: quantization, SwiGLU, norms.
+"""The Triton kernels of rows against their formulas: quantization, SwiGLU, norms.
 
-``test_kernels.py`` runs this file in a process of its own, with TRITON_INTERPRET=1.
+Run by ``test_kernels.py``, once a device.
 """
-
-import os
 
 import pytest
 import torch
 
 from ideogram4_quant.ops import reference
 from ideogram4_quant.tests.kernel_checks import check_quantized, outliers
+from ideogram4_quant.tests.kernel_device import kernel, skip_elsewhere
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_kernels.py, in a process of its own", allow_module_level=True)
+skip_elsewhere()
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -23,7 +21,7 @@ WIDTHS += [(7, None), (1, None), (17408, 256)]
 @pytest.mark.parametrize(("k", "rotation"), WIDTHS)
 @pytest.mark.parametrize("smoothed", [False, True], ids=["plain", "smooth"])
 def test_smooth_rotate_quantize_rows(k, rotation, smoothed):
-    from ideogram4_quant.ops.kernels import smooth_rotate_quantize_rows
+    smooth_rotate_quantize_rows = kernel("smooth_rotate_quantize_rows")
 
     x = outliers(3, k)
     smooth = torch.rand(k) + 0.5 if smoothed else None
@@ -40,14 +38,14 @@ def test_smooth_rotate_quantize_rows(k, rotation, smoothed):
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_quantize_rows_is_exact(m, dtype):
-    from ideogram4_quant.ops.kernels import quantize_rows
+    quantize_rows = kernel("quantize_rows")
 
     x = outliers(m, 4608, dtype)
     check_quantized(quantize_rows(x), reference.quantize_rows(x), x.double(), scale_ulps=0)
 
 
 def test_ties_round_to_even():
-    from ideogram4_quant.ops.kernels import quantize_rows
+    quantize_rows = kernel("quantize_rows")
 
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 125.5]])
     q, scale = quantize_rows(x)
@@ -56,7 +54,7 @@ def test_ties_round_to_even():
 
 
 def test_zero_rows_quantize_to_zero_with_the_floor_scale():
-    from ideogram4_quant.ops.kernels import smooth_rotate_quantize_rows
+    smooth_rotate_quantize_rows = kernel("smooth_rotate_quantize_rows")
 
     q, scale = smooth_rotate_quantize_rows(torch.zeros(2, 512), None, 256)
     assert not q.any()
@@ -67,7 +65,8 @@ def test_zero_rows_quantize_to_zero_with_the_floor_scale():
 @pytest.mark.parametrize("rotation", [None, 256])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_row_that_is_not_finite_poisons_itself_alone(poison, rotation):
-    from ideogram4_quant.ops.kernels import int8_gemm, smooth_rotate_quantize_rows
+    int8_gemm = kernel("int8_gemm")
+    smooth_rotate_quantize_rows = kernel("smooth_rotate_quantize_rows")
 
     x = torch.randn(4, 4608)
     clean = smooth_rotate_quantize_rows(x, None, rotation)
@@ -87,7 +86,7 @@ def test_a_row_that_is_not_finite_poisons_itself_alone(poison, rotation):
 @pytest.mark.parametrize(("k", "rotation"), [(12288, 256), (768, None), (576, 64), (35, None)])
 @pytest.mark.parametrize("smoothed", [False, True], ids=["plain", "smooth"])
 def test_swiglu_quantize_rows(k, rotation, smoothed):
-    from ideogram4_quant.ops.kernels import swiglu_quantize_rows
+    swiglu_quantize_rows = kernel("swiglu_quantize_rows")
 
     gate, up = outliers(3, k) * 0.3, torch.randn(3, k)
     smooth = torch.rand(k) + 0.5 if smoothed else None
@@ -110,7 +109,7 @@ def modulations(lead: tuple[int, ...], k: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("k", "rotation"), [(4608, 256), (768, None), (1000, 4)])
 @pytest.mark.parametrize("which", range(6))
 def test_rmsnorm_scale_quantize_rows(k, rotation, which):
-    from ideogram4_quant.ops.kernels import rmsnorm_scale_quantize_rows
+    rmsnorm_scale_quantize_rows = kernel("rmsnorm_scale_quantize_rows")
 
     x = outliers(6, k).reshape(2, 3, k)
     weight = torch.rand(k) + 0.5
@@ -129,7 +128,7 @@ def test_rmsnorm_scale_quantize_rows(k, rotation, which):
 @pytest.mark.parametrize("k", [4608, 100])
 @pytest.mark.parametrize("which", range(6))
 def test_gate_residual_rmsnorm(k, which):
-    from ideogram4_quant.ops.kernels import gate_residual_rmsnorm
+    gate_residual_rmsnorm = kernel("gate_residual_rmsnorm")
 
     x, y = torch.randn(2, 3, k), torch.randn(2, 3, k)
     weight, gate = torch.rand(k) + 0.5, modulations((2, 3), k)[which]
@@ -141,7 +140,7 @@ def test_gate_residual_rmsnorm(k, which):
 
 
 def test_norms_of_rows_beyond_the_registers_run_the_formula_and_say_so_once(caplog):
-    from ideogram4_quant.ops.kernels import rmsnorm_scale_quantize_rows
+    rmsnorm_scale_quantize_rows = kernel("rmsnorm_scale_quantize_rows")
 
     x, weight = torch.randn(1, 20480), torch.ones(20480)
     for _ in range(2):
@@ -152,7 +151,8 @@ def test_norms_of_rows_beyond_the_registers_run_the_formula_and_say_so_once(capl
 
 
 def test_inputs_need_not_be_contiguous():
-    from ideogram4_quant.ops.kernels import gate_residual_rmsnorm, swiglu_quantize_rows
+    gate_residual_rmsnorm = kernel("gate_residual_rmsnorm")
+    swiglu_quantize_rows = kernel("swiglu_quantize_rows")
 
     fused = torch.randn(5, 2 * 768)
     gate, up = fused[:, :768], fused[:, 768:]
