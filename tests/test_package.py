@@ -91,6 +91,53 @@ def test_imports_inside_the_package_are_relative():
     assert offenders == []
 
 
+# as in docs/architecture.md: each row imports rows below it, never above
+ORDER = (
+    {"cli"},
+    {"nodes"},
+    {"pocket", "engine"},
+    {"diagnostics"},
+    {"quant"},
+    {"checkpoint"},
+    {"sampling", "gguf_loader"},
+    {"ops"},
+    {"files"},
+    {"errors", "version"},
+)
+
+
+def rank(module: str) -> int:
+    """The row of a module's first folder; the package's own face stands above all."""
+    room = module.split(".")[0]
+    return next((i for i, row in enumerate(ORDER) if room in row), -1)
+
+
+def imported(name: str) -> set[str]:
+    """What a module imports from the package, in functions too, without the package's name."""
+    path = ROOT.joinpath(*name.split(".")[1:])
+    package = name.split(".")[1:] if path.is_dir() else name.split(".")[1:-1]
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
+            base = [part for part in base if part]
+            found |= {".".join([*base, alias.name]) for alias in node.names}
+    return found
+
+
+def test_imports_point_down_the_table_of_rooms():
+    names = [n for n in modules(nodes=True) + modules(nodes=False) if n.count(".") >= 1]
+    upward = [
+        (name, target)
+        for name in names
+        for target in imported(name)
+        if rank(target) < rank(name.split(".", 1)[1])
+    ]
+    assert upward == []
+    assert {"cli", "nodes", "ops"} <= {name.split(".")[1] for name in names}
+
+
 def test_listed_packages_are_the_folders():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert settings["tool"]["setuptools"]["packages"] == [dotted(folder) for folder in packages()]
