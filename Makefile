@@ -1,11 +1,12 @@
 # Every target does its own set-up: a virtual environment in .venv with a pinned torch.
 #
 #   make demo       the main job: quantize the pocket model, sample every level, one contact sheet
-#   make test       the test suite          make test-all   the slow tests too
+#   make test       the test suite          make test-all   the slow tests too, one after another
 #   make lint       ruff format and lint    make bench      benchmarks of this machine
 #   make audit      known vulnerabilities of what is installed, by pip-audit (asks pypi.org)
 #
-# PYTHON picks the interpreter (3.11 to 3.13); PIP_ARGS is passed to every pip install.
+# PYTHON picks the interpreter (3.11 to 3.13); PIP_ARGS is passed to every pip install; JOBS is how
+# many processes share the tests.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -14,6 +15,7 @@ usable = $(shell $(1) -c 'import sys; print(int((3, 11) <= sys.version_info[:2] 
 PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13,$(if $(filter 1,$(call usable,$(p))),$(p))))
 VENV ?= .venv
 PIP_ARGS ?=
+JOBS ?= 2
 TORCH ?= torch==2.13.0
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
@@ -25,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help setup demo test test-all lint bench audit clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 setup: $(STAMP)
 
@@ -42,8 +44,10 @@ $(STAMP): pyproject.toml requirements.txt
 demo: setup
 	$(RUN) -m ideogram4_quant demo --out demo-out
 
+# a file of tests stays in one process, so that its fixtures are made once
+test: export OMP_NUM_THREADS = 1
 test: setup
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-all: setup
 	$(RUN) -m pytest
