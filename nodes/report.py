@@ -85,7 +85,10 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused
     for copy, candidate in _copies(pair):
         lines.append(_file_line(copy, candidate))
     if pair.unconditional is None:
-        lines.append("unconditional: no file of this level, so there is no guidance without one")
+        lines.append(
+            "unconditional: no file of this level, so this is half a model: without guidance "
+            "pictures are worse. Put the other copy beside it, or pick a level that has both"
+        )
     lines += _folded_lines(pair)
     lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
     if pair.level.startswith("Q"):
