@@ -26,8 +26,8 @@ class Checkpoint:
     """One or both copies of Ideogram 4 in files of any layout; only headers were read so far.
 
     ``level``: the one that most bytes of the linears have. ``copies``: which of ``conditional``
-    and ``unconditional`` it holds, ``copy_reason``: how that was told. ``bases`` give what the
-    files lack. Tensors come by canonical names (``canonical``).
+    and ``unconditional`` it holds, ``copy_reason``: how that was told, ``copy_assumed``: nothing
+    told it. ``bases`` give what the files lack. Tensors come by canonical names (``canonical``).
     """
 
     layout: str
@@ -39,6 +39,7 @@ class Checkpoint:
     containers: tuple[Container, ...]
     entries: Mapping[str, Mapping[str, Entry]]
     bases: tuple[Checkpoint, ...] = ()
+    copy_assumed: bool = False
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -17,17 +17,25 @@ logger = logging.getLogger(__name__)
 COPIES = (CONDITIONAL, UNCONDITIONAL)
 COPY_FOLDERS = {CONDITIONAL: "transformer", UNCONDITIONAL: "unconditional_transformer"}
 _METADATA_KEYS = ("ideogram4.copy", "model_type", "copy")
-_NAMES_OF_ANY_MODEL = ("diffusion_pytorch_model", "model.", "model-")
+_FOLDERS_ABOVE = 2  # whose names count where the file's own says nothing: cond/Q8_0/x.gguf
+# words of their own ("second" is no copy); what stands before "cond" may turn it around
+_NEGATED = re.compile(
+    r"uncond|(?<![a-z])(?:un|non|not?|neg(?:ative)?)[-_. ]*cond(?:itional)?(?![a-z])"
+)
+_PLAIN = re.compile(r"(?<![a-z])cond(?:itional)?(?![a-z])")
+_WORD_INSIDE = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _OVERRIDE = "say copy='unconditional' if it is the other one"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A copy and the rule that told it; ``certain``: the file itself says so."""
+    """A copy and the rule that told it; ``certain``: the file itself says so; ``assumed``: nothing
+    told it."""
 
     copy: str
     reason: str
     certain: bool = False
+    assumed: bool = False
 
 
 def tell_copy(container: Container, names: Collection[str], copy: str | None) -> Verdict:
@@ -61,12 +69,19 @@ def check_copy_name(copy: str) -> None:
 
 
 def _copy_in(text: str) -> str | None:
-    """The copy that a word in ``text`` names."""
-    text = text.lower()
-    if "uncond" in text:
-        return UNCONDITIONAL
-    # a word of its own: "second" is no copy
-    return CONDITIONAL if re.search(r"(?<![a-z])cond(?:itional)?(?![a-z])", text) else None
+    """The copy that the words in ``text`` name; None where they name none, or both."""
+    text = _WORD_INSIDE.sub(" ", text).lower()
+    rest, negated = _NEGATED.subn("", text)
+    plain = _PLAIN.search(rest) is not None
+    if negated:
+        return None if plain else UNCONDITIONAL
+    return CONDITIONAL if plain else None
+
+
+def without_copy_words(text: str) -> str:
+    """``text`` in lower case without the words for a copy: what the names of a pair share."""
+    text = _NEGATED.sub("", _WORD_INSIDE.sub(" ", text).lower())
+    return re.sub(r"itional|transformer|model", "", _PLAIN.sub("", text))
 
 
 def _by_metadata(container: Container) -> Verdict | None:
@@ -83,17 +98,22 @@ def _by_name(container: Container) -> Verdict | None:
     copy = _copy_in(path.name)
     if copy is not None:
         return Verdict(copy, f"the name {path.name} says so")
-    folder = path if path.is_dir() else path.parent
-    exact = {name: copy for copy, name in COPY_FOLDERS.items()}
-    copy = exact.get(folder.name)
-    if copy is None and path.name.startswith(_NAMES_OF_ANY_MODEL):
+    if path.is_dir() and path.name == COPY_FOLDERS[CONDITIONAL]:
+        return Verdict(CONDITIONAL, f"it is the folder {path.name}")
+    for folder in list(path.parents)[:_FOLDERS_ABOVE]:
         copy = _copy_in(folder.name)
-    return Verdict(copy, f"it lies in the folder {folder.name}") if copy else None
+        if copy is None and folder.name == COPY_FOLDERS[CONDITIONAL]:
+            copy = CONDITIONAL
+        if copy is not None:
+            return Verdict(copy, f"it lies in the folder {folder.name}")
+    return None
 
 
 def _by_content(names: Collection[str]) -> Verdict:
     if not any(name in names for name in TEXT_ONLY):
         return Verdict(UNCONDITIONAL, "it has no llm_cond_proj, which only text needs")
     return Verdict(
-        CONDITIONAL, f"neither metadata nor name nor content tell, so this is assumed; {_OVERRIDE}"
+        CONDITIONAL,
+        f"neither metadata nor name nor content tell, so this is assumed; {_OVERRIDE}",
+        assumed=True,
     )

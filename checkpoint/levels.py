@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError, NotIdeogram4Error, PairMismatchError
 from .checkpoints import Checkpoint, check_pair
+from .copies import without_copy_words
 from .listing import Listing
 from .published import files_of
 
@@ -84,10 +85,10 @@ def capability(int8: bool, bfloat16: bool) -> str:
     return "int8 and bfloat16" if bfloat16 else "int8 alone"
 
 
+_SIBLINGS = 2.0  # above any ratio of two names
 BOTH, ALTERNATING, STREAMED = "both", "alternating", "streamed"
 # Activations, attention and the VAE's decoder at 1024 px, beside the weights.
 WORKING_MEMORY = 1_900_000_000
-_COPY_WORDS = re.compile(r"un?cond(itional)?|transformer|model", re.IGNORECASE)
 
 
 def residency(sizes: tuple[int, int], memory: int, working: int = WORKING_MEMORY) -> str:
@@ -164,17 +165,24 @@ def resolve(
 
     memory: bytes of the device. Fits, from best to worst: both copies and the working memory, one
     copy and the working memory, neither (then the smallest). auto passes over files of linears only
-    unless there is a base for them. CheckpointError says what is missing.
+    unless there is a base for them, and over a conditional copy alone, which has no guidance,
+    unless no level has both. CheckpointError says what is missing, PairMismatchError that the
+    files do not say which copies they are.
     """
     if level != AUTO:
         pair = find_pair(level, catalogue.candidates)
         if pair is None:
             raise _nothing_found(level, catalogue)
-        return pair
+        return _sure(pair, catalogue.candidates)
     usable = [c for c in catalogue.candidates if with_base or not c.header.linears_only]
     pairs = [pair for pair in (find_pair(name, usable) for name in order) if pair is not None]
     if not pairs:
         raise _nothing_found(level, catalogue)
+    complete = [pair for pair in pairs if pair.unconditional is not None]
+    return _sure(_fitting(complete or pairs, memory), usable)
+
+
+def _fitting(pairs: Sequence[Pair], memory: int) -> Pair:
     for wanted in (BOTH, ALTERNATING):
         for pair in pairs:
             if residency(pair.weight_bytes(), memory) == wanted:
@@ -182,11 +190,31 @@ def resolve(
     return min(pairs, key=lambda pair: sum(pair.weight_bytes()))
 
 
+def _sure(pair: Pair, candidates: Iterable[Candidate]) -> Pair:
+    """The pair; PairMismatchError for half a one beside a file that may be its other half."""
+    if pair.unconditional is not None:
+        return pair
+    alike = [c for c in candidates if c is not pair.conditional and c.header.level == pair.level]
+    there = (pair.conditional, *alike)
+    unsure = [c.name for c in there if c.header.copy_assumed]
+    if not alike or not unsure:
+        return pair
+    raise PairMismatchError(
+        f"several files of {pair.level}, and nothing tells which one is the unconditional copy",
+        file=unsure[0],
+        found=", ".join(c.name for c in there),
+        needed="one conditional and one unconditional copy",
+        hint="Pick both by name and switch on trust_files, or put cond and uncond into the names "
+        "of the files or of their folders.",
+    )
+
+
 def find_pair(level: str, candidates: Iterable[Candidate]) -> Pair | None:
     """The pair of that level whose file names fit best; None without a conditional copy.
 
-    A file with both copies wins over two files; of two files, the names must differ least once the
-    words for the copy are taken out, and the models must be of one size.
+    A file with both copies wins over two files; then files of one name in sibling folders; of other
+    two files, the names must differ least once the words for the copy are taken out. The models
+    must be of one size.
     """
     there = [c for c in candidates if c.header.level == level]
     conditional = [c for c in there if "conditional" in c.header.copies]
@@ -219,11 +247,15 @@ def _fit(conditional: Candidate, other: Candidate) -> bool:
 def _likeness(first: Candidate, second: Candidate | None) -> float:
     if second is None:
         return 0.0
+    one, other = PurePosixPath(first.name), PurePosixPath(second.name)
+    siblings = one.parent.parent == other.parent.parent and one.parent != other.parent
+    if siblings and one.name.casefold() == other.name.casefold():
+        return _SIBLINGS
     return SequenceMatcher(None, _bare(first.name), _bare(second.name), autojunk=False).ratio()
 
 
 def _bare(name: str) -> str:
-    return re.sub(r"[-_. ]+", " ", _COPY_WORDS.sub("", name.casefold())).strip()
+    return re.sub(r"[-_. ]+", " ", without_copy_words(name)).strip()
 
 
 def _nothing_found(level: str, catalogue: Catalogue) -> CheckpointError:

@@ -14,7 +14,7 @@ from .canonical import canonical_shapes
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
 from .container import Container, json_object, open_container, read_json, stated_quantization
-from .copies import COPY_FOLDERS, check_copy_name, tell_copy
+from .copies import COPY_FOLDERS, Verdict, check_copy_name, tell_copy
 from .entries import Entry, main_level
 from .files import DOWNLOAD_AGAIN, RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
@@ -50,12 +50,15 @@ def open_checkpoint(
     folders = {name: path / folder for name, folder in COPY_FOLDERS.items()}
     if path.is_dir() and any(folder.is_dir() for folder in folders.values()):
         found = _open_pair(folders)
-        reason = "the folders name the copies"
+        verdict = Verdict("", "the folders name the copies", certain=True)
     else:
-        found, reason = _open_single(open_container(path), copy)
+        found, verdict = _open_single(open_container(path), copy)
     if copy is not None and copy not in found:
         raise PairMismatchError(
-            "the copy is not there", file=path, found=f"{', '.join(found)} ({reason})", needed=copy
+            "the copy is not there",
+            file=path,
+            found=f"{', '.join(found)} ({verdict.reason})",
+            needed=copy,
         )
     chosen = {name: part for name, part in found.items() if copy in (None, name)}
     containers = tuple({id(c): c for c, _, _ in chosen.values()}.values())
@@ -70,7 +73,8 @@ def open_checkpoint(
         level=main_level(entry for part in entries.values() for entry in part.values()),
         linears_only=layout.linears_only,
         copies=tuple(chosen),
-        copy_reason=reason,
+        copy_reason=verdict.reason,
+        copy_assumed=verdict.assumed,
         config=config,
         containers=containers,
         entries=entries,
@@ -98,7 +102,7 @@ def _open_pair(folders: Mapping[str, Path]) -> dict[str, Part]:
     return found
 
 
-def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part], str]:
+def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part], Verdict]:
     """(copy -> part of one container, how the copies were told apart)."""
     groups: dict[str | None, dict[Key, RawTensor]] = {}
     for key, raw in _parse(container).items():
@@ -107,7 +111,7 @@ def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part
     if set(groups) <= {None}:
         part = _part(container, groups.get(None, {}), folds.get(None, {}))
         verdict = tell_copy(container, part[2], copy)
-        return {verdict.copy: part}, verdict.reason
+        return {verdict.copy: part}, verdict
     if None in groups:  # sd.cpp: the other copy has a prefix of its own
         if CONDITIONAL in groups:
             raise CorruptFileError(
@@ -119,7 +123,7 @@ def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part
         folds[CONDITIONAL] = folds.pop(None, {})
     reason = "the prefixes of the keys name the copies"
     found = {n: _part(container, groups[n], folds.get(n, {})) for n in sorted(groups)}
-    return found, reason
+    return found, Verdict("", reason, certain=True)
 
 
 def _parse(container: Container) -> dict[Key, RawTensor]:

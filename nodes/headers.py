@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.listing import stamp
+from ..errors import NotIdeogram4Error
 
 
 def open_header(
@@ -19,10 +20,24 @@ def open_header(
     """`checkpoint.open_checkpoint`, cached by path, size and time of every file involved.
 
     bases: files that give what this one lacks. copy: the user's word for which copy it holds.
-    Raises what `open_checkpoint` raises; errors are not cached.
+    Raises what `open_checkpoint` raises. Of the errors only "this is another model" is remembered,
+    which a download that goes on cannot change without changing the file.
     """
     path = Path(path)
-    return _open(path, bases, copy, (stamp(path), *map(stamp, bases)))
+    state = stamp(path)
+    known = _others.get(path)
+    if known is not None and known[0] == state:
+        raise known[1].with_traceback(None)
+    try:
+        return _open(path, bases, copy, (state, *map(stamp, bases)))
+    except NotIdeogram4Error as error:
+        if not bases:  # else the base may be the one that is another model
+            _others[path] = (state, error.with_traceback(None))
+        raise
+
+
+# path -> (state of the file, what it was refused with); one entry for each file of the host's
+_others: dict[Path, tuple[tuple, NotIdeogram4Error]] = {}
 
 
 @lru_cache(maxsize=256)

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint.container import open_container
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..errors import CheckpointError, CorruptFileError, printable
+from .lora_kinds import AS_STORED, Strength, refuse_other_kinds, strength_of
 
 # prefix -> the copy that it names; None: the file does not say
 _PREFIXES: tuple[tuple[str, str | None], ...] = (
@@ -36,10 +37,11 @@ _SUFFIXES = {
     "lora.up.weight": "up",
     "alpha": "alpha",
 }
-_ENDINGS = (*(f".{suffix}" for suffix in _SUFFIXES), ".dora_scale")
+_ENDINGS = tuple(f".{suffix}" for suffix in _SUFFIXES)
 # a split name -> (the fused linear, which third of its rows)
 _SPLIT = {"to_q": ("qkv", 0), "to_k": ("qkv", 1), "to_v": ("qkv", 2)}
 _THIRDS = 3
+_NOTHING = torch.empty(())
 
 
 @dataclass(frozen=True)
@@ -85,30 +87,36 @@ def read_lora(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             "a LoRA is read from safetensors files", file=path, found=container.kind
         )
+    refuse_other_kinds(container.tensors, path.name)
     if not any(name.endswith(_ENDINGS) for name in container.tensors):
         raise _no_lora(container.tensors, path)  # before a whole model is read
     return container.load()
 
 
+def read_strength(path: Path) -> Strength:
+    """The strength that the metadata of a LoRA file states, for linears without alpha tensors."""
+    return strength_of(open_container(path).metadata, path.name)
+
+
 def parse_lora(
-    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], file: str
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, int]],
+    file: str,
+    strength: Strength = AS_STORED,
 ) -> LoraFile:
     """Sorts a file's tensors by copy and linear; split q, k and v become one update of qkv.
 
-    shapes: the model's linears, name -> (N, K). CheckpointError if nothing fits this model,
-    CorruptFileError for halves without each other or of the wrong shape.
+    shapes: the model's linears, name -> (N, K). strength: what the file's metadata states, for
+    linears without an alpha tensor. CheckpointError if nothing fits this model or the file is more
+    than a plain LoRA (DoRA, LoKr, LoHa, OFT, .diff ...), CorruptFileError for halves
+    without each other or of the wrong shape.
     """
     known = _spellings(shapes)
     parts: dict[tuple[str | None, str], dict[str, Tensor]] = {}
     result = LoraFile()
+    refuse_other_kinds(state, file)
+    names: dict[tuple[str | None, str], str] = {}
     for name, tensor in state.items():
-        if name.endswith(".dora_scale"):
-            raise CheckpointError(
-                "this is a DoRA: it rescales the weights, which a side path cannot",
-                file=file,
-                tensor=name,
-                hint="Load it with the stock Load LoRA node, which patches the weights.",
-            )
         place = _locate(name, known)
         if place is None:
             result.unknown.append(name)
@@ -120,13 +128,26 @@ def parse_lora(
                 f"its {kind} half is stored twice, under two names", file=file, tensor=name
             )
         found[kind] = tensor
+        names[copy, module] = name
     pieces: dict[tuple[str | None, str], dict[int | None, LowRank]] = {}
     for (copy, module), found in parts.items():
         fused, third = _fused(module)
         n, k = shapes[fused]
         rows = n if third is None else n // _THIRDS
+        if "alpha" not in found and found.get("down", _NOTHING).ndim:
+            rank = len(found["down"])
+            spelled = (module, names[copy, module].rpartition(".lora")[0])
+            found["alpha"] = torch.tensor(strength.scale(spelled, max(rank, 1)) * rank)
         pieces.setdefault((copy, fused), {})[third] = _low_rank(found, module, (rows, k), file)
     for (copy, fused), found in pieces.items():
+        if None in found and len(found) > 1:
+            raise CheckpointError(
+                "this linear is stored fused and split at once, which would add both",
+                file=file,
+                tensor=fused,
+                needed="qkv, or to_q, to_k and to_v",
+                hint="Remove one of the two from the file.",
+            )
         result.updates.setdefault(copy, {})[fused] = _fuse(found, shapes[fused][0])
     if not result.updates:
         raise _no_lora(state, file)
@@ -139,7 +160,7 @@ def _no_lora(names: Iterable[str], file: str | Path) -> CheckpointError:
         file=file,
         found=", ".join(list(names)[:3]) or "no tensors",
         needed="lora_A and lora_B, or lora_down and lora_up, of layers.N...",
-        hint="It may be a LoRA of another model, or a LoKr or LoHa.",
+        hint="It may be a LoRA of another model.",
     )
 
 
@@ -194,6 +215,14 @@ def _low_rank(
             )
     down, up = found["down"].float(), found["up"].float()
     rank = len(down) if down.ndim else 0
+    if down.ndim and rank == 0:
+        raise CorruptFileError(
+            "the LoRA has rank 0 here, so it changes nothing",
+            file=file,
+            tensor=module,
+            found=tuple(down.shape),
+            needed="rank 1 or more",
+        )
     for half, tensor, needed in (("down", down, (rank, shape[1])), ("up", up, (shape[0], rank))):
         if tuple(tensor.shape) != needed or rank == 0:
             raise CorruptFileError(

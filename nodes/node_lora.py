@@ -7,7 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from ..checkpoint.copies import COPIES
-from .lora_files import describe, parse_lora, read_lora
+from .lora_files import describe, parse_lora, read_lora, read_strength
 from .lora_loading import add_lora, linear_shapes, remaining_folding
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
@@ -99,7 +99,7 @@ class LoadLora(io.ComfyNode):
         if lora == NONE:
             return io.NodeOutput(conditional, unconditional, _NOTHING_PICKED)
         path = host_listing(FOLDERS).path(lora)
-        found = parse_lora(read_lora(path), linear_shapes(conditional), lora)
+        found = parse_lora(read_lora(path), linear_shapes(conditional), lora, read_strength(path))
         if found.unknown:
             logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
         outputs, notes = [], [describe(found)]

@@ -133,9 +133,12 @@ class LoadIdeogram4(io.ComfyNode):
             models.append(load_model(source))
         found = measured(m for m in models if m is not None)
         here = replace(here, attention=attention, measured=found)
+        note = report.summary(pair, level, options, here, fused.why)
+        for model in models:
+            if model is not None:  # for the sampler: from the second picture on, this is cached
+                model.set_attachments(report.MADE_WITH, note)
         if cls.hidden.extra_pnginfo is not None:  # what SaveImage writes into the file
-            note = report.summary(pair, level, options, here, fused.why)
-            cls.hidden.extra_pnginfo["ideogram4_quant"] = note
+            cls.hidden.extra_pnginfo[report.NOTE] = note
         return io.NodeOutput(*models, report.text(pair, level, options, here, fused.why))
 
 

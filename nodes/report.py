@@ -79,13 +79,20 @@ def summary(
     }
 
 
+NOTE = "ideogram4_quant"  # in the PNG
+MADE_WITH = "ideogram4_quant_made_with"  # on a loaded model: its summary
+
+
 def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused: str = OFF) -> str:
     """The same for people, one fact a line."""
     lines = [_level_line(pair, asked)]
     for copy, candidate in _copies(pair):
         lines.append(_file_line(copy, candidate))
     if pair.unconditional is None:
-        lines.append("unconditional: no file of this level, so there is no guidance without one")
+        lines.append(
+            "unconditional: no file of this level, so this is half a model: without guidance "
+            "pictures are worse. Put the other copy beside it, or pick a level that has both"
+        )
     lines += _folded_lines(pair)
     lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
     if pair.level.startswith("Q"):

@@ -22,6 +22,7 @@ class Header:
     size: int = 1000
     config: ModelConfig = field(default_factory=ModelConfig)
     copy_reason: str = "its name"
+    copy_assumed: bool = False
     linears_only: bool = False
     layout: str = "some layout"
     protected: tuple[str, ...] = ()

@@ -95,19 +95,31 @@ def test_config_that_is_no_json(tmp_path: Path, state, text: str):
         ("transformer/model.safetensors", "conditional"),
         ("unconditional_transformer/x.safetensors", "unconditional"),
         ("ideogram-4-unconditional/diffusion_pytorch_model.safetensors", "unconditional"),
+        ("cond/x.safetensors", "conditional"),
+        ("uncond/x.safetensors", "unconditional"),
+        ("Un-Conditional/Q8_0/x.safetensors", "unconditional"),
+        ("uncond/ideogram4-cond.safetensors", "conditional"),
+        ("Ideogram4-Un-Conditional.safetensors", "unconditional"),
+        ("ideogram4_non_cond.safetensors", "unconditional"),
+        ("ideogram4-no-cond-Q8_0.safetensors", "unconditional"),
+        ("ideogram4 neg cond.safetensors", "unconditional"),
+        ("Ideogram4UnConditional.safetensors", "unconditional"),
     ],
 )
 def test_copy_by_name(tmp_path: Path, state, name: str, copy: str):
     ck = open_checkpoint(files.save(tmp_path / name, state))
     assert ck.copies == (copy,)
-    assert Path(name).name in ck.copy_reason or Path(name).parent.name in ck.copy_reason
+    assert any(part in ck.copy_reason for part in Path(name).parts)
 
 
-@pytest.mark.parametrize("name", ["ideogram4-Q4_0.safetensors", "second.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["ideogram4-Q4_0.safetensors", "second.safetensors", "cond-uncond.safetensors"]
+)
 def test_copy_is_never_guessed_silently(tmp_path: Path, state, name: str):
     ck = open_checkpoint(files.save(tmp_path / name, state))
     assert ck.copies == ("conditional",)
     assert "assumed" in ck.copy_reason
+    assert ck.copy_assumed
     assert "copy=" in ck.copy_reason
 
 

@@ -276,6 +276,17 @@ def test_picture_says_what_it_was_made_with(server):
     assert len(note["files"]["unconditional"]["fingerprint"]) == 64
 
 
+def test_second_picture_of_a_cached_loader_says_what_it_was_made_with_too(server):
+    notes = []
+    for seed in (21, 22):
+        run = server.run(graphs.with_sampler(seed=seed, level="auto"))
+        data = server.fetch(run.outputs["saved"]["images"][0])
+        notes.append(json.loads(Image.open(io.BytesIO(data)).text["ideogram4_quant"]))
+    assert "model" in run.cached
+    assert notes[1] == notes[0]
+    assert notes[1]["level"] == "INT8 W8A8"
+
+
 def test_report_names_files_copies_and_memory(server):
     graph = graphs.parts() | {"shown": graphs.node("PreviewAny", source=("model", 2))}
     shown = text(server.run(graph), "shown")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from ideogram4_quant.checkpoint import ModelConfig
+from ideogram4_quant.checkpoint import ModelConfig, open_checkpoint
 from ideogram4_quant.checkpoint.levels import (
     AUTO,
     AUTO_ORDER,
@@ -19,7 +22,12 @@ from ideogram4_quant.checkpoint.levels import (
     resolve,
 )
 from ideogram4_quant.checkpoint.listing import list_files
-from ideogram4_quant.errors import CheckpointError, NotIdeogram4Error, TruncatedFileError
+from ideogram4_quant.errors import (
+    CheckpointError,
+    NotIdeogram4Error,
+    PairMismatchError,
+    TruncatedFileError,
+)
 from ideogram4_quant.nodes import headers
 from ideogram4_quant.tests.fixtures_levels import BOTH, COND, UNCOND, Header, catalogue
 
@@ -51,6 +59,31 @@ def test_headers_are_read_once_for_each_state_of_a_file(tmp_path, monkeypatch):
         with pytest.raises(TruncatedFileError):
             headers.open_header(broken)
     assert read[3:] == ["broken.gguf"] * 2
+
+
+def test_other_models_are_read_once_for_each_state_of_a_file(tmp_path, monkeypatch):
+    read = []
+
+    def open_file(path, *_, **__):
+        read.append(path)
+        return open_checkpoint(path)
+
+    monkeypatch.setattr(headers, "open_checkpoint", open_file)
+    for number in range(200):
+        save_file({"other.weight": torch.zeros(1)}, tmp_path / f"{number}.safetensors")
+    listing = list_files("models", [str(tmp_path)])
+    assert read_catalogue(listing, headers.open_header).candidates == []
+    assert len(read) == 200
+    seconds = []
+    for _ in range(3):  # the least: other programs may be running here
+        start = time.perf_counter()
+        found = read_catalogue(listing, headers.open_header)
+        seconds.append(time.perf_counter() - start)
+    assert (len(read), found.candidates, found.broken) == (200, [], {})
+    assert min(seconds) < 0.05
+    os.utime(tmp_path / "7.safetensors", ns=(0, 1))
+    read_catalogue(listing, headers.open_header)
+    assert read[200:] == [tmp_path / "7.safetensors"]
 
 
 def test_catalogue_passes_over_other_models_and_notes_broken_files(tmp_path):
@@ -87,6 +120,39 @@ def test_copies_are_paired_by_the_names_that_differ_least():
         others = [c for c in files.candidates if c.name == name or c.header.copies == UNCOND]
         found = find_pair("Q4_0", others)
         assert (found.conditional.name, found.unconditional.name) == (name, partner)
+
+
+def test_equal_names_in_sibling_folders_are_a_pair():
+    files = catalogue(
+        **{
+            "my text copy/x.gguf": Header("Q4_0", COND),
+            "b-uncond/x.gguf": Header("Q4_0", UNCOND),
+            "my text copy/uncond-x.gguf": Header("Q4_0", UNCOND),
+        }
+    )
+    assert find_pair("Q4_0", files.candidates).unconditional.name == "b-uncond/x.gguf"
+
+
+@pytest.mark.parametrize("level", [AUTO, "Q4_0"])
+def test_files_that_do_not_say_which_copy_they_are_are_asked_about(level):
+    unsure = Header("Q4_0", COND, copy_assumed=True)
+    files = catalogue(**{"a/x.gguf": unsure, "b/x.gguf": unsure})
+    with pytest.raises(PairMismatchError, match=r"a/x\.gguf, b/x\.gguf.*trust_files"):
+        resolve(level, files, LEVELS, 0)
+    assert resolve(level, catalogue(x=unsure), LEVELS, 0).unconditional is None
+    files = catalogue(**{"x.gguf": unsure, "x_uncond.gguf": Header("Q4_0", UNCOND)})
+    assert resolve(level, files, LEVELS, 0).unconditional.name == "x_uncond.gguf"
+
+
+@pytest.mark.parametrize("memory", [0, 10**9, 10**12])
+def test_auto_takes_half_a_model_only_where_no_level_has_both(memory):
+    half = Header("INT8 W8A8", COND, 100)
+    files = catalogue(a=half, b=Header("Q8_0", COND), c=Header("Q8_0", UNCOND))
+    order = AUTO_ORDER["int8 and bfloat16"]
+    found = resolve(AUTO, files, order, memory)
+    assert (found.level, found.unconditional.name) == ("Q8_0", "c")
+    assert resolve("INT8 W8A8", files, order, memory).unconditional is None  # as asked
+    assert resolve(AUTO, catalogue(a=half), order, memory).level == "INT8 W8A8"
 
 
 def test_files_of_another_size_are_no_partners():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
-from ideogram4_quant.nodes.lora_files import parse_lora, stack
+from ideogram4_quant.nodes.lora_files import parse_lora, read_lora, read_strength, stack
+from ideogram4_quant.nodes.lora_kinds import strength_of
 
 SHAPES = {"layers.0.attention.qkv": (12, 4), "layers.0.attention.o": (4, 4), "input_proj": (4, 6)}
 
@@ -86,8 +90,91 @@ def test_unnamed_updates_go_to_the_conditional_copy_unless_told():
 
 
 def test_other_tensors_are_counted_not_dropped_silently():
-    state = pair("input_proj", 2) | {"layers.0.attention.o.lokr_w1": torch.zeros(2, 2)}
-    assert parse_lora(state, SHAPES, "f").unknown == ["layers.0.attention.o.lokr_w1"]
+    state = pair("input_proj", 2) | {"layers.0.attention.o.other": torch.zeros(2, 2)}
+    assert parse_lora(state, SHAPES, "f").unknown == ["layers.0.attention.o.other"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "kind"),
+    [
+        ("lora_magnitude_vector", "a DoRA"),
+        ("lora_magnitude_vector.default.weight", "a DoRA"),
+        ("dora_scale", "a DoRA"),
+        ("diff", "whole changes"),
+        ("diff_b", "whole changes"),
+        ("lokr_w1", "a LoKr"),
+        ("lokr_w2_a", "a LoKr"),
+        ("hada_w1_a", "a LoHa"),
+        ("oft_blocks", "an OFT"),
+        ("oft_R.weight", "an OFT"),
+        ("oft_diag", "an OFT"),
+        ("lora_B.bias", "a bias"),
+    ],
+)
+def test_kinds_that_a_side_path_cannot_apply_are_named(tmp_path, tail, kind):
+    name = f"diffusion_model.layers.0.attention.o.{tail}"
+    for state in ({name: torch.ones(4)}, pair("input_proj", 2) | {name: torch.ones(4)}):
+        save_file(state, tmp_path / "f.safetensors")
+        for refused in (
+            lambda: read_lora(tmp_path / "f.safetensors"),
+            lambda state=state: parse_lora(state, SHAPES, "f"),
+        ):
+            with pytest.raises(CheckpointError, match=kind) as caught:
+                refused()
+            assert caught.value.tensor == name
+
+
+def adapter(**config) -> dict[str, str]:
+    return {"lora_adapter_metadata": json.dumps({f"transformer.{k}": v for k, v in config.items()})}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scale"),
+    [
+        ({}, 1.0),
+        (adapter(r=4, lora_alpha=1), 0.25),
+        (adapter(r=4, lora_alpha=8), 2.0),
+        (adapter(r=4, lora_alpha=1, use_rslora=True), 0.5),
+        (adapter(r=16, lora_alpha=2, rank_pattern={"input_proj": 4}), 0.5),
+        (adapter(r=4, lora_alpha=4, alpha_pattern={"input_proj": 2}), 0.5),
+        (adapter(r=4, lora_alpha=4, alpha_pattern={"put_proj": 2, "other": 1}), 1.0),
+        ({"ss_network_alpha": "2.0", "ss_network_dim": "4"}, 0.5),
+    ],
+)
+def test_metadata_gives_the_strength_where_no_alpha_tensor_does(tmp_path, metadata, scale):
+    state = pair("input_proj", 4, prefix="transformer.")
+    path = tmp_path / "f.safetensors"
+    save_file(state, path, metadata)
+    strength = read_strength(path)
+    down, up = state.values()
+    found = parse_lora(read_lora(path), SHAPES, "f", strength).updates[None]["input_proj"]
+    torch.testing.assert_close(delta(found), up @ down * scale)
+    state["transformer.input_proj.alpha"] = torch.tensor(12.0)  # goes before the metadata
+    found = parse_lora(state, SHAPES, "f", strength).updates[None]["input_proj"]
+    torch.testing.assert_close(delta(found), up @ down * 3.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"lora_adapter_metadata": "["}, "no JSON object"),
+        (adapter(lora_alpha="much"), "lora_alpha is no number"),
+        (adapter(lora_alpha=1, use_dora=True), "this is a DoRA"),
+        (adapter(lora_alpha=1, alpha_pattern={"(a+)+b": 2}), "not supported"),
+        ({"ss_network_alpha": "nan"}, "ss_network_alpha is no number"),
+    ],
+)
+def test_strengths_that_cannot_be_understood_are_refused(metadata, words):
+    with pytest.raises(CheckpointError, match=words):
+        strength_of(metadata, "f")
+
+
+def test_rank_0_and_fused_with_split_rows_are_told_in_words():
+    with pytest.raises(CorruptFileError, match="rank 0"):
+        parse_lora(pair("input_proj", 0), SHAPES, "f")
+    both = pair("layers.0.attention.qkv", 2) | pair("layers.0.attention.to_q", 2, rows=4)
+    with pytest.raises(CheckpointError, match="fused and split at once"):
+        parse_lora(both, SHAPES, "f")
 
 
 @pytest.mark.parametrize(
