@@ -20,6 +20,7 @@ from ..linear import LinearOptions
 from .base import BaseParams, Layout, check_same_device
 from .gguf import GGUFLayout
 from .int8 import Int8Layout
+from .weight import Weight, derived
 
 _PREFIX = "fold_"
 _FIELDS = tuple(field.name for field in dataclasses.fields(Fold))
@@ -120,7 +121,7 @@ class FoldedLayout(Layout):
             fold_row_rotation=group if turned else None,
             fold_first_row=max(first - start, 0) if turned else 0,
         )
-        return QuantizedTensor(whole._qdata, qtensor._layout_cls, changed)
+        return derived(qtensor, whole._qdata, changed)
 
     @classmethod
     def wrap(cls, params: Any, fold: Fold, **changes: Any) -> Any:
@@ -174,7 +175,7 @@ def folded_tensor(weight: QuantizedTensor, fold: Fold) -> QuantizedTensor:
     fold.check(weight._params.matrix_shape)
     check_same_device(weight._qdata, smooth=fold.smooth, rows=fold.rows)
     fold = _on(fold, weight._qdata.device)
-    return QuantizedTensor(weight._qdata, layout.NAME, layout.wrap(weight._params, fold))
+    return Weight(weight._qdata, layout.NAME, layout.wrap(weight._params, fold))
 
 
 def fold_of(params: Any) -> Fold:

@@ -21,6 +21,7 @@ from .base import (
     row_chunks,
     uniform,
 )
+from .weight import Weight
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -113,7 +114,7 @@ def fp8_tensor(data: Tensor, scale: Tensor, *, dtype: torch.dtype) -> QuantizedT
     params = FP8Layout.Params(
         orig_dtype=dtype, orig_shape=(n, k), scale=_shaped(scale.float(), n).contiguous()
     )
-    return QuantizedTensor(data.contiguous(), FP8Layout.NAME, params)
+    return Weight(data.contiguous(), FP8Layout.NAME, params)
 
 
 def _shaped(scale: Tensor, n: int) -> Tensor:

@@ -17,6 +17,7 @@ from ..prequantized import gguf_product
 from ..rotation import largest_group
 from .base import BaseParams, Layout, check_dtype, check_matrix, row_chunks
 from .hooks import InputHooks
+from .weight import Weight
 
 
 class GGUFLayout(InputHooks, Layout):
@@ -144,7 +145,7 @@ def gguf_tensor(
             needed=f"torch.uint8 {(n, row_bytes)}",
         )
     params = GGUFLayout.Params(orig_dtype=dtype, orig_shape=(n, k), qtype=qtype)
-    return QuantizedTensor(data.reshape(n, row_bytes).contiguous(), GGUFLayout.NAME, params)
+    return Weight(data.reshape(n, row_bytes).contiguous(), GGUFLayout.NAME, params)
 
 
 def _row_bytes(qtype: str, k: int) -> int:

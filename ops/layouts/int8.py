@@ -24,6 +24,7 @@ from .base import (
     uniform,
 )
 from .hooks import InputHooks
+from .weight import Weight
 
 
 class Int8Layout(InputHooks, Layout):
@@ -198,7 +199,7 @@ def int8_tensor(
     params = Int8Layout.Params(
         orig_dtype=dtype, orig_shape=(n, k), scale=scale, smooth=smooth, rotation=rotation
     )
-    return QuantizedTensor(q.contiguous(), Int8Layout.NAME, params)
+    return Weight(q.contiguous(), Int8Layout.NAME, params)
 
 
 def _validated(q: Tensor, scale: Tensor) -> Tensor:

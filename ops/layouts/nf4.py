@@ -22,6 +22,7 @@ from .base import (
     row_chunks,
     uniform,
 )
+from .weight import Weight
 
 
 class NF4Layout(Layout):
@@ -149,7 +150,7 @@ def nf4_tensor(
         code=code.float().reshape(-1),
         block_size=int(block_size),
     )
-    return QuantizedTensor(qdata, NF4Layout.NAME, params)
+    return Weight(qdata, NF4Layout.NAME, params)
 
 
 def _aligned(k: int, block_size: int) -> bool:
