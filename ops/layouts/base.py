@@ -135,6 +135,14 @@ class Layout(QuantizedLayout):
         return {"": qdata, **fields}
 
     @classmethod
+    @abstractmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """What ``comfy_quant`` says beside these tensors in a file: ``format``, and what they lack.
+
+        A stock format where stock ComfyUI computes the same from it, else one of our name.
+        """
+
+    @classmethod
     def can_slice_rows(cls, params: Any) -> bool:
         """Whether a run of rows is a run of the storage."""
         return True

@@ -41,6 +41,7 @@ class FoldedLayout(Layout):
     """``W = fold.unfold(BASE.dequantize(qdata))``: the storage is ``W'`` in the layout ``BASE``."""
 
     BASE: type[Layout]
+    FORMAT: str
 
     @classmethod
     def quantize(cls, tensor: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any]:
@@ -56,6 +57,13 @@ class FoldedLayout(Layout):
         """The weight in original coordinates, in ``orig_dtype``."""
         wide = dataclasses.replace(params, orig_dtype=torch.float32)
         return fold_of(params).unfold(cls.BASE.dequantize(qdata, wide)).to(params.orig_dtype)
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """BASE's under a name of its own, and the fold but for its vectors."""
+        names = ("rotation", "row_rotation", "first_row")
+        fold = {name: getattr(params, _PREFIX + name) for name in names}
+        return {**cls.BASE.description(params), "format": cls.FORMAT, "fold": fold}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -136,6 +144,7 @@ class FoldedInt8Layout(FoldedLayout):
 
     NAME = "Ideogram4QuantFoldedInt8"
     BASE = Int8Layout
+    FORMAT = "ideogram4_quant_folded_int8"
     ROW_FIELDS = (*Int8Layout.ROW_FIELDS, "fold_rows")
 
     @dataclass(frozen=True, eq=False, kw_only=True)
@@ -148,6 +157,7 @@ class FoldedGGUFLayout(FoldedLayout):
 
     NAME = "Ideogram4QuantFoldedGGUF"
     BASE = GGUFLayout
+    FORMAT = "ideogram4_quant_folded_gguf"
     ROW_FIELDS = (*GGUFLayout.ROW_FIELDS, "fold_rows")
 
     @dataclass(frozen=True, eq=False, kw_only=True)

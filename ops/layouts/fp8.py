@@ -86,6 +86,11 @@ class FP8Layout(Layout):
         return out
 
     @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Stock's ``float8_e4m3fn`` for one scale; it knows no scale a row."""
+        return {"format": "ideogram4_quant_fp8" if params.scale.dim() else "float8_e4m3fn"}
+
+    @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
         """Keep the granularity when a patched weight is quantized again."""
         return {"per_row": qtensor._params.scale.dim() > 0}

@@ -69,6 +69,12 @@ class GGUFLayout(InputHooks, Layout):
         return out
 
     @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Type and shape, which the bytes do not tell."""
+        shape = list(params.matrix_shape)
+        return {"format": "ideogram4_quant_gguf", "qtype": params.qtype, "shape": shape}
+
+    @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
         """Keep the block format when a patched weight is quantized again."""
         return {"qtype": qtensor._params.qtype}

@@ -101,6 +101,15 @@ class Int8Layout(InputHooks, Layout):
         return out
 
     @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Stock's ``int8_tensorwise`` with its ConvRot; with smoothing a format of our name."""
+        smoothed = params.smooth is not None
+        said = {"format": "ideogram4_quant_int8" if smoothed else "int8_tensorwise"}
+        if params.rotation is None:
+            return said
+        return {**said, "convrot": True, "convrot_groupsize": params.rotation}
+
+    @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
         """Keep smoothing and rotation when a patched weight is quantized again."""
         return {"smooth": qtensor._params.smooth, "rotation": qtensor._params.rotation}

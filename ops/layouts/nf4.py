@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,28 @@ class NF4Layout(Layout):
             values = nf4.decode(data, absmax, params.code, count, params.block_size)
             out[rows] = values.view(-1, k)
         return out
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+        """bitsandbytes' tensors, under its names."""
+        state = {
+            "quant_type": "nf4",
+            "blocksize": params.block_size,
+            "dtype": str(params.orig_dtype).removeprefix("torch."),
+            "shape": list(params.matrix_shape),
+        }
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return {
+            "": qdata,
+            ".absmax": params.absmax,
+            ".quant_map": params.code,
+            ".quant_state.bitsandbytes__nf4": text,
+        }
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """A format of our name: stock ComfyUI has none. bitsandbytes' tensors say the rest."""
+        return {"format": "ideogram4_quant_nf4"}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
