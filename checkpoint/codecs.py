@@ -26,6 +26,10 @@ from .parts import Parts
 SMOOTH_INT8 = "ideogram4_quant_int8"
 """Format name, in ``comfy_quant``, of int8 weights that need their smoothing vector."""
 
+FOLDED_INT8 = "ideogram4_quant_folded_int8"
+ROW_FP8 = "ideogram4_quant_fp8"
+"""Format names of weights that the host saved: int8 of a folded file, fp8 with a scale a row."""
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -121,7 +125,7 @@ class Int8(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
-        parts.check_format("int8_tensorwise", SMOOTH_INT8)
+        parts.check_format("int8_tensorwise", SMOOTH_INT8, FOLDED_INT8)
         if parts.quantization().get("format") == SMOOTH_INT8 and "smooth" not in parts.roles:
             raise parts.corrupt("a smoothed weight without its vector", "no smooth", "smooth")
         return "INT8 W8A8 rotated" if parts.rotation() else "INT8 W8A8"
@@ -186,7 +190,7 @@ class Fp8(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
-        parts.check_format("float8_e4m3fn")
+        parts.check_format("float8_e4m3fn", ROW_FP8)
         if parts.weight.dtype != "F8_E4M3":
             raise parts.unsupported(parts.weight.dtype)
         return "FP8"

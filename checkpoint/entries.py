@@ -19,11 +19,12 @@ from .files import DOWNLOAD_AGAIN
 from .folding import StoredFolding
 from .nf4 import Nf4
 from .parts import Parts
+from .saved import SavedBlocks, SavedFolded
 
 logger = logging.getLogger(__name__)
 
 # The first that claims a weight reads it.
-CODECS: tuple[type[Stored], ...] = (Nf4, Int8, Fp8, Blocks, Plain)
+CODECS: tuple[type[Stored], ...] = (Nf4, SavedBlocks, SavedFolded, Int8, Fp8, Blocks, Plain)
 
 Progress = Callable[[int, int], None]
 

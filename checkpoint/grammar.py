@@ -68,6 +68,10 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
     "weight_scale": ("weight", "scale"),
     "comfy_quant": ("weight", "conf"),
     "pre_quant_scale": ("weight", "pre_quant_scale"),
+    # what ComfyUI's save nodes write from models of this pack, see saved
+    "weight_smooth": ("weight", "smooth"),
+    "weight_fold_smooth": ("weight", "fold_smooth"),
+    "weight_fold_rows": ("weight", "fold_rows"),
     "input_scale": ("weight", None),  # for activations in fp8, which are not used here
     # ComfyUI's older names
     "scale_weight": ("weight", "scale"),
@@ -82,7 +86,7 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
     "weight_s_channel": ("weight", "unsupported"),
     "SCB": ("weight", "unsupported"),
 }
-MARKERS = ("scaled_fp8",)  # tensors that only say how others are stored
+MARKERS = ("scaled_fp8", "ideogram4_quant")  # tensors that only say how others are stored
 
 _MODULE = re.compile(
     r"layers\.\d{1,4}\.(?:attention\.(?:qkv|o|to_q|to_k|to_v|to_out\.0|norm_q|norm_k)"

@@ -20,6 +20,7 @@ from .files import DOWNLOAD_AGAIN, RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
 from .grammar import CONDITIONAL, MARKERS, PREFIXES, Key, build_entries, parse_fold_key, parse_key
 from .layouts import check_is_ideogram4, layout_of
+from .saved import with_words
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ def _open_pair(folders: Mapping[str, Path]) -> dict[str, Part]:
 
 def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part], Verdict]:
     """(copy -> part of one container, how the copies were told apart)."""
+    container = with_words(container, PREFIXES)
     groups: dict[str | None, dict[Key, RawTensor]] = {}
     for key, raw in _parse(container).items():
         groups.setdefault(PREFIXES[key.prefix], {})[key] = raw

@@ -7,6 +7,8 @@ everything else (casts, offload, low-rank patches, dynamic memory) stays the hos
 
 from __future__ import annotations
 
+import json
+
 import comfy.ops
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
@@ -51,6 +53,11 @@ def is_ours(weight: object) -> bool:
     return isinstance(weight, QuantizedTensor) and weight._layout_cls in FORMATS
 
 
+def text_tensor(said: dict) -> Tensor:
+    """A description as the uint8 tensor of JSON that the host keeps in files."""
+    return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+
+
 class _QuantizedLinear:
     """What the host's mixed-precision linear, which this is mixed into, lacks for our layouts."""
 
@@ -85,6 +92,14 @@ class _QuantizedLinear:
         )
         if key in missing:
             missing.remove(key)
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        sd = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        if is_ours(self.weight):
+            # the host writes a format's name; what of it the tensors do not tell is ours to say
+            said = self.weight.layout_cls.description(self.weight._params)
+            sd[f"{prefix}comfy_quant"] = text_tensor(said)
+        return sd
 
     def forward_comfy_cast_weights(
         self, input, compute_dtype=None, want_requant=False, weight_only_quant=False

@@ -14,6 +14,7 @@ import folder_paths
 import torch
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.saved import WORDS
 from ..ops.dispatch import AUTO
 from ..ops.linear import LinearOptions
 from ..ops.tuning import choices
@@ -22,7 +23,7 @@ from .attention import check as check_attention
 from .attention import install
 from .fused_blocks import add_fused_blocks
 from .headers import open_header
-from .host_ops import make_ops
+from .host_ops import make_ops, text_tensor
 from .report import HOST_ATTENTION
 
 ATTACHMENT = "ideogram4_quant"
@@ -83,6 +84,9 @@ def load_model(
     if not management.is_device_cpu(offload):
         model.to(offload)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    # what the host's save nodes would lose: they write tensors, and metadata of their own
+    said = text_tensor({"copy": source.copy, "config": header.config.to_dict()})
+    model.diffusion_model.register_buffer(WORDS, said)
     patcher.cached_patcher_init = (load_model, (source,))
     patcher.set_attachments(ATTACHMENT, source)
     patcher.set_attachments(LAYERS, layers)

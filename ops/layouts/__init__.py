@@ -2,7 +2,7 @@
 
 Importing this registers them under the names below. ``dequantize()`` is the true weight in original
 coordinates; ``w[a:b]`` and ``split`` over rows stay quantized; ``F.linear(x, w)`` runs what
-``ops.linear.linear`` runs with its default options.
+``ops.linear.linear`` runs with its default options. Arithmetic in place quantizes the result again.
 """
 
 from comfy_kitchen.tensor.base import QuantizedTensor, register_layout_class
@@ -14,6 +14,7 @@ from .fp8 import FP8Layout, fp8_tensor
 from .gguf import GGUFLayout, gguf_tensor
 from .int8 import Int8Layout, int8_tensor
 from .nf4 import NF4Layout, nf4_tensor
+from .weight import Weight
 
 LAYOUTS: dict[str, type[Layout]] = {
     layout.NAME: layout
@@ -41,6 +42,7 @@ __all__ = [
     "Layout",
     "NF4Layout",
     "QuantizedTensor",
+    "Weight",
     "folded_tensor",
     "fp8_tensor",
     "gguf_tensor",

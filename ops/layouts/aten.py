@@ -1,6 +1,7 @@
 """How the layouts answer torch's own operations: linear, matmul, transposes, row slices.
 
-Everything else falls back to the dequantized weight, as comfy-kitchen arranges. In inference mode
+Operations in place are those of ``weight``; everything else falls back to the dequantized weight,
+as comfy-kitchen arranges. In inference mode
 ``F.linear`` arrives as ``aten.linear``; outside it as a transpose and a ``mm`` or ``addmm``, except
 for batches of strided activations, which torch turns into a batched product: those are computed
 with the dequantized weight. ``ops.linear.linear`` knows no such exception.
@@ -9,6 +10,7 @@ with the dequantized weight. ``ops.linear.linear`` knows no such exception.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from ..linear import LinearOptions
 from .base import Layout
+from .weight import Weight, change
 
 aten = torch.ops.aten
 
@@ -29,6 +32,21 @@ def register_handlers(layout: type[Layout]) -> None:
     for ops, handler in _HANDLERS.items():
         for op in ops:
             register_layout_op(op, layout)(handler)
+    # for a tensor that comfy-kitchen's own class made of our layout; a Weight sees to it itself
+    for op in _in_place_operations():
+        register_layout_op(op, layout)(_changing(op))
+
+
+@functools.cache
+def _in_place_operations() -> tuple[Any, ...]:
+    names = (name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))
+    packets = (getattr(aten, name, None) for name in names)
+    overloads = (getattr(p, o) for p in packets if p is not None for o in p.overloads())
+    return tuple(op for op in overloads if op._schema.is_mutable and op not in _HANDLERS)
+
+
+def _changing(op: Any) -> Callable:
+    return lambda qt, args, kwargs: change(op, args, kwargs)
 
 
 def _own(value: Any) -> bool:
@@ -83,11 +101,10 @@ def _to_device(
     if not (moves or copy) and dtype == params.orig_dtype:
         return qt
     params = params.to_device(device) if moves else params.clone()
-    return QuantizedTensor(
-        qt._qdata.to(device, non_blocking=non_blocking, copy=copy),
-        qt._layout_cls,
-        dataclasses.replace(params, orig_dtype=dtype),
-    )
+    qdata = qt._qdata.to(device, non_blocking=non_blocking, copy=copy)
+    moved = Weight(qdata, qt._layout_cls, dataclasses.replace(params, orig_dtype=dtype))
+    moved.borrowed = not (moves or copy)
+    return moved
 
 
 def _to_other(qt: QuantizedTensor, other: Tensor, *args: Any, **kwargs: Any) -> QuantizedTensor:
@@ -99,7 +116,7 @@ def _alias(qt: QuantizedTensor) -> QuantizedTensor:
 
 
 def _transpose(qt: QuantizedTensor, dim0: int = 0, dim1: int = 1) -> Any:
-    return qt._copy_with() if dim0 % 2 == dim1 % 2 else qt.layout_cls.transpose(qt)
+    return _alias(qt) if dim0 % 2 == dim1 % 2 else qt.layout_cls.transpose(qt)
 
 
 def _permute(qt: QuantizedTensor, dims: Sequence[int]) -> Any:
@@ -110,7 +127,7 @@ def _rows(qt: QuantizedTensor, dim: int, rows: slice) -> Any:
     """``qt`` restricted to ``rows`` of dimension ``dim``: quantized where storage allows it."""
     stored_dim = 1 if qt._params.transposed else 0
     if rows.indices(qt.shape[dim]) == (0, qt.shape[dim], 1):
-        return qt._copy_with()
+        return _alias(qt)
     if dim % 2 != stored_dim or not qt.layout_cls.can_slice_rows(qt._params):
         return qt.dequantize()[(slice(None),) * (dim % 2) + (rows,)]
     return qt.layout_cls.slice_rows(qt, rows)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import OpError
 from ..linear import ACTIVATION_DTYPES, LinearOptions
+from .weight import derived
 
 # Weights worked on at a time: fp32 copies stay in a CPU's cache, and off one they stay small
 # beside the weight.
@@ -134,6 +135,14 @@ class Layout(QuantizedLayout):
         return {"": qdata, **fields}
 
     @classmethod
+    @abstractmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """What ``comfy_quant`` says beside these tensors in a file: ``format``, and what they lack.
+
+        A stock format where stock ComfyUI computes the same from it, else one of our name.
+        """
+
+    @classmethod
     def can_slice_rows(cls, params: Any) -> bool:
         """Whether a run of rows is a run of the storage."""
         return True
@@ -150,7 +159,7 @@ class Layout(QuantizedLayout):
         }
         shape = (qdata.shape[0], params.matrix_shape[1])
         changed["orig_shape"] = shape[::-1] if params.transposed else shape
-        return QuantizedTensor(qdata, qtensor._layout_cls, dataclasses.replace(params, **changed))
+        return derived(qtensor, qdata, dataclasses.replace(params, **changed))
 
     @classmethod
     def transpose(cls, qtensor: QuantizedTensor) -> QuantizedTensor:
@@ -159,7 +168,7 @@ class Layout(QuantizedLayout):
         flipped = dataclasses.replace(
             params, orig_shape=tuple(params.orig_shape)[::-1], transposed=not params.transposed
         )
-        return QuantizedTensor(qtensor._qdata, qtensor._layout_cls, flipped)
+        return derived(qtensor, qtensor._qdata, flipped)
 
 
 def row_chunks(shape: tuple[int, int], device: torch.device) -> Iterator[slice]:

@@ -20,6 +20,7 @@ from ..linear import LinearOptions
 from .base import BaseParams, Layout, check_same_device
 from .gguf import GGUFLayout
 from .int8 import Int8Layout
+from .weight import Weight, derived
 
 _PREFIX = "fold_"
 _FIELDS = tuple(field.name for field in dataclasses.fields(Fold))
@@ -40,6 +41,7 @@ class FoldedLayout(Layout):
     """``W = fold.unfold(BASE.dequantize(qdata))``: the storage is ``W'`` in the layout ``BASE``."""
 
     BASE: type[Layout]
+    FORMAT: str
 
     @classmethod
     def quantize(cls, tensor: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Any]:
@@ -55,6 +57,13 @@ class FoldedLayout(Layout):
         """The weight in original coordinates, in ``orig_dtype``."""
         wide = dataclasses.replace(params, orig_dtype=torch.float32)
         return fold_of(params).unfold(cls.BASE.dequantize(qdata, wide)).to(params.orig_dtype)
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """BASE's under a name of its own, and the fold but for its vectors."""
+        names = ("rotation", "row_rotation", "first_row")
+        fold = {name: getattr(params, _PREFIX + name) for name in names}
+        return {**cls.BASE.description(params), "format": cls.FORMAT, "fold": fold}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -120,7 +129,7 @@ class FoldedLayout(Layout):
             fold_row_rotation=group if turned else None,
             fold_first_row=max(first - start, 0) if turned else 0,
         )
-        return QuantizedTensor(whole._qdata, qtensor._layout_cls, changed)
+        return derived(qtensor, whole._qdata, changed)
 
     @classmethod
     def wrap(cls, params: Any, fold: Fold, **changes: Any) -> Any:
@@ -135,6 +144,7 @@ class FoldedInt8Layout(FoldedLayout):
 
     NAME = "Ideogram4QuantFoldedInt8"
     BASE = Int8Layout
+    FORMAT = "ideogram4_quant_folded_int8"
     ROW_FIELDS = (*Int8Layout.ROW_FIELDS, "fold_rows")
 
     @dataclass(frozen=True, eq=False, kw_only=True)
@@ -147,6 +157,7 @@ class FoldedGGUFLayout(FoldedLayout):
 
     NAME = "Ideogram4QuantFoldedGGUF"
     BASE = GGUFLayout
+    FORMAT = "ideogram4_quant_folded_gguf"
     ROW_FIELDS = (*GGUFLayout.ROW_FIELDS, "fold_rows")
 
     @dataclass(frozen=True, eq=False, kw_only=True)
@@ -174,7 +185,7 @@ def folded_tensor(weight: QuantizedTensor, fold: Fold) -> QuantizedTensor:
     fold.check(weight._params.matrix_shape)
     check_same_device(weight._qdata, smooth=fold.smooth, rows=fold.rows)
     fold = _on(fold, weight._qdata.device)
-    return QuantizedTensor(weight._qdata, layout.NAME, layout.wrap(weight._params, fold))
+    return Weight(weight._qdata, layout.NAME, layout.wrap(weight._params, fold))
 
 
 def fold_of(params: Any) -> Fold:

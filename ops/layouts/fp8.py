@@ -21,6 +21,7 @@ from .base import (
     row_chunks,
     uniform,
 )
+from .weight import Weight
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -85,6 +86,11 @@ class FP8Layout(Layout):
         return out
 
     @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Stock's ``float8_e4m3fn`` for one scale; it knows no scale a row."""
+        return {"format": "ideogram4_quant_fp8" if params.scale.dim() else "float8_e4m3fn"}
+
+    @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
         """Keep the granularity when a patched weight is quantized again."""
         return {"per_row": qtensor._params.scale.dim() > 0}
@@ -113,7 +119,7 @@ def fp8_tensor(data: Tensor, scale: Tensor, *, dtype: torch.dtype) -> QuantizedT
     params = FP8Layout.Params(
         orig_dtype=dtype, orig_shape=(n, k), scale=_shaped(scale.float(), n).contiguous()
     )
-    return QuantizedTensor(data.contiguous(), FP8Layout.NAME, params)
+    return Weight(data.contiguous(), FP8Layout.NAME, params)
 
 
 def _shaped(scale: Tensor, n: int) -> Tensor:

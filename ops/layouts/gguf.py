@@ -17,6 +17,7 @@ from ..prequantized import gguf_product
 from ..rotation import largest_group
 from .base import BaseParams, Layout, check_dtype, check_matrix, row_chunks
 from .hooks import InputHooks
+from .weight import Weight
 
 
 class GGUFLayout(InputHooks, Layout):
@@ -66,6 +67,12 @@ class GGUFLayout(InputHooks, Layout):
             part = (rows.stop - rows.start, k)
             out[rows] = blocks.dequantize(qdata[rows], params.qtype, part)
         return out
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Type and shape, which the bytes do not tell."""
+        shape = list(params.matrix_shape)
+        return {"format": "ideogram4_quant_gguf", "qtype": params.qtype, "shape": shape}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -144,7 +151,7 @@ def gguf_tensor(
             needed=f"torch.uint8 {(n, row_bytes)}",
         )
     params = GGUFLayout.Params(orig_dtype=dtype, orig_shape=(n, k), qtype=qtype)
-    return QuantizedTensor(data.reshape(n, row_bytes).contiguous(), GGUFLayout.NAME, params)
+    return Weight(data.reshape(n, row_bytes).contiguous(), GGUFLayout.NAME, params)
 
 
 def _row_bytes(qtype: str, k: int) -> int:

@@ -24,6 +24,7 @@ from .base import (
     uniform,
 )
 from .hooks import InputHooks
+from .weight import Weight
 
 
 class Int8Layout(InputHooks, Layout):
@@ -98,6 +99,15 @@ class Int8Layout(InputHooks, Layout):
                 values = values / params.smooth
             out[rows] = values
         return out
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Stock's ``int8_tensorwise`` with its ConvRot; with smoothing a format of our name."""
+        smoothed = params.smooth is not None
+        said = {"format": "ideogram4_quant_int8" if smoothed else "int8_tensorwise"}
+        if params.rotation is None:
+            return said
+        return {**said, "convrot": True, "convrot_groupsize": params.rotation}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -198,7 +208,7 @@ def int8_tensor(
     params = Int8Layout.Params(
         orig_dtype=dtype, orig_shape=(n, k), scale=scale, smooth=smooth, rotation=rotation
     )
-    return QuantizedTensor(q.contiguous(), Int8Layout.NAME, params)
+    return Weight(q.contiguous(), Int8Layout.NAME, params)
 
 
 def _validated(q: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from .base import (
     row_chunks,
     uniform,
 )
+from .weight import Weight
 
 
 class NF4Layout(Layout):
@@ -96,6 +98,28 @@ class NF4Layout(Layout):
         return out
 
     @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+        """bitsandbytes' tensors, under its names."""
+        state = {
+            "quant_type": "nf4",
+            "blocksize": params.block_size,
+            "dtype": str(params.orig_dtype).removeprefix("torch."),
+            "shape": list(params.matrix_shape),
+        }
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return {
+            "": qdata,
+            ".absmax": params.absmax,
+            ".quant_map": params.code,
+            ".quant_state.bitsandbytes__nf4": text,
+        }
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """A format of our name: stock ComfyUI has none. bitsandbytes' tensors say the rest."""
+        return {"format": "ideogram4_quant_nf4"}
+
+    @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
         """Keep block size and table when a patched weight is quantized again."""
         return {"block_size": qtensor._params.block_size, "code": qtensor._params.code}
@@ -149,7 +173,7 @@ def nf4_tensor(
         code=code.float().reshape(-1),
         block_size=int(block_size),
     )
-    return QuantizedTensor(qdata, NF4Layout.NAME, params)
+    return Weight(qdata, NF4Layout.NAME, params)
 
 
 def _aligned(k: int, block_size: int) -> bool:

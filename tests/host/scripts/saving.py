@@ -1,0 +1,66 @@
+"""ModelSave and CheckpointSave on our models: FILES (JSON: level -> file), LORAS (folder).
+
+With and without a LoRA that the host bakes in. Reports relative errors for each level: of the saved
+file read by this pack and by the stock loader against the model that was saved, and of that one
+against the model without a LoRA (`effect`); and what the file is read as.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import inside
+from folded import load_stock
+from lora import load, make_inputs, run, stock
+
+
+def main() -> None:
+    pack, (files, loras) = inside.start()
+    import folder_paths
+    import torch
+
+    files = json.loads(files)
+    out = Path(folder_paths.get_output_directory())
+    base = load(pack, files["BF16"])
+    found = {}
+    with torch.inference_mode():
+        inputs = make_inputs()
+        for level, path in files.items():
+            plain = load(pack, path)
+            baked = stock(plain, loras, "fused.safetensors", 1.0)
+            for name, model in ((level, plain), (f"{level}, LoRA", baked)):
+                found[name] = saved_and_read(pack, model, out, name, inputs, base, plain)
+    inside.report(found)
+
+
+def saved_and_read(pack, model, out: Path, name: str, inputs, base, plain) -> dict:
+    from comfy_extras.nodes_model_merging import CheckpointSave, ModelSave
+
+    wanted = run(model, inputs)
+    stem = name.replace(" ", "_").replace(",", "")
+    ModelSave().save(model, f"{stem}/model")
+    CheckpointSave().save(model, None, None, f"{stem}/whole")
+    result = {"effect": inside.relative(wanted, run(plain, inputs))}
+    run(model, inputs)
+    for kind in ("model", "whole"):
+        (path,) = (out / stem).glob(f"{kind}*.safetensors")
+        again = load_as(pack, path, result)
+        result[kind] = inside.relative(run(again, inputs), wanted)
+        if name.startswith("INT8 W8A8") and "smooth" not in name:
+            result[f"{kind}, stock"] = inside.relative(
+                run(load_stock(base, str(path)), inputs), wanted
+            )
+    return result
+
+
+def load_as(pack: str, path: Path, result: dict):
+    header = inside.load(pack, "checkpoint").open_checkpoint(path)
+    result |= {"copy": header.copies[0], "reason": header.copy_reason, "level": header.level}
+    result["config"] = header.config.to_dict()
+    loading = inside.load(pack, "nodes.model_loading")
+    return loading.load_model(loading.ModelSource(path, header.copies[0]))
+
+
+if __name__ == "__main__":
+    main()
