@@ -39,8 +39,8 @@ PLAIN_TEXT = (
 #: What CLIP Text Encode sends for a JSON caption that was typed into it.
 STRIPPED = (
     "This is a JSON caption without its braces. ComfyUI's page reads what is typed into a text box "
-    "with dynamic prompts, as that of CLIP Text Encode, as {this|or that}: it took the braces away, "
-    "and what stood behind // too. Type the caption into Check caption (Ideogram 4), or build it "
+    "with dynamic prompts, as that of CLIP Text Encode, as {this|or that}: it took the braces off, "
+    "and what stood behind // too. Type the caption into Check caption (Ideogram 4), or make it "
     "with Build JSON Prompt (Ideogram), and connect that to the text of CLIP Text Encode."
 )
 _KEY = re.compile(r'"?\b(?:' + "|".join(_TOP[1:]) + r')\b"?\s*:')
