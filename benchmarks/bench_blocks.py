@@ -4,7 +4,8 @@
 
 Mweights/s, the best of several runs side by side. With one thread the clock is the CPU time of the
 process, so that other work on the machine counts less; with more it is the wall clock. gguf-py
-decodes with one thread, ggml encodes with one. The RMSE is of this encoder over ggml's, with
+decodes with one thread; ggml's C code, which has no threads of its own here, encodes the rows in
+as many parts at once as there are threads. The RMSE is of this encoder over ggml's, with
 importance the weighted one; error feedback (after importance, 16 directions) spends it on the error
 of outputs, see bench_importance.py. ggml's Q8_0 knows no importance. ggml's columns need
 ggml-python (pip install ggml-python==0.0.45).
@@ -17,6 +18,7 @@ import ctypes
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import gguf
@@ -66,21 +68,32 @@ def decoding(formats: list[BlockFormat], weight: torch.Tensor, clock: Callable[[
         print(f"{fmt.name:8}{rates}{millions / low:10.0f}", flush=True)
 
 
-def ggml_encoder(fmt: BlockFormat, weight: torch.Tensor, column: torch.Tensor | None):
-    """A call that encodes ``weight`` with ggml's C code (one thread)."""
+def ggml_encoder(fmt: BlockFormat, weight: torch.Tensor, column: torch.Tensor | None, threads: int):
+    """A call that encodes ``weight`` with ggml's C code, a share of the rows in each thread."""
     floats = ctypes.POINTER(ctypes.c_float)
     source = weight.numpy()
-    out = np.empty((len(source), fmt.row_bytes(source.shape[1])), dtype=np.uint8)
+    rows, columns = source.shape
+    out = np.empty((rows, fmt.row_bytes(columns)), dtype=np.uint8)
+    share = -(-rows // threads)
+    pool = ThreadPoolExecutor(threads)  # ctypes lets go of Python's lock during the call
+    ggml.ggml_quantize_init(fmt.ggml_type)  # its tables, before several threads ask for them
 
-    def encode() -> None:
+    def part(first: int) -> None:
         ggml.ggml_quantize_chunk(
             fmt.ggml_type,
             source.ctypes.data_as(floats),
             out.ctypes.data_as(ctypes.c_void_p),
-            0,
-            *source.shape,
+            first * columns,
+            min(share, rows - first),
+            columns,
             None if column is None else column.numpy().ctypes.data_as(floats),
         )
+
+    def encode() -> None:
+        if threads == 1:
+            part(0)
+        else:
+            list(pool.map(part, range(0, rows, share)))
 
     encode.out = out
     return encode
@@ -109,7 +122,7 @@ def encoding(formats: list[BlockFormat], weight: torch.Tensor, clock: Callable[[
                 (seconds,) = best(clock, REPEATS["encode"], ours)
                 print(f"{name:18}{'-':>10}{millions / seconds:10.1f}", flush=True)
                 continue
-            theirs = ggml_encoder(fmt, weight, column)
+            theirs = ggml_encoder(fmt, weight, column, torch.get_num_threads())
             reference, seconds = best(clock, REPEATS["encode"], theirs, ours)
             data, want = ours(), torch.from_numpy(theirs.out)
             equal = (data.view(-1, fmt.type_size) == want.view(-1, fmt.type_size)).all(1)

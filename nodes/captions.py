@@ -7,6 +7,7 @@ Ideogram 4 pipeline and the host's caption builder.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -35,6 +36,15 @@ PLAIN_TEXT = (
     "with the node Build JSON Prompt (Ideogram)."
 )
 
+#: What CLIP Text Encode sends for a JSON caption that was typed into it.
+STRIPPED = (
+    "This is a JSON caption without its braces. ComfyUI's page reads what is typed into a text box "
+    "with dynamic prompts, as that of CLIP Text Encode, as {this|or that}: it took the braces off, "
+    "and what stood behind // too. Type the caption into Check caption (Ideogram 4), or make it "
+    "with Build JSON Prompt (Ideogram), and connect that to the text of CLIP Text Encode."
+)
+_KEY = re.compile(r'"?\b(?:' + "|".join(_TOP[1:]) + r')\b"?\s*:')
+
 
 @dataclass
 class Verdict:
@@ -55,6 +65,11 @@ def is_plain(text: str) -> bool:
     return not text.lstrip().startswith(("{", "["))
 
 
+def is_stripped(text: str) -> bool:
+    """Whether a caption is JSON that lost its braces: none first, but a key of the top level."""
+    return is_plain(text) and _KEY.search(text) is not None
+
+
 def check_caption(text: str) -> Verdict:
     """Errors: what the model cannot read as meant. Warnings: what it reads less well.
 
@@ -65,6 +80,9 @@ def check_caption(text: str) -> Verdict:
     stripped = text.strip()
     if not stripped:
         verdict.errors.append("The caption is empty.")
+        return verdict
+    if is_stripped(stripped):
+        verdict.errors.append(STRIPPED)
         return verdict
     if is_plain(stripped):
         verdict.warnings.append(PLAIN_TEXT)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from ..checkpoint import EncoderCheckpoint, open_encoder
 from ..errors import CheckpointError, NotIdeogram4Error, OpError
-from .captions import PLAIN_TEXT, is_plain
+from .captions import PLAIN_TEXT, STRIPPED, is_plain, is_stripped
 from .host_ops import make_ops
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,12 @@ def _tokenizer_data(encoder: EncoderCheckpoint, path: Path) -> dict:
 
 
 class _Tokenizer(host_encoder.Ideogram4Tokenizer):
-    """The host's tokenizer; plain text is warned of, more than the trained length is an error."""
+    """The host's tokenizer; plain text is warned of; JSON that the page took the braces
+    from, and more than the trained length, is an error."""
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs):
+        if is_stripped(text):
+            raise OpError("the caption arrived without its braces", hint=STRIPPED)
         if text.strip() and is_plain(text):
             logger.warning(PLAIN_TEXT)
         tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)

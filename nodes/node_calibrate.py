@@ -51,7 +51,8 @@ class Calibrate(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFF,
-                    tooltip="The first seed; more pictures take the seeds after it.",
+                    tooltip="The first seed; more pictures take the seeds after it. Torch's "
+                    "generator on the CPU takes the low 32 bits of a seed.",
                 ),
                 io.Int.Input(
                     "pictures",

@@ -30,7 +30,7 @@ class CheckCaption(io.ComfyNode):
             search_aliases=["json prompt", "prompt check", "validate prompt", "ideogram prompt"],
             inputs=[
                 io.MultiType.Input(
-                    io.String.Input("caption", multiline=True, default=""),
+                    io.String.Input("caption", multiline=True, default="", dynamic_prompts=False),
                     types=[io.String, io.Dict],
                     tooltip="A JSON caption, typed or from Build JSON Prompt (Ideogram).",
                 ),

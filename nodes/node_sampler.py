@@ -167,7 +167,9 @@ def _inputs() -> list:
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
-            tooltip="The same seed, files and settings give the same picture.",
+            tooltip="The same seed, files and settings give the same picture. Torch's generator "
+            "on the CPU, which makes the noise, takes the low 32 bits of a seed: seeds that differ "
+            "by 4294967296 give the same noise.",
         ),
         *size_inputs(optional=True),
         io.Int.Input(

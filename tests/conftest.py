@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from ideogram4_quant.tests.host.locate import Host, find_host
-from ideogram4_quant.tests.host.server import PACK_FOLDER, Server, environment, make_base
+from ideogram4_quant.tests.host.server import (
+    PACK_FOLDER,
+    Server,
+    environment,
+    make_base,
+    reason_it_cannot_start,
+)
 
 # helpers whose assertions shall say what they compared
 pytest.register_assert_rewrite(
@@ -35,11 +41,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def host() -> Host:
-    """A real ComfyUI; tests that need one skip with the reason where there is none."""
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    """A real ComfyUI; tests that need one skip with the reason where there is none that starts."""
     found = find_host()
     if isinstance(found, str):
         pytest.skip(found)
+    broken = reason_it_cannot_start(found, tmp_path_factory.mktemp("first_start"))
+    if broken is not None:
+        pytest.skip(broken)
     return found
 
 

@@ -84,7 +84,7 @@ def test_one_prompt_gives_no_verdict(arguments, tmp_path):
     data = results(out)
     cell = data["systems"][1]["metrics"]["psnr"]
     assert (cell["interval"], cell["verdict"]) == (None, None)
-    assert "intervals and verdicts: need 3 prompts at least, found 1" in data["gaps"]
+    assert "intervals and verdicts: too few prompts (1; 6 at least)" in data["gaps"]
 
 
 @pytest.mark.parametrize(

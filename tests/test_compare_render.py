@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from ideogram4_quant.engine.compare import render as module
-from ideogram4_quant.engine.compare import workers
+from ideogram4_quant.engine.compare import versions, workers
 from ideogram4_quant.engine.compare.cases import Case, CompareError, System, read_cases
 from ideogram4_quant.engine.compare.render import Plan, Settings
 from ideogram4_quant.engine.compare.score import score
 from ideogram4_quant.engine.compare.store import Fingerprints, Record, Store, picture_key
 from ideogram4_quant.engine.compare.workers import render
+from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.quant import quantize_checkpoint
 
 CASES = [Case(f"word {i}", seed, 64, 32, text="A") for i in range(3) for seed in (0, 1)]
@@ -186,6 +187,35 @@ def test_what_changes_a_picture_changes_its_key(files, settings, tmp_path):
     assert keys(replace(files["BF16"], name="another label")) == base
     assert keys(settings=replace(settings, threads=1)) == base
     assert picture_key({}, {}, CASES[0]) != picture_key({}, {}, CASES[1])
+
+
+@pytest.mark.parametrize("package", ["ideogram4-quant", "torch", "triton", "comfy-kitchen"])
+def test_an_upgrade_changes_the_keys_of_pictures_that_go_through_it(
+    files, settings, tmp_path, monkeypatch, package
+):
+    def key():
+        return plan(files, settings, tmp_path).key(files["BF16"], CASES[0])
+
+    working = [BackendReport(name, True, "") for name in ("triton", "comfy_kitchen")]
+    monkeypatch.setattr(versions, "reports", lambda device: working)
+    installed = {"triton": "3.1.0", "comfy-kitchen": "0.2.0"}
+    monkeypatch.setattr(versions, "_installed", installed.get)
+    before = key()
+    assert key() == before
+    if package in installed:
+        installed[package] += ".post1"
+    elif package == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9.9")
+    else:
+        monkeypatch.setattr(versions, "__version__", "9.9.9")
+    assert key() != before
+
+
+def test_a_backend_that_does_not_run_on_the_device_is_not_in_the_key(monkeypatch):
+    absent = [BackendReport(name, False, "no GPU") for name in ("triton", "comfy_kitchen")]
+    monkeypatch.setattr(versions, "reports", lambda device: absent)
+    monkeypatch.setattr(versions, "_installed", lambda package: "1.0")
+    assert not {"triton", "triton-windows", "comfy-kitchen"} & versions.versions_used("cpu").keys()
 
 
 def test_a_changed_file_is_hashed_again(tmp_path):

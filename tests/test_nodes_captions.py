@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ideogram4_quant.nodes.captions import check_caption
+from ideogram4_quant.nodes.captions import check_caption, is_stripped
 
 GOOD = {
     "high_level_description": "A sign",
@@ -106,3 +106,22 @@ def test_unreadable_captions_are_errors(text):
     verdict = check_caption(text)
     assert verdict.errors
     assert verdict.caption == text
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        '"high_level_description":"A sign","compositional_deconstruction":"background":"a wall"',
+        '"compositional_deconstruction": "background": "a page of https:',
+    ],
+    ids=["braces", "braces and //"],
+)
+def test_json_that_lost_its_braces_to_the_page_is_an_error_that_says_where_to_type(typed):
+    (error,) = check_caption(typed).errors
+    assert "without its braces" in error
+    assert "Check caption" in error
+
+
+@pytest.mark.parametrize("text", ["A sign: OPEN", json.dumps(GOOD), "a high_level_description"])
+def test_other_captions_have_their_braces(text):
+    assert not is_stripped(text)

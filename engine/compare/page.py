@@ -15,6 +15,7 @@ from .cases import Case
 from .metrics import METRICS
 from .results import Cell, Comparison, extent
 from .sheet import Picture, remark
+from .statistics import METHOD, UNCORRECTED
 from .tables import COLUMNS, cell_text, known_columns
 
 _LONGEST_SIDE = 512
@@ -57,9 +58,9 @@ def write_page(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{len(comparison.systems)} systems, {extent(comparison)}; "
-        f"reference: <b>{html.escape(comparison.reference)}</b>. Means with 95 % bootstrap "
-        "intervals over prompts. Red and green: the paired difference to the reference excludes "
-        "zero.</p>",
+        f"reference: <b>{html.escape(comparison.reference)}</b>. Means with 95 % "
+        f"intervals over prompts ({html.escape(METHOD)}). Red and green: the paired difference to "
+        f"the reference excludes zero. {UNCORRECTED}</p>",
         _table(comparison),
         *(_plot(file) for file in plots),
         _pictures(comparison, picture, most_cases),

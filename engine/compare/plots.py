@@ -7,7 +7,6 @@ from pathlib import Path
 from ...files.new_file import replaced
 from .metrics import METRICS
 from .results import Comparison, pareto_front
-from .statistics import MIN_PROMPTS
 
 
 def _figure(width: float, height: float):
@@ -39,7 +38,7 @@ def fidelity_against_memory(comparison: Comparison, path: Path, metric: str = "p
     sign = 1.0 if better == "higher" else -1.0
     figure, axes = _figure(8.0, 4.8)
     for size, interval, name in points:
-        known = interval.n >= MIN_PROMPTS
+        known = interval.known
         bars = [[interval.mean - interval.low], [interval.high - interval.mean]] if known else None
         axes.errorbar(size, interval.mean, yerr=bars, fmt="o", ms=5, capsize=3, color="#30638e")
         axes.annotate(

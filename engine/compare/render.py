@@ -21,6 +21,7 @@ from .cases import Case, CompareError, System
 from .results import SystemScores
 from .score import Rendered, word_reader
 from .store import Fingerprints, Record, Store, picture_key
+from .versions import versions_used
 
 Progress = Callable[[int], None]
 
@@ -88,6 +89,7 @@ class Plan:
             settings.request(case).plan()
         prints = Fingerprints(store.folder / "fingerprints.json")
         shared = settings.painting() | {
+            "versions": versions_used(settings.device_kind),
             "encoder": prints.of(settings.encoder),
             "vae": prints.of(settings.vae),
         }

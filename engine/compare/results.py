@@ -11,7 +11,7 @@ from pathlib import Path
 from ...files.new_file import replaced
 from .cases import Case
 from .metrics import METRICS
-from .statistics import MIN_PROMPTS, Interval, bootstrap_mean, paired_difference, prompt_means
+from .statistics import Interval, mean_interval, paired_difference, prompt_means
 
 Values = dict[tuple[str, int], float]
 
@@ -77,7 +77,7 @@ class Comparison:
         if not values:
             return None
         means = prompt_means(values)
-        interval = bootstrap_mean([means[p] for p in sorted(means)])
+        interval = mean_interval([means[p] for p in sorted(means)])
         other = self.system(against or self.reference)
         if other.name == system.name or not other.values.get(metric):
             return Cell(interval, None, None)
@@ -90,7 +90,7 @@ def verdict(difference: Interval | None, better: str) -> str | None:
 
     ``None`` without pairs, and for fewer prompts than an interval needs: they decide nothing.
     """
-    if difference is None or difference.n < MIN_PROMPTS:
+    if difference is None or not difference.known:
         return None
     if difference.spans_zero:
         return "indistinguishable"

@@ -86,7 +86,7 @@ def score(
     prompts = len({case.prompt_id for case in cases})
     if prompts < MIN_PROMPTS:
         result.gaps.append(
-            f"intervals and verdicts: need {MIN_PROMPTS} prompts at least, found {prompts}"
+            f"intervals and verdicts: too few prompts ({prompts}; {MIN_PROMPTS} at least)"
         )
     return result
 

@@ -1,8 +1,8 @@
 """Pictures already made, kept by the hash of everything that made them.
 
-A picture's key covers the content of the model files, the encoder, the VAE, the settings and the
-case, so a changed file or setting is never answered with an old picture, and a broken run goes on
-where it stopped.
+A picture's key covers the content of the model files, the encoder, the VAE, the settings, the case
+and the versions of what computes, so a changed file, setting or library is never answered with an
+old picture, and a broken run goes on where it stopped.
 """
 
 from __future__ import annotations

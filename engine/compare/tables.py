@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .metrics import METRICS
 from .results import Cell, Comparison, SystemScores, extent
+from .statistics import METHOD, UNCORRECTED
 
 
 def markdown(comparison: Comparison) -> str:
     """:func:`table`, what its marks mean, and the gaps."""
     legend = (
-        f"{extent(comparison)}; 95 % bootstrap intervals over prompts, paired by prompt and seed. "
+        f"{extent(comparison)}; 95 % intervals over prompts ({METHOD}), paired by prompt and seed. "
         "`=`: indistinguishable from the reference (the interval of the paired difference spans "
-        "zero), `+` better, `-` worse."
+        f"zero), `+` better, `-` worse. {UNCORRECTED}"
     )
     return "\n".join([table(comparison), "", legend, *gap_lines(comparison)]) + "\n"
 
@@ -28,13 +29,13 @@ def table(comparison: Comparison) -> str:
     """
     metrics = comparison.metrics()
     columns = [*known_columns(comparison), *(METRICS[m].label for m in metrics)]
-    lines = [_row(["system", *columns]), _row(["---"] * (1 + len(columns)))]
+    lines = [markdown_row(["system", *columns]), markdown_row(["---"] * (1 + len(columns)))]
     for system in comparison.systems:
         reference = system.name == comparison.reference
         name = f"**{system.name}** (reference)" if reference else system.name
         known = [COLUMNS[c](system) for c in known_columns(comparison)]
         cells = [cell_text(comparison.cell(system, m), METRICS[m].digits) for m in metrics]
-        lines.append(_row([name, *known, *cells]))
+        lines.append(markdown_row([name, *known, *cells]))
     return "\n".join(lines)
 
 
@@ -100,5 +101,7 @@ def known_columns(comparison: Comparison) -> list[str]:
     return [name for name, of in COLUMNS.items() if any(map(of, comparison.systems))]
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table; bars and line breaks within a cell do not end it."""
+    safe = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+    return "| " + " | ".join(safe) + " |"

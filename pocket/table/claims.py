@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ...engine.compare.results import Comparison
 from ...engine.compare.statistics import Interval
+from ...engine.compare.tables import markdown_row
 from .systems import REFERENCE
 
 
@@ -66,7 +67,9 @@ CLAIMS = (
 
 
 def verdict(difference: Interval) -> str:
-    """``agrees``, ``does not`` or ``cannot be told``."""
+    """``agrees``, ``does not``, ``cannot be told`` or ``too few prompts``."""
+    if not difference.known:
+        return "too few prompts"
     if difference.spans_zero:
         return "cannot be told"
     return "agrees" if difference.mean > 0 else "**does not**"
@@ -75,12 +78,12 @@ def verdict(difference: Interval) -> str:
 def claims_table(comparisons: Mapping[str, Comparison]) -> str:
     """A row a claim, a column a model: the paired difference, its interval, and the verdict."""
     head = ["claim", "from", *comparisons]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
     for claim in CLAIMS:
         cells = [_cell(comparison, claim) for comparison in comparisons.values()]
         if any(cells):
             shown = [cell or "not run" for cell in cells]
-            lines.append(f"| {' | '.join([claim.text, claim.source, *shown])} |")
+            lines.append(markdown_row([claim.text, claim.source, *shown]))
     return "\n".join(lines)
 
 
@@ -93,5 +96,5 @@ def _cell(comparison: Comparison, claim: Claim) -> str:
         return ""
     d = cell.difference
     factor, unit = (1.0, "dB") if claim.metric == "latent_sqnr" else (100.0, "% of words")
-    bounds = f"[{d.low * factor:.1f}, {d.high * factor:.1f}]"
-    return f"{verdict(d)}: {d.mean * factor:+.1f} {bounds} {unit}"
+    bounds = f"[{d.low * factor:.1f}, {d.high * factor:.1f}] " if d.known else ""
+    return f"{verdict(d)}: {d.mean * factor:+.1f} {bounds}{unit}"

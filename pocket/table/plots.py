@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...engine.compare.results import Comparison, SystemScores, pareto_front
-from ...engine.compare.statistics import bootstrap_mean, prompt_means
+from ...engine.compare.statistics import mean_interval, prompt_means
 from .systems import REFERENCE
 
 _BLUE, _RED, _GREY = "#30638e", "#d1495b", "#777777"
@@ -117,7 +117,7 @@ def ladders(rungs: Mapping[str, Sequence[tuple[int, SystemScores]]], path: Path)
         for k, scores in found:
             means = prompt_means(scores.values["latent_sqnr"])
             counts.append(k)
-            intervals.append(bootstrap_mean([means[p] for p in sorted(means)]))
+            intervals.append(mean_interval([means[p] for p in sorted(means)]))
         mean = [i.mean for i in intervals]
         bars = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
         axes.errorbar(counts, mean, yerr=bars, marker="o", ms=4, capsize=3, color=color, label=name)

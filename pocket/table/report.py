@@ -13,6 +13,7 @@ from PIL import Image
 
 from ...engine.compare.cases import Case
 from ...engine.compare.results import Comparison, SystemScores
+from ...engine.compare.statistics import METHOD
 from ...engine.compare.tables import comma_separated, gap_lines, table
 from ...engine.sheet import Row, contact_sheet
 from ...errors import Ideogram4QuantError
@@ -92,7 +93,7 @@ def conditions(parts: Sequence[int]) -> str:
     return (
         f"{len(seeds)} of the {len(HELD_OUT)} held-out prompts, {many} seed{plural} each "
         f"({sum(map(len, seeds.values()))} pictures a row), Default preset, fp32 activations, "
-        f"ideogram4-quant {__version__}; SHA-256 of the two copies: {weights}."
+        f"ideogram4-quant {__version__}; intervals: {METHOD}; SHA-256 of the two copies: {weights}."
     )
 
 

@@ -62,6 +62,25 @@ def environment() -> dict[str, str]:
     return child | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+def reason_it_cannot_start(host: Host, base: Path) -> str | None:
+    """None where the host starts by itself, without any custom node, and ends; else the end of its
+    log. So a half-installed Python is one reason, not a failure in every test."""
+    command = [str(host.python), str(host.root / "main.py"), "--cpu", "--quick-test-for-ci"]
+    command += ["--base-directory", str(base), "--disable-all-custom-nodes"]
+    command += ["--database-url", f"sqlite:///{base / 'comfyui.db'}"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_START_SECONDS,
+            cwd=base, env=environment(),
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"the ComfyUI in {host.root} cannot start with {host.python}: {error}"
+    if done.returncode == 0:
+        return None
+    log = f"{done.stdout}\n{done.stderr}".strip()[-3000:]
+    return f"the ComfyUI in {host.root} cannot start with {host.python}:\n{log}"
+
+
 class Server:
     """A ComfyUI process; `close` ends it."""
 
