@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,19 +13,17 @@ from ..checkpoint.folding import Folding
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
 from ..files.partial import Partial, check_unfinished
 from ..gguf_loader import GGUFSpec, write_gguf
-from .choose import choice_notes
 from .encode import encoding_device
 from .encodings import Blocks
 from .errors import QuantOptionError
-from .fold import FoldPlan, check_fold_options, make_folding, plan_fold, with_folded_inputs
-from .measure import ErrorMeter
-from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes, rounding_notes
+from .fold import check_fold_options, make_folding, plan_fold, with_folded_inputs
+from .plan import layout_of, plan_tensors
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
-from .recipes import QuantOptions, Recipe, recipe_of
-from .report import QuantReport, totals_table
-from .source import BaseLike, Source, SourceLike, check_levels, open_source
-from .stream import TensorStream, fingerprint, tensor_result
-from .tables import human_bytes
+from .quant_plan import QuantPlan
+from .recipes import QuantOptions, recipe_of
+from .report import QuantReport
+from .source import BaseLike, SourceLike, check_levels, open_source
+from .stream import TensorStream, fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -36,53 +32,6 @@ Progress = Callable[[int, int], None]
 
 _GGML_TYPES = {torch.float32: 0, torch.int32: 26}
 SUFFIXES = {"native": ".safetensors", "transformer-lab": ".safetensors", "gguf": ".gguf"}
-
-
-@dataclass(frozen=True)
-class QuantPlan:
-    """What a quantization will do, known without reading a weight."""
-
-    recipe: Recipe
-    layout: str
-    options: QuantOptions
-    source: Source
-    out: Path
-    tensors: tuple[TensorPlan, ...]
-    fold: FoldPlan | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data to write; the header comes on top."""
-        record = sum(math.prod(s) * dtype.itemsize for dtype, s in self.fold_record.values())
-        return planned_bytes(self.tensors) + record
-
-    @property
-    def fold_record(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name -> (dtype, shape) of the tensors that say what was folded."""
-        return {} if self.fold is None else self.fold.record
-
-    @property
-    def notes(self) -> list[str]:
-        folded = [] if self.fold is None else self.fold.notes(self.layout)
-        choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
-        chosen = choice_notes(self.layout, choices)
-        rounded = rounding_notes(self.options)
-        return rotation_notes(self.recipe, self.tensors) + rounded + folded + chosen
-
-    def stored_name(self, plan: TensorPlan, suffix: str) -> str:
-        """Name in the file of one stored tensor."""
-        name = f"{plan.module}.{suffix}"
-        return f"{plan.copy}.{name}" if self.layout == "transformer-lab" else name
-
-    def table(self) -> str:
-        """What will be written, by type."""
-        planned = [tensor_result(self, plan, ErrorMeter()) for plan in self.tensors]
-        head = (
-            f"{self.out}: {self.recipe.level} ({self.layout}), {' + '.join(self.source.copies)}, "
-            f"{human_bytes(self.nbytes)} from {', '.join(map(str, self.source.paths))} "
-            f"({self.source.level})"
-        )
-        return "\n\n".join([head, totals_table(planned), *self.notes])
 
 
 def plan_quantization(

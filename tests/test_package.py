@@ -180,3 +180,49 @@ def test_the_tests_that_trust_names_exist():
         named += bool(file or test)
         assert not test or f"def {test}(" in source, (file, test)
     assert named > 40
+
+
+def imported(file: Path, name: str, known: set[str]) -> set[str]:
+    """Modules of ``known`` that a file names in its imports, wherever in it they stand."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = package.split(".")
+            base = [*parts[: len(parts) - node.level + 1], *(node.module or "").split(".")]
+            base = ".".join(filter(None, base))
+            for alias in node.names:
+                inside = f"{base}.{alias.name}"
+                found.add(inside if inside in known else base)
+    return found & known - {name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """What is left when modules that import nothing left, or are imported by nothing, are gone."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while True:
+        wanted = set().union(*left.values()) if left else set()
+        gone = {name for name, targets in left.items() if not targets or name not in wanted}
+        if not gone:
+            return sorted([name, *sorted(targets)] for name, targets in left.items())
+        left = {name: targets - gone for name, targets in left.items() if name not in gone}
+
+
+def test_the_search_for_circles_finds_them():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [
+        ["b", "c"],
+        ["c", "b"],
+    ]
+
+
+def test_no_module_imports_itself_over_others():
+    """Imports inside functions and for type checkers count as well."""
+    names = [*modules(nodes=True), *modules(nodes=False)]
+    graph = {}
+    for name in names:
+        path = ROOT.joinpath(*name.split(".")[1:])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        graph[name] = imported(file, name, set(names))
+    assert sum(map(len, graph.values())) > 300
+    assert circles(graph) == []
