@@ -21,7 +21,7 @@ from ..ops.blocks import FORMATS, dequantize
 from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor, fp8_tensor, gguf_tensor, int8_tensor
 from .files import BLOCK_TYPES
-from .parts import Parts
+from .parts import Parts, same_vector
 
 SMOOTH_INT8 = "ideogram4_quant_int8"
 """Format name, in ``comfy_quant``, of int8 weights that need their smoothing vector."""
@@ -171,7 +171,7 @@ class Int8(Stored):
     def stack(cls, items: Sequence[Int8]) -> Int8 | None:
         first = items[0]
         for item in items[1:]:
-            if item.rotation != first.rotation or not _same(item.smooth, first.smooth):
+            if item.rotation != first.rotation or not same_vector(item.smooth, first.smooth):
                 return None
         data = torch.cat([item.data for item in items])
         return cls(data, torch.cat([item.scale for item in items]), first.smooth, first.rotation)
@@ -252,9 +252,3 @@ class Blocks(Stored):
         rows = sum(item.weight_shape[0] for item in items)
         shape = (rows, *items[0].weight_shape[1:])
         return cls(torch.cat([item.data for item in items]), items[0].qtype, shape)
-
-
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first, second)

@@ -22,6 +22,7 @@ from ..errors import CorruptFileError
 from ..ops.fold import Fold
 from ..ops.rotation import GROUPS
 from .files import DOWNLOAD_AGAIN, RawTensor
+from .parts import same_vector
 
 LORA_BASIS_KEYS = ("lora_basis", "ideogram4.lora_basis")
 FOLDED = "folded"
@@ -162,7 +163,7 @@ def _check_sites(found: Folding, stored: Mapping[str, RawTensor]) -> None:
         if module in found.rotation and not site.rotates:
             raise _corrupt(raw, "no weight can absorb a rotation there", module, "none")
         vectors = [found.smooth.get(consumer) for consumer in site.consumers]
-        if any(not _same(vector, vectors[0]) for vector in vectors):
+        if any(not same_vector(vector, vectors[0]) for vector in vectors):
             raise _corrupt(raw, "differs from what shares its input", module, "one vector")
 
 
@@ -175,9 +176,3 @@ def _corrupt(raw: RawTensor, message: str, found: object, needed: object) -> Cor
         needed=needed,
         hint=DOWNLOAD_AGAIN,
     )
-
-
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None:
-        return first is second
-    return torch.equal(first, second)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, CorruptFileError
@@ -122,3 +123,10 @@ class Parts:
         if not values.isfinite().all():
             raise self.corrupt(f"{raw.key} holds NaN or infinity", "no numbers", "numbers")
         return values
+
+
+def same_vector(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether both are absent, or equal in every value."""
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)

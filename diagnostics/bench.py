@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import OpError
 from ..files.new_file import check_output, new_file
-from .bench_cases import HEAD_SIZE, Case, Progress, attentions, ceilings, linears, timed
+from .bench_cases import HEAD_SIZE, Case, Progress, attentions, ceilings, linears, timed, title
 from .health import examine
 
 _TOKENS = {"cpu": [512]}
@@ -154,13 +154,6 @@ def _text(document: dict) -> Iterator[str]:
             f"  {row['name']:<32} {row['ms']:>10.3f} ms {row['speed']:>6.2f} x {first}  "
             f"{_rate(row['rate']):>14} {row['of_ceiling']:>5.0%} of the {row['precision']} ceiling"
         )
-
-
-def title(row: dict, document: dict) -> str:
-    """What the table or panel of ``row`` is of."""
-    size = document["features"] if row["op"] == "linear" else document["head_size"]
-    edge = f"{size} -> {size}" if row["op"] == "linear" else f"head size {size}"
-    return f"{row['op']}, {edge}, {row['tokens']} tokens"
 
 
 def _state(state: dict) -> Iterator[str]:

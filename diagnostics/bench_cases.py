@@ -147,3 +147,10 @@ def _eager() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return eager
+
+
+def title(row: dict, document: dict) -> str:
+    """What the table or panel of ``row`` is of."""
+    size = document["features"] if row["op"] == "linear" else document["head_size"]
+    edge = f"{size} -> {size}" if row["op"] == "linear" else f"head size {size}"
+    return f"{row['op']}, {edge}, {row['tokens']} tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from .bench import title
+from .bench_cases import title
 
 _COLOURS = {"int8": "#2a7f62", "bf16": "#30638e", "fp32": "#8d99ae"}
 # Inches that a bar, the text around a panel, the legend, and a line of the title take.

@@ -12,15 +12,13 @@ from diffusers import Ideogram4Transformer2DModel
 from torch import Tensor, nn
 
 from ..quant.calibration import Calibration, Run
+from ..quant.calibration_passes import run_passes
 from ..quant.profiler import Profiler, ProfilerOptions
 from ..sampling import grid_size
 from ..version import __version__
 from .generate import GenerateRequest, Models, initial_noise, sample
 from .linear import QuantLinear
 from .transformer import canonical_name, prepare
-
-OTHER_NOISE = 1 << 32
-"""Added to every seed in the second pass."""
 
 Progress = Callable[[int, int], None]
 
@@ -47,9 +45,7 @@ def calibrate(
 
     ``request`` gives size, preset, steps and guidance; its prompt and seed are not used.
     ``digests`` is copy -> SHA-256 of its file. ``progress(done, total)`` counts steps of both
-    passes. Prompt i starts from the noise of seed + i; the errors are measured from other noise
-    than the statistics. With several prompts (or seeds, if there is one prompt) each smoothing
-    vector is judged on the one that it was made without.
+    passes. ``run_passes`` says from which noise each prompt starts.
     Encoder and VAE are not needed.
     """
     steps = request.plan()
@@ -59,29 +55,24 @@ def calibrate(
     profiler = Profiler(watched(models), [step.time for step in steps], options)
     total, done = 2 * len(prompts) * len(seeds) * len(steps), 0
 
-    def run(first: int) -> None:
-        nonlocal done
-        unconditional = None
-        if models.unconditional is not None:
-            unconditional = prepare(models.unconditional, rows, columns)
-        for i, prompt in enumerate(prompts):
-            for j, seed in enumerate(seeds):
-                profiler.sample(i if len(prompts) > 1 else j)
-                profiler.at(steps[0].time)
-                features = prompt.features[None].to(device)
-                conditional = prepare(models.conditional, rows, columns, features)
-                x = initial_noise(first + seed + i, *shape).to(device)
-                for step, _ in sample(models, steps, x, conditional, unconditional):
-                    if step.index + 1 < len(steps):
-                        profiler.at(steps[step.index + 1].time)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
+    unconditional = None
+    if models.unconditional is not None:
+        unconditional = prepare(models.unconditional, rows, columns)
 
-    with profiler.statistics():
-        run(0)
-    with profiler.errors():
-        run(OTHER_NOISE)
+    def run(index: int, noise: int) -> None:
+        nonlocal done
+        profiler.at(steps[0].time)
+        features = prompts[index].features[None].to(device)
+        conditional = prepare(models.conditional, rows, columns, features)
+        x = initial_noise(noise, *shape).to(device)
+        for step, _ in sample(models, steps, x, conditional, unconditional):
+            if step.index + 1 < len(steps):
+                profiler.at(steps[step.index + 1].time)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+    run_passes(profiler, len(prompts), seeds, run)
     captions = json.dumps([prompt.text for prompt in prompts])
     return profiler.result(
         Run(

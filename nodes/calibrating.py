@@ -15,6 +15,7 @@ from ..checkpoint.canonical import is_linear
 from ..checkpoint.copies import COPIES
 from ..errors import OpError
 from ..quant.calibration import Calibration, Run
+from ..quant.calibration_passes import run_passes
 from ..quant.profiler import Profiler, ProfilerOptions
 from ..quant.provenance import combined_hash, hash_files
 from ..quant.source import files_of
@@ -24,9 +25,6 @@ from .guider import DualCopyGuider
 from .headers import open_header
 from .latents import TOKEN_PIXELS
 from .model_loading import source_of
-
-OTHER_NOISE = 1 << 48
-"""Added to every seed in the second pass; beyond the seeds of the node's input."""
 
 
 class ProfilingGuider(DualCopyGuider):
@@ -73,20 +71,19 @@ def calibrate(
         if callback is not None:
             callback(done)
 
-    # errors from other noise and without the seed: smoothing is judged on what it was not made for
-    for phase, first in ((profiler.statistics, 0), (profiler.errors, OTHER_NOISE)):
-        with phase():
-            for i, seed in enumerate(seeds):
-                profiler.sample(i)
-                guider.sample(
-                    comfy.sample.prepare_noise(latent, first + seed),
-                    latent,
-                    comfy.samplers.sampler_object("euler"),
-                    curve,
-                    callback=step,
-                    disable_pbar=True,
-                    seed=seed,
-                )
+    def sample(_: int, noise: int) -> None:
+        guider.sample(
+            comfy.sample.prepare_noise(latent, noise),
+            latent,
+            comfy.samplers.sampler_object("euler"),
+            curve,
+            callback=step,
+            disable_pbar=True,
+            seed=noise,
+        )
+
+    # one conditioning counts as one prompt, so that its seeds judge each other's smoothing
+    run_passes(profiler, 1, seeds, sample)
     return profiler.result(_run(models, positive, latent, seeds, len(times)))
 
 

@@ -12,7 +12,8 @@ from ..checkpoint import open_checkpoint
 from ..checkpoint.copies import COPIES
 from ..checkpoint.listing import new_name, stamp
 from ..checkpoint.published import most_wanted
-from ..quant.block_types import POLICIES
+from ..quant.block_types import check_policy
+from ..quant.errors import QuantOptionError
 from ..quant.quantize import SUFFIXES, quantize_checkpoint
 from ..quant.recipes import RECIPES, QuantOptions, recipe_of
 from .model_files import host_listing
@@ -80,12 +81,12 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "policy",
-                    options=list(POLICIES),
+                    options=["uniform"],
                     default="uniform",
                     optional=True,
                     advanced=True,
-                    tooltip="fragile: a higher GGUF type for the layers that suffer most (w2, "
-                    "adaLN).",
+                    tooltip="Of older workflows, whose values would slip without it. For other "
+                    "types in one file use target_gb.",
                 ),
                 io.Float.Input(
                     "target_gb",
@@ -128,7 +129,16 @@ class Quantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source: str | None = None, base_file: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls,
+        source: str | None = None,
+        base_file: str | None = None,
+        policy: str | None = None,
+    ) -> bool | str:
+        try:
+            check_policy(policy or "uniform")
+        except QuantOptionError as error:
+            return str(error)
         listing = host_listing(FOLDERS)
         problem = listing.problem(source, most_wanted(FOLDERS))
         if problem is not True or base_file in (None, NONE):
@@ -155,6 +165,7 @@ class Quantize(io.ComfyNode):
         base_file: str = NONE,
         device: str = "cpu",
     ) -> io.NodeOutput:
+        check_policy(policy)
         listing = host_listing(FOLDERS)
         path = listing.path(source)
         base = None if base_file == NONE else listing.path(base_file)
@@ -176,7 +187,6 @@ class Quantize(io.ComfyNode):
 
         options = QuantOptions(
             calibration=calibration,
-            policy=policy,
             target_bytes=int(target_gb * 1e9) or None,
         )
         report = quantize_checkpoint(

@@ -22,6 +22,7 @@ from ..ops.dispatch import BackendReport
 from ..ops.gguf_compute import resolve_compute
 from ..ops.linear import LinearOptions
 from ..ops.tuning.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurement, Table
+from ..quant.tables import gigabytes
 from . import costs
 from .fused_choice import OFF
 
@@ -145,7 +146,7 @@ def _level_line(pair: Pair, asked: str) -> str:
 def _file_line(copy: str, candidate: Candidate) -> str:
     header = candidate.header
     return (
-        f"{copy}: {candidate.name}, {_gb(header.size)}, {header.layout}, "
+        f"{copy}: {candidate.name}, {gigabytes(header.size)}, {header.layout}, "
         f"fingerprint {fingerprint(candidate.path)[:16]}; "
         f"which copy it is: {header.copy_reason}"
     )
@@ -247,11 +248,12 @@ def _attention_lines(machine: Machine) -> list[str]:
 def _memory_line(pair: Pair, machine: Machine) -> str:
     weights = pair.weight_bytes()
     line = (
-        f"memory: {_gb(sum(weights))} of weights and about {_gb(WORKING_MEMORY)} at 1024 px; "
-        f"{machine.device} has {_gb(machine.memory)}"
+        f"memory: {gigabytes(sum(weights))} of weights and about {gigabytes(WORKING_MEMORY)} "
+        "at 1024 px; "
+        f"{machine.device} has {gigabytes(machine.memory)}"
     )
     if machine.free is not None:
-        line += f", {_gb(machine.free)} of them free"
+        line += f", {gigabytes(machine.free)} of them free"
     return f"{line}: {_RESIDENCY[residency(weights, machine.memory)]}"
 
 
@@ -263,12 +265,8 @@ def expected_memory(pair: Pair, machine: Machine) -> tuple[str, bool]:
     weights = pair.weight_bytes()
     ram = sum(weights) if machine.ram_free is None else machine.ram_free
     line = _memory_line(pair, machine)
-    needed = f"loading takes {_gb(sum(weights))} of RAM, {_gb(ram)} are free"
+    needed = f"loading takes {gigabytes(sum(weights))} of RAM, {gigabytes(ram)} are free"
     if sum(weights) <= ram:
         return f"{line}; {needed}", False
     advice = "the system may swap, or end ComfyUI: close other programs or pick a smaller level"
     return f"{line}; {needed}: {advice}", True
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"

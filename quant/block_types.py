@@ -1,4 +1,4 @@
-"""Which GGUF type each linear gets: the user's rules, then a policy's table or a target size."""
+"""Which GGUF type each linear gets: the user's rules, then a target size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..ops.blocks import FORMATS
 from .choose import Linear
 from .encodings import Shape
 from .errors import QuantOptionError
-from .recipes import BLOCK_FALLBACKS, QuantOptions, Recipe, TypeRule, matches
+from .recipes import BLOCK_FALLBACKS, QuantOptions, Recipe, matches
 
 # Relative error of the weights, in dB, that a type costs where nothing was measured: gaussian rows.
 # Q6_K and below as this pack encodes them without importance, K = 4608.
@@ -25,25 +25,18 @@ LADDER = tuple(GAUSSIAN_DB)
 # its block; the others are taken to be alike.
 SENSITIVITY = (("*.feed_forward.w2", 4.0), ("*.adaln_modulation", 4.0), ("*", 1.0))
 
-# Policy -> level -> rules, first match wins; no rule: the level's own type.
-POLICIES: dict[str, dict[str, tuple[TypeRule, ...]]] = {
-    "uniform": {},
-    "fragile": {
-        level: (
-            TypeRule("layers.*.feed_forward.w2", higher),
-            TypeRule("layers.*.adaln_modulation", "Q8_0"),
+
+def check_policy(policy: str) -> None:
+    """QuantOptionError for a policy of older command lines and workflows, but for "uniform"."""
+    if policy != "uniform":
+        raise QuantOptionError(
+            "there are no policies any more: their files were larger and worse than a calibrated "
+            "level throughout",
+            found=policy,
+            needed="a calibration, or a target size in its place",
+            hint="Leave the policy out; use --calibration with a plain level, or --target-gb "
+            "(target_gb on the node).",
         )
-        for level, higher in (
-            ("Q4_0", "Q6_K"),
-            ("Q4_1", "Q6_K"),
-            ("Q4_K", "Q6_K"),
-            ("Q5_0", "Q6_K"),
-            ("Q5_1", "Q6_K"),
-            ("Q5_K", "Q6_K"),
-            ("Q6_K", "Q8_0"),
-        )
-    },
-}
 
 
 def header_reserve(tensors: int) -> int:
@@ -52,22 +45,15 @@ def header_reserve(tensors: int) -> int:
 
 
 def check_type_options(recipe: Recipe, options: QuantOptions) -> None:
-    """QuantOptionError for a policy or target size that cannot be."""
-    if options.policy not in POLICIES:
-        raise QuantOptionError(
-            "unknown policy", found=options.policy, needed=f"one of {', '.join(POLICIES)}"
-        )
-    asked = options.policy != "uniform" or options.target_bytes is not None
-    if asked and recipe.container != "gguf":
+    """QuantOptionError for a target size that cannot be."""
+    if options.target_bytes is None:
+        return
+    if recipe.container != "gguf":
         raise QuantOptionError(
             "a type for each linear is for GGUF levels",
             found=recipe.level,
             hint="For INT8 use protection (--protect-budget).",
         )
-    if options.target_bytes is None:
-        return
-    if options.policy != "uniform":
-        raise QuantOptionError("either a policy or a target size", found=options.policy)
     if recipe.weight_type not in LADDER:
         raise QuantOptionError(
             "a target size is for the levels it can mix",
@@ -86,11 +72,10 @@ def block_types(
     for a target that even the level does not meet.
     """
     check_type_options(recipe, options)
-    rules = (*options.types, *POLICIES[options.policy].get(recipe.level, ()))
     chosen: dict[Linear, str] = {}
     free: dict[Linear, list[str]] = {}
     for (copy, module), shape in linears.items():
-        ruled = next((r.qtype for r in rules if matches(r.pattern, copy, module)), None)
+        ruled = next((r.qtype for r in options.types if matches(r.pattern, copy, module)), None)
         chosen[copy, module] = fitting(ruled or recipe.weight_type, shape)
         if ruled is None and options.target_bytes is not None:
             higher = LADDER[LADDER.index(recipe.weight_type) :]

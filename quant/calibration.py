@@ -9,35 +9,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .calibration_file import read_calibration, write_calibration
+from .calibration_run import Run
 from .errors import CalibrationError
 from .layer_stats import LayerStats
 
 # A weight read from FP8 differs from the bf16 one by at most 1/16; another model's by far more.
 _SAME_MODEL = 0.1
-
-
-@dataclass(frozen=True)
-class Run:
-    """Where one run's figures come from.
-
-    ``models``: copy -> SHA-256 of its file (of several files: the hash of their hashes).
-    ``prompts_sha256``: of the JSON list of all prompts. ``versions``: package -> version.
-    """
-
-    models: Mapping[str, str]
-    prompts_sha256: str
-    prompts: int
-    seeds: tuple[int, ...]
-    steps: int
-    width: int
-    height: int
-    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +56,15 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
         """Write one safetensors file; returns its size. Raises WriteError, OutputExistsError."""
-        from .calibration_file import write_calibration
-
-        return write_calibration(self, path, overwrite=overwrite)
+        return write_calibration(
+            path, self.layers, self.times, self.provenance, self.candidates, overwrite=overwrite
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read and check a file of :meth:`save`. Raises CheckpointError and its kinds."""
-        from .calibration_file import read_calibration
-
-        return read_calibration(path)
+        layers, times, runs = read_calibration(path)
+        return cls(layers, times, runs, Path(path))
 
     def merge(self, *others: Calibration) -> Calibration:
         """All runs as one: maxima of maxima, sums of sums; columns are the union of the times.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from ..checkpoint.files import RawTensor
 from ..checkpoint.safetensors_header import parse_json, read_safetensors_header
 from ..checkpoint.writers import write_safetensors
 from ..errors import CheckpointError
-from .calibration import Calibration, Run
+from .calibration_run import Run
 from .errors import CalibrationError
 from .input_moments import DIRECTIONS
 from .layer_stats import LayerStats
 
 FORMAT = "ideogram4-quant calibration"
 VERSION = "2"
+
+Contents = tuple[dict[str, LayerStats], tuple[float, ...], tuple[Run, ...]]
+"""Layers, times and provenance of a calibration."""
 
 _MAX_COLUMNS = 4096
 _MAX_CANDIDATES = 256
@@ -48,12 +51,17 @@ _FIELDS: dict[str, tuple[str, Callable[[int, int, int], tuple[int, ...]], bool]]
 
 
 def write_calibration(
-    calibration: Calibration, path: str | os.PathLike[str], *, overwrite: bool = False
+    path: str | os.PathLike[str],
+    layers: Mapping[str, LayerStats],
+    times: Sequence[float],
+    runs: Sequence[Run],
+    candidates: Sequence[str],
+    *,
+    overwrite: bool = False,
 ) -> int:
-    """See ``Calibration.save``."""
-    candidates = calibration.candidates
+    """See ``Calibration.save``; ``candidates``: every treatment that a layer was measured with."""
     tensors = {}
-    for key, stats in calibration.layers.items():
+    for key, stats in layers.items():
         unmeasured = torch.full_like(stats.signal, _UNMEASURED)
         rows = [stats.noise.get(name, unmeasured) for name in candidates]
         fields = {
@@ -66,15 +74,15 @@ def write_calibration(
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "times": json.dumps(calibration.times),
+        "times": json.dumps(times),
         "candidates": json.dumps(candidates),
-        "provenance": json.dumps([asdict(run) for run in calibration.provenance]),
+        "provenance": json.dumps([asdict(run) for run in runs]),
     }
     return write_safetensors(path, tensors, metadata, overwrite=overwrite)
 
 
-def read_calibration(path: str | os.PathLike[str]) -> Calibration:
-    """See ``Calibration.load``."""
+def read_calibration(path: str | os.PathLike[str]) -> Contents:
+    """What ``Calibration.load`` makes a calibration of."""
     path = Path(path)
     try:
         _, tensors, metadata = read_safetensors_header(path)
@@ -83,7 +91,7 @@ def read_calibration(path: str | os.PathLike[str]) -> Calibration:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", file=path) from error
 
 
-def _read(path: Path, tensors: dict[str, RawTensor], metadata: dict[str, str]) -> Calibration:
+def _read(path: Path, tensors: dict[str, RawTensor], metadata: dict[str, str]) -> Contents:
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise CalibrationError(
             "this is no calibration that is read here",
@@ -105,7 +113,7 @@ def _read(path: Path, tensors: dict[str, RawTensor], metadata: dict[str, str]) -
         key: _layer(path, key, parts, len(times), candidates)
         for key, parts in sorted(by_layer.items(), key=lambda item: _natural(item[0]))
     }
-    return Calibration(layers, times, runs, path)
+    return layers, times, runs
 
 
 def _natural(key: str) -> list[tuple[int, str]]:

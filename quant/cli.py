@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
 from ..files.partial import partial_path
-from .block_types import POLICIES
+from .block_types import check_policy
 from .calibration import Calibration
 from .errors import QuantOptionError
 from .inspect import inspect_file
@@ -67,12 +67,7 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         metavar="NAME=TYPE",
         help="another GGUF type for some linears, as layers.*.feed_forward.w2=Q6_K",
     )
-    parser.add_argument(
-        "--policy",
-        choices=list(POLICIES),
-        default="uniform",
-        help="fragile: a higher GGUF type for w2 and adaLN (default: uniform)",
-    )
+    parser.add_argument("--policy", default="uniform", help=argparse.SUPPRESS)  # of older versions
     parser.add_argument(
         "--target-gb",
         type=float,
@@ -224,11 +219,11 @@ def _budget(text: str | None) -> dict[str, float | int]:
 
 
 def _quantize(args: argparse.Namespace) -> int:
+    check_policy(args.policy)
     options = QuantOptions(
         layout=args.layout,
         protect=tuple(args.protect),
         types=tuple(map(_type_rule, args.types)),
-        policy=args.policy,
         target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),
         linears=args.linears,
         licence=args.licence,

@@ -105,7 +105,6 @@ def recipe_record(
             record["treatments"] = dict(zip(names(chosen), reasons, strict=True))
     else:
         record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
-        record["policy"] = options.policy
         if options.target_bytes is not None:
             record["target_bytes"] = options.target_bytes
         mixed: dict[str, list[TensorPlan]] = {}

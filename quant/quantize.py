@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,18 +12,16 @@ import torch
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
 from ..files.partial import Partial, check_unfinished
 from ..gguf_loader import GGUFSpec, write_gguf
-from .choose import choice_notes
 from .encode import encoding_device
 from .encodings import Blocks
 from .errors import QuantOptionError
-from .measure import ErrorMeter
-from .plan import TensorPlan, layout_of, plan_tensors, planned_bytes, rotation_notes, rounding_notes
+from .plan import layout_of, plan_tensors
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
-from .recipes import QuantOptions, Recipe, recipe_of
-from .report import QuantReport, totals_table
-from .source import BaseLike, Source, SourceLike, check_levels, open_source
-from .stream import TensorStream, fingerprint, tensor_result
-from .tables import human_bytes
+from .quant_plan import QuantPlan
+from .recipes import QuantOptions, recipe_of
+from .report import QuantReport
+from .source import BaseLike, SourceLike, check_levels, open_source
+from .stream import TensorStream, fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -32,45 +29,6 @@ Progress = Callable[[int, int], None]
 """``progress(done, total)`` in bytes: those read for the hash, then those written."""
 
 SUFFIXES = {"native": ".safetensors", "transformer-lab": ".safetensors", "gguf": ".gguf"}
-
-
-@dataclass(frozen=True)
-class QuantPlan:
-    """What a quantization will do, known without reading a weight."""
-
-    recipe: Recipe
-    layout: str
-    options: QuantOptions
-    source: Source
-    out: Path
-    tensors: tuple[TensorPlan, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data to write; the header comes on top."""
-        return planned_bytes(self.tensors)
-
-    @property
-    def notes(self) -> list[str]:
-        choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
-        chosen = choice_notes(self.layout, choices)
-        rounded = rounding_notes(self.options)
-        return rotation_notes(self.recipe, self.tensors) + rounded + chosen
-
-    def stored_name(self, plan: TensorPlan, suffix: str) -> str:
-        """Name in the file of one stored tensor."""
-        name = f"{plan.module}.{suffix}"
-        return f"{plan.copy}.{name}" if self.layout == "transformer-lab" else name
-
-    def table(self) -> str:
-        """What will be written, by type."""
-        planned = [tensor_result(self, plan, ErrorMeter()) for plan in self.tensors]
-        head = (
-            f"{self.out}: {self.recipe.level} ({self.layout}), {' + '.join(self.source.copies)}, "
-            f"{human_bytes(self.nbytes)} from {', '.join(map(str, self.source.paths))} "
-            f"({self.source.level})"
-        )
-        return "\n\n".join([head, totals_table(planned), *self.notes])
 
 
 def plan_quantization(

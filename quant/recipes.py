@@ -97,9 +97,8 @@ class QuantOptions:
       multiplied by it, the activations divided. For INT8; in the native layout stock ComfyUI
       refuses the file.
     - ``types``: GGUF types of single linears, first match wins.
-    - ``policy``: a table of types by kind of linear (``quant.block_types.POLICIES``), after
-      ``types``; ``target_bytes``: the size of the file, for which types are chosen from the level
-      up so that the summed output error is least, as calibrated if a calibration is given.
+    - ``target_bytes``: the size of the file, for which types are chosen from the level up so that
+      the summed output error is least, as calibrated if a calibration is given.
     - ``linears``: ``"blocks"``, ``"all"``, or None for the layout's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
@@ -119,7 +118,6 @@ class QuantOptions:
     protect: tuple[str, ...] = ()
     smooth: Mapping[str, Tensor] | None = None
     types: tuple[TypeRule, ...] = ()
-    policy: str = "uniform"
     target_bytes: int | None = None
     linears: str | None = None
     licence: str | None = None

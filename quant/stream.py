@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from ..files.partial import Partial
 from .encode import encode_tensor
 from .measure import ErrorMeter, channel_absmax
 from .plan import TensorPlan
+from .quant_plan import QuantPlan, tensor_result
 from .report import TensorResult
-
-if TYPE_CHECKING:
-    from .quantize import QuantPlan
 
 
 class TensorStream:
@@ -112,22 +109,6 @@ class TensorStream:
             self._partial.skip(name)
         self._meters[plan.copy, plan.name] = meter
         return True
-
-
-def tensor_result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter) -> TensorResult:
-    """The row of one tensor; the meter of nothing for a plan alone."""
-    several = len(plan.source.copies) > 1
-    return TensorResult(
-        name=f"{tensor.copy}.{tensor.name}" if several else tensor.name,
-        shape=tensor.shape,
-        type=tensor.encoding.label,
-        nbytes=tensor.nbytes,
-        sqnr_db=meter.sqnr_db,
-        output_db=meter.output_db,
-        max_abs_error=meter.max_abs_error,
-        linear=tensor.linear,
-        protected=tensor.protected,
-    )
 
 
 def fingerprint(

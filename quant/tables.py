@@ -29,6 +29,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def gigabytes(count: float) -> str:
+    """``0.10 GB``: as ``human_bytes``, in GB from 100 MB up, to be compared with memory."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else human_bytes(count)
+
+
 def human_db(value: float) -> str:
     """``41.23``, or ``exact`` where nothing was lost."""
     return "exact" if value == math.inf else f"{value:.2f}"

@@ -32,6 +32,7 @@ MIN_GROUP = 16
 """Rotations over fewer values than this are not worth their time."""
 
 _NAME = re.compile(r"int8(?: smooth (?P<alpha>\d(?:\.\d{1,3})?))?(?P<rotated> rotated)?")
+_DEAD = 1e-6  # largest value of a channel, of all channels, up to which it counts as silent
 _EXTREME = 1e5  # a factor beyond this is a dead channel's
 
 
@@ -106,10 +107,11 @@ def smooth_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) 
     """``max|x|^alpha / max|w|^(1 - alpha)`` over its geometric mean, fp64 [K].
 
     ``x_absmax``, ``weight_absmax`` [K]: the largest values of each input channel. A channel without
-    input or without weight gets 1: nothing can be gained there.
+    input or without weight, a millionth of the largest included, gets 1 and moves no other one:
+    nothing can be gained there, and its weights would drown in the rounding of the rows.
     """
     x, w = x_absmax.double(), weight_absmax.double()
-    alive = (x > 0) & (w > 0)
+    alive = (x > _DEAD * x.max()) & (w > _DEAD * w.max())
     if not bool(alive.any()):
         return torch.ones_like(x)
     logs = alpha * x.log() - (1 - alpha) * w.log()

@@ -1,5 +1,6 @@
 """Presets, sigmas, guidance, the plan of every step: pure, shared by nodes and engine."""
 
+from .noise import noise_seeds
 from .presets import PRESETS, Preset, guidance_schedule, preset
 from .schedule import check_size, grid_size, sigmas, start_latents
 from .steps import StepPlan, combine, euler_step, plan, step_at
@@ -13,6 +14,7 @@ __all__ = [
     "euler_step",
     "grid_size",
     "guidance_schedule",
+    "noise_seeds",
     "plan",
     "preset",
     "sigmas",

@@ -108,34 +108,8 @@ ORDER = (
 
 def rank(module: str) -> int:
     """The row of a module's first folder; the package's own face stands above all."""
-    room = module.split(".")[0]
+    room = (module.split(".") + [""])[1]
     return next((i for i, row in enumerate(ORDER) if room in row), -1)
-
-
-def imported(name: str) -> set[str]:
-    """What a module imports from the package, in functions too, without the package's name."""
-    path = ROOT.joinpath(*name.split(".")[1:])
-    package = name.split(".")[1:] if path.is_dir() else name.split(".")[1:-1]
-    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-            base = [part for part in base if part]
-            found |= {".".join([*base, alias.name]) for alias in node.names}
-    return found
-
-
-def test_imports_point_down_the_table_of_rooms():
-    names = [n for n in modules(nodes=True) + modules(nodes=False) if n.count(".") >= 1]
-    upward = [
-        (name, target)
-        for name in names
-        for target in imported(name)
-        if rank(target) < rank(name.split(".", 1)[1])
-    ]
-    assert upward == []
-    assert {"cli", "nodes", "ops"} <= {name.split(".")[1] for name in names}
 
 
 def test_listed_packages_are_the_folders():
@@ -227,3 +201,67 @@ def test_the_tests_that_trust_names_exist():
         named += bool(file or test)
         assert not test or f"def {test}(" in source, (file, test)
     assert named > 40
+
+
+def imported(file: Path, name: str, known: set[str]) -> set[str]:
+    """Modules of ``known`` that a file names in its imports, wherever in it they stand."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parts = package.split(".")
+            base = [*parts[: len(parts) - node.level + 1], *(node.module or "").split(".")]
+            base = ".".join(filter(None, base))
+            for alias in node.names:
+                inside = f"{base}.{alias.name}"
+                found.add(inside if inside in known else base)
+    return found & known - {name}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """What is left when modules that import nothing left, or are imported by nothing, are gone."""
+    left = {name: set(targets) for name, targets in graph.items()}
+    while True:
+        wanted = set().union(*left.values()) if left else set()
+        gone = {name for name, targets in left.items() if not targets or name not in wanted}
+        if not gone:
+            return sorted([name, *sorted(targets)] for name, targets in left.items())
+        left = {name: targets - gone for name, targets in left.items() if name not in gone}
+
+
+def test_the_search_for_circles_finds_them():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [
+        ["b", "c"],
+        ["c", "b"],
+    ]
+
+
+def imports() -> dict[str, set[str]]:
+    """Every module and the modules of the package that it imports."""
+    names = [*modules(nodes=True), *modules(nodes=False)]
+    graph = {}
+    for name in names:
+        path = ROOT.joinpath(*name.split(".")[1:])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        graph[name] = imported(file, name, set(names))
+    return graph
+
+
+def test_no_module_imports_itself_over_others():
+    """Imports inside functions and for type checkers count as well."""
+    graph = imports()
+    assert sum(map(len, graph.values())) > 300
+    assert circles(graph) == []
+
+
+def test_imports_point_down_the_table_of_rooms():
+    graph = imports()
+    upward = [
+        (name, target)
+        for name, targets in graph.items()
+        for target in targets
+        if rank(target) < rank(name)
+    ]
+    assert upward == []
+    assert {"cli", "nodes", "ops"} <= {name.split(".")[1] for name in graph if "." in name}

@@ -1,4 +1,4 @@
-"""Types by policy and by target size: exact sizes, least loss, and calibrated importance."""
+"""Types by rule and by target size: exact sizes, least loss, and calibrated importance."""
 
 import itertools
 import json
@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 
+from ideogram4_quant.cli import main
 from ideogram4_quant.quant import (
     QuantOptionError,
     QuantOptions,
@@ -62,18 +63,27 @@ def types_of(path):
     return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
 
 
-def test_the_fragile_policy_raises_w2_and_adaln(tmp_path, source):
+def test_a_users_rules_give_linears_another_type(tmp_path, source):
     out = tmp_path / "q.gguf"
-    options = QuantOptions(policy="fragile", types=(TypeRule("layers.0.*.w2", "Q5_K"),))
+    options = QuantOptions(types=(TypeRule("layers.0.*.w2", "Q5_K"), TypeRule("*.w2", "Q6_K")))
     quantize_checkpoint(source, "Q4_K", out, options=options)
     types = types_of(out)
-    assert types["layers.0.feed_forward.w2.weight"] == "Q5_K"  # the user's rule goes first
+    assert types["layers.0.feed_forward.w2.weight"] == "Q5_K"  # the first rule that matches
     assert types["layers.1.feed_forward.w2.weight"] == "Q6_K"
-    assert types["layers.1.adaln_modulation.weight"] == "Q8_0"
     assert types["layers.1.attention.o.weight"] == "Q4_K"
     recipe = json.loads(gguf.GGUFReader(out).fields["ideogram4.quantization"].contents())
-    assert recipe["policy"] == "fragile"
     assert recipe["other_types"]["Q5_K"] == ["layers.0.feed_forward.w2"]
+
+
+def test_an_old_command_line_with_a_policy_says_what_to_do(tmp_path, source, capsys):
+    out = tmp_path / "q.gguf"
+    line = ["quantize", str(source), "--level", "Q4_K", "--out", str(out)]
+    assert main([*line, "--policy", "fragile"]) != 0
+    said = capsys.readouterr().err
+    assert "fragile" in said
+    assert "--target-gb" in said
+    assert "--calibration" in said
+    assert not out.exists()
 
 
 def size_range(source, tmp_path, options):
@@ -177,10 +187,7 @@ def test_calibration_lowers_the_output_error_at_the_same_size(
 @pytest.mark.parametrize(
     ("level", "options", "message"),
     [
-        ("INT8 W8A8", {"policy": "fragile"}, "for GGUF levels"),
         ("INT8 W8A8", {"target_bytes": 10**6}, "for GGUF levels"),
-        ("Q4_K", {"policy": "secret"}, "unknown policy"),
-        ("Q4_K", {"policy": "fragile", "target_bytes": 10**7}, "either a policy or a target"),
         ("Q4_0", {"target_bytes": 10**7}, "levels it can mix"),
         ("Q4_K", {"target_bytes": 10**5}, r"below that of Q4_K.*needed at least"),
     ],

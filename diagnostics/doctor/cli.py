@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import CheckpointError
+from ...quant.tables import gigabytes
 from .comfyui import Host, find_host
 
 _FITS = {
@@ -93,7 +94,7 @@ def _text(found: dict) -> Iterator[str]:
 
 def _device(device: dict) -> Iterator[str]:
     compute = "bfloat16" if device["bfloat16"] else "float32, as it has no bfloat16: slow"
-    yield f"device: {device['name']} ({device['type']}), {_gb(device['memory'])}"
+    yield f"device: {device['name']} ({device['type']}), {_size(device['memory'])}"
     yield f"  computes in {compute}"
     for backend in device["backends"]:
         can = "yes" if backend["available"] else "no "
@@ -105,7 +106,7 @@ def _files(found: dict) -> Iterator[str]:
         yield f"{kind}: {' or '.join(reversed(found['folders'][kind]))}"
         for file in files:
             level = f", {file['level']}" if file["level"] else ""
-            yield f"  {file['name']}, {_gb(file['bytes'])}{level}"
+            yield f"  {file['name']}, {_size(file['bytes'])}{level}"
             if file.get("folded"):
                 yield f"    {_FOLDED}"
             if file.get("sha256"):
@@ -118,7 +119,7 @@ def _files(found: dict) -> Iterator[str]:
         here = "here   " if item["here"] else "not here"
         odd = ", BUT OF ANOTHER SIZE: download it again" if item["size_differs"] else ""
         known = f", SHA-256 {item['sha256']}" if item["sha256"] else ""
-        yield f"  {here} {item['name']}, {_gb(item['nbytes'])}{known}{odd}"
+        yield f"  {here} {item['name']}, {_size(item['nbytes'])}{known}{odd}"
         if not item["here"]:
             yield f"           {item['url']} -> {item['folder']}"
 
@@ -129,13 +130,11 @@ def _levels(found: dict) -> Iterator[str]:
         have = "" if row["conditional"] is None else "  you have it"
         if have and row["unconditional"] is None:
             have += ", without the unconditional copy"
-        size = f"{_gb(row['copy_bytes'])} a copy"
+        size = f"{_size(row['copy_bytes'])} a copy"
         yield f"  {row['level']:<18} {size:<16} {_FITS[row['on_this_device']]}{have}"
     if found["auto"] is not None:
         yield f"auto picks {found['auto']}"
 
 
-def _gb(nbytes: int | None) -> str:
-    if nbytes is None:
-        return "size unknown"
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+def _size(nbytes: int | None) -> str:
+    return "size unknown" if nbytes is None else gigabytes(nbytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,13 +25,13 @@ from ...checkpoint.listing import Listing, list_files
 from ...checkpoint.published import PUBLISHED, Published
 from ...checkpoint.safetensors_header import read_safetensors_header
 from ...errors import CheckpointError, NotIdeogram4Error
+from ...quant.provenance import hash_files
 from .comfyui import Host, model_folders
 from .machine import Device, find_device, ram, versions
 from .sizes import copy_bytes
 
 _LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
 _SIZE_TOLERANCE = 0.02  # published sizes are rounded
-_CHUNK = 1 << 24
 Opened = dict[str, object]
 
 
@@ -120,11 +119,7 @@ def _checksum(path: Path) -> str | None:
     """SHA-256 of a file; None for a folder, which no page gives one for."""
     if path.is_dir():
         return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hash_files([path])[0].sha256
 
 
 def _expected(item: Published, listing: Listing) -> dict:

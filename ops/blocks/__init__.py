@@ -99,7 +99,9 @@ def quantize(
     Without importance the least error of the weights, below that of ggml's C code; ``as_ggml``
     gives the very bytes of that code, to compare with. importance: [K], at or above zero, the
     mean square of each input feature: the least output error that it foretells,
-    ``sum importance * (decoded - weight)^2``, at the same size (see ``refine``). Without it all
+    ``sum importance * (decoded - weight)^2``, at the same size (see ``refine``). Only its ratios
+    count; inputs that were not seen (at 2e-6 of the mean or below, zero included) count as much as
+    that, and blocks of nothing else, or all if all are zero, are as without it. Without it all
     formats but Q4_K, Q5_K and Q6_K give ggml's bytes; the float types have nothing to search.
     feedback: codes are then chosen, within the scales found, so that errors of correlated inputs
     cancel (see ``Feedback``). The bytes depend on nothing but the arguments, not on threads.

@@ -21,6 +21,12 @@ log = logging.getLogger(__name__)
 
 DECODE_CHUNK = 1 << 20  # weights: the temporaries of one chunk stay in the cache
 
+UNSEEN = 2e-6
+"""Importance, of the mean one, up to which nothing is known of an input."""
+
+# Means of importance between which products of it, weights and codes stay in float32.
+LEAST_MEAN, LARGEST_MEAN = 1e-12, 1e12
+
 
 class BlockFormat(ABC):
     """One GGUF block format: ``block_size`` weights of a row packed into ``type_size`` bytes."""
@@ -120,7 +126,7 @@ class BlockFormat(ABC):
         self._check_weight(weight, feedback)
         row_bytes = self.row_bytes(weight.shape[-1])
         blocks = weight.reshape(weight.numel() // self.block_size, self.block_size)
-        importance = self._importance_blocks(importance, weight)
+        importance, unseen = self._importance_blocks(importance, weight)
         out = blocks.new_empty((len(blocks), self.type_size), dtype=torch.uint8)
         step = self._blocks_at_a_time(weight, by_rows=importance is not None)
 
@@ -130,6 +136,9 @@ class BlockFormat(ABC):
                 raise _not_finite(self.name, weight)
             with np.errstate(all="ignore"):  # as torch: searches meet infinities, and pass on
                 encoded = self.encode_as_ggml(chunk) if as_ggml else self.encode(chunk, importance)
+                if unseen is not None:
+                    alone = unseen.repeat(len(chunk) // len(unseen))
+                    encoded[alone] = self.encode(chunk[alone], None)
             out[start : start + step] = encoded
 
         for_each(range(0, len(blocks), step), encode_chunk, weight.device)
@@ -159,10 +168,14 @@ class BlockFormat(ABC):
                 needed=f"{weight.shape[-1]}",
             )
 
-    def _importance_blocks(self, importance: Tensor | None, weight: Tensor) -> Tensor | None:
-        """Importance [K] as float32 [K // block_size, block_size], or None where it has no use."""
+    def _importance_blocks(
+        self, importance: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Importance [K] as float32 [K // block_size, block_size], None where it has no use; and
+        which of these blocks nothing is known of, bool [K // block_size], None for none of them.
+        """
         if importance is None:
-            return None
+            return None, None
         if importance.shape != weight.shape[-1:]:
             raise OpError(
                 f"{self.name} importance holds one value a column",
@@ -174,8 +187,16 @@ class BlockFormat(ABC):
             raise OpError(f"{self.name} importance", needed="finite values, none below zero")
         if not self.uses_importance:
             _warn_unused(self.name)
-            return None
-        return importance.reshape(-1, self.block_size)
+            return None, None
+        mean = importance.double().mean().item()
+        if not mean > 0:
+            return None, None
+        floor = UNSEEN * mean
+        unseen = (importance <= floor).view(-1, self.block_size).all(1)
+        if not LEAST_MEAN < mean < LARGEST_MEAN:  # sums of products would leave float32
+            importance, floor = (importance.double() / mean).float(), UNSEEN
+        blocks = importance.clamp_min(floor).reshape(-1, self.block_size)
+        return blocks, unseen if bool(unseen.any()) else None
 
 
 def half_field(blocks: Tensor, index: int) -> Tensor:
