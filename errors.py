@@ -69,6 +69,10 @@ class OpError(Ideogram4QuantError, ValueError):
     """A shape, dtype, device or option that an op cannot take."""
 
 
+class ArgumentTypeError(Ideogram4QuantError, TypeError):
+    """An argument of a public function that is of a wrong type; the message names the argument."""
+
+
 class BackendUnavailableError(Ideogram4QuantError, RuntimeError):
     """A backend was asked for by name and is not available here; the message says why."""
 

@@ -84,10 +84,40 @@ class FusedAttnProcessor:
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def _skeleton(config: dict, with_text: bool, backend: str) -> Ideogram4Transformer2DModel:
+class PackTransformer(Ideogram4Transformer2DModel):
+    """diffusers' model whose ``dtype`` is the compute dtype, whatever the linears' storage.
+
+    diffusers' pipeline casts latents and text features to ``dtype``, and would take that of the
+    first weight: bf16 where an fp32 model keeps bf16 weights.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self)
+
+    def check_dtype(self, *args: object, **kwargs: object) -> None:
+        """OpError where arguments of ``to`` name another dtype: codes cannot follow, and the rotary
+        table must stay fp32."""
+        given = [*args, *kwargs.values()]
+        for wanted in (each for each in given if isinstance(each, torch.dtype)):
+            if wanted != self.dtype:
+                raise OpError(
+                    "a loaded model keeps its compute dtype",
+                    found=wanted,
+                    needed=self.dtype,
+                    hint="Load it again with dtype=...",
+                )
+
+    def to(self, *args: object, **kwargs: object) -> PackTransformer:
+        """Moves the model; OpError for another dtype."""
+        self.check_dtype(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+
+def _skeleton(config: dict, with_text: bool, backend: str) -> PackTransformer:
     """diffusers' model on the meta device, with fused qkv and a real rotary table."""
     with torch.device("meta"):
-        model = Ideogram4Transformer2DModel(**config)
+        model = PackTransformer(**config)
         for block in model.layers:
             attn = block.attention
             del attn.to_q, attn.to_k, attn.to_v
@@ -109,7 +139,7 @@ def load_transformer(
     attention: str = SDPA,
     measure: Measure | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Ideogram4Transformer2DModel:
+) -> PackTransformer:
     """One copy of a checkpoint as diffusers' model, its linears through `ops.linear`.
 
     ``dtype`` is the compute dtype: fp32 on a CPU, bf16 elsewhere by default; fp16 overflows in this

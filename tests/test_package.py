@@ -108,7 +108,7 @@ ORDER = (
 
 def rank(module: str) -> int:
     """The row of a module's first folder; the package's own face stands above all."""
-    room = (module.split(".") + [""])[1]
+    room = [*module.split("."), ""][1]
     return next((i for i, row in enumerate(ORDER) if room in row), -1)
 
 
