@@ -16,6 +16,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ..checkpoint.folding import Folding, Site, sites
+from ..ops.wide import wide
 from .calibration import Calibration
 from .errors import CalibrationError, QuantOptionError
 from .layer_stats import LayerStats
@@ -118,7 +119,8 @@ def remaining_factor(
     fp32 [K], positive. The linear's columns are multiplied by this and not by ``s``, so that the
     rounding of the norm costs nothing. Where the weight is 0 or would become 0 the factor is 1.
     """
-    true, rounded = norm_weight.double(), (norm_weight.double() / factors).to(dtype).double()
+    true = wide(norm_weight)
+    rounded = (true / factors.to(true.device)).to(dtype).double()
     usable = (true != 0) & (rounded != 0) & rounded.isfinite()
     return torch.where(usable, true / torch.where(usable, rounded, 1.0), 1.0).float()
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops.rotation import largest_group
+from ..ops.wide import wide
 from .layer_stats import LayerStats
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
@@ -131,7 +132,7 @@ def smooth_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) 
     ``x_absmax``, ``weight_absmax`` [K]: the largest values of each input channel. A channel without
     input or without weight gets 1: nothing can be gained there.
     """
-    x, w = x_absmax.double(), weight_absmax.double()
+    x, w = wide(x_absmax), wide(weight_absmax)
     alive = (x > 0) & (w > 0)
     if not bool(alive.any()):
         return torch.ones_like(x)
