@@ -97,13 +97,14 @@ def load_model(
 
 
 def measured(patchers: Iterable[comfy.model_patcher.ModelPatcher]) -> choices.Table:
-    """What was measured for these models on the device that the host computes on."""
-    shapes = {
-        (layer.n, layer.k) for patcher in patchers for layer in patcher.get_attachment(LAYERS) or ()
-    }
-    table = choices.table(management.get_torch_device())
-    attention = choices.ATTENTION
-    return choices.Table(m for m in table if m.key.op == attention or (m.key.n, m.key.k) in shapes)
+    """What was measured for these models on the devices that they compute on."""
+    found: list[choices.Measurement] = []
+    for patcher in patchers:
+        shapes = {(layer.n, layer.k) for layer in patcher.get_attachment(LAYERS) or ()}
+        table = choices.table(patcher.load_device)
+        attention = choices.ATTENTION
+        found += (m for m in table if m.key.op == attention or (m.key.n, m.key.k) in shapes)
+    return choices.Table(found)
 
 
 def _measure(

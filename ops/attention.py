@@ -26,7 +26,9 @@ from torch import Tensor
 from ..errors import BackendUnavailableError, OpError
 from .dispatch import AUTO, BackendReport
 from .library import define
+from .probes import checked, kept
 from .tuning import choices
+from .wide import has_float64
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +98,17 @@ def candidates(device: torch.device, head_size: int = _INT8_HEAD_SIZE) -> tuple[
 
 
 def errors(q: Tensor, k: Tensor, v: Tensor, names: Iterable[str]) -> dict[str, float]:
-    """``|out - exact| / |exact|`` of each backend, exact being the formula in fp64."""
+    """``|out - exact| / |exact|`` of each backend, exact being the formula in fp64, or
+    fp32 where the device has no other."""
     exact = reference(q, k, v)
     norm = exact.norm().clamp_min(torch.finfo(torch.float64).tiny)
     return {name: ((BACKENDS[name](q, k, v) - exact).norm() / norm).item() for name in names}
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``softmax(q k^T / sqrt(D) + mask) v`` in fp64, one head at a time."""
-    wide = torch.float64 if q.device.type != "mps" else torch.float32
+    """``softmax(q k^T / sqrt(D) + mask) v`` in fp64, one head at a time; in fp32 where there is no
+    fp64."""
+    wide = torch.float64 if has_float64(q.device) else torch.float32
     out = torch.empty(q.shape, dtype=wide, device=q.device)
     for batch, head in torch.cartesian_prod(*map(torch.arange, q.shape[:2])).tolist():
         a, b, c = (t[batch, head].to(wide) for t in (q, k, v))
@@ -145,7 +149,7 @@ def _named(name: str, device: torch.device, head_size: int) -> str:
     return name
 
 
-@cache
+@kept
 def _int8_missing(device: torch.device) -> str | None:
     """Why comfy-kitchen's INT8 attention does not run on ``device``; None where it does."""
     if device.type != "cuda":
@@ -162,7 +166,8 @@ def _int8_missing(device: torch.device) -> str | None:
     try:
         error = errors(q, q, q, (INT8,))[INT8]
     except Exception as failure:  # whatever drivers and extensions come up with
-        return f"{type(failure).__name__}: {str(failure).strip()[:300]}"
+        reason = f"{type(failure).__name__}: {str(failure).strip()[:300]}"
+        return checked(reason, reason)
     return None if error < 0.1 else f"a wrong result (relative error {error:.2g})"
 
 

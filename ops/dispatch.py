@@ -26,6 +26,7 @@ import torch
 
 from ..errors import BackendUnavailableError, OpError
 from . import adapters, reference
+from .probes import checked, kept
 from .tuning import choices
 
 logger = logging.getLogger(__name__)
@@ -186,6 +187,16 @@ def _log_unmeasured(device: torch.device, names: tuple[str, ...]) -> None:
         )
 
 
+@cache
+def _warn_no_kernels(device: torch.device, reason: str) -> None:
+    logger.warning(
+        "no Triton kernels on %s: layers run on what else there is, and what surrounds "
+        "their products as plain torch formulas, slower. %s",
+        device,
+        reason,
+    )
+
+
 # ---- probes: each backend once a device, keeping the reason
 
 
@@ -202,24 +213,19 @@ def _probe(name: str, device: torch.device) -> tuple[Backend | None, str]:
     return backend, reason
 
 
-@cache
+@kept
 def _probe_triton(device: torch.device) -> tuple[Backend | None, str]:
     kernels = importlib.import_module(".kernels", __package__)
     available, reason = kernels.available(device)
     if not available:
-        if device.type == "cuda":  # once, as every probe is
-            logger.warning(
-                "no Triton kernels on %s: layers run on what else there is, and what surrounds "
-                "their products as plain torch formulas, slower. %s",
-                device,
-                reason,
-            )
-        return None, reason
+        if device.type == "cuda":
+            _warn_no_kernels(device, reason)
+        return checked((None, reason), reason)
     ops = {name: getattr(kernels, name) for name in REFERENCE_OPS if hasattr(kernels, name)}
     return Backend("triton", ops), reason
 
 
-@cache
+@kept
 def _probe_comfy_kitchen(device: torch.device) -> tuple[Backend | None, str]:
     if device.type != "cuda":
         return None, f"its int8 kernels need CUDA, not {device.type}"
@@ -240,7 +246,7 @@ def _probe_comfy_kitchen(device: torch.device) -> tuple[Backend | None, str]:
     return Backend("comfy_kitchen", {"int8_linear": adapters.comfy_kitchen_linear}), label
 
 
-@cache
+@kept
 def _probe_int_mm(device: torch.device) -> tuple[Backend | None, str]:
     """Available where ``torch._int_mm`` is exact at the extremes: some CPUs saturate in between."""
     q = torch.tensor([[-127, 127], [127, -127]], dtype=torch.int8).repeat(32, 128)
@@ -248,9 +254,9 @@ def _probe_int_mm(device: torch.device) -> tuple[Backend | None, str]:
     want = q.int() @ w.int().t()
     try:
         got = torch._int_mm(q.to(device), w.to(device).t()).cpu()
-    except (RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
+    except (RuntimeError, AttributeError, AssertionError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return None, f"torch._int_mm fails: {reason}"
+        return checked((None, f"torch._int_mm fails: {reason}"), f"{type(error).__name__}: {error}")
     if not torch.equal(got, want):
         return None, "torch._int_mm is not exact on this processor"
     ops = {

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from .chunks import uninitialised
+from .wide import has_float64
 
 # Directions explain at most this much of a column: other prompts bring other inputs.
 MOST_SHARED = 0.95
@@ -112,9 +113,11 @@ class Feedback:
         step = (step * unit[:, None]).t().contiguous()
         if shift is not None:
             wanted.unflatten(0, (len(step), -1)).add_((shift.t() * unit)[:, None])
-        codes, (lost, lost_by_nearest) = self._follow(wanted, step, limits)
+        place = weight.device if has_float64(weight.device) else torch.device("cpu")
+        codes, (lost, lost_by_nearest) = self._follow(wanted.to(place), step.to(place), limits)
         codes = codes.index_select(0, torch.tensor(self.order, device=codes.device).argsort())
-        return codes.t().contiguous(), lost < _LESS * lost_by_nearest
+        better = lost < _LESS * lost_by_nearest
+        return codes.t().contiguous().to(weight.device), better.to(weight.device)
 
     def _row_unit(self, step: Tensor) -> Tensor:
         """Powers of two [N] that bring each row's largest step, by loudness, to below one."""

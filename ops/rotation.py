@@ -56,7 +56,7 @@ def hadamard(group: int, device: torch.device | str, dtype: torch.dtype) -> Tens
         # An inference tensor could not be saved for a backward pass later on.
         with torch.inference_mode(False):
             h4 = torch.tensor(_H4, dtype=torch.float64)
-            _matrices[key] = _kronecker_power(h4, group).to(device=device, dtype=dtype)
+            _matrices[key] = _kronecker_power(h4, group).to(dtype).to(device)
     return _matrices[key]
 
 

@@ -144,7 +144,7 @@ class Calibration:
         if stats is None:
             return
         known = stats.weight_absmax.double()
-        off = (weight_absmax.double().cpu() - known).abs().sum() / known.sum().clamp_min(1e-30)
+        off = (weight_absmax.cpu().double() - known).abs().sum() / known.sum().clamp_min(1e-30)
         if not off <= _SAME_MODEL:
             raise CalibrationError(
                 "a calibration of another model: the weights differ by "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..ops.feedback import Feedback, output_energy
 from ..ops.rotation import rotate
+from ..ops.wide import wide, wide_sum
 
 DIRECTIONS = 16
 """Columns of a sketch: twice as many gain up to 1.7 dB more at Q4_K on the pocket model
@@ -54,7 +55,7 @@ class InputMoments:
 
     def output_energy(self, rows: Tensor) -> float:
         """Mean square of the outputs of a weight's ``rows`` [N, K], or of their error: the sum."""
-        return output_energy(rows, self.rest, self.directions).double().sum().item()
+        return wide_sum(output_energy(rows, self.rest, self.directions)).item()
 
     def scaled(self, factors: Tensor) -> InputMoments:
         """Of the inputs ``x * factors`` [K], none of them zero."""
@@ -95,12 +96,12 @@ def input_moments(square_sum: Tensor, sums: Tensor, tokens: int) -> InputMoments
     Where sums contradict each other, so that directions explain more than all of an input, they are
     shortened to that.
     """
-    square = square_sum.double() / tokens
+    square = wide(square_sum) / tokens
     mean = square.mean()
     if not bool(mean > _SILENCE):
         return None
     square = square.clamp_min(_UNSEEN * mean.item())
-    directions = _directions(sums.double() / tokens)
+    directions = _directions(wide(sums) / tokens)
     explained = directions.square().sum(1) / square
     excess = torch.where(explained > _IMPOSSIBLE, explained, 1.0)
     return InputMoments(square.float(), (directions / excess.sqrt()[:, None]).float())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..ops.wide import wide
 from .input_moments import InputMoments, input_moments, sketch
 
 
@@ -42,7 +43,7 @@ class LayerStats:
     @classmethod
     def of(cls, inputs: Tensor, weight: Tensor) -> LayerStats:
         """The statistics, without errors, of ``inputs`` [tokens, K] into ``weight`` [N, K]."""
-        x = inputs.double()
+        x = wide(inputs)
         return cls(
             shape=tuple(weight.shape),
             tokens=x.shape[0],

@@ -9,6 +9,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from ..ops.wide import wide
 from .input_moments import InputMoments
 
 CHUNK = 1 << 20  # values held in fp32 at a time: 4 MiB, near the size of a core's cache
@@ -95,8 +96,8 @@ def _decibels(signal: float, noise: float) -> float:
 
 def _sum_of_squares(values: Tensor) -> float:
     """In fp64: squares of tiny weights must not vanish. A dot product is the fastest way there."""
-    wide = values.double().reshape(-1)
-    return torch.dot(wide, wide).item()
+    flat = wide(values).reshape(-1)
+    return torch.dot(flat, flat).item()
 
 
 def row_chunks(

@@ -23,6 +23,7 @@ from ..ops.blocks import FORMATS
 from ..ops.fused import Activation, dense
 from ..ops.library import without_autocast
 from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
+from ..ops.wide import wide, wide_sum
 from .calibration import Calibration, Run
 from .encodings import Blocks
 from .errors import CalibrationError, NonFiniteWeightError
@@ -215,10 +216,9 @@ class _Seen:
 
     def count(self, x: Tensor, sample: int, column: int, tokens: int) -> None:
         """Add the input rows of one call, [T, K]."""
-        stats, wide = self.stats, torch.float64
+        stats = self.stats
         squares = x.square()
-        sums = [x.sum(dtype=wide), squares.sum(dtype=wide)]
-        sums += [(squares * x).sum(dtype=wide), squares.square().sum(dtype=wide)]
+        sums = [wide_sum(power) for power in (x, squares, squares * x, squares.square())]
         peaks = stats.peaks.clone()
         magnitudes = self._sample(x, tokens).abs()
         median = magnitudes.median(dim=1).values
@@ -231,9 +231,9 @@ class _Seen:
             stats,
             tokens=stats.tokens + len(x),
             absmax=self._loudest.absmax,
-            square_sum=stats.square_sum + squares.sum(0, dtype=wide).cpu(),
+            square_sum=stats.square_sum + wide_sum(squares, 0),
             sketch=stats.sketch + sketch(x).cpu(),
-            power_sums=stats.power_sums + torch.stack(sums).cpu(),
+            power_sums=stats.power_sums + torch.stack(sums),
             peaks=peaks,
         )
 
@@ -259,7 +259,7 @@ class _Seen:
         x = self._sample(x, tokens)
         weight = self._weight.to(x.device).float()
         wanted = x @ weight.T
-        self.stats.signal[column] += wanted.double().square().sum().cpu()
+        self.stats.signal[column] += wide(wanted).square().sum().cpu()
         for treatment in self._int8:
             smooth = vectors.get(treatment.alpha)
             smooth = None if smooth is None else smooth.to(x.device)
@@ -273,7 +273,7 @@ class _Seen:
             self._add(qtype, column, x @ decoded.T - wanted)
 
     def _add(self, name: str, column: int, error: Tensor) -> None:
-        self.stats.noise[name][column] += error.double().square().sum().cpu()
+        self.stats.noise[name][column] += wide(error).square().sum().cpu()
 
     def _sample(self, x: Tensor, tokens: int) -> Tensor:
         """Up to ``tokens`` rows, evenly spaced, starting elsewhere at each call."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops.rotation import largest_group
+from ..ops.wide import wide
 from .layer_stats import LayerStats
 
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
@@ -110,7 +111,7 @@ def smooth_factors(x_absmax: Tensor, weight_absmax: Tensor, alpha: float = 0.5) 
     input or without weight, a millionth of the largest included, gets 1 and moves no other one:
     nothing can be gained there, and its weights would drown in the rounding of the rows.
     """
-    x, w = x_absmax.double(), weight_absmax.double()
+    x, w = wide(x_absmax), wide(weight_absmax)
     alive = (x > _DEAD * x.max()) & (w > _DEAD * w.max())
     if not bool(alive.any()):
         return torch.ones_like(x)

@@ -71,9 +71,9 @@ def nothing_measured() -> Iterator[None]:
     from ideogram4_quant.ops.tuning import choices
 
     cpu = torch.device("cpu")
-    choices.forget(cpu)
+    choices._TABLES.pop(cpu, None)
     yield
-    choices.forget(cpu)
+    choices._TABLES.pop(cpu, None)
 
 
 @pytest.fixture

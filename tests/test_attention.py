@@ -58,7 +58,7 @@ def test_auto_takes_the_faster_one_measured_and_sdpa_where_nothing_was(int8_here
             attention.attention(q, k, v, backend="auto")
             assert len(int8_here) == calls
     finally:
-        choices.forget(CPU)
+        choices._TABLES.pop(CPU, None)
 
 
 def test_attention_is_measured_with_its_error_where_auto_was_asked(int8_here, tmp_path):
@@ -71,7 +71,7 @@ def test_attention_is_measured_with_its_error_where_auto_was_asked(int8_here, tm
         assert "relative error: " in autotune.describe(CPU)[0]
         assert list(autotune.tune([], CPU, torch.float32, measure)) == [found]
     finally:
-        choices.forget(CPU)
+        choices._TABLES.pop(CPU, None)
 
 
 def test_gradients_take_sdpa(int8_here):

@@ -81,7 +81,7 @@ def test_a_fused_block_runs_what_was_faster_as_a_whole(rows, whole, tmp_path, mo
         assert relative(compiled(*inputs), want) < 1e-3
         assert whole == all_five
     # a second start measures nothing again
-    choices.forget(CPU)
+    choices._TABLES.pop(CPU, None)
     timed.clear()
     tune(*arguments, inputs=tuning_jobs.inputs_of(state))
     assert timed == []
@@ -95,7 +95,7 @@ def test_rows_are_measured_only_against_a_linear_that_cannot_be_split(whole, tmp
     tune(*arguments, Measure(tmp_path), inputs=inputs)
     assert ("rows", "values") not in timed
     # nor where they do not fit the memory
-    choices.forget(CPU)
+    choices._TABLES.pop(CPU, None)
     kept = Measure(tmp_path / "small", memory=3_500_000)
     fake_times(monkeypatch, comfy_kitchen=1.0, int_mm=2.0, rows=1.0, values=2.0)
     assert not any(m.key.op == FUSED for m in tune(*arguments, kept, inputs=inputs))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ideogram4_quant.ops import dispatch
+from ideogram4_quant.ops.kernels import configs
 from ideogram4_quant.ops.linear import LinearOptions
 from ideogram4_quant.ops.tuning import choice_files, choices, tuning_jobs
 from ideogram4_quant.ops.tuning.autotune import Layer, Measure, tune
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("nothing_measured")
 def test_a_second_start_reads_the_file(tmp_path, monkeypatch):
     timed = fake_times(monkeypatch, int_mm=2e-3, reference=1e-3)
     tune([INT8], CPU, torch.float32, Measure(tmp_path))
-    choices.forget(CPU)
+    choices._TABLES.pop(CPU, None)
     before = len(timed)
     table = tune([INT8], CPU, torch.float32, Measure(tmp_path))
     assert len(timed) == before
@@ -142,3 +143,13 @@ def test_the_users_folder_is_the_systems(monkeypatch, tmp_path):
     assert choice_files.user_folder() == tmp_path / "ideogram4_quant"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert choice_files.user_folder().parts[-3:] == ("Library", "Caches", "ideogram4_quant")
+
+
+def test_another_version_of_the_pack_or_another_tiling_is_measured_anew(tmp_path, monkeypatch):
+    first = choice_files.file_for(tmp_path, CPU)
+    monkeypatch.setattr(choice_files, "__version__", "9.9.9")
+    assert choice_files.file_for(tmp_path, CPU) != first
+    monkeypatch.undo()
+    thin = {"thin": (configs.GemmConfig(16, 64, 128, 4, 4),)}
+    monkeypatch.setattr(configs, "GEMM_CONFIGS", {86: thin})
+    assert choice_files.file_for(tmp_path, CPU) != first

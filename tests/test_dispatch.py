@@ -107,3 +107,28 @@ def test_the_comfy_kitchen_adapter_computes_the_same(monkeypatch):
         )
         got = adapters.comfy_kitchen_linear(x, q, scale, randn(8), **options)
         assert relative(got, reference.int8_linear(x, q, scale, randn(8), **options)) < 2e-3
+
+
+def test_a_probe_that_memory_failed_is_asked_again_and_one_that_cannot_is_not(monkeypatch):
+    real, calls = torch._int_mm, []
+
+    def failing(reason):
+        def product(*arguments):
+            calls.append(reason)
+            raise RuntimeError(reason)
+
+        return product
+
+    dispatch._probe_int_mm.cache_clear()
+    try:
+        monkeypatch.setattr(torch, "_int_mm", failing("CUDA error: out of memory"))
+        assert dispatch._probe_int_mm(CPU)[0] is None
+        monkeypatch.setattr(torch, "_int_mm", real)
+        assert dispatch._probe_int_mm(CPU)[0] is not None
+        dispatch._probe_int_mm.cache_clear()
+        calls.clear()
+        monkeypatch.setattr(torch, "_int_mm", failing("not implemented for 'Int'"))
+        assert [dispatch._probe_int_mm(CPU)[0] for _ in range(3)] == [None] * 3
+        assert len(calls) == 1
+    finally:
+        dispatch._probe_int_mm.cache_clear()

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from ...errors import OpError
+from ...ops.wide import wide
 
 #: PSNR of two equal pictures: a finite stand-in for infinity, so that means stay finite.
 PSNR_CAP = 100.0
@@ -84,7 +85,7 @@ def _same_size(reference: Image.Image, picture: Image.Image) -> tuple[torch.Tens
 def psnr(reference: Image.Image, picture: Image.Image) -> float:
     """10 log10(1 / mean squared error) over RGB in [0, 1], in dB; at most :data:`PSNR_CAP`."""
     a, b = _same_size(reference, picture)
-    error = float((a - b).double().square().mean())
+    error = float(wide(a - b).square().mean())
     return PSNR_CAP if error == 0 else min(PSNR_CAP, -10.0 * math.log10(error))
 
 
@@ -135,7 +136,7 @@ def latent_sqnr(reference: torch.Tensor, latents: torch.Tensor) -> list[float]:
             found=tuple(latents.shape),
             needed=tuple(reference.shape),
         )
-    a, b = reference.double().flatten(1), latents.double().flatten(1)
+    a, b = wide(reference).flatten(1), wide(latents).flatten(1)
     noise = (a - b).square().sum(1)
     ratio = a.square().sum(1) / noise.clamp_min(torch.finfo(torch.float64).tiny)
     return (10.0 * ratio.log10()).clamp(max=PSNR_CAP).tolist()

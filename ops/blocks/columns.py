@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..wide import wide
+
 
 def every_row(row: Tensor, like: Tensor) -> Tensor:
     """``row`` [..., a row's blocks] again and again, in the shape of ``like`` [..., blocks]."""
@@ -62,4 +64,4 @@ def bind_choice(flags: Tensor, trial: Tensor, kept: Tensor) -> Callable[[], None
 
 def square_root(values: Tensor) -> Tensor:
     """Correctly rounded float32 root, by way of float64: torch.sqrt may be off by an ulp."""
-    return values.to(torch.float64).sqrt_().to(torch.float32)
+    return wide(values).sqrt_().to(torch.float32).to(values.device)

@@ -6,11 +6,11 @@ on a device and why not, and each launcher below is loaded when it is first aske
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from ..probes import checked, kept
 from .configs import release, table_architecture, unsupported_by
 
 if TYPE_CHECKING:
@@ -45,15 +45,16 @@ def __getattr__(name: str) -> Any:
 def available(device: torch.device | str) -> tuple[bool, str]:
     """Whether the kernels run on ``device``, and why not or with what: ``(True, "Triton ...")``.
 
-    On a GPU the smallest kernel is compiled and its result compared once a process, about a second:
-    a missing C compiler or an unusable driver shows here and not inside a sampling step.
+    On a GPU the smallest kernel is compiled and its result compared once a process, about a second
+    (again where memory was short): a missing C compiler or an unusable driver shows here and not
+    inside a sampling step.
     """
     import torch
 
     return _available(torch.device(device))
 
 
-@functools.cache
+@kept
 def _available(device: torch.device) -> tuple[bool, str]:
     import torch
 
@@ -82,7 +83,9 @@ def _available(device: torch.device) -> tuple[bool, str]:
     problem = unsupported_by(triton.__version__, major * 10 + minor) or _probe(device)
     if problem:
         hint = _EMBEDDED if os.name == "nt" else ""
-        return False, f"{found} cannot run a kernel on {device}: {problem}{hint}"
+        return checked(
+            (False, f"{found} cannot run a kernel on {device}: {problem}{hint}"), problem
+        )
     return True, f"{found}, sm_{major}{minor}"
 
 

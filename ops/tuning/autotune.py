@@ -18,7 +18,7 @@ import torch
 from ..linear import LinearOptions
 from . import choice_files, choices
 from .choices import Measurement, Table
-from .timing import medians
+from .timing import LEAST, cache_bytes, medians
 from .tuning_jobs import Job, Layer, inputs_of, jobs, layers_of
 
 __all__ = ["Layer", "Measure", "describe", "inputs_of", "layers_of", "tune"]
@@ -62,7 +62,7 @@ def tune(
     Known results are read from the folder; new ones are logged and kept there. Returns everything
     known about the device. Never call it inside a step.
     """
-    device, measure = torch.device(device), measure or Measure()
+    device, measure = choices.named(device), measure or Measure()
     if torch.compiler.is_compiling():
         return choices.table(device)
     folder = measure.folder or choice_files.user_folder()
@@ -71,14 +71,15 @@ def tune(
     choices.remember(device, known)
     deadline = time.perf_counter() + measure.seconds
     table, new, missing = known, 0, 0
+    memory = measure.memory - cache_bytes(device)  # the timer writes so much between runs
     with torch.inference_mode():
         options = options or LinearOptions()
-        for job in jobs(layers, device, dtype, options, heads, measure.memory, inputs):
+        for job in jobs(layers, device, dtype, options, heads, memory, inputs):
             if job.is_settled(table):
                 continue
             if measure.make_room is not None and not (new or missing):
                 measure.make_room(measure.memory)
-            result = _run(job, device, measure.memory, deadline)
+            result = _run(job, device, memory, deadline)
             if result is None:
                 missing += 1
                 continue
@@ -135,7 +136,7 @@ def _measured(job: Job, device: torch.device, deadline: float) -> dict[str, floa
     behind: dict[str, float] = {}
     if device.type == "cpu":
         rounds = 3
-        few = medians(job.make(_PROBE_TOKENS), device, rounds=1, deadline=deadline)
+        few = medians(job.make(_PROBE_TOKENS), device, LEAST, deadline)
         if few is None:
             return None
         best = min(few.values())

@@ -1,9 +1,9 @@
 """Measurements on disk: one small JSON file a folder, device and set of versions.
 
 Everything that may change which candidate is fastest is part of the file's name, so an update of
-the driver, torch, Triton or comfy-kitchen starts a new file. A file that cannot be read as what it
-should be is measured anew; writing goes through ``new_file``, so two processes never see half of
-one.
+this pack, its tilings, the driver, torch, Triton or comfy-kitchen starts a new file. A file that
+cannot be read as what it should be is measured anew; writing goes through ``new_file``, so two
+processes never see half of one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from typing import Any
 import torch
 
 from ...files.new_file import WriteError, new_file
-from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Measurement, Table
+from ...version import __version__
+from ..kernels.configs import table_digest
+from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Measurement, Table, named
 
 logger = logging.getLogger(__name__)
 
 # Raised where the meaning of a measurement changes.
-_SCHEMA = 1
+_SCHEMA = 2
 _MAX_BYTES = 1 << 22
 _PREFIX = "measured"
 # What a document of another form ends in; OverflowError: an integer beyond floats.
@@ -50,9 +52,15 @@ def user_folder() -> Path:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What a measurement depends on: device, driver, and the versions of what computes."""
+    """What a measurement depends on: device, driver, and the versions of what computes.
+
+    A device has its index: two cards of one name may sit in slots, or get air, of two kinds.
+    """
+    device = named(device)
     about = {
         "schema": str(_SCHEMA),
+        "pack": __version__,
+        "tilings": table_digest(),
         "torch": str(torch.__version__),
         "triton": _version("triton", "triton-windows"),
         "comfy_kitchen": _version("comfy-kitchen"),
@@ -62,12 +70,17 @@ def environment(device: torch.device) -> dict[str, str]:
         properties = torch.cuda.get_device_properties(device)
         return about | {
             "device": properties.name,
+            "index": str(device.index),
             "processors": str(properties.multi_processor_count),
             "memory": str(properties.total_memory),
             "driver": _cuda_driver(),
         }
     if device.type != "cpu":
-        return about | {"device": f"{device.type} {platform.machine()}", "driver": "unknown"}
+        return about | {
+            "device": f"{device.type} {platform.machine()}",
+            "index": str(device.index or 0),
+            "driver": "unknown",
+        }
     return about | {
         "device": f"cpu {platform.machine()} {_processor()}".strip(),
         "capability": torch.backends.cpu.get_cpu_capability(),

@@ -159,17 +159,12 @@ _TABLES: dict[torch.device, Table] = {}
 
 def table(device: torch.device | str) -> Table:
     """What this process knows about ``device``; empty before a model was loaded."""
-    return _TABLES.get(_named(device)) or Table()
+    return _TABLES.get(named(device)) or Table()
 
 
 def remember(device: torch.device | str, measured: Table) -> None:
     """Take over the measurements of a device; ``autotune`` calls this."""
-    _TABLES[_named(device)] = measured
-
-
-def forget(device: torch.device | str) -> None:
-    """Back to the documented order on ``device``."""
-    _TABLES.pop(_named(device), None)
+    _TABLES[named(device)] = measured
 
 
 def rounded(tokens: int) -> int:
@@ -182,11 +177,12 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _named(device: torch.device | str) -> torch.device:
-    """With its index: ``cuda`` and ``cuda:0`` are one device."""
+def named(device: torch.device | str) -> torch.device:
+    """With its index: ``cuda`` and ``cuda:0`` may be one device, ``cuda:1`` is another."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+    module = getattr(torch, device.type, None) if device.type in ("cuda", "xpu") else None
+    if device.index is None and module is not None and module.is_available():
+        return torch.device(device.type, module.current_device())
     return device
 
 
