@@ -117,7 +117,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="paint one picture with files of your own",
-        description="One picture with diffusers' Ideogram 4 transformer on files of any layout.",
+        description="One picture with diffusers' Ideogram 4 transformer on files of any origin.",
     )
     files = parser.add_argument_group("files")
     files.add_argument(

@@ -1,4 +1,4 @@
-"""Every Ideogram 4 file layout in, canonical names out."""
+"""Every kind of Ideogram 4 file in, canonical names out."""
 
 from .checkpoints import Checkpoint, check_pair
 from .config import ModelConfig

@@ -14,29 +14,29 @@ from torch import Tensor
 from ..errors import CheckpointError, CorruptFileError, MissingBaseError, PairMismatchError
 from .canonical import TEXT_ONLY, canonical_shapes
 from .config import ModelConfig, same_model
-from .container import Container
 from .entries import Entry, Progress, check_shapes, stream_entries, unquantized
 from .files import DOWNLOAD_AGAIN
 from .folding import Folding
 from .grammar import CONDITIONAL, UNCONDITIONAL
+from .tensor_files import TensorFiles
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One or both copies of Ideogram 4 in files of any layout; only headers were read so far.
+    """One or both copies of Ideogram 4 in files of any origin; only headers were read so far.
 
     ``level``: the one that most bytes of the linears have. ``copies``: which of ``conditional``
     and ``unconditional`` it holds, ``copy_reason``: how that was told, ``copy_assumed``: nothing
     told it. ``bases`` give what the files lack. Tensors come by canonical names (``canonical``).
     """
 
-    layout: str
+    origin: str
     level: str
     linears_only: bool
     copies: tuple[str, ...]
     copy_reason: str
     config: ModelConfig
-    containers: tuple[Container, ...]
+    opened: tuple[TensorFiles, ...]
     entries: Mapping[str, Mapping[str, Entry]]
     bases: tuple[Checkpoint, ...] = ()
     copy_assumed: bool = False
@@ -44,19 +44,19 @@ class Checkpoint:
     @property
     def paths(self) -> tuple[Path, ...]:
         """The files, without those of a base."""
-        return tuple(file.path for container in self.containers for file in container.files)
+        return tuple(file.path for tensor_files in self.tensor_files for file in tensor_files.files)
 
     @property
     def size(self) -> int:
         """Bytes on the disk, without a base."""
-        return sum(container.size for container in self.containers)
+        return sum(tensor_files.size for tensor_files in self.tensor_files)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The files' own metadata; where two files differ, the first one's."""
         merged: dict[str, Any] = {}
-        for container in self.containers:
-            merged = container.metadata | merged
+        for tensor_files in self.tensor_files:
+            merged = tensor_files.metadata | merged
         return merged
 
     @cached_property

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError, PairMismatchError, printable
 from .canonical import TEXT_ONLY
-from .container import Container
 from .grammar import CONDITIONAL, UNCONDITIONAL
+from .tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,13 @@ class Verdict:
     assumed: bool = False
 
 
-def tell_copy(container: Container, names: Collection[str], copy: str | None) -> Verdict:
+def tell_copy(tensor_files: TensorFiles, names: Collection[str], copy: str | None) -> Verdict:
     """The copy of a file whose keys name none: metadata, then file name, then content.
 
     ``copy`` is the user's word and wins over name and content. Raises PairMismatchError if it
     contradicts the file's metadata.
     """
-    verdict = _by_metadata(container) or _by_name(container) or _by_content(names)
+    verdict = _by_metadata(tensor_files) or _by_name(tensor_files) or _by_content(names)
     if copy is None:
         return verdict
     check_copy_name(copy)
@@ -52,12 +52,12 @@ def tell_copy(container: Container, names: Collection[str], copy: str | None) ->
         if verdict.certain:
             raise PairMismatchError(
                 "the file is the other copy",
-                file=container.path,
+                file=tensor_files.path,
                 found=f"{verdict.copy} ({verdict.reason})",
                 needed=copy,
             )
         logger.warning(
-            "%s: taken as the %s copy as asked, though %s", container.path, copy, verdict.reason
+            "%s: taken as the %s copy as asked, though %s", tensor_files.path, copy, verdict.reason
         )
     return Verdict(copy, "the caller says so")
 
@@ -84,17 +84,17 @@ def without_copy_words(text: str) -> str:
     return re.sub(r"itional|transformer|model", "", _PLAIN.sub("", text))
 
 
-def _by_metadata(container: Container) -> Verdict | None:
+def _by_metadata(tensor_files: TensorFiles) -> Verdict | None:
     for key in _METADATA_KEYS:
-        value = container.metadata.get(key)
+        value = tensor_files.metadata.get(key)
         copy = _copy_in(value) if isinstance(value, str) else None
         if copy is not None:
             return Verdict(copy, f"metadata {key} is {printable(value)!r}", certain=True)
     return None
 
 
-def _by_name(container: Container) -> Verdict | None:
-    path = container.path
+def _by_name(tensor_files: TensorFiles) -> Verdict | None:
+    path = tensor_files.path
     copy = _copy_in(path.name)
     if copy is not None:
         return Verdict(copy, f"the name {path.name} says so")

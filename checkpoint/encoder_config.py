@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import CorruptFileError
 from ..gguf_loader import ArrayRef
-from .container import Container, read_json
 from .entries import Entry
+from .tensor_files import TensorFiles, read_json
 
 # Qwen3-VL's, where neither a file nor a shape tells.
 DEFAULTS: dict[str, Any] = {
@@ -45,26 +45,26 @@ _GGUF_KEYS = {
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def encoder_config(container: Container, entries: Mapping[str, Entry]) -> dict[str, Any]:
+def encoder_config(tensor_files: TensorFiles, entries: Mapping[str, Entry]) -> dict[str, Any]:
     """Names and values of transformers' Qwen3VLTextConfig, with ``rope_theta`` and
     ``mrope_section`` by themselves as well as in ``rope_parameters``.
 
     Sizes come from the tensors; a statement that contradicts them raises CorruptFileError, as do
     unusable values.
     """
-    stated = _from_json(container) or _from_gguf(container)
+    stated = _from_json(tensor_files) or _from_gguf(tensor_files)
     config = {key: value for key, value in stated.items() if value is not None}
     for key, size in _from_shapes(entries, config.get("head_dim")).items():
         if config.setdefault(key, size) != size:
             raise CorruptFileError(
                 f"the stated {key} is not that of the tensors",
-                file=container.path,
+                file=tensor_files.path,
                 found=size,
                 needed=config[key],
                 hint="The config belongs to another model, or tensors are missing.",
             )
     config = DEFAULTS | config
-    _check(config, container.path)
+    _check(config, tensor_files.path)
     rope = {"rope_type": "default", "mrope_interleaved": True}
     rope |= {key: config[key] for key in ("rope_theta", "mrope_section")}
     return config | {"rope_parameters": rope}
@@ -93,10 +93,10 @@ def _from_shapes(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
     return {key: size for key, size in found.items() if size is not None}
 
 
-def _from_json(container: Container) -> dict[str, Any]:
+def _from_json(tensor_files: TensorFiles) -> dict[str, Any]:
     """From ``config.json`` beside the weights, of the text model alone or of the whole of it."""
-    path = container.path.parent / "config.json"
-    if container.kind != "safetensors" or not path.is_file():
+    path = tensor_files.path.parent / "config.json"
+    if tensor_files.kind != "safetensors" or not path.is_file():
         return {}
     values = read_json(path)
     if isinstance(values.get("text_config"), dict):
@@ -110,16 +110,16 @@ def _from_json(container: Container) -> dict[str, Any]:
     return found | {"rope_theta": theta, "mrope_section": rope.get("mrope_section")}
 
 
-def _from_gguf(container: Container) -> dict[str, Any]:
-    arch = container.metadata.get("general.architecture")
-    if container.kind != "gguf" or not isinstance(arch, str):
+def _from_gguf(tensor_files: TensorFiles) -> dict[str, Any]:
+    arch = tensor_files.metadata.get("general.architecture")
+    if tensor_files.kind != "gguf" or not isinstance(arch, str):
         return {}
-    found = {ours: container.metadata.get(f"{arch}.{key}") for key, ours in _GGUF_KEYS.items()}
+    found = {ours: tensor_files.metadata.get(f"{arch}.{key}") for key, ours in _GGUF_KEYS.items()}
     key = f"{arch}.rope.dimension_sections"
-    sections = container.metadata.get(key)
+    sections = tensor_files.metadata.get(key)
     if isinstance(sections, ArrayRef) and 3 <= sections.count <= 4:
         # llama.cpp writes four, the last one 0
-        found["mrope_section"] = container.array(key)[:3]
+        found["mrope_section"] = tensor_files.array(key)[:3]
     return found
 
 

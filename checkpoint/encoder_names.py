@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .container import Container, stated_quantization
 from .entries import Entry
 from .files import RawTensor
 from .grammar import SUFFIXES, Key, build_entries
+from .tensor_files import TensorFiles, stated_quantization
 
 _LAYER_MODULES = (
     "input_layernorm",
@@ -70,30 +70,30 @@ NAMINGS = (
 _SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
 
 
-def parse_encoder_keys(container: Container) -> tuple[Naming | None, dict[str, Entry]]:
+def parse_encoder_keys(tensor_files: TensorFiles) -> tuple[Naming | None, dict[str, Entry]]:
     """(the naming in use, name -> entry); (None, {}) if the file is no such encoder.
 
     Tensors outside the language model (vision, ``lm_head``) are left out without a word.
     """
     for naming in NAMINGS:
-        prefix = _prefix(container, naming.anchor)
+        prefix = _prefix(tensor_files, naming.anchor)
         if prefix is None or (prefix and not naming.prefixed):
             continue
         pattern = _pattern(naming, prefix)
         tensors: list[tuple[Key, RawTensor]] = []
-        for name, raw in container.tensors.items():
+        for name, raw in tensor_files.tensors.items():
             match = pattern.fullmatch(name)
             if match is not None:
                 tensors.append((_key(match, naming, prefix), raw))
-        return naming, build_entries(tensors, stated_quantization(container), _is_linear)
+        return naming, build_entries(tensors, stated_quantization(tensor_files), _is_linear)
     return None, {}
 
 
-def _prefix(container: Container, anchor: str) -> str | None:
+def _prefix(tensor_files: TensorFiles, anchor: str) -> str | None:
     """What stands before ``anchor`` in the file's keys: the shortest, should there be several."""
     found = {
         name[: name.index(anchor)]
-        for name in container.tensors
+        for name in tensor_files.tensors
         if anchor in name and (name.startswith(anchor) or f".{anchor}" in name)
     }
     return min(found, key=len) if found else None

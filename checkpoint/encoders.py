@@ -1,4 +1,4 @@
-"""Ideogram 4's text encoder, the language model of Qwen3-VL, from files of any layout.
+"""Ideogram 4's text encoder, the language model of Qwen3-VL, from files of any origin.
 
 Names are Hugging Face's without their prefix: ``embed_tokens.weight``,
 ``layers.0.self_attn.q_proj.weight``, ``norm.weight``. Vision tower and ``lm_head`` are left out.
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CorruptFileError, NotIdeogram4Error
-from .container import Container, open_container
 from .encoder_config import encoder_config
 from .encoder_names import NAMINGS, parse_encoder_keys
 from .entries import Entry, Progress, check_shapes, main_level, stream_entries
 from .files import DOWNLOAD_AGAIN
-from .layouts import what_else
+from .origins import what_else
+from .tensor_files import TensorFiles, open_tensor_files
 
 OPTIONAL = ("norm.weight",)  # Ideogram 4 reads hidden states before the final norm
 
@@ -35,8 +35,8 @@ class EncoderCheckpoint:
     beside the weights, if one does.
     """
 
-    container: Container
-    layout: str
+    tensor_files: TensorFiles
+    origin: str
     level: str
     config: dict[str, Any]
     entries: Mapping[str, Entry]
@@ -44,17 +44,17 @@ class EncoderCheckpoint:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        return tuple(file.path for file in self.container.files)
+        return tuple(file.path for file in self.tensor_files.files)
 
     @property
     def size(self) -> int:
         """Bytes on the disk."""
-        return self.container.size
+        return self.tensor_files.size
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The file's own metadata."""
-        return self.container.metadata
+        return self.tensor_files.metadata
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of what :meth:`stream` yields, in its order; from the headers alone.
@@ -96,20 +96,20 @@ def open_encoder(path: str | os.PathLike[str]) -> EncoderCheckpoint:
     path = Path(path)
     if (path / "text_encoder").is_dir():
         path = path / "text_encoder"
-    container = open_container(path)
-    naming, entries = parse_encoder_keys(container)
+    tensor_files = open_tensor_files(path)
+    naming, entries = parse_encoder_keys(tensor_files)
     if naming is None:
         raise NotIdeogram4Error(
             "this is no Qwen3-VL text encoder",
             file=path,
-            found=what_else(container.tensors) or f"{len(container.tensors)} other tensors",
+            found=what_else(tensor_files.tensors) or f"{len(tensor_files.tensors)} other tensors",
             needed=" or ".join(row.anchor for row in NAMINGS),
             hint="Pick a file of Qwen3-VL-8B.",
         )
-    config = encoder_config(container, entries)
+    config = encoder_config(tensor_files, entries)
     level = main_level(entries.values())
-    tokenizer = _tokenizer_dir(container)
-    return EncoderCheckpoint(container, naming.name, level, config, entries, tokenizer)
+    tokenizer = _tokenizer_dir(tensor_files)
+    return EncoderCheckpoint(tensor_files, naming.name, level, config, entries, tokenizer)
 
 
 def encoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -136,9 +136,9 @@ def encoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes | {"norm.weight": (hidden,)}
 
 
-def _tokenizer_dir(container: Container) -> Path | None:
+def _tokenizer_dir(tensor_files: TensorFiles) -> Path | None:
     """The folder with ``tokenizer.json``: the weights' own, or ``tokenizer/`` beside it."""
-    folder = container.path if container.path.is_dir() else container.path.parent
+    folder = tensor_files.path if tensor_files.path.is_dir() else tensor_files.path.parent
     for candidate in (folder, folder.parent / "tokenizer", folder / "tokenizer"):
         if (candidate / "tokenizer.json").is_file():
             return candidate

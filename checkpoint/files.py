@@ -15,7 +15,7 @@ from ..gguf_loader import TENSOR_TYPES
 
 DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 
-# Types of both containers that are read as they are; blocks of GGUF are read as bytes.
+# Types of both file formats that are read as they are; blocks of GGUF are read as bytes.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

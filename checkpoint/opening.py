@@ -1,4 +1,4 @@
-"""From a path to a :class:`Checkpoint`: containers, keys, copies, config."""
+"""From a path to a :class:`Checkpoint`: files, keys, copies, config."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from ..errors import CorruptFileError, PairMismatchError, printable
 from .canonical import canonical_shapes
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
-from .container import Container, json_object, open_container, read_json, stated_quantization
 from .copies import COPY_FOLDERS, Verdict, check_copy_name, tell_copy
 from .entries import Entry, main_level
 from .files import DOWNLOAD_AGAIN, RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
 from .grammar import CONDITIONAL, MARKERS, PREFIXES, Key, build_entries, parse_fold_key, parse_key
-from .layouts import check_is_ideogram4, layout_of
+from .origins import check_is_ideogram4, origin_of
 from .saved import with_words
+from .tensor_files import (
+    TensorFiles,
+    json_object,
+    open_tensor_files,
+    read_json,
+    stated_quantization,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """What the file or folder at ``path`` holds, from its headers alone.
 
-    ``path``: a safetensors or GGUF file of any layout, an index of shards, a folder with one model,
+    ``path``: a safetensors or GGUF file of any origin, an index of shards, a folder with one model,
     or one with ``transformer/`` and ``unconditional_transformer/``. ``base``: a file (or several)
     that gives the tensors missing there, as norms and embeddings are from Transformer Lab's INT8.
     ``copy``: which copy a file holds that does not say so itself, or which one to take of two.
@@ -53,7 +59,7 @@ def open_checkpoint(
         found = _open_pair(folders)
         verdict = Verdict("", "the folders name the copies", certain=True)
     else:
-        found, verdict = _open_single(open_container(path), copy)
+        found, verdict = _open_single(open_tensor_files(path), copy)
     if copy is not None and copy not in found:
         raise PairMismatchError(
             "the copy is not there",
@@ -62,28 +68,28 @@ def open_checkpoint(
             needed=copy,
         )
     chosen = {name: part for name, part in found.items() if copy in (None, name)}
-    containers = tuple({id(c): c for c, _, _ in chosen.values()}.values())
+    opened = tuple({id(c): c for c, _, _ in chosen.values()}.values())
     entries = {name: part for name, (_, _, part) in chosen.items()}
-    config = _config(entries, containers, bases)
-    _report_ignored(containers, entries, config)
+    config = _config(entries, opened, bases)
+    _report_ignored(opened, entries, config)
     keys = {key: raw for _, part, _ in found.values() for key, raw in part.items()}
-    stated = bool(stated_quantization(containers[0]))
-    layout = layout_of(containers[0], keys, stated=stated)
+    stated = bool(stated_quantization(opened[0]))
+    origin = origin_of(opened[0], keys, stated=stated)
     return Checkpoint(
-        layout=layout.name,
+        origin=origin.name,
         level=main_level(entry for part in entries.values() for entry in part.values()),
-        linears_only=layout.linears_only,
+        linears_only=origin.linears_only,
         copies=tuple(chosen),
         copy_reason=verdict.reason,
         copy_assumed=verdict.assumed,
         config=config,
-        containers=containers,
+        tensor_files=opened,
         entries=entries,
         bases=bases,
     )
 
 
-Part = tuple[Container, dict[Key, RawTensor], dict[str, Entry]]
+Part = tuple[TensorFiles, dict[Key, RawTensor], dict[str, Entry]]
 
 
 def _open_bases(base: Base | Sequence[Base] | None) -> tuple[Checkpoint, ...]:
@@ -98,55 +104,59 @@ def _open_pair(folders: Mapping[str, Path]) -> dict[str, Part]:
     found = {}
     for copy, folder in folders.items():
         if folder.is_dir():
-            container = open_container(folder)
-            found[copy] = _part(container, _parse(container), _folds(container).get(None, {}))
+            tensor_files = open_tensor_files(folder)
+            found[copy] = _part(
+                tensor_files, _parse(tensor_files), _folds(tensor_files).get(None, {})
+            )
     return found
 
 
-def _open_single(container: Container, copy: str | None) -> tuple[dict[str, Part], Verdict]:
-    """(copy -> part of one container, how the copies were told apart)."""
-    container = with_words(container, PREFIXES)
+def _open_single(tensor_files: TensorFiles, copy: str | None) -> tuple[dict[str, Part], Verdict]:
+    """(copy -> part of its files, how the copies were told apart)."""
+    tensor_files = with_words(tensor_files, PREFIXES)
     groups: dict[str | None, dict[Key, RawTensor]] = {}
-    for key, raw in _parse(container).items():
+    for key, raw in _parse(tensor_files).items():
         groups.setdefault(PREFIXES[key.prefix], {})[key] = raw
-    folds = _folds(container)
+    folds = _folds(tensor_files)
     if set(groups) <= {None}:
-        part = _part(container, groups.get(None, {}), folds.get(None, {}))
-        verdict = tell_copy(container, part[2], copy)
+        part = _part(tensor_files, groups.get(None, {}), folds.get(None, {}))
+        verdict = tell_copy(tensor_files, part[2], copy)
         return {verdict.copy: part}, verdict
     if None in groups:  # sd.cpp: the other copy has a prefix of its own
         if CONDITIONAL in groups:
             raise CorruptFileError(
                 "tensors of the conditional copy are stored with and without its prefix",
-                file=container.path,
+                file=tensor_files.path,
                 tensor=next(iter(groups[None].values())).key,
             )
         groups[CONDITIONAL] = groups.pop(None)
         folds[CONDITIONAL] = folds.pop(None, {})
     reason = "the prefixes of the keys name the copies"
-    found = {n: _part(container, groups[n], folds.get(n, {})) for n in sorted(groups)}
+    found = {n: _part(tensor_files, groups[n], folds.get(n, {})) for n in sorted(groups)}
     return found, Verdict("", reason, certain=True)
 
 
-def _parse(container: Container) -> dict[Key, RawTensor]:
-    """The tensors of Ideogram 4 among those of the container."""
-    parsed = ((parse_key(name), raw) for name, raw in container.tensors.items())
+def _parse(tensor_files: TensorFiles) -> dict[Key, RawTensor]:
+    """The tensors of Ideogram 4 among those of the files."""
+    parsed = ((parse_key(name), raw) for name, raw in tensor_files.tensors.items())
     return {key: raw for key, raw in parsed if key is not None}
 
 
-def _folds(container: Container) -> dict[str | None, dict[tuple[str, str], RawTensor]]:
+def _folds(tensor_files: TensorFiles) -> dict[str | None, dict[tuple[str, str], RawTensor]]:
     """copy (None: not named) -> what was folded into it; CorruptFileError if that got lost."""
     found: dict[str | None, dict[tuple[str, str], RawTensor]] = {}
-    for name, raw in container.tensors.items():
+    for name, raw in tensor_files.tensors.items():
         parsed = parse_fold_key(name)
         if parsed is not None:
             prefix, module, kind = parsed
             found.setdefault(PREFIXES[prefix], {})[module, kind] = raw
-    stated = next((container.metadata[k] for k in LORA_BASIS_KEYS if k in container.metadata), None)
+    stated = next(
+        (tensor_files.metadata[k] for k in LORA_BASIS_KEYS if k in tensor_files.metadata), None
+    )
     if stated == FOLDED and not found:
         raise CorruptFileError(
             "smoothing was folded into these weights, and the record of it was removed",
-            file=container.path,
+            file=tensor_files.path,
             needed="its fold.* tensors",
             hint="Loaded so, every LoRA would come out wrong: use the file as it was written.",
         )
@@ -154,7 +164,7 @@ def _folds(container: Container) -> dict[str | None, dict[tuple[str, str], RawTe
 
 
 def _report_ignored(
-    containers: Sequence[Container],
+    opened: Sequence[TensorFiles],
     entries: Mapping[str, Mapping[str, Entry]],
     config: ModelConfig,
 ) -> None:
@@ -166,33 +176,33 @@ def _report_ignored(
         for entry in part.values()
         if entry.name not in known
     ]
-    for container in containers:
-        for key in container.tensors:
+    for tensor_files in opened:
+        for key in tensor_files.tensors:
             known_key = parse_key(key) is not None or parse_fold_key(key) is not None
             if not known_key and key.rpartition(".")[2] not in MARKERS:
                 ignored.append(key)
     if ignored:
         logger.warning(
             "%s: ignored %d tensors that are not of Ideogram 4's transformer, such as %s",
-            containers[0].path,
+            opened[0].path,
             len(ignored),
             printable(ignored[0]),
         )
 
 
 def _part(
-    container: Container,
+    tensor_files: TensorFiles,
     keys: dict[Key, RawTensor],
     folds: Mapping[tuple[str, str], RawTensor],
 ) -> Part:
-    entries = build_entries(keys.items(), stated_quantization(container))
-    check_is_ideogram4(entries, container)
+    entries = build_entries(keys.items(), stated_quantization(tensor_files))
+    check_is_ideogram4(entries, tensor_files)
     if folds:
         for (module, _), raw in folds.items():
             if f"{module}.weight" not in entries:
                 raise CorruptFileError(
                     "the record of what was folded: this linear is not in the file",
-                    file=container.path,
+                    file=tensor_files.path,
                     tensor=raw.key,
                     needed=f"{module}.weight",
                     hint=DOWNLOAD_AGAIN,
@@ -202,18 +212,18 @@ def _part(
             name: dataclasses.replace(entry, stored_folding=stored)
             for name, entry in entries.items()
         }
-    return container, keys, entries
+    return tensor_files, keys, entries
 
 
 def _config(
     entries: Mapping[str, Mapping[str, Entry]],
-    containers: Sequence[Container],
+    opened: Sequence[TensorFiles],
     bases: Sequence[Checkpoint],
 ) -> ModelConfig:
     """Stated by the file, else by a base, else read off the shapes; all must agree."""
     own = next(iter(entries.values()))
     sizes = sizes_from_shapes(own, lambda name: own[name].shape)
-    path = containers[0].path
+    path = opened[0].path
     for base in bases:
         # an unconditional copy without its text part cannot tell how wide the text is
         ignored = () if any(map(base.reads_text, base.copies)) else ("llm_features_dim",)
@@ -229,21 +239,21 @@ def _config(
                 found=", ".join(differing),
                 hint="Give the FP8 or BF16 files that the quantized ones were made from.",
             )
-    stated = _stated_config(containers)
+    stated = _stated_config(opened)
     if stated is None and bases:
         stated = {**bases[0].config.to_dict(), **sizes}
     return config_from(stated, sizes, path)
 
 
-def _stated_config(containers: Sequence[Container]) -> dict[str, Any] | None:
+def _stated_config(opened: Sequence[TensorFiles]) -> dict[str, Any] | None:
     """The config in a file's metadata, or in the ``config.json`` beside it; None if neither."""
-    for container in containers:
+    for tensor_files in opened:
         for key in ("ideogram4.config", "config"):
-            text = container.metadata.get(key)
+            text = tensor_files.metadata.get(key)
             if isinstance(text, str):
-                return json_object(text, key, container.path)
-        beside = container.path.parent / "config.json"
-        if container.kind == "safetensors" and beside.is_file():
+                return json_object(text, key, tensor_files.path)
+        beside = tensor_files.path.parent / "config.json"
+        if tensor_files.kind == "safetensors" and beside.is_file():
             values = read_json(beside)
             if "Ideogram4" in str(values.get("_class_name")):
                 return values

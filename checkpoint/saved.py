@@ -1,6 +1,6 @@
 """Weights as ComfyUI's save nodes write them from models of this pack, and what they say of it.
 
-``comfy_quant`` beside each weight names the format (``Layout.description``); INT8 without smoothing
+``comfy_quant`` beside each weight names the format (``Origin.description``); INT8 without smoothing
 and FP8 of one scale are stock formats, NF4 is bitsandbytes'. ``ideogram4_quant`` at the model's
 root is uint8 JSON: ``copy`` and ``config``, which the host's metadata do not tell.
 """
@@ -22,9 +22,9 @@ from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor
 from ..ops.rotation import GROUPS
 from .codecs import FOLDED_INT8, Blocks, Int8, Stored
-from .container import Container, json_object
 from .files import DOWNLOAD_AGAIN
 from .parts import Parts
+from .tensor_files import TensorFiles, json_object
 
 SAVED_GGUF = "ideogram4_quant_gguf"
 FOLDED_GGUF = "ideogram4_quant_folded_gguf"
@@ -106,36 +106,36 @@ class SavedFolded(Stored):
         return folded_tensor(self.inner.tensor(dtype), self.fold)
 
 
-def with_words(container: Container, prefixes: Mapping[str, str | None]) -> Container:
+def with_words(tensor_files: TensorFiles, prefixes: Mapping[str, str | None]) -> TensorFiles:
     """The container with what a saved model says of itself as its metadata, which go first.
 
     Raises CorruptFileError if that cannot be read.
     """
     for prefix in prefixes:
-        raw = container.tensors.get(prefix + WORDS)
+        raw = tensor_files.tensors.get(prefix + WORDS)
         if raw is None:
             continue
         if raw.dtype != "U8" or raw.nbytes > _MAX_WORDS:
-            raise _corrupt(container, raw.key, f"{raw.nbytes} bytes of {raw.dtype}")
+            raise _corrupt(tensor_files, raw.key, f"{raw.nbytes} bytes of {raw.dtype}")
         try:
             text = raw.read().numpy().tobytes().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _corrupt(container, raw.key, error) from error
-        said = json_object(text, raw.key, container.path)
+            raise _corrupt(tensor_files, raw.key, error) from error
+        said = json_object(text, raw.key, tensor_files.path)
         copy, config = said.get("copy"), said.get("config")
         metadata: dict[str, Any] = {}
         if isinstance(copy, str):
             metadata["ideogram4.copy"] = copy
         if isinstance(config, dict):
             metadata["ideogram4.config"] = json.dumps(config)
-        return dataclasses.replace(container, metadata=metadata | container.metadata)
-    return container
+        return dataclasses.replace(tensor_files, metadata=metadata | tensor_files.metadata)
+    return tensor_files
 
 
-def _corrupt(container: Container, key: str, found: object) -> CorruptFileError:
+def _corrupt(tensor_files: TensorFiles, key: str, found: object) -> CorruptFileError:
     return CorruptFileError(
         "what the model says of itself cannot be read",
-        file=container.path,
+        file=tensor_files.path,
         tensor=key,
         found=found,
         needed="a short text",

@@ -188,7 +188,7 @@ def _make_files(
                 files[level] = tuple(sources.values())
                 bar.update(2)
                 continue
-            suffix = RECIPES[level].container
+            suffix = RECIPES[level].file_format
             made = []
             for copy, source in sources.items():
                 path = folder / f"pocket-{slug(level)}-{copy}.{suffix}"

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLFlux2
 from PIL import Image
 from torch import Tensor
 
-from ..checkpoint.container import open_container, read_json
+from ..checkpoint.tensor_files import open_tensor_files, read_json
 from ..errors import CheckpointError, CorruptFileError
 from .latents import PATCH, pack, to_token_order, unpack
 from .linear import default_device, default_dtype
@@ -91,7 +91,7 @@ def load_vae(
     device = default_device(device)
     dtype = default_dtype(device, dtype)
     weights, config = _locate(Path(path))
-    state = open_container(weights).load()
+    state = open_tensor_files(weights).load()
     foreign = any(name.startswith(("encoder.down.", "decoder.up.")) for name in state)
     if foreign:
         state = _to_diffusers(state)
@@ -225,7 +225,7 @@ def _build(
 
 
 def _statistics_order(mean: Tensor, var: Tensor, usual: Order, file: Path) -> Order:
-    """The order of the `bn` statistics: the container's usual one unless the values contradict."""
+    """The order of the `bn` statistics: the format's usual one unless the values contradict."""
     std = var.clamp_min(1e-12).sqrt()
     values = torch.stack([mean / std.mean(), std.log()])  # [2, 4 * C]
     patch = PATCH * PATCH

@@ -1,4 +1,4 @@
-"""The GGUF container: bounded header parsing and writing. Block formats live in ``ops.blocks``."""
+"""GGUF files: bounded header parsing and writing. Block formats live in ``ops.blocks``."""
 
 from .metadata import ArrayRef
 from .reader import GGUFHeader, GGUFTensor, read_header

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.container import open_container
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
+from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import CheckpointError, CorruptFileError, printable
 from .lora_kinds import AS_STORED, Strength, refuse_other_kinds, strength_of
 
@@ -82,20 +82,18 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 
     Raises CorruptFileError, TruncatedFileError and CheckpointError (no safetensors file, no LoRA).
     """
-    container = open_container(path)
-    if container.kind != "safetensors":
-        raise CheckpointError(
-            "a LoRA is read from safetensors files", file=path, found=container.kind
-        )
-    refuse_other_kinds(container.tensors, path.name)
-    if not any(name.endswith(_ENDINGS) for name in container.tensors):
-        raise _no_lora(container.tensors, path)  # before a whole model is read
-    return container.load()
+    files = open_tensor_files(path)
+    if files.kind != "safetensors":
+        raise CheckpointError("a LoRA is read from safetensors files", file=path, found=files.kind)
+    refuse_other_kinds(files.tensors, path.name)
+    if not any(name.endswith(_ENDINGS) for name in files.tensors):
+        raise _no_lora(files.tensors, path)  # before a whole model is read
+    return files.load()
 
 
 def read_strength(path: Path) -> Strength:
     """The strength that the metadata of a LoRA file states, for linears without alpha tensors."""
-    return strength_of(open_container(path).metadata, path.name)
+    return strength_of(open_tensor_files(path).metadata, path.name)
 
 
 def parse_lora(

@@ -171,7 +171,7 @@ class Quantize(io.ComfyNode):
         base = None if base_file == NONE else listing.path(base_file)
         which = None if copy == AS_IN_FILE else copy
         recipe = recipe_of(level)
-        suffix = SUFFIXES["gguf" if recipe.container == "gguf" else "native"]
+        suffix = SUFFIXES["gguf" if recipe.file_format == "gguf" else "native"]
         if not filename.strip():
             found = open_checkpoint(path, base, copy=which)
             name = "-".join(found.copies if which is None else (which,))

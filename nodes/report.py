@@ -146,7 +146,7 @@ def _level_line(pair: Pair, asked: str) -> str:
 def _file_line(copy: str, candidate: Candidate) -> str:
     header = candidate.header
     return (
-        f"{copy}: {candidate.name}, {gigabytes(header.size)}, {header.layout}, "
+        f"{copy}: {candidate.name}, {gigabytes(header.size)}, {header.origin}, "
         f"fingerprint {fingerprint(candidate.path)[:16]}; "
         f"which copy it is: {header.copy_reason}"
     )

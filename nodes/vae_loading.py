@@ -11,7 +11,7 @@ from pathlib import Path
 import comfy.sd
 from torch import Tensor
 
-from ..checkpoint.container import open_container
+from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import CorruptFileError, NotIdeogram4Error
 
 LATENT_CHANNELS = 32
@@ -21,14 +21,14 @@ _HOST_WIDTHS = (128, 256, 512, 512)
 
 def load_vae(path: Path) -> comfy.sd.VAE:
     """A FLUX.2 VAE file as the host's VAE; NotIdeogram4Error for other kinds of VAE."""
-    container = open_container(path)
-    if container.kind != "safetensors":
+    files = open_tensor_files(path)
+    if files.kind != "safetensors":
         raise NotIdeogram4Error("a VAE is read from safetensors files", file=path)
-    state = container.load()
+    state = files.load()
     _check(state, path)
     widths, blocks = _shape(state, path)
     if widths == _HOST_WIDTHS:
-        vae = comfy.sd.VAE(sd=state, metadata=container.metadata)
+        vae = comfy.sd.VAE(sd=state, metadata=files.metadata)
         vae.throw_exception_if_invalid()
         return vae
     return _narrow_vae(state, widths, blocks)

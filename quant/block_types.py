@@ -48,7 +48,7 @@ def check_type_options(recipe: Recipe, options: QuantOptions) -> None:
     """QuantOptionError for a target size that cannot be."""
     if options.target_bytes is None:
         return
-    if recipe.container != "gguf":
+    if recipe.file_format != "gguf":
         raise QuantOptionError(
             "a type for each linear is for GGUF levels",
             found=recipe.level,

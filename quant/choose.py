@@ -86,7 +86,7 @@ def check_choice_options(recipe: Recipe, options: QuantOptions) -> None:
 
 
 def choose(
-    recipe: Recipe, layout: str, options: QuantOptions, linears: Mapping[Linear, Shape]
+    recipe: Recipe, container: str, options: QuantOptions, linears: Mapping[Linear, Shape]
 ) -> dict[Linear, Choice]:
     """A choice for each of ``linears``, those that the recipe quantizes.
 
@@ -104,20 +104,20 @@ def choose(
     for members in groups.values():
         found = [options.calibration.layer(*member) for member in members]
         shapes = [linears[member] for member in members]
-        choices = _treat(recipe, layout, options, found, shapes[0][1])
+        choices = _treat(recipe, container, options, found, shapes[0][1])
         chosen.update(zip(members, choices, strict=True))
     chosen = {linear: chosen[linear] for linear in linears}
     return _protect(chosen, options, linears)
 
 
-def choice_notes(layout: str, choices: Mapping[Linear, Choice]) -> list[str]:
+def choice_notes(container: str, choices: Mapping[Linear, Choice]) -> list[str]:
     """What is protected, and what smoothing means for other programs, a line each."""
     notes = []
     kept = [module for (_, module), c in choices.items() if c.treatment is None]
     if kept:
         notes.append(f"kept in bf16, by their error: {', '.join(kept)}")
     smooth = sum(choice.smooth is not None for choice in choices.values())
-    if smooth and layout == "native":
+    if smooth and container == "native":
         notes.append(
             f"{smooth} linears carry a smoothing vector: stock ComfyUI refuses this file, this "
             "pack loads it; the treatment auto-native writes one that both load"
@@ -130,13 +130,13 @@ def choice_notes(layout: str, choices: Mapping[Linear, Choice]) -> list[str]:
 
 def _treat(
     recipe: Recipe,
-    layout: str,
+    container: str,
     options: QuantOptions,
     found: Sequence[LayerStats | None],
     in_features: int,
 ) -> list[Choice]:
     """The choice for each linear of one input group."""
-    rotatable = layout != "transformer-lab" and rotation_group(in_features) is not None
+    rotatable = container != "transformer-lab" and rotation_group(in_features) is not None
     usual = Treatment(rotated=recipe.rotation is not None and rotatable)
     stats = [each for each in found if each is not None]
     if len(stats) < len(found):

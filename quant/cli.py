@@ -19,7 +19,7 @@ from .calibration import Calibration
 from .errors import QuantOptionError
 from .inspect import inspect_file
 from .quantize import plan_quantization, quantize_checkpoint
-from .recipes import LAYOUTS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
+from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
 from .verify import verify_file
 
 COPIES = (CONDITIONAL, UNCONDITIONAL)
@@ -38,7 +38,7 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         help="write a model at another level",
         description="Write a copy of Ideogram 4 at another level, layer by layer.",
     )
-    parser.add_argument("source", metavar="SRC", help="a model file or folder, any layout")
+    parser.add_argument("source", metavar="SRC", help="a model file or folder, of any origin")
     parser.add_argument("--level", required=True, metavar="L", help=", ".join(RECIPES))
     parser.add_argument("--out", required=True, metavar="F", help=".safetensors or .gguf")
     parser.add_argument(
@@ -47,9 +47,13 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only SRC its other tensors"
     )
-    parser.add_argument("--pair", metavar="F", help="the other copy, for --layout transformer-lab")
+    parser.add_argument("--pair", metavar="F", help="the other copy, for Transformer Lab's files")
     parser.add_argument(
-        "--layout", choices=LAYOUTS, default="native", help="of an INT8 file (default: native)"
+        "--container",
+        "--layout",  # its name before 0.2.0
+        choices=CONTAINERS,
+        default="native",
+        help="of an INT8 file (default: native)",
     )
     parser.add_argument(
         "--protect",
@@ -129,7 +133,7 @@ def _add_inspect(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="say what a model file is",
-        description="Layout, level, copies, sizes and metadata, from the headers alone.",
+        description="Origin, level, copies, sizes and metadata, from the headers alone.",
     )
     parser.add_argument("file", metavar="FILE", help="a model file or folder")
     parser.add_argument(
@@ -221,7 +225,7 @@ def _budget(text: str | None) -> dict[str, float | int]:
 def _quantize(args: argparse.Namespace) -> int:
     check_policy(args.policy)
     options = QuantOptions(
-        layout=args.layout,
+        container=args.container,
         protect=tuple(args.protect),
         types=tuple(map(_type_rule, args.types)),
         target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),

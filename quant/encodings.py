@@ -123,7 +123,7 @@ class NativeInt8(Encoding):
 
 @dataclass(frozen=True, eq=False)
 class SmoothInt8(Encoding):
-    """``q = round(W * smooth / scale)``: Transformer Lab's layout.
+    """``q = round(W * smooth / scale)``: Transformer Lab's container.
 
     ``wq`` int8 [N, K], ``ws`` fp32 [N], ``smooth`` fp32 [K]: the reader divides the activations by
     it; without one the suffix is absent.

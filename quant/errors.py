@@ -6,7 +6,7 @@ from ..errors import CheckpointError, Ideogram4QuantError
 
 
 class QuantOptionError(Ideogram4QuantError, ValueError):
-    """A level, layout or option that cannot be used with this source or with each other."""
+    """A level, container or option that cannot be used with this source or with each other."""
 
 
 class AlreadyQuantizedError(CheckpointError):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.container import open_container
+from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import printable
 from .source import BaseLike
 from .tables import human_bytes, text_table
@@ -42,7 +42,7 @@ class Inspection:
 
     path: str
     files: tuple[str, ...]
-    layout: str
+    origin: str
     level: str
     copies: tuple[str, ...]
     copy_reason: str
@@ -63,7 +63,7 @@ class Inspection:
         """For reading: facts, types, protected linears, metadata."""
         facts = [
             ("file", self.path),
-            ("layout", self.layout),
+            ("origin", self.origin),
             ("level", self.level),
             ("copies", f"{' + '.join(self.copies)} ({self.copy_reason})"),
             ("size", f"{human_bytes(self.size)} in {len(self.files)} file(s)"),
@@ -88,7 +88,7 @@ class Inspection:
 def inspect_file(
     path: str | os.PathLike[str], base: BaseLike | Sequence[BaseLike] | None = None
 ) -> Inspection:
-    """Layout, level, copies and why, config, types, sizes and metadata of a model file or folder.
+    """Origin, level, copies and why, config, types, sizes and metadata of a model file or folder.
 
     Reads headers, and of a folded file what was folded. Raises what ``open_checkpoint`` raises.
     """
@@ -97,7 +97,7 @@ def inspect_file(
     return Inspection(
         path=str(path),
         files=files,
-        layout=checkpoint.layout,
+        origin=checkpoint.origin,
         level=checkpoint.level,
         copies=tuple(checkpoint.copies),
         copy_reason=checkpoint.copy_reason,
@@ -119,7 +119,7 @@ def _folded(checkpoint: Checkpoint) -> tuple[str, ...]:
 def _types(paths: tuple[Path, ...]) -> tuple[TypeCount, ...]:
     stored = {}
     for path in paths:  # a shard opens its siblings too: count each tensor once
-        for tensor in open_container(path).tensors.values():
+        for tensor in open_tensor_files(path).tensors.values():
             stored[tensor.file.path, tensor.key] = tensor
     counts = []
     for kind in dict.fromkeys(tensor.dtype for tensor in stored.values()):

@@ -17,7 +17,7 @@ from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Plain, Shape, SmoothInt8, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
-from .recipes import BLOCK_LINEARS, LAYOUTS, QuantOptions, Recipe, matches
+from .recipes import BLOCK_LINEARS, CONTAINERS, QuantOptions, Recipe, matches
 from .treatments import ROTATION, rotation_group
 
 
@@ -51,28 +51,30 @@ class TensorPlan:
         return stored_bytes(self.encoding, self.shape)
 
 
-def layout_of(recipe: Recipe, options: QuantOptions) -> str:
+def container_of(recipe: Recipe, options: QuantOptions) -> str:
     """``native``, ``transformer-lab`` or ``gguf``; QuantOptionError for options against it."""
-    if options.layout not in LAYOUTS:
-        raise QuantOptionError("unknown layout", found=options.layout, needed=f"one of {LAYOUTS}")
+    if options.container not in CONTAINERS:
+        raise QuantOptionError(
+            "unknown container", found=options.container, needed=f"one of {CONTAINERS}"
+        )
     if options.linears not in (None, "blocks", "all"):
         raise QuantOptionError("unknown linears", found=options.linears, needed="blocks or all")
-    if recipe.container == "gguf":
-        if options.layout != "native":
-            raise QuantOptionError(f"{recipe.level} is a GGUF type", found=options.layout)
-        layout = "gguf"
+    if recipe.file_format == "gguf":
+        if options.container != "native":
+            raise QuantOptionError(f"{recipe.level} is a GGUF type", found=options.container)
+        container = "gguf"
     else:
-        layout = options.layout
-    if layout == "transformer-lab" and recipe.rotation is not None:
+        container = options.container
+    if container == "transformer-lab" and recipe.rotation is not None:
         raise QuantOptionError(
-            "Transformer Lab's layout cannot say that a weight is rotated",
-            hint="Use the level INT8 W8A8, or the native layout.",
+            "Transformer Lab's container cannot say that a weight is rotated",
+            hint="Use the level INT8 W8A8, or the native container.",
         )
-    if options.smooth is not None and layout == "gguf":
+    if options.smooth is not None and container == "gguf":
         raise QuantOptionError(
-            "the gguf layout cannot carry smoothing vectors", hint="Use an INT8 level."
+            "the gguf container cannot carry smoothing vectors", hint="Use an INT8 level."
         )
-    if options.types and layout != "gguf":
+    if options.types and container != "gguf":
         raise QuantOptionError(
             "types of single linears are for GGUF levels",
             found=recipe.level,
@@ -83,7 +85,7 @@ def layout_of(recipe: Recipe, options: QuantOptions) -> str:
             raise QuantOptionError(
                 "unknown GGUF type", found=rule.qtype, needed="one of " + ", ".join(FORMATS)
             )
-    return layout
+    return container
 
 
 def plan_tensors(
@@ -94,14 +96,14 @@ def plan_tensors(
     Raises QuantOptionError for options that contradict each other, for a pattern that matches no
     linear, and for a smoothing vector of the wrong size.
     """
-    layout = layout_of(recipe, options)
+    container = container_of(recipe, options)
     check_choice_options(recipe, options)
     _check_patterns(options, shapes)
     check_type_options(recipe, options)
-    targets = _targets(layout, options, shapes)
-    choices = choose(recipe, layout, options, targets)
+    targets = _targets(container, options, shapes)
+    choices = choose(recipe, container, options, targets)
     types = {}
-    if layout == "gguf":
+    if container == "gguf":
         types = block_types(recipe, options, targets, _other_bytes(shapes, targets))
     plans = []
     for copy, tensors in shapes.items():
@@ -113,13 +115,13 @@ def plan_tensors(
             quantized = linear and (copy, module) in targets and not kept
             protected = kept or (linear and any(matches(p, copy, module) for p in options.protect))
             if quantized and recipe.weight_type == "INT8":
-                encoding = _int8(layout, recipe, options, choice, (copy, module), shape)
+                encoding = _int8(container, recipe, options, choice, (copy, module), shape)
             elif quantized:
                 encoding = Blocks(types[copy, module], shape)
-            elif layout == "gguf":
+            elif container == "gguf":
                 encoding = _unquantized_blocks(suffix, shape, linear)
-            elif layout == "transformer-lab" and not linear and suffix != "bias":
-                continue  # that layout holds linears alone
+            elif container == "transformer-lab" and not linear and suffix != "bias":
+                continue  # that container holds linears alone
             else:
                 encoding = Plain(torch.bfloat16, suffix)
             plan = TensorPlan(
@@ -134,10 +136,10 @@ def plan_tensors(
 
 
 def _targets(
-    layout: str, options: QuantOptions, shapes: Mapping[str, Mapping[str, Shape]]
+    container: str, options: QuantOptions, shapes: Mapping[str, Mapping[str, Shape]]
 ) -> dict[Linear, Shape]:
     """The linears that the recipe applies to, without those that a pattern protects."""
-    chosen = options.linears or ("all" if layout == "transformer-lab" else "blocks")
+    chosen = options.linears or ("all" if container == "transformer-lab" else "blocks")
     targets = {}
     for copy, tensors in shapes.items():
         for name, shape in tensors.items():
@@ -149,7 +151,7 @@ def _targets(
 
 
 def _int8(
-    layout: str,
+    container: str,
     recipe: Recipe,
     options: QuantOptions,
     choice: Choice | None,
@@ -161,7 +163,7 @@ def _int8(
     if choice is not None:
         rotated = choice.treatment.rotated
         smooth = choice.smooth if smooth is None else smooth
-    if layout == "transformer-lab":
+    if container == "transformer-lab":
         return SmoothInt8(smooth)
     group = rotation_group(shape[1], recipe.rotation or ROTATION) if rotated else None
     return NativeInt8(group, smooth)

@@ -74,7 +74,7 @@ def licence_of(metadata: Mapping[str, object], options: QuantOptions) -> str | N
 
 
 def recipe_record(
-    recipe: Recipe, layout: str, options: QuantOptions, plans: Sequence[TensorPlan]
+    recipe: Recipe, container: str, options: QuantOptions, plans: Sequence[TensorPlan]
 ) -> dict[str, object]:
     """The recipe as it was carried out, JSON-ready."""
     several = len({plan.copy for plan in plans}) > 1
@@ -85,7 +85,7 @@ def recipe_record(
     led = any(plan.quantized and plan.inputs is not None for plan in plans)
     record: dict[str, object] = {
         "level": recipe.level,
-        "layout": layout,
+        "container": container,
         "type": recipe.weight_type,
         "protected": names(p for p in plans if p.protected),
     }
@@ -93,7 +93,7 @@ def recipe_record(
         record["calibration_sha256"] = hash_files([options.calibration.path])[0].sha256
     if led:
         record["rounding"] = rounding_of(options)
-    if recipe.container == "safetensors":
+    if recipe.file_format == "safetensors":
         record["scale"] = "absmax / 127 per output channel"
         record["rotation"] = recipe.rotation
         record["smoothed"] = names(

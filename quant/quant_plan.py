@@ -19,7 +19,7 @@ class QuantPlan:
     """What a quantization will do, known without reading a weight."""
 
     recipe: Recipe
-    layout: str
+    container: str
     options: QuantOptions
     source: Source
     out: Path
@@ -33,22 +33,22 @@ class QuantPlan:
     @property
     def notes(self) -> list[str]:
         choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
-        chosen = choice_notes(self.layout, choices)
+        chosen = choice_notes(self.container, choices)
         rounded = rounding_notes(self.options)
         return rotation_notes(self.recipe, self.tensors) + rounded + chosen
 
     def stored_name(self, plan: TensorPlan, suffix: str) -> str:
         """Name in the file of one stored tensor."""
         name = f"{plan.module}.{suffix}"
-        return f"{plan.copy}.{name}" if self.layout == "transformer-lab" else name
+        return f"{plan.copy}.{name}" if self.container == "transformer-lab" else name
 
     def table(self) -> str:
         """What will be written, by type."""
         planned = [tensor_result(self, plan, ErrorMeter()) for plan in self.tensors]
+        copies, paths = " + ".join(self.source.copies), ", ".join(map(str, self.source.paths))
         head = (
-            f"{self.out}: {self.recipe.level} ({self.layout}), {' + '.join(self.source.copies)}, "
-            f"{human_bytes(self.nbytes)} from {', '.join(map(str, self.source.paths))} "
-            f"({self.source.level})"
+            f"{self.out}: {self.recipe.level} ({self.container}), {copies}, "
+            f"{human_bytes(self.nbytes)} from {paths} ({self.source.level})"
         )
         return "\n\n".join([head, totals_table(planned), *self.notes])
 

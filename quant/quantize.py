@@ -15,7 +15,7 @@ from ..gguf_loader import GGUFSpec, write_gguf
 from .encode import encoding_device
 from .encodings import Blocks
 from .errors import QuantOptionError
-from .plan import layout_of, plan_tensors
+from .plan import container_of, plan_tensors
 from .provenance import Provenance, combined_hash, hash_files, licence_of, recipe_record
 from .quant_plan import QuantPlan
 from .recipes import QuantOptions, recipe_of
@@ -48,14 +48,14 @@ def plan_quantization(
     """
     options = options or QuantOptions()
     recipe = recipe_of(level)
-    layout = layout_of(recipe, options)
-    if Path(out).suffix != SUFFIXES[layout]:
+    container = container_of(recipe, options)
+    if Path(out).suffix != SUFFIXES[container]:
         raise QuantOptionError(
             "the output's name does not fit its format",
             file=out,
-            needed=f"a name ending in {SUFFIXES[layout]}",
+            needed=f"a name ending in {SUFFIXES[container]}",
         )
-    found = open_source(source, layout, copy=copy, base=base, pair=pair)
+    found = open_source(source, container, copy=copy, base=base, pair=pair)
     target = check_output(out, overwrite=overwrite)
     if any(target == Path(os.path.realpath(path)) for path in found.paths):
         raise QuantOptionError("the output is the source itself", file=out)
@@ -64,7 +64,7 @@ def plan_quantization(
             options.calibration.check_shapes(each, shapes)
     tensors = tuple(plan_tensors(recipe, options, found.shapes()))
     check_levels(found, recipe, ((p.copy, p.name) for p in tensors if p.quantized))
-    return QuantPlan(recipe, layout, options, found, Path(out), tensors)
+    return QuantPlan(recipe, container, options, found, Path(out), tensors)
 
 
 def quantize_checkpoint(
@@ -84,8 +84,8 @@ def quantize_checkpoint(
 ) -> QuantReport:
     """Write ``source`` (a checkpoint or its path) at ``level`` to ``out``; say what that cost.
 
-    ``copy`` is needed where the source holds both copies and the layout one; ``base`` gives a
-    linears-only source its other tensors; ``pair`` is the other copy for a layout that holds both.
+    ``copy`` is needed where the source holds both copies and the container one; ``base`` gives a
+    linears-only source its other tensors; ``pair`` is the other copy for one that holds both.
     Streams: beside one tensor and its encoding nothing is held. The same input gives the same
     bytes. ``device`` encodes. With ``keep_partial`` an interrupted run leaves ``out.partial``, and
     ``resume`` goes on with such a file, to the bytes of a run that was not interrupted. Raises
@@ -111,7 +111,7 @@ def quantize_checkpoint(
     check_unfinished(target, resume=resume, overwrite=overwrite or not kept)
     counter = _Counter(progress, plan)
     provenance = _provenance(plan, counter)
-    if plan.layout == "gguf":
+    if plan.container == "gguf":
         metadata = provenance.gguf(plan.recipe)
         write, specs = write_gguf, _gguf_specs(plan)
     else:
@@ -132,7 +132,7 @@ def quantize_checkpoint(
     return QuantReport(
         path=str(out),
         level=plan.recipe.level,
-        layout=plan.layout,
+        container=plan.container,
         copies=plan.source.copies,
         size=size,
         source_size=counter.source_size,
@@ -174,7 +174,7 @@ def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
     return Provenance(
         copies=plan.source.copies,
         config=plan.source.config,
-        recipe=recipe_record(plan.recipe, plan.layout, plan.options, plan.tensors),
+        recipe=recipe_record(plan.recipe, plan.container, plan.options, plan.tensors),
         sources=hash_files(plan.source.paths, counter.hashed),
         source_level=plan.source.level,
         licence=licence_of(plan.source.metadata, plan.options),
@@ -209,5 +209,5 @@ def _gguf_specs(plan: QuantPlan) -> list[GGUFSpec]:
     return [
         GGUFSpec(tensor.name, tensor.shape, tensor.encoding.ggml_type)
         for tensor in plan.tensors
-        if isinstance(tensor.encoding, Blocks)  # all of them, in this layout
+        if isinstance(tensor.encoding, Blocks)  # all of them, in this container
     ]

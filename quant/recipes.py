@@ -30,7 +30,7 @@ class Recipe:
     """
 
     level: str
-    container: str  # "safetensors" or "gguf"
+    file_format: str  # "safetensors" or "gguf"
     weight_type: str
     bits: int
     rotation: int | None = None
@@ -63,8 +63,8 @@ SOURCE_BITS: dict[str, int] = {
 
 _ALIASES = {"int8": "INT8 W8A8", "int8rotated": "INT8 W8A8 rotated", "convrot": "INT8 W8A8 rotated"}
 
-LAYOUTS = ("native", "transformer-lab")
-"""Safetensors layouts: ComfyUI's container, or Transformer Lab's ``.wq/.ws/.smooth``."""
+CONTAINERS = ("native", "transformer-lab")
+"""How INT8 is stored in safetensors: as ComfyUI does, or Transformer Lab (``.wq/.ws/.smooth``)."""
 
 TREATMENTS = ("smooth", "auto", "auto-native")
 """What a calibration may decide: smoothing on top of the level, the best of all that was measured,
@@ -90,16 +90,16 @@ class TypeRule:
 class QuantOptions:
     """What a recipe leaves open.
 
-    - ``layout``: one of :data:`LAYOUTS`, for the INT8 levels.
+    - ``container``: one of :data:`CONTAINERS`, for the INT8 levels.
     - ``protect``: module names or patterns (``layers.*.feed_forward.w2``) that stay in bf16. A
       prefix ``conditional.`` or ``unconditional.`` restricts one to a copy; in all of these.
     - ``smooth``: module name -> SmoothQuant vector [in_features]: the weight's columns are
-      multiplied by it, the activations divided. For INT8; in the native layout stock ComfyUI
+      multiplied by it, the activations divided. For INT8; in the native container stock ComfyUI
       refuses the file.
     - ``types``: GGUF types of single linears, first match wins.
     - ``target_bytes``: the size of the file, for which types are chosen from the level up so that
       the summed output error is least, as calibrated if a calibration is given.
-    - ``linears``: ``"blocks"``, ``"all"``, or None for the layout's habit: all in Transformer
+    - ``linears``: ``"blocks"``, ``"all"``, or None for the container's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
     - ``calibration``: statistics of the linears' inputs, of this very model: scales of GGUF types
@@ -114,7 +114,7 @@ class QuantOptions:
       would be below that many dB of SQNR.
     """
 
-    layout: str = "native"
+    container: str = "native"
     protect: tuple[str, ...] = ()
     smooth: Mapping[str, Tensor] | None = None
     types: tuple[TypeRule, ...] = ()

@@ -51,7 +51,7 @@ class QuantReport:
 
     path: str
     level: str
-    layout: str
+    container: str
     copies: tuple[str, ...]
     size: int
     source_size: int
@@ -73,7 +73,7 @@ class QuantReport:
         return {
             "path": self.path,
             "level": self.level,
-            "layout": self.layout,
+            "container": self.container,
             "copies": list(self.copies),
             "size": self.size,
             "source_size": self.source_size,

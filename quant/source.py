@@ -1,4 +1,4 @@
-"""The file or files to quantize, seen the same way whatever their layout."""
+"""The file or files to quantize, seen the same way whatever their container."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def files_of(checkpoint: Checkpoint) -> tuple[Path, ...]:
 
 def open_source(
     source: SourceLike,
-    layout: str,
+    container: str,
     *,
     copy: str | None = None,
     base: BaseLike | Sequence[BaseLike] | None = None,
@@ -101,16 +101,16 @@ def open_source(
 ) -> Source:
     """Open ``source`` and choose the copies: the file's only one, ``copy``, or both.
 
-    Transformer Lab's layout takes both unless ``copy`` says otherwise, the other layouts hold one;
-    ``pair`` is the file with the other copy, for that layout. Raises PairMismatchError for a
+    Transformer Lab's container takes both unless ``copy`` says otherwise, the others hold one;
+    ``pair`` is the file with the other copy, for that container. Raises PairMismatchError for a
     ``copy`` that is not in the file and for a pair that does not belong together, QuantOptionError
     where ``copy`` must be said, and what ``open_checkpoint`` raises.
     """
-    if pair is not None and (layout != "transformer-lab" or copy is not None):
+    if pair is not None and (container != "transformer-lab" or copy is not None):
         raise QuantOptionError(
             "a second source is for files with both copies",
-            found=f"layout {layout}, copy {copy}",
-            needed="layout transformer-lab, no copy",
+            found=f"container {container}, copy {copy}",
+            needed="container transformer-lab, no copy",
         )
     opened = [_open(each, base, copy) for each in (source, pair) if each is not None]
     if pair is not None:
@@ -120,9 +120,9 @@ def open_source(
     for checkpoint in opened:
         chosen = checkpoint.copies if copy is None else (copy,)
         parts += [(checkpoint, each) for each in chosen]
-    if len(parts) > 1 and layout != "transformer-lab":
+    if len(parts) > 1 and container != "transformer-lab":
         raise QuantOptionError(
-            f"holds both copies, and the {layout} layout one copy a file",
+            f"holds both copies, and the {container} container one copy a file",
             file=opened[0].paths[0],
             hint="Say which one (--copy conditional), and run again for the other.",
         )

@@ -1,4 +1,4 @@
-"""Compare the weights of two files of one model, whatever their layouts."""
+"""Compare the weights of two files of one model, however they are stored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Verification:
     """What :func:`verify_file` found.
 
     ``tensors``: one row for each tensor that both files hold; the row's ``type`` is the file's own
-    layout of it. ``meter``: sums over the linears. ``missing`` and ``extra``: names that only the
+    file of it. ``meter``: sums over the linears. ``missing`` and ``extra``: names that only the
     reference, or only the file, holds. ``folded``: smoothing lies in the file's weights, which are
     compared in original coordinates all the same.
     """

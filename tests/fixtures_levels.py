@@ -24,7 +24,7 @@ class Header:
     copy_reason: str = "its name"
     copy_assumed: bool = False
     linears_only: bool = False
-    layout: str = "some layout"
+    origin: str = "some layout"
     protected: tuple[str, ...] = ()
     paths: tuple[Path, ...] = (Path("f"),)
 

@@ -26,7 +26,7 @@ def test_gguf_levels(tmp_path: Path, kind: str):
     state = files.model(**(files.WIDE if kind.endswith("_K") else {}))
     tensors, truth = storage.gguf_tensors(state, kind)
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "m.gguf", tensors))
-    assert (ck.layout, ck.level, ck.protected) == ("GGUF", kind, ())
+    assert (ck.origin, ck.level, ck.protected) == ("GGUF", kind, ())
     loaded = check_weights(ck, "conditional", truth)
     assert quantized(loaded) == files.linears(truth)
 

@@ -246,7 +246,7 @@ def test_a_20_gb_file_opens_at_once(tmp_path: Path):
     path = tmp_path / "large.safetensors"
     assert sparse_safetensors(path, tensors) > 18e9
     ck = open_checkpoint(path)
-    assert (ck.layout, ck.level) == ("Transformer Lab INT8", "INT8 W8A8")
+    assert (ck.origin, ck.level) == ("Transformer Lab INT8", "INT8 W8A8")
     assert ck.config == ModelConfig()
     assert cpu_seconds(lambda: open_checkpoint(path)) < 0.05
     tracemalloc.start()

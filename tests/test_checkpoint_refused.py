@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_read(tmp_path: Path, state, monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("ideogram4_quant.checkpoint.container._open_file", refuse)
+    monkeypatch.setattr("ideogram4_quant.checkpoint.tensor_files._open_file", refuse)
     with pytest.raises(CheckpointError, match=r"m\.safetensors: cannot be read: Permission denied"):
         open_checkpoint(path)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ideogram4_quant.checkpoint.container import open_container
 from ideogram4_quant.checkpoint.grammar import PREFIXES, build_entries, parse_key
 from ideogram4_quant.checkpoint.saved import with_words
+from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.tests.layout_cases import KINDS, K, identical, make
 from ideogram4_quant.tests.tensors import randn
@@ -29,7 +29,7 @@ def saved(path, qt, **said):
     described = qt.layout_cls.description(qt._params) | said
     stored[KEY.removesuffix("weight") + "comfy_quant"] = text(described)
     save_file(stored, path)
-    container = open_container(path)
+    container = open_tensor_files(path)
     keys = [(parse_key(name), raw) for name, raw in container.tensors.items()]
     assert all(key is not None for key, _ in keys)
     return build_entries(keys, {})[f"{NAME}.weight"]
@@ -83,10 +83,10 @@ def test_what_the_model_says_of_itself(tmp_path):
     path = tmp_path / "m.safetensors"
     said = {"copy": "unconditional", "config": {"num_layers": 3}}
     save_file({"model.diffusion_model.ideogram4_quant": text(said)}, path)
-    metadata = with_words(open_container(path), PREFIXES).metadata
+    metadata = with_words(open_tensor_files(path), PREFIXES).metadata
     assert metadata["ideogram4.copy"] == "unconditional"
     assert json.loads(metadata["ideogram4.config"]) == {"num_layers": 3}
     for bad in (torch.ones(2), text([1]), torch.tensor([0xFF, 0xFE], dtype=torch.uint8)):
         save_file({"ideogram4_quant": bad}, path)
         with pytest.raises(CorruptFileError):
-            with_words(open_container(path), PREFIXES)
+            with_words(open_tensor_files(path), PREFIXES)

@@ -53,7 +53,7 @@ def test_transformer_lab_int8(tmp_path: Path, flat: bool, dtype: torch.dtype):
         storage.packed(states["unconditional"], storage.pack_fp8)[0],
     )
     ck = open_checkpoint(path, bases)
-    assert (ck.layout, ck.level) == ("Transformer Lab INT8", "INT8 W8A8")
+    assert (ck.origin, ck.level) == ("Transformer Lab INT8", "INT8 W8A8")
     assert ck.copies == ("conditional", "unconditional")
     assert "prefix" in ck.copy_reason
     assert ck.config.to_dict() == files.CONFIG
@@ -112,7 +112,7 @@ def test_transformer_lab_gguf(tmp_path: Path):
         part, truths[copy] = storage.gguf_tensors(files.model(seed, **files.WIDE), "Q4_K", prefix)
         tensors |= part
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "ideogram4-q4_k.gguf", tensors))
-    assert (ck.layout, ck.level) == ("Transformer Lab GGUF", "Q4_K")
+    assert (ck.origin, ck.level) == ("Transformer Lab GGUF", "Q4_K")
     assert ck.copies == ("conditional", "unconditional")
     for copy, truth in truths.items():
         check_weights(ck, copy, truth)

@@ -55,7 +55,7 @@ def test_hugging_face_folder(tmp_path: Path, state: State, nested: bool):
     prefix = "model.language_model."
     stored = with_extras({prefix + k: v.bfloat16() for k, v in state.items()})
     ck = open_encoder(hf_folder(tmp_path, stored, nested=nested))
-    assert (ck.layout, ck.level) == ("Hugging Face", "BF16")
+    assert (ck.origin, ck.level) == ("Hugging Face", "BF16")
     assert sizes_of(ck) == SIZES
     assert ck.config["rope_theta"] == 1234567.0
     assert ck.config["mrope_section"] == [6, 5, 5]

@@ -61,7 +61,7 @@ def test_llama_cpp_gguf(tmp_path: Path, state: State, arch: str, stated: bool):
     metadata = gguf_metadata(arch) if stated else {}
     path = files.write_gguf_py(tmp_path / "te.gguf", tensors, metadata, arch=arch)
     ck = open_encoder(path)
-    assert (ck.layout, ck.level) == ("llama.cpp GGUF", "Q8_0")
+    assert (ck.origin, ck.level) == ("llama.cpp GGUF", "Q8_0")
     assert sizes_of(ck) == SIZES
     if stated:
         assert ck.config["rope_theta"] == 7654321.0

@@ -61,7 +61,7 @@ def error_against_dequantized(checkpoint, options=None, copy="conditional") -> f
     return relative(velocity(ours, x, 0.6, prepare(ours, 4, 8, features)), wanted)
 
 
-@pytest.mark.parametrize("level", [r.level for r in RECIPES.values() if r.container == "gguf"])
+@pytest.mark.parametrize("level", [r.level for r in RECIPES.values() if r.file_format == "gguf"])
 def test_gguf_levels(source, tmp_path, level):
     """Dense: exact to round-off. Through int8: off by the activations' rounding, and not exact."""
     quantize_checkpoint(source[0], level, tmp_path / "m.gguf")
@@ -92,7 +92,7 @@ def test_fp8_is_exact_to_round_off():
 def test_one_file_with_linears_only_and_its_bases(source, tmp_path):
     """Transformer Lab's layout holds both copies' linears; norms come from the bf16 files."""
     level, file = "INT8 W8A8", tmp_path / "both.safetensors"
-    options = QuantOptions(layout="transformer-lab")
+    options = QuantOptions(container="transformer-lab")
     quantize_checkpoint(source[0], level, file, pair=source[1], options=options)
     pair = open_pair(file, base=source)
     assert pair[0] is pair[1]

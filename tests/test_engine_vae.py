@@ -1,4 +1,4 @@
-"""The VAE from both containers and in both orders of its statistics; latents' orders."""
+"""The VAE from both file formats and in both orders of its statistics; latents' orders."""
 
 import json
 import shutil
@@ -75,7 +75,7 @@ def test_folder_and_single_file_are_one_vae(tiny):
     assert np.array_equal(pixels(one), pixels(other))
 
 
-def test_statistics_are_believed_where_they_contradict_the_container(tiny, tmp_path, caplog):
+def test_statistics_are_believed_where_they_contradict_the_file_format(tiny, tmp_path, caplog):
     """FLUX.2's own diffusers folder has the order (c, pi, pj)."""
     shutil.copytree(tiny.vae_dir, tmp_path / "vae")
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"

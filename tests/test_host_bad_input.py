@@ -30,7 +30,7 @@ def test_linears_only_need_a_base_and_run_with_one(server, models):
         "INT8 W8A8",
         path,
         pair=folder / graphs.UNCONDITIONAL,
-        options=QuantOptions(layout="transformer-lab"),
+        options=QuantOptions(container="transformer-lab"),
     )
     try:
         fails_with(server, graphs.with_sampler(conditional_file=path.name), path.name, "base")

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
-from ideogram4_quant.checkpoint.container import open_container
+from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.engine.compare.cases import read_cases
 from ideogram4_quant.errors import CheckpointError, CorruptFileError, Ideogram4QuantError
 from ideogram4_quant.gguf_loader import read_header
@@ -105,7 +105,7 @@ def test_the_cases_start_from_good_files(tmp_path: Path):
     """What the corpus varies is fine before."""
     path = tmp_path / "m.safetensors"
     path.write_bytes(hostile.safetensors(hostile._entry()))
-    assert set(open_container(path).tensors) == {hostile.NAME, "other"}
+    assert set(open_tensor_files(path).tensors) == {hostile.NAME, "other"}
     path = tmp_path / "m.gguf"
     path.write_bytes(hostile.gguf([hostile.info()], [hostile.entry(8, hostile.text(b"x"))]))
     assert set(read_header(path).tensors) == {"t"}
@@ -204,7 +204,7 @@ def test_messages_can_be_printed_and_read(tmp_path: Path):
     path = tmp_path / "m.safetensors"
     path.write_bytes(hostile.safetensors({name: {"dtype": "F7"}}))
     with pytest.raises(CorruptFileError) as caught:
-        open_container(path)
+        open_tensor_files(path)
     said = str(caught.value)
     assert caught.value.tensor == name
     assert said.isprintable()

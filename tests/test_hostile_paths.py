@@ -12,7 +12,7 @@ import torch
 
 from ideogram4_quant.checkpoint import files as checkpoint_files
 from ideogram4_quant.checkpoint import open_checkpoint, write_safetensors
-from ideogram4_quant.checkpoint.container import open_container
+from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.errors import CheckpointError, TruncatedFileError
 from ideogram4_quant.gguf_loader import read_header
 from ideogram4_quant.tests.fuzz import seeds
@@ -97,7 +97,7 @@ def test_an_index_names_files_of_its_own_folder_only(tmp_path: Path, name, monke
 
     monkeypatch.setattr("builtins.open", watched)
     with pytest.raises(CheckpointError) as caught:
-        open_container(index)
+        open_tensor_files(index)
     assert caught.value.file == str(index)
     assert [file for file in opened if not file.startswith(str(folder))] == []
 
@@ -117,11 +117,11 @@ def test_links_that_lead_nowhere_and_in_circles(tmp_path: Path):
     (tmp_path / "circle.safetensors").symlink_to(tmp_path / "circle.safetensors")
     for name in ("gone.safetensors", "circle.safetensors"):
         with pytest.raises(CheckpointError, match=name):
-            open_container(tmp_path / name)
+            open_tensor_files(tmp_path / name)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_pipe_is_no_model_and_never_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "m.safetensors")
     with pytest.raises(CheckpointError, match=r"m\.safetensors: there is no such file"):
-        open_container(tmp_path / "m.safetensors")
+        open_tensor_files(tmp_path / "m.safetensors")

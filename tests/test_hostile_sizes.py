@@ -10,7 +10,7 @@ import pytest
 
 from ideogram4_quant.checkpoint import files as checkpoint_files
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder, write_safetensors
-from ideogram4_quant.checkpoint.container import open_container
+from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
 from ideogram4_quant.tests import hostile_files as hostile
@@ -73,9 +73,9 @@ def test_a_name_in_a_gguf_file_has_a_length(tmp_path: Path):
     path = tmp_path / "m.gguf"
     path.write_bytes(hostile.gguf([hostile.info(b"x" * 1025)]))
     with pytest.raises(CorruptFileError, match="a name too long for a tensor"):
-        open_container(path)
+        open_tensor_files(path)
     path.write_bytes(hostile.gguf([hostile.info(b"x" * 1024)]))
-    assert len(open_container(path).tensors) == 1
+    assert len(open_tensor_files(path).tensors) == 1
 
 
 @pytest.mark.parametrize("name", ["m-00001-of-99999.safetensors", "m.safetensors.index.json"])
@@ -83,7 +83,7 @@ def test_more_shards_than_any_model_has(tmp_path: Path, name: str):
     path = tmp_path / name
     index = {"weight_map": {str(i): f"{i}.safetensors" for i in range(100_000)}}
     path.write_text(json.dumps(index))
-    error = refused_at_once(open_container, path, "too many shards")
+    error = refused_at_once(open_tensor_files, path, "too many shards")
     assert isinstance(error, CorruptFileError)
 
 
@@ -96,7 +96,7 @@ def test_shards_are_bounded_together(tmp_path: Path, much: str):
             header = {f"{i}": entry, "__metadata__": {"key": "x" * 1_000_000}}
         (tmp_path / f"m-{i:05d}-of-00040.safetensors").write_bytes(hostile.safetensors(header, 0))
     first = tmp_path / "m-00001-of-00040.safetensors"
-    error = refused_at_once(open_container, first, "the shards together hold too m")
+    error = refused_at_once(open_tensor_files, first, "the shards together hold too m")
     assert isinstance(error, CorruptFileError)
 
 
@@ -106,4 +106,4 @@ def test_shards_are_bounded_together(tmp_path: Path, much: str):
 def test_names_that_only_look_like_shards_are_single_files(tmp_path: Path, name: str):
     path = tmp_path / f"{name}.safetensors"
     path.write_bytes(hostile.safetensors(hostile._entry()))
-    assert open_container(path).files[0].path == path
+    assert open_tensor_files(path).files[0].path == path

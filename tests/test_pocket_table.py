@@ -74,7 +74,7 @@ def test_calibrated_rows_are_what_the_quantizer_writes(tmp_path, state, calibrat
     source = write_model(VARIANTS[0], tmp_path)["conditional"]
     (file,) = hash_files([source])
     run = Run({"conditional": file.sha256}, "", 1, (0,), 20, 64, 64)
-    out = tmp_path / f"q.{RECIPES[level].container}"
+    out = tmp_path / f"q.{RECIPES[level].file_format}"
     options = QuantOptions(calibration=replace(calibration, times=(0.0, 0.5), provenance=(run,)))
     quantize_checkpoint(source, level, out, copy="conditional", options=options)
     files = open_checkpoint(out).load("conditional")

@@ -273,7 +273,7 @@ def test_a_smoothed_weight_without_its_vector_is_refused(smoothed, tmp_path):
         open_checkpoint(tmp_path / "cut.safetensors").load("conditional")
 
 
-def test_given_vectors_go_into_the_native_layout_too(source, tmp_path, inputs, weights):
+def test_given_vectors_go_into_the_native_container_too(source, tmp_path, inputs, weights):
     vector = torch.linspace(0.5, 2, 768)
     path = tmp_path / "q.safetensors"
     quantize_checkpoint(source, "INT8 W8A8", path, options=QuantOptions(smooth={W2: vector}))
@@ -283,9 +283,9 @@ def test_given_vectors_go_into_the_native_layout_too(source, tmp_path, inputs, w
     assert (weight.dequantize() - true).norm() < 0.05 * true.norm()
 
 
-def test_transformer_labs_layout_gets_smoothing_alone(source, tmp_path, calibration):
+def test_transformer_labs_container_gets_smoothing_alone(source, tmp_path, calibration):
     options = QuantOptions(
-        layout="transformer-lab", calibration=calibration, treatment="auto", linears="blocks"
+        container="transformer-lab", calibration=calibration, treatment="auto", linears="blocks"
     )
     path = tmp_path / "lab.safetensors"
     quantize_checkpoint(source, "INT8 W8A8", path, copy="conditional", options=options)

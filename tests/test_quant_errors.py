@@ -149,7 +149,7 @@ def test_copies_must_be_in_the_file_and_spelt_right(tmp_path, source):
         quantize_checkpoint(source, "INT8 W8A8", tmp_path / "q.safetensors", copy="unconditional")
 
 
-def test_both_copies_need_a_choice_or_a_layout_for_both(tmp_path, source):
+def test_both_copies_need_a_choice_or_a_container_for_both(tmp_path, source):
     other = model.write(tmp_path / "u.safetensors", model.weights(9), "unconditional")
     both = tmp_path / "both.safetensors"
     lab = QuantOptions("transformer-lab")

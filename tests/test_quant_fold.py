@@ -29,15 +29,15 @@ def case(tmp_path_factory):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_record_names_every_vector_and_rotation(case, level):
-    container = open_checkpoint(case.files[level]).containers[0]
+    files = open_checkpoint(case.files[level]).tensor_files[0]
     smoothed = {"layers.1.attention.o"}  # protected: nothing to gain
     smoothed = {f"layers.{i}.{n}" for i in range(2) for n in model.BLOCK_LINEARS} - smoothed
     smoothed -= {f"layers.{i}.adaln_modulation" for i in range(2)}
     names = {f"fold.{name}.smooth" for name in smoothed}
     names |= {f"fold.{O0}.rotation"} if level == "INT8 W8A8" else set()
-    assert {key for key in container.tensors if key.startswith("fold.")} == names
+    assert {key for key in files.tensors if key.startswith("fold.")} == names
     key = "ideogram4.lora_basis" if level[0] == "Q" else "lora_basis"
-    assert container.metadata[key] == "folded"
+    assert files.metadata[key] == "folded"
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -241,7 +241,7 @@ def lab_smooth():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory, lab_pair, lab_smooth):
-    """Transformer Lab's layout: both copies, one linear smoothed, one protected."""
+    """Transformer Lab's container: both copies, one linear smoothed, one protected."""
     path = tmp_path_factory.mktemp("lab") / "both.safetensors"
     options = QuantOptions(
         "transformer-lab", smooth={W2: lab_smooth}, protect=("unconditional.layers.1.*.o",)

@@ -7,7 +7,7 @@ import torch
 
 from ideogram4_quant.quant.encodings import Blocks, NativeInt8, Plain, SmoothInt8
 from ideogram4_quant.quant.errors import QuantOptionError
-from ideogram4_quant.quant.plan import layout_of, plan_tensors, rotation_notes
+from ideogram4_quant.quant.plan import container_of, plan_tensors, rotation_notes
 from ideogram4_quant.quant.recipes import RECIPES, QuantOptions, TypeRule, recipe_of
 from ideogram4_quant.tests import quant_model as model
 
@@ -146,18 +146,18 @@ def test_transformer_lab_holds_linears_and_their_biases_alone():
 @pytest.mark.parametrize(
     ("level", "options", "message"),
     [
-        ("INT8 W8A8", QuantOptions("gptq"), "unknown layout"),
+        ("INT8 W8A8", QuantOptions("gptq"), "unknown container"),
         ("INT8 W8A8", QuantOptions(linears="some"), "unknown linears"),
         ("Q8_0", QuantOptions("transformer-lab"), "Q8_0 is a GGUF type"),
         ("INT8 W8A8 rotated", QuantOptions("transformer-lab"), "cannot say that a weight is rot"),
-        ("Q4_K", QuantOptions(smooth={}), "gguf layout cannot carry smoothing"),
+        ("Q4_K", QuantOptions(smooth={}), "gguf container cannot carry smoothing"),
         ("INT8 W8A8", QuantOptions(types=(TypeRule("*", "Q8_0"),)), "are for GGUF levels"),
         ("Q4_K", QuantOptions(types=(TypeRule("*", "Q9"),)), "unknown GGUF type.*Q9"),
     ],
 )
 def test_options_that_contradict_each_other(level, options, message):
     with pytest.raises(QuantOptionError, match=message):
-        layout_of(recipe_of(level), options)
+        container_of(recipe_of(level), options)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,6 @@ def test_smoothing_vectors_are_checked(vector, message):
 
 def test_every_recipe_has_a_place_to_go():
     for recipe in RECIPES.values():
-        assert recipe.container in ("safetensors", "gguf")
-        assert (recipe.file_type is not None) == (recipe.container == "gguf")
-        assert layout_of(recipe, QuantOptions()) in ("native", "gguf")
+        assert recipe.file_format in ("safetensors", "gguf")
+        assert (recipe.file_type is not None) == (recipe.file_format == "gguf")
+        assert container_of(recipe, QuantOptions()) in ("native", "gguf")

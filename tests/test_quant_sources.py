@@ -38,7 +38,7 @@ def fp8_per_row(weights):
 
 
 def split_names(weights):
-    """diffusers' layout: q, k, v as row slices, o as ``to_out.0``."""
+    """diffusers' names: q, k, v as row slices, o as ``to_out.0``."""
     made = {}
     for name, tensor in weights.items():
         if name.endswith("attention.qkv.weight"):
@@ -67,7 +67,7 @@ def test_fp8_is_quantized_from_its_exact_values(tmp_path):
     assert report.metadata["source_level"] == "FP8"
 
 
-def test_the_layout_of_the_source_leaves_no_trace(tmp_path):
+def test_the_origin_of_the_source_leaves_no_trace(tmp_path):
     weights = model.weights()
     fused = model.write(tmp_path / "fused.safetensors", weights)
     split = model.write(tmp_path / "split.safetensors", split_names(weights))

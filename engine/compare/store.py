@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ...checkpoint import write_safetensors
-from ...checkpoint.container import open_container
+from ...checkpoint.tensor_files import open_tensor_files
 from ...errors import CheckpointError
 from ...files.new_file import make_folder, replaced
 from ...quant.provenance import hash_files
@@ -96,7 +96,7 @@ class Store:
         if not file.is_file():
             return None
         try:
-            return open_container(file).load()["latents"]
+            return open_tensor_files(file).load()["latents"]
         except (CheckpointError, KeyError) as error:
             raise _damaged("latents", file, error) from error
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
-from ideogram4_quant.checkpoint.container import Container, open_container
+from ideogram4_quant.checkpoint.tensor_files import TensorFiles, open_tensor_files
 from ideogram4_quant.engine.compare.cases import read_cases
 from ideogram4_quant.engine.compare.score import read_captions_file as captions
 from ideogram4_quant.errors import Ideogram4QuantError
@@ -79,24 +79,24 @@ def beside(name: str, opened: str) -> Open:
 
 
 def read_everything(path: Path) -> None:
-    """Every way from a path to tensors: the container, the transformer, the text encoder."""
-    container = open_container(path)
-    _check_container(container)
+    """Every way from a path to tensors: the file, the transformer, the text encoder."""
+    files = open_tensor_files(path)
+    _check_files(files)
     for opener in (open_checkpoint, open_encoder):
         try:
             opened = opener(path)
-            _read(opened, container.size)
+            _read(opened, files.size)
         except Ideogram4QuantError as error:
             _check_error(error)
 
 
-def _check_container(container: Container) -> None:
-    for tensor in container.tensors.values():
+def _check_files(files: TensorFiles) -> None:
+    for tensor in files.tensors.values():
         assert 0 <= tensor.offset <= tensor.offset + tensor.nbytes <= tensor.file.size
-    for key, value in container.metadata.items():
+    for key, value in files.metadata.items():
         if isinstance(value, ArrayRef):
             try:
-                container.array(key)
+                files.array(key)
             except Ideogram4QuantError as error:
                 _check_error(error)
 

@@ -20,7 +20,7 @@ def write_level(source: Path, level: str, folder: Path, copy: str) -> Path:
         return source
     stem = folder / f"{level.replace(' ', '_')}_{copy}"
     if level in RECIPES:
-        out = stem.with_suffix(f".{RECIPES[level].container}")
+        out = stem.with_suffix(f".{RECIPES[level].file_format}")
         quantize_checkpoint(source, level, out, copy=copy)
         return out
     stored = {}

@@ -1,7 +1,7 @@
-"""Which tool's file this is: a table of layouts, told by what the keys hold.
+"""Which tool's file this is: a table of origins, told by what the keys hold.
 
-A layout is a name for people. How tensors are read follows from their keys (``grammar``) and their
-stored form (``codecs``), so a file that mixes layouts is read all the same.
+An origin is a name for people. How tensors are read follows from their keys (``grammar``) and their
+stored form (``codecs``), so a file that mixes origins is read all the same.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import NotIdeogram4Error
-from .container import Container
 from .files import RawTensor
 from .grammar import Key
+from .tensor_files import TensorFiles
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A file is of this layout if it is of ``kind`` and holds all of ``marks``.
+class Origin:
+    """A file is of this origin if it is of ``kind`` and holds all of ``marks``.
 
     A mark is a suffix of a key (``wq``), with the dtype of its tensor where that tells
     (``weight I8``), a prefix (``cond.``) or ``split`` for q, k and v in pieces.
@@ -32,17 +32,17 @@ class Layout:
 
 
 # The first that fits names the file.
-LAYOUTS: tuple[Layout, ...] = (
-    Layout("Transformer Lab INT8", "safetensors", frozenset({"wq", "ws"}), linears_only=True),
-    Layout("Transformer Lab GGUF", "gguf", frozenset({"cond.", "uncond."})),
-    Layout("GGUF", "gguf"),
-    Layout("diffusers", "safetensors", frozenset({"split"})),
-    Layout("bitsandbytes NF4", "safetensors", frozenset({"absmax"})),
-    Layout("ComfyUI INT8", "safetensors", frozenset({"comfy_quant", "weight I8"})),
-    Layout("ComfyUI FP8", "safetensors", frozenset({"comfy_quant", "weight F8_E4M3"})),
-    Layout("ComfyUI FP8, older names", "safetensors", frozenset({"scale_weight"})),
-    Layout("ideogram-ai FP8", "safetensors", frozenset({"weight_scale", "weight F8_E4M3"})),
-    Layout("safetensors", "safetensors"),
+ORIGINS: tuple[Origin, ...] = (
+    Origin("Transformer Lab INT8", "safetensors", frozenset({"wq", "ws"}), linears_only=True),
+    Origin("Transformer Lab GGUF", "gguf", frozenset({"cond.", "uncond."})),
+    Origin("GGUF", "gguf"),
+    Origin("diffusers", "safetensors", frozenset({"split"})),
+    Origin("bitsandbytes NF4", "safetensors", frozenset({"absmax"})),
+    Origin("ComfyUI INT8", "safetensors", frozenset({"comfy_quant", "weight I8"})),
+    Origin("ComfyUI FP8", "safetensors", frozenset({"comfy_quant", "weight F8_E4M3"})),
+    Origin("ComfyUI FP8, older names", "safetensors", frozenset({"scale_weight"})),
+    Origin("ideogram-ai FP8", "safetensors", frozenset({"weight_scale", "weight F8_E4M3"})),
+    Origin("safetensors", "safetensors"),
 )
 
 _LONG_ENOUGH, _MANY_ENOUGH = 200, 4000  # characters, keys: more than any of these models has
@@ -75,15 +75,15 @@ _SIGNATURE = (
 )
 
 
-def check_is_ideogram4(names: Collection[str], container: Container) -> None:
+def check_is_ideogram4(names: Collection[str], tensor_files: TensorFiles) -> None:
     """NotIdeogram4Error unless canonical ``names`` hold what makes an Ideogram 4 transformer."""
     missing = [name for name in _SIGNATURE if name not in names]
     if missing:
-        looks_like = what_else(container.tensors)
+        looks_like = what_else(tensor_files.tensors)
         raise NotIdeogram4Error(
             "this is no Ideogram 4 transformer",
-            file=container.path,
-            found=looks_like or f"no {missing[0]} among {len(container.tensors)} tensors",
+            file=tensor_files.path,
+            found=looks_like or f"no {missing[0]} among {len(tensor_files.tensors)} tensors",
             hint="Pick a file of Ideogram 4's conditional or unconditional copy.",
         )
 
@@ -98,8 +98,8 @@ def what_else(keys: Iterable[str]) -> str | None:
     return None
 
 
-def layout_of(container: Container, keys: Mapping[Key, RawTensor], *, stated: bool) -> Layout:
-    """The row of LAYOUTS that fits; ``stated``: the metadata describes the quantization."""
+def origin_of(tensor_files: TensorFiles, keys: Mapping[Key, RawTensor], *, stated: bool) -> Origin:
+    """The row of ORIGINS that fits; ``stated``: the metadata describes the quantization."""
     marks = {"comfy_quant"} if stated else set()
     for key, raw in keys.items():
         # bitsandbytes puts the parameter's name before its own suffix
@@ -107,4 +107,4 @@ def layout_of(container: Container, keys: Mapping[Key, RawTensor], *, stated: bo
         marks |= {suffix, f"{suffix} {raw.dtype}", key.prefix}
         if key.piece is not None:
             marks.add("split")
-    return next(row for row in LAYOUTS if row.kind == container.kind and row.marks <= marks)
+    return next(row for row in ORIGINS if row.kind == tensor_files.kind and row.marks <= marks)

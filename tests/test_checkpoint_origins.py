@@ -19,7 +19,7 @@ def test_plain(tmp_path: Path, dtype: torch.dtype):
     state = files.model()
     path = files.save(tmp_path / "m.safetensors", {k: v.to(dtype) for k, v in state.items()})
     ck = open_checkpoint(path)
-    assert (ck.layout, ck.level, ck.copies) == ("safetensors", "BF16", ("conditional",))
+    assert (ck.origin, ck.level, ck.copies) == ("safetensors", "BF16", ("conditional",))
     assert ck.protected == ()
     assert ck.paths == (path,)
     assert ck.size == path.stat().st_size
@@ -37,7 +37,7 @@ def test_ideogram_ai_fp8_folder(tmp_path: Path, per_row: bool):
         stored, truths[copy] = storage.packed(state, lambda w: storage.pack_fp8(w, per_row=per_row))
         files.save_folder(tmp_path / name, stored)
     ck = open_checkpoint(tmp_path)
-    assert (ck.layout, ck.level) == ("ideogram-ai FP8", "FP8")
+    assert (ck.origin, ck.level) == ("ideogram-ai FP8", "FP8")
     assert ck.copies == ("conditional", "unconditional")
     assert "folder" in ck.copy_reason
     assert len(ck.paths) == 4
@@ -74,7 +74,7 @@ def test_fp8_without_scales(tmp_path: Path):
 def test_nf4(tmp_path: Path, double: bool):
     stored, truth = storage.packed(files.model(), lambda w: storage.pack_nf4(w, double=double))
     ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored))
-    assert (ck.layout, ck.level) == ("bitsandbytes NF4", "NF4")
+    assert (ck.origin, ck.level) == ("bitsandbytes NF4", "NF4")
     assert ck.config.to_dict() == files.CONFIG
     loaded = check_weights(ck, "conditional", truth)
     assert quantized(loaded) == files.linears(truth)
@@ -102,7 +102,7 @@ def test_diffusers_layout(tmp_path: Path, case: str):
     else:
         stored, truth = storage.packed(state, pack)
     ck = open_checkpoint(files.save_folder(tmp_path / "transformer", stored))
-    assert (ck.layout, ck.level) == ("diffusers", level)
+    assert (ck.origin, ck.level) == ("diffusers", level)
     truth = files.fuse(truth)
     loaded = check_weights(ck, "conditional", truth, ulps)
     qkv = loaded["layers.1.attention.qkv.weight"]
@@ -160,7 +160,7 @@ def test_comfy_fp8(tmp_path: Path, where: str):
         stored[f"{prefix}scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
     ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored, metadata))
     names = {"older": "ComfyUI FP8, older names"}
-    assert (ck.layout, ck.level) == (names.get(where, "ComfyUI FP8"), "FP8")
+    assert (ck.origin, ck.level) == (names.get(where, "ComfyUI FP8"), "FP8")
     assert ck.copies == ("unconditional",)
     assert "model_type" in ck.copy_reason
     assert ck.protected == ("adaln_proj",)
@@ -176,7 +176,7 @@ def test_comfy_int8_convrot(tmp_path: Path, nested: bool):
         files.model(), lambda w: storage.pack_comfy_int8(w, nested=nested), skip=stem
     )
     ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored))
-    assert (ck.layout, ck.level) == ("ComfyUI INT8", "INT8 W8A8 rotated")
+    assert (ck.origin, ck.level) == ("ComfyUI INT8", "INT8 W8A8 rotated")
     assert len(ck.protected) == 7
     loaded = check_weights(ck, "conditional", truth, ulps=16)
     assert loaded["layers.0.feed_forward.w2.weight"]._params.rotation == 64

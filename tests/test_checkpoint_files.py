@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from ideogram4_quant.checkpoint.container import open_container
 from ideogram4_quant.checkpoint.files import TORCH_DTYPES
 from ideogram4_quant.checkpoint.safetensors_header import read_safetensors_header
+from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.errors import CheckpointError, CorruptFileError, TruncatedFileError
 from ideogram4_quant.tests import fixtures_files as files
 
@@ -95,7 +95,7 @@ def test_corrupt_headers(tmp_path: Path, case: str):
     header, message = CORRUPT[case]
     path = raw_file(tmp_path, header)
     with pytest.raises(CorruptFileError, match=message) as caught:
-        open_container(path)
+        open_tensor_files(path)
     assert str(path) in str(caught.value)
     with pytest.raises(SafetensorError), safe_open(path, "pt") as file:
         file.keys()
@@ -105,7 +105,7 @@ def test_corrupt_headers(tmp_path: Path, case: str):
 def test_header_length(tmp_path: Path, length: int):
     path = raw_file(tmp_path, {"a": entry()}, length=length)
     with pytest.raises(CorruptFileError, match="no safetensors file"):
-        open_container(path)
+        open_tensor_files(path)
 
 
 def test_cut_anywhere(tmp_path: Path):
@@ -115,7 +115,7 @@ def test_cut_anywhere(tmp_path: Path):
     for size in range(len(content)):
         path.write_bytes(content[:size])
         with pytest.raises(TruncatedFileError, match="download it again") as caught:
-            open_container(path)
+            open_tensor_files(path)
         assert f"found {size:,} bytes" in str(caught.value)
     assert caught.value.tensor == "second"
     assert caught.value.needed == f"{len(content):,} bytes"
@@ -138,15 +138,15 @@ def test_mutations_raise_typed_errors_only(tmp_path: Path, data: st.DataObject):
             content[at : at + 1] = data.draw(st.sampled_from([b"-", b"9", b"[", b'"', b",", b"{"]))
     mutant = tmp_path / "mutant.safetensors"
     mutant.write_bytes(bytes(content))
-    problem, container = None, None
+    problem, found_files = None, None
     try:
-        container = open_container(mutant)
+        found_files = open_tensor_files(mutant)
     except CheckpointError as error:
         problem = error
     if problem is not None:
         assert problem.file == str(mutant)
     else:
-        for tensor in container.tensors.values():
+        for tensor in found_files.tensors.values():
             assert tensor.offset + tensor.nbytes <= len(content)
 
 
@@ -163,7 +163,7 @@ def test_what_people_save_instead(tmp_path: Path, content: bytes, what: str):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
     with pytest.raises(CorruptFileError, match=what):
-        open_container(path)
+        open_tensor_files(path)
 
 
 def test_header_lengths_that_look_like_other_files(tmp_path: Path):
@@ -171,32 +171,32 @@ def test_header_lengths_that_look_like_other_files(tmp_path: Path):
     text = json.dumps({"a": entry()}).encode()
     path = raw_file(tmp_path, text + b" " * (640 - len(text)))
     assert path.read_bytes()[:2] == b"\x80\x02"
-    assert set(open_container(path).tensors) == {"a"}
+    assert set(open_tensor_files(path).tensors) == {"a"}
 
 
-def test_contents_not_names_tell_the_container(tmp_path: Path):
+def test_contents_not_names_tell_the_format(tmp_path: Path):
     tensor = {"a": (torch.ones(3).numpy(), "F32")}
     path = files.write_gguf_py(tmp_path / "misnamed.safetensors", tensor)
-    assert open_container(path).kind == "gguf"
+    assert open_tensor_files(path).kind == "gguf"
 
 
 def test_nothing_there(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no such file"):
-        open_container(tmp_path / "missing.safetensors")
+        open_tensor_files(tmp_path / "missing.safetensors")
     with pytest.raises(CheckpointError, match="holds no model"):
-        open_container(tmp_path)
+        open_tensor_files(tmp_path)
     (tmp_path / "empty.safetensors").touch()
     with pytest.raises(TruncatedFileError):
-        open_container(tmp_path / "empty.safetensors")
+        open_tensor_files(tmp_path / "empty.safetensors")
 
 
 def test_folder_with_several_models(tmp_path: Path):
     for name in ("a", "b"):
         save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match=r"a\.safetensors, b\.safetensors.*Name one"):
-        open_container(tmp_path)
+        open_tensor_files(tmp_path)
     save_file({"y": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert set(open_container(tmp_path).tensors) == {"y"}
+    assert set(open_tensor_files(tmp_path).tensors) == {"y"}
 
 
 def shards(folder: Path) -> Path:
@@ -214,32 +214,32 @@ def test_shards(tmp_path: Path):
     path = shards(tmp_path)
     names = [f"m-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for opened in (tmp_path, tmp_path / names[1]):
-        container = open_container(opened)
-        assert list(container.tensors) == ["a", "b"]
-        assert [file.path.name for file in container.files] == names
+        found_files = open_tensor_files(opened)
+        assert list(found_files.tensors) == ["a", "b"]
+        assert [file.path.name for file in found_files.files] == names
     index(path, {"a": names[0], "b": names[1]})
     for opened in (tmp_path, path, tmp_path / names[1]):
-        container = open_container(opened)
-        assert list(container.tensors) == ["a", "b"]
-        assert container.metadata == {"k": "one"}
-        assert container.size == sum((tmp_path / name).stat().st_size for name in names)
+        found_files = open_tensor_files(opened)
+        assert list(found_files.tensors) == ["a", "b"]
+        assert found_files.metadata == {"k": "one"}
+        assert found_files.size == sum((tmp_path / name).stat().st_size for name in names)
 
 
 def test_missing_shard(tmp_path: Path):
     path = shards(tmp_path)
     (tmp_path / "m-00001-of-00002.safetensors").unlink()
     with pytest.raises(TruncatedFileError, match=r"1 of 2 shards are missing.*m-00001"):
-        open_container(tmp_path / "m-00002-of-00002.safetensors")
+        open_tensor_files(tmp_path / "m-00002-of-00002.safetensors")
     index(path, {"a": "m-00001-of-00002.safetensors", "b": "m-00002-of-00002.safetensors"})
     with pytest.raises(TruncatedFileError, match="Download the missing files"):
-        open_container(tmp_path)
+        open_tensor_files(tmp_path)
 
 
 def test_tensor_in_two_shards(tmp_path: Path):
     shards(tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / "m-00002-of-00002.safetensors")
     with pytest.raises(CorruptFileError, match="in two shards"):
-        open_container(tmp_path)
+        open_tensor_files(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -249,24 +249,24 @@ def test_an_index_stays_in_its_folder(tmp_path: Path, name: object):
     shards(tmp_path)
     path = index(tmp_path / "m.safetensors.index.json", {"a": name})
     with pytest.raises(CorruptFileError, match="names no plain file"):
-        open_container(path)
+        open_tensor_files(path)
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, ["a"], "a"])
 def test_index_without_map(tmp_path: Path, weight_map: object):
     with pytest.raises(CorruptFileError, match="no weight_map"):
-        open_container(index(tmp_path / "m.safetensors.index.json", weight_map))
+        open_tensor_files(index(tmp_path / "m.safetensors.index.json", weight_map))
 
 
 def test_index_that_names_the_wrong_shard(tmp_path: Path):
     path = shards(tmp_path)
     index(path, {"a": "m-00002-of-00002.safetensors", "b": "m-00001-of-00002.safetensors"})
     with pytest.raises(CorruptFileError, match="tensor a: the tensor is not in m-00002"):
-        open_container(path)
+        open_tensor_files(path)
 
 
 def test_split_gguf(tmp_path: Path):
     tensor = {"a": (torch.ones(3).numpy(), "F32")}
     path = files.write_gguf_py(tmp_path / "m-00001-of-00002.gguf", tensor, {"split.count": 2})
     with pytest.raises(CheckpointError, match="Join them"):
-        open_container(path)
+        open_tensor_files(path)

@@ -1,4 +1,4 @@
-"""One or many files of either container, seen as one table of named tensors."""
+"""One or many files of either format, seen as one table of named tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NOT_A_MODEL = (
 
 
 @dataclass(frozen=True)
-class Container:
+class TensorFiles:
     """The tensors of a file, or of all shards of a model. ``kind``: ``safetensors`` or ``gguf``."""
 
     path: Path
@@ -59,7 +59,7 @@ class Container:
         return {name: raw.read() for name, raw in self.tensors.items()}
 
 
-def open_container(path: str | os.PathLike[str]) -> Container:
+def open_tensor_files(path: str | os.PathLike[str]) -> TensorFiles:
     """The headers of a safetensors or GGUF file, of an index of shards, or of a folder with one.
 
     Naming one shard opens all of them. Raises CheckpointError (nothing there, or not a model),
@@ -72,7 +72,7 @@ def open_container(path: str | os.PathLike[str]) -> Container:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", file=path) from error
 
 
-def _open(path: Path) -> Container:
+def _open(path: Path) -> TensorFiles:
     if path.is_dir():
         return _open_folder(path)
     if not path.is_file():
@@ -103,15 +103,15 @@ def json_object(text: str, key: str, path: Path) -> dict[str, Any]:
     return parse_json(raw, path, f"metadata {key}")
 
 
-def stated_quantization(container: Container) -> dict[str, Any]:
+def stated_quantization(tensor_files: TensorFiles) -> dict[str, Any]:
     """Module -> description, from the metadata in which ComfyUI may keep it instead of tensors."""
     key = "_quantization_metadata"
-    text = container.metadata.get(key)
+    text = tensor_files.metadata.get(key)
     if not isinstance(text, str):
         return {}
-    layers = json_object(text, key, container.path).get("layers")
+    layers = json_object(text, key, tensor_files.path).get("layers")
     if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
-        raise CorruptFileError(f"metadata {key} has no layers", file=container.path)
+        raise CorruptFileError(f"metadata {key} has no layers", file=tensor_files.path)
     return layers
 
 
@@ -124,7 +124,7 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
     return parse_json(path.read_bytes(), path, "the file")
 
 
-def _open_file(path: Path) -> Container:
+def _open_file(path: Path) -> TensorFiles:
     with open(path, "rb") as file:
         start = file.read(32)
     for magic, what, hint in _NOT_A_MODEL:
@@ -134,10 +134,10 @@ def _open_file(path: Path) -> Container:
     if start.startswith(b"GGUF"):
         return _open_gguf(path)
     file, tensors, metadata = read_safetensors_header(path)
-    return Container(path, "safetensors", (file,), tensors, dict(metadata))
+    return TensorFiles(path, "safetensors", (file,), tensors, dict(metadata))
 
 
-def _open_gguf(path: Path) -> Container:
+def _open_gguf(path: Path) -> TensorFiles:
     header = read_header(path)
     parts = header.metadata.get("split.count", 1)
     if parts != 1:
@@ -154,10 +154,10 @@ def _open_gguf(path: Path) -> Container:
         )
         for tensor in header.tensors.values()
     }
-    return Container(path, "gguf", (file,), tensors, header.metadata, header)
+    return TensorFiles(path, "gguf", (file,), tensors, header.metadata, header)
 
 
-def _open_folder(folder: Path) -> Container:
+def _open_folder(folder: Path) -> TensorFiles:
     indexes = sorted(folder.glob("*" + INDEX_SUFFIX))
     files = sorted(folder.glob("*.safetensors"))
     ggufs = sorted(folder.glob("*.gguf"))
@@ -180,7 +180,7 @@ def _open_folder(folder: Path) -> Container:
     )
 
 
-def _open_index(path: Path) -> Container:
+def _open_index(path: Path) -> TensorFiles:
     """All shards that an index names, each tensor in the shard that the index says."""
     weight_map = _read_json(path, MAX_HEADER).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -193,17 +193,17 @@ def _open_index(path: Path) -> Container:
                 "the index names no plain file", file=path, tensor=key, found=repr(name)[:80]
             )
         names.add(name)
-    container = _merge(path, sorted(names))
+    tensor_files = _merge(path, sorted(names))
     for key, name in weight_map.items():
-        raw = container.tensors.get(key)
+        raw = tensor_files.tensors.get(key)
         if raw is None or raw.file.path.name != name:
             raise CorruptFileError(
                 f"the tensor is not in {name}", file=path, tensor=key, hint=DOWNLOAD_AGAIN
             )
-    return container
+    return tensor_files
 
 
-def _open_shards(path: Path, shard: re.Match[str]) -> Container:
+def _open_shards(path: Path, shard: re.Match[str]) -> TensorFiles:
     index = path.with_name(shard["stem"] + INDEX_SUFFIX)
     if index.is_file():
         return _open_index(index)
@@ -212,7 +212,7 @@ def _open_shards(path: Path, shard: re.Match[str]) -> Container:
     return _merge(path, names)
 
 
-def _merge(path: Path, names: Sequence[str]) -> Container:
+def _merge(path: Path, names: Sequence[str]) -> TensorFiles:
     """The shards of these names in the folder of ``path``."""
     if len(names) > _MAX_SHARDS:
         raise CorruptFileError(
@@ -247,4 +247,4 @@ def _merge(path: Path, names: Sequence[str]) -> Container:
         tensors |= part.tensors
         metadata = part.metadata | metadata
         files += part.files
-    return Container(path, "safetensors", tuple(files), tensors, metadata)
+    return TensorFiles(path, "safetensors", tuple(files), tensors, metadata)
