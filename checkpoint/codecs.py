@@ -78,7 +78,7 @@ class Stored(ABC):
 
 
 @dataclass(frozen=True)
-class Plain(Stored):
+class Unquantized(Stored):
     """Floats as they are."""
 
     data: Tensor
@@ -92,7 +92,7 @@ class Plain(Stored):
         return "BF16"
 
     @classmethod
-    def read(cls, parts: Parts) -> Plain:
+    def read(cls, parts: Parts) -> Unquantized:
         return cls(parts.weight.read())
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
@@ -104,7 +104,7 @@ class Plain(Stored):
         return fold.unfold(self.data.float()).to(dtype)
 
     @classmethod
-    def stack(cls, items: Sequence[Plain]) -> Plain | None:
+    def stack(cls, items: Sequence[Unquantized]) -> Unquantized | None:
         if len({item.data.dtype for item in items}) > 1:
             return None
         return cls(torch.cat([item.data for item in items]))

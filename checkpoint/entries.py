@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CorruptFileError, OpError
 from ..ops.fold import Fold
 from ..ops.linear import ACTIVATION_DTYPES
-from .codecs import Blocks, Fp8, Int8, Plain, Stored
+from .codecs import Blocks, Fp8, Int8, Stored, Unquantized
 from .files import DOWNLOAD_AGAIN
 from .folding import StoredFolding
 from .nf4 import Nf4
@@ -24,7 +24,7 @@ from .saved import SavedBlocks, SavedFolded
 logger = logging.getLogger(__name__)
 
 # The first that claims a weight reads it.
-CODECS: tuple[type[Stored], ...] = (Nf4, SavedBlocks, SavedFolded, Int8, Fp8, Blocks, Plain)
+CODECS: tuple[type[Stored], ...] = (Nf4, SavedBlocks, SavedFolded, Int8, Fp8, Blocks, Unquantized)
 
 Progress = Callable[[int, int], None]
 

@@ -1,4 +1,4 @@
-"""``ideogram4-quant selftest``: every backend of this device against the plain torch formulas.
+"""``ideogram4-quant selftest``: every backend of this device against the torch formulas.
 
 The formulas run on the CPU, so a device that computes wrongly cannot agree with itself. Shapes are
 small and odd; a minute is the bound, and what it leaves out is reported as not run.
@@ -54,7 +54,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "selftest",
         help="check every backend of this device against the formulas",
         description="Run linears of every kind, quantizers and attention on every backend that is "
-        "there and compare them with plain torch on the CPU. Exit code 1 if one differs.",
+        "there and compare them with torch formulas on the CPU. Exit code 1 if one differs.",
     )
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")

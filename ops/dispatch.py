@@ -174,7 +174,7 @@ def _named(name: str, device: torch.device) -> Backend:
 
 @cache
 def _warn_slow(device: torch.device, why: str) -> None:
-    logger.warning("int8 layers run as plain torch formulas on %s, slowly (%s)", device, why)
+    logger.warning("int8 layers run as torch formulas on %s, slowly (%s)", device, why)
 
 
 @cache
@@ -191,7 +191,7 @@ def _log_unmeasured(device: torch.device, names: tuple[str, ...]) -> None:
 def _warn_no_kernels(device: torch.device, reason: str) -> None:
     logger.warning(
         "no Triton kernels on %s: layers run on what else there is, and what surrounds "
-        "their products as plain torch formulas, slower. %s",
+        "their products as torch formulas, slower. %s",
         device,
         reason,
     )
@@ -268,7 +268,7 @@ def _probe_int_mm(device: torch.device) -> tuple[Backend | None, str]:
 
 
 def _probe_reference(device: torch.device) -> tuple[Backend | None, str]:
-    return REFERENCE, "plain torch formulas"
+    return REFERENCE, "torch formulas"
 
 
 _PROBES: Mapping[str, Callable[[torch.device], tuple[Backend | None, str]]] = {

@@ -38,7 +38,7 @@ def linear(
     bias: Tensor | None = None,
     options: LinearOptions = LinearOptions(),
 ) -> Tensor:
-    """``x @ weight.T + bias`` for a weight of any layout, or a plain one, in the dtype of ``x``.
+    """``x @ weight.T + bias`` for a weight of any layout or none, in the dtype of ``x``.
 
     ``x [..., K]``, ``weight [N, K]`` a Tensor or a QuantizedTensor -> ``[..., N]``. Where ``x``
     needs a gradient it gets the one of the dequantized weight; where it is an ``Activation`` it is

@@ -1,4 +1,4 @@
-"""Every op as a plain torch formula: what the kernels must compute, and the fallback everywhere.
+"""Every op as a formula in torch: what the kernels must compute, and the fallback everywhere.
 
 M tokens, N out_features, K in_features. Activations are fp32, fp16 or bf16; all arithmetic is fp32,
 products of int8 are summed exactly in int32, scales are fp32. A row of activations that holds a NaN

@@ -47,7 +47,7 @@ def encode_tensor(
 ) -> tuple[dict[str, Tensor], ErrorMeter]:
     """``(stored tensors by suffix, constants included; the error meter)``, all on the CPU.
 
-    ``tensor`` is plain or quantized, ``[N, K]`` or ``[K]``; beyond the result only a few rows of
+    ``tensor`` is quantized or not, ``[N, K]`` or ``[K]``; beyond the result only a few rows of
     it exist in fp32, on ``device``. Raises NonFiniteWeightError, naming ``file`` and the tensor,
     for a value that is NaN or infinite or that the encoding cannot hold. ``advance`` is told the
     share that is done, after every few rows.

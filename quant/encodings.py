@@ -54,7 +54,7 @@ class Encoding(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain(Encoding):
+class Unquantized(Encoding):
     """Stored as it is, in ``dtype``, under the suffix ``suffix`` (``weight``, ``bias``)."""
 
     dtype: torch.dtype = torch.bfloat16

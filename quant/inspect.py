@@ -56,7 +56,7 @@ class Inspection:
     def to_dict(self) -> dict[str, object]:
         """JSON-ready; metadata arrays and other long things as text."""
         found = asdict(self)
-        found["metadata"] = {key: _plain(value) for key, value in self.metadata.items()}
+        found["metadata"] = {key: _json_ready(value) for key, value in self.metadata.items()}
         return found
 
     def table(self) -> str:
@@ -130,7 +130,7 @@ def _types(paths: tuple[Path, ...]) -> tuple[TypeCount, ...]:
     return tuple(sorted(counts, key=lambda count: (-count.nbytes, count.type)))
 
 
-def _plain(value: object) -> object:
+def _json_ready(value: object) -> object:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 

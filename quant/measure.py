@@ -117,13 +117,13 @@ def row_chunks(
 
 
 def dense_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """Rows of a plain or quantized tensor as plain fp32."""
+    """Rows of a tensor, quantized or not, in fp32."""
     part = tensor[rows]
     dense = part.dequantize() if isinstance(part, QuantizedTensor) else part
     return dense.to(torch.float32)
 
 
 def channel_absmax(weight: Tensor) -> Tensor:
-    """``max over n of |w[n, k]|``, fp32 [K], of a plain or quantized weight [N, K]."""
+    """``max over n of |w[n, k]|``, fp32 [K], of a weight [N, K], quantized or not."""
     found = [dense_rows(weight, rows).abs().amax(0) for rows in row_chunks(tuple(weight.shape))]
     return torch.stack(found).amax(0)

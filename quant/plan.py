@@ -14,7 +14,7 @@ from ..checkpoint.canonical import is_linear
 from ..ops.blocks import FORMATS
 from .block_types import block_types, check_type_options, header_reserve
 from .choose import Choice, Linear, check_choice_options, choose
-from .encodings import Blocks, Encoding, NativeInt8, Plain, Shape, SmoothInt8, stored_bytes
+from .encodings import Blocks, Encoding, NativeInt8, Shape, SmoothInt8, Unquantized, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
 from .recipes import BLOCK_LINEARS, CONTAINERS, QuantOptions, Recipe, matches
@@ -123,7 +123,7 @@ def plan_tensors(
             elif container == "transformer-lab" and not linear and suffix != "bias":
                 continue  # that container holds linears alone
             else:
-                encoding = Plain(torch.bfloat16, suffix)
+                encoding = Unquantized(torch.bfloat16, suffix)
             plan = TensorPlan(
                 copy, name, tuple(shape), encoding, linear, quantized, protected, choice
             )

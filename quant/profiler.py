@@ -61,7 +61,7 @@ class ProfilerOptions:
 class Profiler:
     """Statistics of ``linears``: ``conditional.layers.0.attention.qkv`` -> module.
 
-    A module has a ``weight`` [N, K], plain or quantized (its true values count), and is called with
+    A module has a ``weight`` [N, K], quantized or not (its true values count), and is called with
     its input [..., K] first. ``times``: the model times of the schedule, one column each. Use::
 
         with profiler.statistics():

@@ -67,8 +67,8 @@ class Treatment:
 
 def int8_treatments(alphas: Sequence[float] = ALPHAS) -> list[Treatment]:
     """Without smoothing and with each of ``alphas``, each unrotated and rotated."""
-    plain = [Treatment(alpha) for alpha in (None, *alphas)]
-    return [*plain, *(replace(treatment, rotated=True) for treatment in plain)]
+    unrotated = [Treatment(alpha) for alpha in (None, *alphas)]
+    return [*unrotated, *(replace(treatment, rotated=True) for treatment in unrotated)]
 
 
 def rotation_group(in_features: int, limit: int = ROTATION) -> int | None:

@@ -60,7 +60,7 @@ def test_auto_falls_back_in_order_and_warns_once(monkeypatch, caplog):
         for _ in range(3):
             assert dispatch.choose("int8_gemm", (1, 2, 3), CPU).name == "reference"
     assert [record.getMessage() for record in caplog.records] == [
-        "int8 layers run as plain torch formulas on cpu, slowly (int_mm: switched off)"
+        "int8 layers run as torch formulas on cpu, slowly (int_mm: switched off)"
     ]
     caplog.clear()
     assert dispatch.choose("swiglu_quantize_rows", (1, 2, 3), CPU).name == "reference"

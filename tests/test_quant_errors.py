@@ -20,7 +20,7 @@ from ideogram4_quant.quant import (
     quantize_checkpoint,
 )
 from ideogram4_quant.quant.encode import encode_tensor
-from ideogram4_quant.quant.encodings import Blocks, NativeInt8, Plain
+from ideogram4_quant.quant.encodings import Blocks, NativeInt8, Unquantized
 from ideogram4_quant.quant.plan import TensorPlan
 from ideogram4_quant.tests import quant_model as model
 
@@ -67,7 +67,7 @@ def test_a_value_too_large_for_the_type_is_named():
 
 
 @pytest.mark.parametrize(
-    "encoding", [Plain(), NativeInt8(), NativeInt8(256), Blocks("Q4_K", (0, 256))], ids=str
+    "encoding", [Unquantized(), NativeInt8(), NativeInt8(256), Blocks("Q4_K", (0, 256))], ids=str
 )
 def test_no_rows_are_encoded_to_no_rows(encoding):
     plan = TensorPlan("conditional", "layers.0.x.weight", (0, 256), encoding, True)

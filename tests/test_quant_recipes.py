@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from ideogram4_quant.quant.encodings import Blocks, NativeInt8, Plain, SmoothInt8
+from ideogram4_quant.quant.encodings import Blocks, NativeInt8, SmoothInt8, Unquantized
 from ideogram4_quant.quant.errors import QuantOptionError
 from ideogram4_quant.quant.plan import container_of, plan_tensors, rotation_notes
 from ideogram4_quant.quant.recipes import RECIPES, QuantOptions, TypeRule, recipe_of
@@ -57,7 +57,7 @@ def test_all_linears_means_all_but_the_embedding():
     found = by_name(plans("INT8 W8A8", QuantOptions(linears="all")))
     quantized = {name for name, encoding in found.items() if isinstance(encoding, NativeInt8)}
     assert quantized == {f"{n}.weight" for n in (*model.linear_names(), *model.STEM_LINEARS)}
-    assert found["embed_image_indicator.weight"] == Plain(torch.bfloat16)
+    assert found["embed_image_indicator.weight"] == Unquantized(torch.bfloat16)
 
 
 def test_rotation_falls_to_a_group_that_divides_or_to_none():
@@ -84,7 +84,7 @@ def test_protected_linears_stay_in_bf16():
         "layers.1.attention.o",
         "layers.1.feed_forward.w2",
     ]
-    assert all(p.encoding == Plain(torch.bfloat16) for p in found if p.protected)
+    assert all(p.encoding == Unquantized(torch.bfloat16) for p in found if p.protected)
     assert Counter(isinstance(p.encoding, NativeInt8) for p in found)[True] == 12 - 3
 
 
@@ -140,7 +140,7 @@ def test_transformer_lab_holds_linears_and_their_biases_alone():
     assert torch.equal(encodings["layers.0.feed_forward.w2.weight"].smooth, smooth)
     assert encodings["layers.1.feed_forward.w2.weight"].smooth is None
     assert isinstance(encodings["input_proj.weight"], SmoothInt8)
-    assert encodings["input_proj.bias"] == Plain(torch.bfloat16, "bias")
+    assert encodings["input_proj.bias"] == Unquantized(torch.bfloat16, "bias")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ class Device:
 
     @property
     def int8(self) -> bool:
-        """Whether an int8 backend beside the plain formulas works here."""
+        """Whether an int8 backend beside the formulas works here."""
         return any(b.available and b.name != "reference" for b in self.backends)
 
 
