@@ -36,7 +36,7 @@ class Checkpoint:
     copies: tuple[str, ...]
     copy_reason: str
     config: ModelConfig
-    opened: tuple[TensorFiles, ...]
+    tensor_files: tuple[TensorFiles, ...]
     entries: Mapping[str, Mapping[str, Entry]]
     bases: tuple[Checkpoint, ...] = ()
     copy_assumed: bool = False

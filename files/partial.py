@@ -90,7 +90,7 @@ class Partial:
         self._append({"note": key, "value": value})
 
     def _append(self, record: Mapping[str, object]) -> None:
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        line = _line(record)
         self._file.seek(0, os.SEEK_END)
         while line:
             line = line[self._file.write(line) :]
@@ -109,6 +109,8 @@ class Partial:
             if file.seek(0, os.SEEK_END) == size:
                 return  # killed before the first line: nothing is done
             raise refused("is an unfinished file of another size")
+        if not first and self._is_cut(file, size, head):
+            return  # killed within the first line: nothing is done
         try:
             if json.loads(first) != head:
                 raise ValueError
@@ -127,6 +129,12 @@ class Partial:
             end += len(line) + 1
         file.truncate(end)  # a line that was cut short
 
+    def _is_cut(self, file: RawIOBase, size: int, head: Mapping[str, object]) -> bool:
+        """Whether all that stands behind the data is the beginning of this very head's line."""
+        line = _line(head)
+        file.seek(size)
+        return line.startswith(file.read(len(line)))
+
     def _crc(self, offset: int, nbytes: int) -> int:
         crc = 0
         self._file.seek(offset)
@@ -137,6 +145,10 @@ class Partial:
             crc = zlib.crc32(piece, crc)
             nbytes -= len(piece)
         return crc
+
+
+def _line(record: Mapping[str, object]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
 def _lines(file: RawIOBase) -> list[bytes]:

@@ -139,6 +139,28 @@ def test_nothing_to_go_on_with_is_a_start(tmp_path, source, whole):
         assert out.read_bytes() == wanted
 
 
+@pytest.mark.parametrize("kept", [1, 9, -1], ids=["a brace", "a few letters", "all but its end"])
+def test_a_first_line_that_was_cut_short_is_a_start(tmp_path, source, whole, kept):
+    """Killed while the line that names source and options was on its way to the disk."""
+    level, name, wanted, report = whole
+    out = tmp_path / name
+    interrupt(source, level, out)
+    unfinished = partial_path(out)
+    content = unfinished.read_bytes()
+    first = content[report.size :].split(b"\n")[0]
+    unfinished.write_bytes(bytes(report.size) + first[: kept if kept > 0 else len(first)])
+    quantize_checkpoint(source, level, out, resume=True)
+    assert out.read_bytes() == wanted
+
+
+def test_a_cut_first_line_of_another_run_is_refused(tmp_path, source, whole):
+    level, name, _, report = whole
+    out = tmp_path / name
+    partial_path(out).write_bytes(bytes(report.size) + b'{"size":1,"fin')
+    with pytest.raises(ResumeError, match="another source, or of other options"):
+        quantize_checkpoint(source, level, out, resume=True)
+
+
 def test_another_source_or_other_options_are_refused(tmp_path, source):
     out = tmp_path / "q.gguf"
     interrupt(source, "Q4_K", out)
