@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import Ideogram4QuantError
+from ..files.new_file import replaced
 from .contract_names import CONTRACTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.write:
             document = with_contracts(DOCUMENT.read_text(encoding="utf-8"))
-            DOCUMENT.write_text(document, encoding="utf-8")
+            with replaced(DOCUMENT) as part:
+                part.write_text(document, encoding="utf-8")
         else:
             print(contracts(), end="")
     except Ideogram4QuantError as error:

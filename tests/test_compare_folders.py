@@ -66,7 +66,7 @@ def test_folders_give_every_file_and_order_the_levels(folders, capsys):
     assert good["ssim"]["mean"] > bad["ssim"]["mean"]
     assert data["systems"][0]["metrics"]["psnr"] is None  # the reference has no distance to itself
     assert data["systems"][0]["metrics"]["ocr_exact"]["mean"] == 1.0
-    assert good["ocr_exact"]["verdict"] == "indistinguishable"
+    assert good["ocr_exact"]["verdict"] is None  # fewer than six prompts
     page = (out / "report.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("<img") == 3 * len(WORDS)

@@ -197,8 +197,8 @@ def test_a_slow_case_is_still_timed_once_and_the_bar_ends():
     cases = [bench_cases.Case(n, "int8", lambda n=n: ran.append(n)) for n in ("fast", "slow")]
     progress = lambda done, total: seen.append((done, total))
     times = bench_cases.timed(cases, CPU, 5, 0.0, progress)
-    assert ran == ["fast", "slow"]
+    assert ran == ["fast", "slow"] * 2  # a warm-up, which counts nowhere, and one value
     assert set(times) == {"fast", "slow"}
     assert seen == [(i, 12) for i in range(1, 13)]
     assert len(bench_cases.timed(cases, CPU, 5, 60.0)) == 2
-    assert ran.count("slow") == 1 + 6
+    assert 2 + 6 <= ran.count("slow") <= 2 + 1 + 5 * 10  # short runs are repeated in a turn

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import OpError
 from ..chunks import chunk_size, even, for_each, uninitialised, workers
 from ..feedback import Feedback
+from ..wide import wide
 
 log = logging.getLogger(__name__)
 
@@ -188,13 +189,13 @@ class BlockFormat(ABC):
         if not self.uses_importance:
             _warn_unused(self.name)
             return None, None
-        mean = importance.double().mean().item()
+        mean = wide(importance).mean().item()
         if not mean > 0:
             return None, None
         floor = UNSEEN * mean
         unseen = (importance <= floor).view(-1, self.block_size).all(1)
         if not LEAST_MEAN < mean < LARGEST_MEAN:  # sums of products would leave float32
-            importance, floor = (importance.double() / mean).float(), UNSEEN
+            importance, floor = (wide(importance) / mean).to(importance), UNSEEN
         blocks = importance.clamp_min(floor).reshape(-1, self.block_size)
         return blocks, unseen if bool(unseen.any()) else None
 
