@@ -16,6 +16,7 @@ import comfy.model_patcher
 import comfy.patcher_extension as extension
 import comfy.sampler_helpers
 import comfy.samplers
+import torch
 from torch import Tensor
 
 from ..errors import NotIdeogram4Error, OpError, PairMismatchError
@@ -125,23 +126,55 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         """Both copies' predictions, combined: denoised latents [B, C, H, W]."""
         skippable = not model_options.get("disable_cfg1_optimization", False)
         if self.unconditional is None or (math.isclose(self.cfg, 1.0) and skippable):
-            return self._predict_conditional(x, timestep, model_options)
+            conditional = self._predict_conditional(x, timestep, model_options)
+            return self._combine(x, timestep, model_options, conditional)
         if self._turn is self.unconditional:  # it is there, so it goes first
             unconditional = self._predict_unconditional(x, timestep)
             conditional = self._predict_conditional(x, timestep, model_options)
         else:
             conditional = self._predict_conditional(x, timestep, model_options)
             unconditional = self._predict_unconditional(x, timestep)
+        return self._combine(x, timestep, model_options, conditional, unconditional)
+
+    def _combine(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict,
+        conditional: Tensor,
+        unconditional: Tensor | None = None,
+    ) -> Tensor:
+        """Guidance as the host's own: other nodes' functions before and after it run too.
+
+        Without an unconditional prediction they see zeros and a scale of 1, as in the host, and the
+        result is the conditional one.
+        """
+        guided = unconditional is not None
+        scale = self.cfg if guided else 1.0
+        negative = self._negative if guided else None
+        predictions = [conditional, unconditional if guided else torch.zeros_like(conditional)]
+        for function in model_options.get("sampler_pre_cfg_function", ()):
+            predictions = function(
+                {
+                    "conds": [self.conds["positive"], negative],
+                    "conds_out": predictions,
+                    "cond_scale": scale,
+                    "timestep": timestep,
+                    "input": x,
+                    "sigma": timestep,
+                    "model": self.inner_model,
+                    "model_options": model_options,
+                }
+            )
         return comfy.samplers.cfg_function(
             self.inner_model,
-            conditional,
-            unconditional,
-            self.cfg,
+            *predictions[:2],
+            scale,
             x,
             timestep,
             model_options=model_options,
             cond=self.conds["positive"],
-            uncond=self._negative,
+            uncond=negative,
         )
 
     def _predict_conditional(self, x: Tensor, timestep: Tensor, model_options: dict) -> Tensor:

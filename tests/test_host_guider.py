@@ -103,6 +103,20 @@ def test_post_cfg_hooks_see_the_schedule(found):
     assert found["post cfg"] == [7.0, 7.0, 7.0, 3.0]
 
 
+def test_pre_cfg_functions_run_as_in_the_hosts_cfg(found):
+    pre = found["pre cfg"]
+    assert pre["scales"] == [7.0, 7.0, 7.0, 3.0]
+    assert not pre["alike before"]
+    assert pre["error"] < 1e-6 < 1e-2 < pre["effect"]
+
+
+def test_functions_run_where_guidance_is_off(found):
+    one = found["one copy"]
+    assert one["before"] == [[1.0, 0.0]] * 4
+    assert one["after"] == [1.0] * 4
+    assert one["error"] == 0
+
+
 def test_second_order_sampler_takes_the_guidance_of_each_sigma(found):
     wanted = {1.0: 7.0, 0.8: 7.0, 0.5: 7.0, 0.2: 3.0}
     assert found["second order"]

@@ -31,6 +31,8 @@ def main() -> None:
             "marked": unconditional_pass_is_marked(world),
             "clean after failure": clean_after_failure(world),
             "post cfg": post_cfg_hooks_run(world),
+            "pre cfg": pre_cfg_functions_run(world),
+            "one copy": functions_run_without_a_second_copy(world),
             "second order": second_order_sampler_follows_the_schedule(world),
         }
     inside.report(results)
@@ -319,6 +321,48 @@ def post_cfg_hooks_run(world: World) -> int:
     patcher.set_model_sampler_post_cfg_function(hook)
     world.sample(patcher)
     return calls
+
+
+def pre_cfg_functions_run(world: World) -> dict:
+    """Where one makes both predictions alike, guidance has nothing to move away from."""
+    scales, alike = [], []
+
+    def hook(arguments):
+        scales.append(arguments["cond_scale"])
+        conditional, unconditional = arguments["conds_out"]
+        alike.append(bool((conditional == unconditional).all()))
+        return [conditional, conditional]
+
+    patcher = world.conditional.clone()
+    patcher.set_model_sampler_pre_cfg_function(hook)
+    found = world.sample(patcher)
+    alone = world.sample(guidance=world.guidance(None, (1.0,) * 4))
+    return {
+        "scales": scales,
+        "alike before": any(alike),
+        "error": inside.relative(found, alone),
+        "effect": inside.relative(world.sample(), alone),
+    }
+
+
+def functions_run_without_a_second_copy(world: World) -> dict:
+    """At guidance 1: called as the host calls them, with zeros in place of a second prediction."""
+    seen, after = [], []
+
+    def before(arguments):
+        seen.append([arguments["cond_scale"], float(arguments["conds_out"][1].abs().max())])
+        return arguments["conds_out"]
+
+    def post(arguments):
+        after.append(arguments["cond_scale"])
+        return arguments["denoised"]
+
+    single = world.guidance(None, (1.0,) * 4)
+    patcher = world.conditional.clone()
+    patcher.set_model_sampler_pre_cfg_function(before)
+    patcher.set_model_sampler_post_cfg_function(post)
+    error = inside.relative(world.sample(patcher, guidance=single), world.sample(guidance=single))
+    return {"before": seen, "after": after, "error": error}
 
 
 def second_order_sampler_follows_the_schedule(world: World) -> list:
