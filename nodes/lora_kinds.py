@@ -26,12 +26,15 @@ _KINDS = {
     r"glora_\w+|[ab][12]\.weight": "a GLoRA",
 }
 _TAILS = [(re.compile(rf"(^|\.)(?:{tail})$"), kind) for tail, kind in _KINDS.items()]
+_TAIL = 96  # characters: more than any of these tails has
 _ADAPTER, _KOHYA = "lora_adapter_metadata", "ss_network_alpha"
 
 
 def kind_of(name: str) -> str | None:
     """What a file with a tensor of this name is, if it is more than a plain LoRA."""
-    return next((kind for tail, kind in _TAILS if tail.search(name)), None)
+    # a stranger's thousands of long names would take a second
+    end = name if len(name) <= _TAIL else name[-_TAIL:].partition(".")[2]
+    return next((kind for tail, kind in _TAILS if tail.search(end)), None)
 
 
 def refuse_other_kinds(names: Iterable[str], file: str) -> None:
