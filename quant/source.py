@@ -1,4 +1,4 @@
-"""The file or files to quantize, seen the same way whatever their container."""
+"""The file or files to quantize, seen the same way whatever their origin."""
 
 from __future__ import annotations
 
