@@ -1,8 +1,8 @@
 """Weights as ComfyUI's save nodes write them from models of this pack, and what they say of it.
 
-``comfy_quant`` beside each weight names the format (``description`` of its layout); INT8 without smoothing
-and FP8 of one scale are stock formats, NF4 is bitsandbytes'. ``ideogram4_quant`` at the model's
-root is uint8 JSON: ``copy`` and ``config``, which the host's metadata do not tell.
+``comfy_quant`` beside each weight names the format, as its layout describes itself. INT8 without
+smoothing and FP8 of one scale are stock formats, NF4 is bitsandbytes'. ``ideogram4_quant`` at the
+model's root is uint8 JSON: ``copy`` and ``config``, which the host's metadata do not tell.
 """
 
 from __future__ import annotations
