@@ -5,8 +5,6 @@ imported before that, so the package also works without ComfyUI.
 As a library it has the names of ``api.NAMES``, each imported when it is first asked for.
 """
 
-from .version import __version__ as __version__
-
 WEB_DIRECTORY = "./web"
 
 
@@ -17,11 +15,17 @@ async def comfy_entrypoint():
     return Ideogram4QuantExtension()
 
 
-def __getattr__(name: str) -> object:
-    """A name of the library."""
-    if not name.startswith("_"):
-        import importlib
+# A test runner loads this file by itself where the folder's name is none that Python could import.
+_IS_PACKAGE = "__path__" in globals()
 
+
+def __getattr__(name: str) -> object:
+    """The version, and the names of the library."""
+    import importlib
+
+    if _IS_PACKAGE and name == "__version__":
+        return importlib.import_module(".version", __name__).__version__
+    if _IS_PACKAGE and not name.startswith("_"):
         api = importlib.import_module(".api", __name__)
         if name in api.NAMES:
             return getattr(api, name)
@@ -31,5 +35,5 @@ def __getattr__(name: str) -> object:
 def __dir__() -> list[str]:
     import importlib
 
-    names = importlib.import_module(".api", __name__).NAMES
-    return sorted({*globals(), *names})
+    names = importlib.import_module(".api", __name__).NAMES if _IS_PACKAGE else ()
+    return sorted({*globals(), "__version__", *names})
