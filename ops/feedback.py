@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from .chunks import uninitialised
+from .codes import Codes, round_codes_
 from .wide import has_float64
 
 # Directions explain at most this much of a column: other prompts bring other inputs.
@@ -97,13 +98,13 @@ class Feedback:
         ]
 
     def round(
-        self, weight: Tensor, step: Tensor, shift: Tensor | None, limits: tuple[int, int]
+        self, weight: Tensor, step: Tensor, shift: Tensor | None, limits: Codes
     ) -> tuple[Tensor, Tensor]:
         """Codes int8 [N, K] of ``weight``, and whether less error is expected of them than of the
         nearest codes, bool [N].
 
         weight: fp32 [N, K]; step, shift: fp32 [N, G], one value a run of K // G columns: a reader
-        takes codes for ``step * code - shift``. They stay within ``limits``; rows that lose by it,
+        takes codes for ``step * code - shift``. They are among ``limits``; rows that lose by it,
         as a scale clips columns of little importance, are not the better ones. The result depends
         on nothing but the arguments, not on the other rows, threads or the device.
         """
@@ -125,9 +126,7 @@ class Feedback:
         exponent = torch.frexp((step.abs() * loudest).amax(1)).exponent
         return torch.ldexp(torch.ones_like(step[:, 0]), -exponent.clamp(-126, 126))
 
-    def _follow(
-        self, wanted: Tensor, step: Tensor, limits: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
+    def _follow(self, wanted: Tensor, step: Tensor, limits: Codes) -> tuple[Tensor, Tensor]:
         """Codes [K, N], loudest columns first; the error that is expected of them, and of the
         nearest ones, [2, N]. wanted, step: [K, N] and [G, N].
 
@@ -153,7 +152,7 @@ class Feedback:
             torch.mm(gains, _bounded(p[0].round(), len(p[0])), out=lost_fed)
             torch.sub(true, fed.copy_(lost_fed), out=fed).mul_(scale)
             torch.mul(true, scale, out=nearest)
-            both.round_().clamp_(*limits)
+            round_codes_(both, limits)
             target.copy_(fed)
             torch.index_select(step, 0, groups, out=scale)
             both.mul_(scale).sub_(true).mul_(loudness).round_()

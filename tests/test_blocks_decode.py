@@ -23,6 +23,7 @@ HALVES += [0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01]
 # Where the float16 fields of a block lie, in units of two bytes.
 HALF_FIELDS = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 1], "Q5_0": [0], "Q5_1": [0, 1]}
 HALF_FIELDS |= {"Q4_K": [0, 1], "Q5_K": [0, 1], "Q6_K": [104]}
+HALF_FIELDS |= {"Q2_K": [40, 41], "Q3_K": [54], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": []}
 
 
 def random_blocks(name, blocks, seed=0):

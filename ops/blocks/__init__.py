@@ -12,12 +12,18 @@ from ..feedback import Feedback
 from .base import BlockFormat
 from .floats import BF16, F16, F32
 from .kquants import Q4_K, Q5_K, Q6_K
+from .kquants_low import Q2_K, Q3_K
 from .legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from .tables import IQ4_NL, IQ4_XS, MXFP4
 
 __all__ = ["FORMATS", "BlockFormat", "dequantize", "format_of", "quantize"]
 
 FORMATS: dict[str, BlockFormat] = {
-    each.name: each() for each in (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K)
+    each.name: each()
+    for each in (
+        *(F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1),
+        *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4),
+    )
 }
 _BY_TYPE = {each.ggml_type: each for each in FORMATS.values()}
 
@@ -26,17 +32,13 @@ _UNSUPPORTED = {
     4: "Q4_2 (removed from ggml)",
     5: "Q4_3 (removed from ggml)",
     9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
     15: "Q8_K",
     16: "IQ2_XXS",
     17: "IQ2_XS",
     18: "IQ3_XXS",
     19: "IQ1_S",
-    20: "IQ4_NL",
     21: "IQ3_S",
     22: "IQ2_S",
-    23: "IQ4_XS",
     24: "I8",
     25: "I16",
     26: "I32",
@@ -51,7 +53,6 @@ _UNSUPPORTED = {
     36: "IQ4_NL_4_4 (removed from ggml)",
     37: "IQ4_NL_4_8 (removed from ggml)",
     38: "IQ4_NL_8_8 (removed from ggml)",
-    39: "MXFP4",
     40: "NVFP4",
     41: "Q1_0",
 }
@@ -101,11 +102,12 @@ def quantize(
     mean square of each input feature: the least output error that it foretells,
     ``sum importance * (decoded - weight)^2``, at the same size (see ``refine``). Only its ratios
     count; inputs that were not seen (at 2e-6 of the mean or below, zero included) count as much as
-    that, and blocks of nothing else, or all if all are zero, are as without it. Without it all
-    formats but Q4_K, Q5_K and Q6_K give ggml's bytes; the float types have nothing to search.
+    that, and blocks of nothing else, or all if all are zero, are as without it. Without it Q8_0,
+    Q4_0, Q4_1, Q5_0 and Q5_1 give ggml's bytes; MXFP4 and the float types have nothing to search.
     feedback: codes are then chosen, within the scales found, so that errors of correlated inputs
     cancel (see ``Feedback``). The bytes depend on nothing but the arguments, not on threads.
-    Raises OpError for NaN and infinity (with their count), for K that blocks do not fill, and for
-    weights too large for the format's float16 scales.
+    Raises OpError for NaN and infinity (with their count), for K that blocks do not fill, for
+    weights too large for the format's float16 scales, and for ``as_ggml`` of the formats whose
+    encoder in ggml is not at hand (Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4).
     """
     return format_of(qtype).quantize(weight, importance, feedback, as_ggml)

@@ -38,6 +38,7 @@ class BlockFormat(ABC):
     type_size: ClassVar[int]
     encode_chunk: ClassVar[int] = 1 << 20  # weights encoded at a time on a CPU
     uses_importance: ClassVar[bool] = False
+    knows_ggml: ClassVar[bool] = True  # whether ``encode_as_ggml`` gives ggml's bytes
 
     @abstractmethod
     def decode(self, blocks: Tensor, out: Tensor) -> None:
@@ -124,6 +125,12 @@ class BlockFormat(ABC):
         """Bytes of ``weight``: uint8 [*, row bytes]; see :func:`quantize` of this package."""
         if as_ggml and (importance is not None or feedback is not None):
             raise OpError(f"{self.name} bytes as ggml's know no importance", hint="Leave one out.")
+        if as_ggml and not self.knows_ggml:
+            raise OpError(
+                f"{self.name} bytes as ggml's are not made here",
+                needed="a format whose encoder in ggml is at hand",
+                hint="Leave as_ggml out: the error is at most ggml's.",
+            )
         self._check_weight(weight, feedback)
         row_bytes = self.row_bytes(weight.shape[-1])
         blocks = weight.reshape(weight.numel() // self.block_size, self.block_size)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..chunks import chunk_size, even
+from ..codes import Codes
 from ..feedback import Feedback
 from .base import BlockFormat
 
@@ -18,7 +19,7 @@ class CodedFormat(BlockFormat):
     """A weight is ``step * code - shift``, step and shift those of its group in the block."""
 
     uses_importance = True
-    code_limits: ClassVar[tuple[int, int]]
+    code_limits: ClassVar[Codes]
 
     @abstractmethod
     def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:

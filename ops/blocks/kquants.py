@@ -19,12 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import ggml, search
-from .base import divide, half_above, half_bytes, half_field, signed_peak, to_half
-from .coded import CodedFormat
-from .columns import every_row, ordered_sum, square_root
+from . import ggml
+from .base import divide, half_bytes, half_field
+from .columns import ordered_sum, square_root
+from .kquant_search import AffineK, SymmetricK, columns_of, rows_of, steps_to_peak, steps_to_top
 from .packing import EACH_BYTE, pack_nibbles, pack_scales, unpack_nibbles, unpack_scales
-from .refine import Limits, StoredFit, as_stored, best_codes, group_errors, refine, settle
+from .refine import StoredFit, as_stored
 
 SCALE_TOP = 63  # six bits
 
@@ -42,51 +42,10 @@ AFFINE_WIDTHS = tuple(0.2 * number - 2 for number in range(15))
 SYMMETRIC_WIDTHS = (30.0, 31.0, 32.0, 33.0)
 
 
-class _KQuant(CodedFormat):
-    block_size = 256
-
-    group: ClassVar[int]  # weights that share a scale
-    gaussian_loss: ClassVar[float]  # the error's share of a gaussian block's energy
-
-    def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
-        x = _columns(weights, self.group)  # [group, groups, n]
-        plain = importance is None
-        fit = self._fit(x, None if plain else every_row(_columns(importance, self.group), x))
-        codes = best_codes(x, fit, self.code_limits)
-        blocks = self._pack(fit, codes)
-        if plain:
-            lost = ordered_sum(group_errors(x, None, fit, codes))
-            self._take_luckier(
-                weights, blocks, lost, ggml.worth_trying(x, lost / self.gaussian_loss)
-            )
-        return blocks
-
-    def _take_luckier(self, weights: Tensor, blocks: Tensor, lost: Tensor, where: Tensor) -> None:
-        """Of the ``blocks`` ``where`` bool [n] says, take ggml's where less than ``lost`` is."""
-        if not where.any():
-            return
-        rows, ours = weights[where], blocks[where]
-        theirs = self.encode_as_ggml(rows)
-        values = torch.empty_like(rows)
-        self.decode(theirs, values)
-        errors = values.sub_(rows).square_()
-        nearer = ordered_sum(errors.t().contiguous()) < lost[where]
-        blocks[where] = torch.where(nearer[:, None], theirs, ours)
-
-    @abstractmethod
-    def _fit(self, x: Tensor, importance: Tensor | None) -> StoredFit:
-        """Of least squared errors, weighed by ``importance``; both [group, groups, n]."""
-
-    @abstractmethod
-    def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
-        """Blocks of a fit and of ``codes`` [group, groups, n], all float32."""
-
-
-class _AffineK(_KQuant):
+class _SixBitK(AffineK):
     """``d * sc * q - dmin * m``: 8 groups of 32 weights, six bits for each sc and m."""
 
-    group = 32
-    plain_widths: ClassVar[tuple[float, ...]]  # as AFFINE_WIDTHS, without importance
+    group, scale_top, widths, moves = 32, SCALE_TOP, AFFINE_WIDTHS, AFFINE_MOVES
     ggml_ranges: ClassVar[Tensor]  # what ggml tries
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
@@ -103,32 +62,20 @@ class _AffineK(_KQuant):
         fields = self._pack_codes(codes.view(torch.uint8).view(-1, 8, 32))
         return torch.cat([blocks[:, :16], *fields], 1)
 
-    def _fit(self, x: Tensor, importance: Tensor | None) -> StoredFit:
-        top = self.code_limits[1]
-        widths = self.plain_widths if importance is None else AFFINE_WIDTHS
-        scale, offset = search.fit_affine(x, importance, top, tuple(top + each for each in widths))
-        d, dmin = (to_half(_six_bits(each)[0]).float() for each in (scale, offset))
-        scale, minimum = _in_steps(scale, d, 0, SCALE_TOP), _in_steps(offset, dmin, 0, SCALE_TOP)
-        fit = StoredFit(d, scale, dmin, minimum)
-        if importance is None:
-            return settle(x, None, fit, self.code_limits)
-        limits = Limits(self.code_limits, (0, SCALE_TOP), (0, SCALE_TOP), AFFINE_MOVES)
-        return refine(x, importance, fit, limits)
-
     def encode_as_ggml(self, weights: Tensor) -> Tensor:
-        x = _columns(weights, self.group)
+        x = columns_of(weights, self.group)
         top = self.code_limits[1]
         flat = x.view(self.group, -1)
         fit = ggml.fit_affine(flat, _plain_weights(flat), top, self.ggml_ranges)
         fit = ggml.AffineFit(*(field.view(x.shape[1:]) for field in fit))
-        d, scale = _six_bits(fit.scale)
-        dmin, minimum = _six_bits(fit.offset)
+        d, scale = steps_to_top(fit.scale, SCALE_TOP)
+        dmin, minimum = steps_to_top(fit.offset, SCALE_TOP)
         step, shift = as_stored(d) * scale, as_stored(dmin) * minimum  # [8, n]
         codes = torch.where(step != 0, (x + shift).div_(step), (x - fit.base).mul_(fit.inverse))
         return self._pack(StoredFit(d, scale, dmin, minimum), codes.round_().clamp_(0, top))
 
     def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
-        fields = self._pack_codes(_rows(codes.to(torch.uint8)))
+        fields = self._pack_codes(rows_of(codes.to(torch.uint8)))
         scales = pack_scales(fit.scale, fit.minimum)
         return torch.cat([half_bytes(fit.d), half_bytes(fit.dmin), scales, *fields], 1)
 
@@ -141,7 +88,7 @@ class _AffineK(_KQuant):
         """The fields after the scales, of codes uint8 [n, 8, 32]."""
 
 
-class Q4_K(_AffineK):
+class Q4_K(_SixBitK):
     """Byte l of the j-th 32 bytes of qs: the low nibble is of group 2 j, the high of 2 j + 1."""
 
     name, ggml_type, type_size, code_limits = "Q4_K", 12, 144, (0, 15)
@@ -156,7 +103,7 @@ class Q4_K(_AffineK):
         return [pack_nibbles(codes)]
 
 
-class Q5_K(_AffineK):
+class Q5_K(_SixBitK):
     """As Q4_K; bit s of qh[l] is the fifth bit of weight l in group s."""
 
     name, ggml_type, type_size, code_limits = "Q5_K", 13, 176, (0, 31)
@@ -180,7 +127,7 @@ class Q5_K(_AffineK):
         return [packed.view(torch.uint8), pack_nibbles(codes)]
 
 
-class Q6_K(_KQuant):
+class Q6_K(SymmetricK):
     """Each half of 128 weights holds four runs of 32, g = 0 .. 3, in 64 bytes ql and 32 bytes qh.
 
     ql[l] = 22220000, ql[l + 32] = 33331111, qh[l] = 33221100: the digit is the run g whose
@@ -188,8 +135,8 @@ class Q6_K(_KQuant):
     """
 
     name, ggml_type, type_size, code_limits = "Q6_K", 14, 210, (-32, 31)
-    group = 16
-    plain_widths = (*SYMMETRIC_WIDTHS, 34.0)
+    group, scale_limits = 16, (-128, 127)
+    widths, plain_widths = SYMMETRIC_WIDTHS, (*SYMMETRIC_WIDTHS, 34.0)
     gaussian_loss = 2.87e-4
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
@@ -211,18 +158,11 @@ class Q6_K(_KQuant):
         fields = self._pack_codes((codes + 32).view(torch.uint8).view(-1, 2, 4, 32))
         return torch.cat([*fields, blocks[:, 192:]], 1)
 
-    def _fit(self, x: Tensor, importance: Tensor | None) -> StoredFit:
-        widths = self.plain_widths if importance is None else SYMMETRIC_WIDTHS
-        scale = search.fit_symmetric(x, importance, self.code_limits, widths)
-        d = half_above(_eight_bits(scale)[0]).float()
-        fit = StoredFit(d, _in_steps(scale, d, -128, 127))
-        return settle(x, importance, fit, self.code_limits)
-
     def encode_as_ggml(self, weights: Tensor) -> Tensor:
-        x = _columns(weights, self.group)
+        x = columns_of(weights, self.group)
         fit = ggml.fit_symmetric(x.view(16, -1), (x * x).view(16, -1), 32)
         group_scale, group_inverse, negligible = (field.view(x.shape[1:]) for field in fit)
-        d, scale, empty = _eight_bits(group_scale)
+        d, scale, empty = steps_to_peak(group_scale, -128)
         step = as_stored(d) * scale  # [16, n]
         codes = torch.where(step != 0, x / step, x * group_inverse).round_()
         codes = codes.clamp_(-32, 31).masked_fill_(negligible | empty, -32)
@@ -230,7 +170,7 @@ class Q6_K(_KQuant):
 
     def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
         """Codes are stored from zero up."""
-        fields = self._pack_codes(_rows((codes + 32).to(torch.uint8)).view(-1, 2, 4, 32))
+        fields = self._pack_codes(rows_of((codes + 32).to(torch.uint8)).view(-1, 2, 4, 32))
         scale = fit.scale.t().to(torch.int8).view(torch.uint8)
         return torch.cat([*fields, scale, half_bytes(fit.d)], 1)
 
@@ -247,42 +187,6 @@ class Q6_K(_KQuant):
         return [low.view(torch.uint8).flatten(1), packed.view(torch.uint8).flatten(1)]
 
 
-def _columns(blocks: Tensor, group: int) -> Tensor:
-    """[n, 256] -> [group, 256 // group, n] contiguous; two plain copies beat one permutation."""
-    by_weight = blocks.t().contiguous().view(256 // group, group, len(blocks))
-    return by_weight.transpose(0, 1).contiguous()
-
-
-def _rows(codes: Tensor) -> Tensor:
-    """[group, groups, n] -> [n, groups, group] contiguous: the inverse of ``_columns``."""
-    group, groups, n = codes.shape
-    by_weight = codes.transpose(0, 1).reshape(groups * group, n)
-    return by_weight.t().contiguous().view(n, groups, group)
-
-
 def _plain_weights(x: Tensor) -> Tensor:
     """``rms(group) + |x|``: large weights count more."""
     return x.abs().add_(square_root(divide(ordered_sum(x * x), 32.0)))
-
-
-def _in_steps(values: Tensor, step: Tensor, least: int, most: int) -> Tensor:
-    """round(values / step), clamped; zero where the stored step [n] is zero."""
-    return torch.where(step != 0, divide(values, step), 0).round_().clamp_(least, most)
-
-
-def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
-    """values [8, n] >= 0 -> step [n] = max / 63 and round(values / step) in float32 [8, n]."""
-    high = values.amax(0)
-    positive = high > 0
-    inverse = torch.where(positive, divide(float(SCALE_TOP), high), 0)
-    codes = (values * inverse).round_().clamp_(max=SCALE_TOP)
-    return divide(torch.where(positive, high, 0), float(SCALE_TOP)), codes
-
-
-def _eight_bits(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """values [16, n] -> step [n] (peak / -128), round(values / step) [16, n], [n] empty."""
-    peak = signed_peak(values, 0)
-    inverse = divide(-128.0, peak)
-    empty = peak.abs() < ggml.NEGLIGIBLE
-    codes = (values * inverse).round_().clamp_(max=127).masked_fill_(empty, 0)
-    return inverse.reciprocal().masked_fill_(empty, 0), codes, empty

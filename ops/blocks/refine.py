@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..codes import Codes, round_codes_
 from .columns import bind_choice, ordered_sum
 
 ROUNDS = 2  # a third one gains less than 0.05 dB
@@ -42,7 +43,7 @@ class Limits(NamedTuple):
     Without moves scales and minima stay as they are.
     """
 
-    codes: tuple[int, int]
+    codes: Codes
     scales: tuple[int, int] = (0, 0)
     minima: tuple[int, int] = (0, 0)
     moves: tuple[tuple[int, int], ...] = ()
@@ -53,17 +54,15 @@ def as_stored(values: Tensor) -> Tensor:
     return values.to(torch.float16).to(torch.float32)
 
 
-def best_codes(
-    x: Tensor, fit: StoredFit, codes: tuple[int, int], out: Tensor | None = None
-) -> Tensor:
-    """round((x + dmin * minimum) / (d * scale)), clamped: the codes of least error; x [g, G, n]."""
+def best_codes(x: Tensor, fit: StoredFit, codes: Codes, out: Tensor | None = None) -> Tensor:
+    """(x + dmin * minimum) / (d * scale), rounded to codes: those of least error; x [g, G, n]."""
     step = fit.d * fit.scale
     inverse = torch.where(step != 0, step.reciprocal(), 0)
     if fit.dmin is None:
         out = torch.mul(x, inverse, out=out)
     else:
         out = torch.add(x, fit.dmin * fit.minimum, out=out).mul_(inverse)
-    return out.round_().clamp_(*codes)
+    return round_codes_(out, codes)
 
 
 def group_errors(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ def group_errors(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Te
     return ordered_sum(residual if importance is None else residual.mul_(importance))
 
 
-def refine(x: Tensor, importance: Tensor, fit: StoredFit, limits: Limits) -> StoredFit:
+def refine(x: Tensor, importance: Tensor | None, fit: StoredFit, limits: Limits) -> StoredFit:
     """A fit of no more error than ``fit``; x, importance [weights of a group, groups, n]."""
     scratch = torch.empty_like(x)
 
@@ -136,9 +135,7 @@ class _Products(NamedTuple):
     mx: Tensor
 
 
-def settle(
-    x: Tensor, importance: Tensor | None, fit: StoredFit, codes: tuple[int, int]
-) -> StoredFit:
+def settle(x: Tensor, importance: Tensor | None, fit: StoredFit, codes: Codes) -> StoredFit:
     """``fit`` with d and dmin solved for where that takes more off the error; see ``refine``."""
     products = _products(x, importance, fit, best_codes(x, fit, codes))
     trial = _solve(fit, products)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..codes import Codes, round_codes_
 from .base import signed_peak
 from .columns import bind_choice, bind_sum, ordered_sum
 
@@ -113,12 +114,12 @@ class _AffineSearch:
 
 
 def fit_symmetric(
-    x: Tensor, importance: Tensor | None, codes: tuple[int, int], widths: tuple[float, ...]
+    x: Tensor, importance: Tensor | None, codes: Codes, widths: tuple[float, ...]
 ) -> Tensor:
-    """Scale [...] of least sum importance * (scale * code - x)^2, with codes within ``codes``.
+    """Scale [...] of least sum importance * (scale * code - x)^2, with codes among ``codes``.
 
     x, importance: [weights of a group, ...], None for equal ones. Each of ``widths`` puts the peak
-    that many steps from zero, below it.
+    that many steps from zero, below it, or above for a negative one.
     """
     peak = signed_peak(x, 0)
     weighted = x if importance is None else importance * x
@@ -133,7 +134,7 @@ def fit_symmetric(
     sum_products, keep_better = bind_sum(products, sums), bind_choice(better, trial, kept)
     for width in widths:
         torch.div(x.new_full((), -width), peak, out=inverse)
-        torch.mul(x, inverse, out=code).round_().clamp_(*codes)
+        round_codes_(torch.mul(x, inverse, out=code), codes)
         torch.mul(weighted, code, out=w_xl)
         torch.mul(code, code, out=w_l2)
         if importance is not None:

@@ -1,0 +1,58 @@
+"""What a stored code may be: a run of whole numbers, or the entries of a table."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_STEPS = 2  # a unit: halves, as are the middles between whole numbers
+
+
+class Codebook:
+    """Ascending whole numbers that fit int8; a code is the number itself, not its place.
+
+    Raises ValueError for other values.
+    """
+
+    def __init__(self, values: tuple[int, ...]) -> None:
+        if list(values) != sorted(set(values)) or values[0] < -128 or values[-1] > 127:
+            raise ValueError(f"no ascending int8 values: {values}")
+        self.values = values
+        low, high = values[0], values[-1]
+        table = torch.tensor(values, dtype=torch.float32, device="cpu")
+        middles = (table[1:] + table[:-1]) / 2
+        halves = torch.arange(_STEPS * (high - low) + 1, dtype=torch.float32, device="cpu")
+        # each half unit takes what its middle is nearest to
+        self._nearest = table[torch.bucketize(halves / _STEPS + low + 0.5 / _STEPS, middles)]
+        self._places = torch.zeros(256, dtype=torch.uint8, device="cpu")
+        self._places[table.long() & 255] = torch.arange(len(values), dtype=torch.uint8)
+
+    def nearest_(self, values: Tensor) -> Tensor:
+        """``values`` float32, each replaced by the entry next to it; NaN by the least one.
+
+        Within an ulp of a middle either neighbour, the same one on every machine.
+        """
+        low, high = self.values[0], self.values[-1]
+        place = torch.fmax(values, values.new_tensor(float(low))).clamp_(max=high)
+        place = place.sub_(low).mul_(_STEPS).to(torch.int32)
+        if values.device.type != "cpu":
+            return values.copy_(self._nearest.to(values.device)[place])
+        found = np.take(self._nearest.numpy(), place.numpy(), mode="clip")  # thrice as fast
+        return values.copy_(torch.from_numpy(found))
+
+    def places(self, codes: Tensor) -> Tensor:
+        """The place in the table of each of ``codes`` int8: uint8."""
+        at = codes.view(torch.uint8).reshape(-1).to(torch.int32)
+        return self._places.to(codes.device).index_select(0, at).view(codes.shape)
+
+
+Codes = tuple[int, int] | Codebook
+"""The least and the largest of a run of codes, or a table of them."""
+
+
+def round_codes_(values: Tensor, codes: Codes) -> Tensor:
+    """``values`` float32, each replaced by the nearest of ``codes``; ties to even in a run."""
+    if isinstance(codes, Codebook):
+        return codes.nearest_(values)
+    return values.round_().clamp_(*codes)
