@@ -47,6 +47,9 @@ class Codebook:
         return self._places.to(codes.device).index_select(0, at).view(codes.shape)
 
 
+IQ4 = Codebook((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+"""The table of IQ4_NL and IQ4_XS. Source: kvalues_iq4nl in ggml-common.h."""
+
 Codes = tuple[int, int] | Codebook
 """The least and the largest of a run of codes, or a table of them."""
 

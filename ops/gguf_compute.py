@@ -8,7 +8,10 @@ from ..errors import OpError
 from . import dispatch
 from .tuning import choices
 
-W8A8_FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K")
+W8A8_FORMATS = (
+    *("Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+)
 """GGUF formats that ``"auto"`` runs through int8: their own error hides that of the activations."""
 
 FEW_TOKENS = 64

@@ -10,8 +10,9 @@ from ideogram4_quant.tests.tensors import randn
 NAMES = list(FORMATS)
 FLOATS = ["F32", "F16", "BF16"]
 SIMPLE = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"]
-K_FORMATS = ["Q4_K", "Q5_K", "Q6_K"]
-PACKED = SIMPLE + K_FORMATS
+K_FORMATS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+TABLES = ["IQ4_NL", "IQ4_XS"]
+PACKED = SIMPLE + K_FORMATS + TABLES
 
 
 def planted(seed=0):

@@ -97,6 +97,80 @@ def test_a_q4_k_block_made_by_hand():
     assert (got[[1, 2, 3, 5, 6, 7]] == 0).all()
 
 
+def half(value):
+    return np.array([value], dtype=np.float16).view(np.uint8)
+
+
+def test_a_q2_k_block_made_by_hand():
+    block = np.zeros(84, dtype=np.uint8)
+    block[80:82], block[82:] = half(0.5), half(0.25)
+    block[3] = 7 | 9 << 4  # group 3: weights 16 to 31 of run 1
+    block[14] = 15 | 2 << 4  # group 14: weights 0 to 15 of run 3 in the second half
+    block[16 + 16 + 5] = 0b00001000  # run 1: code 2
+    block[16 + 32 + 4] = 0b11000000  # run 3 of the second half: code 3
+    got = dequantize(torch.from_numpy(block), "Q2_K", (256,)).view(16, 16)
+    assert got[3, 5] == 0.5 * 7 * 2 - 0.25 * 9
+    assert got[3, 4] == -0.25 * 9
+    assert got[14, 4] == 0.5 * 15 * 3 - 0.25 * 2
+    assert (got[[0, 1, 2, 4, 13, 15]] == 0).all()
+
+
+def test_a_q3_k_block_made_by_hand():
+    block = np.zeros(110, dtype=np.uint8)
+    block[108:] = half(0.5)
+    block[96:104] = 0
+    block[104:108] = 0b10101010  # high bits 2: every scale is zero but for what follows
+    block[96 + 3] |= 5  # group 3: 32 + 5 - 32
+    block[96 + 6] |= 7 << 4  # group 14: 7 in the low bits, no high ones
+    block[104 + 2] &= 0b00111111
+    block[16 + 5] = 0b00000010  # third bit of weight 21 of run 1 of half 0: not less 4
+    block[32 + 16 + 5] = 0b00001000  # run 1: code 2
+    block[32 + 32 + 4] = 0b11000000  # run 3 of the second half: 3, less 4
+    got = dequantize(torch.from_numpy(block), "Q3_K", (256,)).view(16, 16)
+    assert got[3, 5] == 0.5 * 5 * 2
+    assert got[3, 4] == 0.5 * 5 * -4
+    assert got[14, 4] == 0.5 * (7 - 32) * (3 - 4)
+    assert (got[[0, 1, 2, 4, 13, 15]] == 0).all()
+
+
+def test_an_iq4_nl_block_made_by_hand():
+    block = np.zeros(18, dtype=np.uint8)
+    block[:2] = half(2.0)
+    block[2] = 0x8F  # weight 0: the last entry, weight 16: the ninth
+    got = dequantize(torch.from_numpy(block), "IQ4_NL", (32,))
+    assert got[[0, 16, 1, 17]].tolist() == [2.0 * 113, 2.0 * 1, -254.0, -254.0]
+
+
+def test_an_iq4_xs_block_made_by_hand():
+    block = np.zeros(136, dtype=np.uint8)
+    block[:2] = half(0.5)
+    block[2:4] = 0b10101010  # high bits 2: every scale is zero but for what follows
+    block[4 + 1] = 3 | 9 << 4  # groups 2 and 3: 3 and 9
+    block[3] ^= 0b11 << 4 | 0b10 << 2  # of groups 6 and 5: 1 and 0
+    block[8 + 16 * 3 + 7] = 0x7E  # group 3: weight 7 is entry 14, weight 23 entry 7
+    got = dequantize(torch.from_numpy(block), "IQ4_XS", (256,)).view(8, 32)
+    assert got[2, 0] == 0.5 * 3 * -127
+    assert got[3, 7] == 0.5 * 9 * 89
+    assert got[3, 23] == 0.5 * 9 * -10
+    assert got[5, 1] == 0.5 * -32 * -127
+    assert got[6, 1] == 0.5 * (16 - 32) * -127
+    assert (got[[0, 1, 4, 7]] == 0).all()
+
+
+def test_an_mxfp4_block_made_by_hand():
+    block = np.zeros(17, dtype=np.uint8)
+    block[0] = 127 - 3
+    block[1] = 0xF7  # weight 0: 6, weight 16: -6
+    block[2] = 0x91  # weight 1: 0.5, weight 17: -0.5
+    block[3] = 0xC5  # weight 2: 3, weight 18: -2
+    got = dequantize(torch.from_numpy(block), "MXFP4", (32,))
+    want = torch.zeros(32)
+    want[[0, 16, 1, 17, 2, 18]] = torch.tensor([6, -6, 0.5, -0.5, 3, -2]) / 8
+    assert torch.equal(got, want)
+    block[0] = 0  # the least power: float32 holds it as a subnormal
+    assert dequantize(torch.from_numpy(block), "MXFP4", (32,))[1] == 2.0**-128
+
+
 def test_a_q5_0_block_made_by_hand():
     block = np.zeros(22, dtype=np.uint8)
     block[:2] = np.array([2.0], dtype=np.float16).view(np.uint8)

@@ -15,7 +15,7 @@ import torch
 from gguf.quants import quantize as gguf_quantize
 
 from ideogram4_quant.errors import OpError
-from ideogram4_quant.ops.blocks import FORMATS, base, quantize
+from ideogram4_quant.ops.blocks import FORMATS, base, dequantize, quantize
 from ideogram4_quant.ops.blocks.search import ordered_sum
 from ideogram4_quant.tests.block_cases import FLOATS, NAMES, PACKED, SIMPLE, planted, round_trip
 from ideogram4_quant.tests.tensors import randn
@@ -39,6 +39,29 @@ def test_equals_gguf_py_on_negative_zeros(name):
     weight = -torch.zeros(1, 64)
     want = gguf_quantize(weight.numpy(), gguf.GGMLQuantizationType[name])
     assert np.array_equal(quantize(weight, name).numpy(), want)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "heavy-tailed", "planted"])
+def test_an_mxfp4_block_has_at_most_the_error_of_gguf_pys(kind):
+    weight = planted() if kind == "planted" else randn(64, 512, seed=1) * 0.02
+    weight = weight * weight.abs() if kind == "heavy-tailed" else weight
+    theirs = gguf_quantize(weight.numpy(), gguf.GGMLQuantizationType.MXFP4)
+    ours, theirs = (
+        (dequantize(data, "MXFP4", weight.shape) - weight).view(-1, 32).square().sum(1)
+        for data in (quantize(weight, "MXFP4"), torch.from_numpy(theirs))
+    )
+    assert (ours <= theirs * (1 + 1e-6)).all()
+    if kind != "planted":
+        assert ours.sum() < 0.98 * theirs.sum()
+
+
+def test_what_mxfp4_can_say_is_kept():
+    places = torch.arange(32) % 16
+    data = torch.stack([torch.full((32,), e) for e in (0, 1, 2, 100, 127, 250)]).to(torch.uint8)
+    packed = (places[:16] | places[16:] << 4).to(torch.uint8).expand(6, 16)
+    data = torch.cat([data[:, :1], packed], 1)
+    weight = dequantize(data, "MXFP4", (6, 32))
+    assert torch.equal(round_trip(weight, "MXFP4"), weight)
 
 
 def test_q8_0_rounds_halves_away_from_zero():
@@ -173,6 +196,9 @@ def test_other_misuse_is_refused():
         quantize(torch.zeros(2, 256, dtype=torch.int8), "Q4_K")
     with pytest.raises(OpError, match="know no importance"):
         quantize(torch.zeros(2, 256), "Q4_K", torch.ones(256), as_ggml=True)
+    for name in ("Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"):
+        with pytest.raises(OpError, match=f"{name} bytes as ggml's are not made"):
+            quantize(torch.zeros(2, 256), name, as_ggml=True)
     with pytest.raises(OpError, match="at least one dimension"):
         quantize(torch.tensor(1.0), "F32")
     for importance in (torch.ones(128), torch.ones(2, 256)):
@@ -183,7 +209,7 @@ def test_other_misuse_is_refused():
             quantize(torch.zeros(2, 256), "Q4_K", torch.full((256,), value))
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", [*FLOATS, "MXFP4"])
 def test_unused_importance_is_said_once(name, caplog):
     base._warn_unused.cache_clear()
     weight = randn(2, 256, seed=13)

@@ -9,9 +9,10 @@ from ideogram4_quant.ops.blocks import dequantize, quantize
 from ideogram4_quant.ops.feedback import Feedback
 from ideogram4_quant.quant.input_moments import input_moments, sketch
 from ideogram4_quant.quant.treatments import smooth_factors
+from ideogram4_quant.tests.block_cases import PACKED
 from ideogram4_quant.tests.tensors import randn
 
-NAMES = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
+NAMES = PACKED
 SEEN = torch.rand(1024, generator=torch.Generator().manual_seed(1)) + 0.5
 WEIGHT = randn(16, 1024, seed=2)
 BLOCK = slice(256, 512)

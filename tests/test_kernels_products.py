@@ -100,6 +100,7 @@ def test_int8_gemm_of_a_depth_that_no_tile_fits_runs_the_formula_and_says_so_onc
 # Where the float16 fields of a block lie, in bytes.
 HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2)}
 HALVES |= {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+HALVES |= {"Q2_K": (80, 82), "Q3_K": (108,), "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": ()}
 
 
 def random_blocks(qtype: str, n: int, k: int) -> torch.Tensor:
@@ -109,6 +110,8 @@ def random_blocks(qtype: str, n: int, k: int) -> torch.Tensor:
     for at in HALVES[qtype]:
         field = torch.randn(n, k // block.block_size, 1).to(torch.float16)
         data[:, :, at : at + 2] = field.view(torch.uint8)
+    if qtype == "MXFP4":
+        data[:, :, 0] = torch.randint(118, 134, data.shape[:2])
     return data.reshape(n, -1)
 
 
@@ -130,7 +133,7 @@ def test_dequantize_rotate_quantize(qtype, n, k, rotated):
     )
 
 
-@pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K"])
+@pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K", "MXFP4"])
 def test_dequantize_rotate_quantize_of_rows_beyond_the_registers(qtype):
     dequantize_rotate_quantize = kernel("dequantize_rotate_quantize")
 

@@ -11,7 +11,7 @@ d is float16, T a table. Weight i is ``d * T[q]`` in IQ4_NL, ``d * (sc - 32) * T
 groups of 32; the low four bits of sc are a nibble of scales_l, low nibble first, the high two the
 bits 2 g and 2 g + 1 of the little-endian scales_h), and ``2 ** (e - 128) * T[q]`` in MXFP4, whose
 table is the values of e2m1 doubled.
-Source: kvalues_iq4nl, kvalues_mxfp4 in ggml-common.h; OCP Microscaling Formats 1.0.
+Source: kvalues_mxfp4 in ggml-common.h; OCP Microscaling Formats 1.0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..codes import Codebook
+from ..codes import IQ4, Codebook
 from .base import BlockFormat, half_bytes, half_field
 from .coded import CodedFormat
 from .columns import every_row, ordered_sum
@@ -28,7 +28,6 @@ from .kquant_search import SymmetricK, rows_of
 from .refine import Limits, StoredFit, as_stored, best_codes, refine
 from .search import fit_symmetric
 
-IQ4 = Codebook((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 # Entries that the search puts a block's peak at, as numbers below zero; negative ones above: the
@@ -94,10 +93,7 @@ class IQ4_XS(SymmetricK):
 
 
 class MXFP4(BlockFormat):
-    """Steps are powers of two, so there is nothing to search but a step up or down.
-
-    For weights that were changed: the least error of what the format can say.
-    """
+    """Steps are powers of two, so there is nothing to search but which of two."""
 
     name, ggml_type, block_size, type_size = "MXFP4", 39, 32, 17
     knows_ggml = False
@@ -108,19 +104,13 @@ class MXFP4(BlockFormat):
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = weights.t().contiguous()  # [32, n]
         peak = x.abs().amax(0)
-        # the peak at 4 to 8 half units
-        usual = (torch.frexp(peak).exponent + 125).masked_fill_(peak == 0, 0)
-        best = torch.full_like(peak, torch.inf)
-        power, codes = torch.zeros_like(usual), torch.zeros_like(x)
-        for step in (0, 1, -1):
-            trial = (usual + step).clamp_(0, 254)
-            scale = _power(trial)
-            rounded = _E2M1_CODES.nearest_(x / scale)
-            error = ordered_sum((rounded * scale).sub_(x).square_())
-            better = error < best
-            best = torch.where(better, error, best)
-            power = torch.where(better, trial, power)
-            codes = torch.where(better, rounded, codes)
+        # The peak at 4 to 8 units, of which e2m1 reaches 6; a power more clips none.
+        power = torch.where(peak == 0, 0, torch.frexp(peak).exponent + 124).clamp_(0, 254)
+        x = x / _power(power)  # exact
+        codes, coarse = (_E2M1_CODES.nearest_(x / step) for step in (1.0, 2.0))
+        lost, lost_coarse = (ordered_sum(each.sub(x).square_()) for each in (codes, 2 * coarse))
+        better = lost_coarse < lost
+        power, codes = power + better, torch.where(better, coarse, codes)
         places = codes.abs().to(torch.uint8)
         for place, value in enumerate(E2M1[:8]):
             places[codes.abs() == value] = place
@@ -132,7 +122,7 @@ _E2M1_CODES = Codebook(tuple(sorted(set(E2M1))))
 
 
 def _power(exponent: Tensor) -> Tensor:
-    """``2 ** (exponent - 128)`` of int32 0 .. 255 in float32, exact: the first two are subnormal."""
+    """``2 ** (exponent - 128)`` of int32 0 .. 255, exact: float32, subnormal for the first two."""
     small = 0x00200000 * (exponent.clamp(max=1) + 1)
     return torch.where(exponent < 2, small, (exponent - 1) << 23).view(torch.float32)
 

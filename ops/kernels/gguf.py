@@ -11,6 +11,7 @@ The block layouts are drawn in ``ops/blocks``.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -18,14 +19,23 @@ from torch import Tensor
 
 from ...errors import OpError
 from .. import reference
+from ..codes import IQ4
 from . import launch
 from .primitives import absmax, columns, rotate, row_scale, store_int8, store_row, unit_order
 from .rows import smooth_rotate_quantize_rows
 
 __all__ = ["dequantize_rotate_quantize"]
 
-PACKED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+PACKED = (
+    *("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
+)
 """Formats that the kernel decodes; floats are rows already."""
+
+# The table of IQ4_NL and IQ4_XS, four int8 a word, the first one lowest.
+_IQ4_WORDS = np.array(IQ4.values, dtype=np.int8).view(np.int32).tolist()
+_IQ4_0, _IQ4_1 = tl.constexpr(_IQ4_WORDS[0]), tl.constexpr(_IQ4_WORDS[1])
+_IQ4_2, _IQ4_3 = tl.constexpr(_IQ4_WORDS[2]), tl.constexpr(_IQ4_WORDS[3])
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -126,6 +136,74 @@ def _q6_k(bytes_ptr, unit, in_row, column, mask, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _low_k(bytes_ptr, unit, in_row, column, mask, BLOCK: tl.constexpr, THREE_BITS: tl.constexpr):
+    """Q2_K and Q3_K: 16 units with a scale each; see ``ops/blocks/kquants_low.py``."""
+    SIZE: tl.constexpr = 110 if THREE_BITS else 84
+    CODES_AT: tl.constexpr = 32 if THREE_BITS else 16
+    start = (column // 256) * SIZE
+    side = (column % 256) // 128
+    run = (column % 128) // 32
+    low = _byte(bytes_ptr, start + CODES_AT + 32 * side + column % 32, mask)
+    code = (low >> (2 * run)) & 3
+
+    block = (unit // 16) * SIZE
+    group = unit % 16
+    if THREE_BITS:
+        high = _byte(bytes_ptr, start + column % 32, mask)
+        code |= ((high >> (4 * side + run)) & 1) << 2
+        low = _byte(bytes_ptr, block + 96 + group % 8, in_row) >> (4 * (group // 8))
+        high = _byte(bytes_ptr, block + 104 + group % 4, in_row) >> (2 * (group // 4))
+        step = (((low & 15) | ((high & 3) << 4)) - 32).to(tl.float32)
+        scale = _spread(_half(bytes_ptr, block + 108, in_row) * step, BLOCK)
+        return (code - 4).to(tl.float32) * scale
+    both = _byte(bytes_ptr, block + group, in_row)
+    scale = _half(bytes_ptr, block + 80, in_row) * (both & 15).to(tl.float32)
+    minimum = _half(bytes_ptr, block + 82, in_row) * (both >> 4).to(tl.float32)
+    return code.to(tl.float32) * _spread(scale, BLOCK) - _spread(minimum, BLOCK)
+
+
+@triton.jit
+def _iq4_entry(place):
+    """The table's entry at ``place`` 0 .. 15, int32: a byte of one of four words."""
+    first = tl.where((place & 4) == 0, _IQ4_0, _IQ4_1)
+    second = tl.where((place & 4) == 0, _IQ4_2, _IQ4_3)
+    word = tl.where((place & 8) == 0, first, second).to(tl.int32)
+    return (word << (24 - 8 * (place & 3))) >> 24
+
+
+@triton.jit
+def _e2m1_entry(place):
+    """The values of e2m1 doubled, int32: 0, 1, 2, 3, 4, 6, 8, 12, then negative."""
+    size = place & 7
+    value = tl.where(size < 4, size, (2 + (size & 1)) << tl.maximum(size // 2 - 1, 0))
+    return tl.where((place & 8) == 0, value, -value)
+
+
+@triton.jit
+def _table(bytes_ptr, unit, in_row, column, mask, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
+    """IQ4_NL, IQ4_XS and MXFP4: codes are places in a table; see ``ops/blocks/tables.py``."""
+    if FORMAT == "IQ4_XS":
+        block = (unit // 16) * 136
+        group = (unit % 16) // 2
+        low = _byte(bytes_ptr, block + 4 + group // 2, in_row) >> (4 * (group % 2))
+        high = _byte(bytes_ptr, block + 2 + group // 4, in_row) >> (2 * (group % 4))
+        step = (((low & 15) | ((high & 3) << 4)) - 32).to(tl.float32)
+        scale = _half(bytes_ptr, block, in_row) * step
+        at = (column // 256) * 136 + 8 + 16 * ((column % 256) // 32)
+    elif FORMAT == "IQ4_NL":
+        scale = _half(bytes_ptr, (unit // 2) * 18, in_row)
+        at = (column // 32) * 18 + 2
+    else:
+        power = _byte(bytes_ptr, (unit // 2) * 17, in_row)
+        bits = tl.where(power < 2, 0x00200000 * (power + 1), (power - 1) << 23)
+        scale = bits.to(tl.int32).to(tl.float32, bitcast=True)
+        at = (column // 32) * 17 + 1
+    place = (_byte(bytes_ptr, at + column % 16, mask) >> (4 * ((column // 16) % 2))) & 15
+    entry = _e2m1_entry(place) if FORMAT == "MXFP4" else _iq4_entry(place)
+    return entry.to(tl.float32) * _spread(scale, BLOCK)
+
+
+@triton.jit
 def _decode(
     bytes_ptr,
     start,  # a multiple of 256, or of BLOCK where that is less
@@ -143,6 +221,10 @@ def _decode(
         y = _affine_k(bytes_ptr, unit, in_row, column, mask, BLOCK, FORMAT == "Q5_K")
     elif FORMAT == "Q6_K":
         y = _q6_k(bytes_ptr, unit, in_row, column, mask, BLOCK)
+    elif FORMAT == "Q2_K" or FORMAT == "Q3_K":
+        y = _low_k(bytes_ptr, unit, in_row, column, mask, BLOCK, FORMAT == "Q3_K")
+    elif FORMAT == "IQ4_NL" or FORMAT == "IQ4_XS" or FORMAT == "MXFP4":
+        y = _table(bytes_ptr, unit, in_row, column, mask, BLOCK, FORMAT)
     else:
         y = _legacy(bytes_ptr, unit, in_row, column, mask, BLOCK, FORMAT)
     return rotate(y, BLOCK, ROTATION)
