@@ -36,10 +36,10 @@ from ideogram4_quant.engine.ocr import WordReader
 from ideogram4_quant.engine.vae import load_vae
 from ideogram4_quant.ops import blocks
 from ideogram4_quant.ops.linear import LinearOptions, gguf_linear
-from ideogram4_quant.quant import quantize_checkpoint
+from ideogram4_quant.quant import RECIPES, quantize_checkpoint
 
 OUT = Path(__file__).resolve().parents[1] / "nodes" / "costs.json"
-GGUF_LEVELS = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
+GGUF_LEVELS = tuple(recipe.level for recipe in RECIPES.values() if recipe.file_format == "gguf")
 SAVINGS = {
     "conditional alone": {},
     "guidance until half": {"interval": (0.0, 0.5)},
@@ -87,7 +87,7 @@ def paint(inputs: Inputs, found: dict[str, Choice]) -> None:
     features = encoder.encode([prompt.caption for prompt in inputs.prompts])
     for number, (prompt, text) in enumerate(zip(inputs.prompts, features, strict=True)):
         for name, choice in found.items():
-            gguf = name.startswith("Q")
+            gguf = name.partition(" ")[0] in GGUF_LEVELS
             if gguf and number >= max(len(features) // GGUF_PART, 1):
                 continue
             request = GenerateRequest(
@@ -115,7 +115,7 @@ def figures(found: dict[str, Choice]) -> dict:
             "sqnr": round(statistics.fmean(latent_sqnr(wanted, latents)), 1),
             "time": ratio(choice.seconds, against.seconds),
         }
-        if not name.startswith("Q"):
+        if level not in GGUF_LEVELS:
             rows[name]["words"] = choice.words
     rows["BF16"]["sqnr"] = None
     return rows

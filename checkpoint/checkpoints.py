@@ -25,7 +25,7 @@ from .tensor_files import TensorFiles
 class Checkpoint:
     """One or both copies of Ideogram 4 in files of any origin; only headers were read so far.
 
-    ``level``: the one that most bytes of the linears have. ``copies``: which of ``conditional``
+    ``level``: the one that most weights of the linears have. ``copies``: which of ``conditional``
     and ``unconditional`` it holds, ``copy_reason``: how that was told, ``copy_assumed``: nothing
     told it. ``bases`` give what the files lack. Tensors come by canonical names (``canonical``).
     """

@@ -30,7 +30,7 @@ OPTIONAL = ("norm.weight",)  # Ideogram 4 reads hidden states before the final n
 class EncoderCheckpoint:
     """A text encoder's files; only headers were read so far.
 
-    ``level``: the one that most bytes of the linears have. ``config`` has the names of
+    ``level``: the one that most weights of the linears have. ``config`` has the names of
     transformers' Qwen3VLTextConfig, ``tokenizer_dir`` is the folder of the tokenizer that lies
     beside the weights, if one does.
     """

@@ -172,14 +172,14 @@ def check_shapes(entries: Mapping[str, Entry], needed: Mapping[str, tuple[int, .
 
 
 def main_level(entries: Iterable[Entry]) -> str:
-    """The level that most bytes of the linears' weights have.
+    """The level that most weights of the linears have: in bytes, few of 16 bits outweigh many of 2.
 
     Raises CheckpointError for a linear in a format that is not read.
     """
     size: dict[str, int] = {}
     for entry in entries:
         if entry.linear:
-            size[entry.level] = size.get(entry.level, 0) + entry.nbytes
+            size[entry.level] = size.get(entry.level, 0) + math.prod(entry.shape)
     return max(size, key=size.__getitem__) if size else "BF16"
 
 

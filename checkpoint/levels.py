@@ -26,11 +26,17 @@ LEVELS = (
     "Q5_1",
     "Q5_0",
     "Q4_K",
+    "IQ4_NL",
+    "IQ4_XS",
     "Q4_1",
     "Q4_0",
     "NF4",
+    "MXFP4",
+    "Q3_K",
+    "Q2_K",
 )
-_RARE = ("Q5_1", "Q5_0", "Q4_1")  # last everywhere: the K types of their size are better
+# last everywhere: first those for which there is a better type of the same size, then what shows
+_RARE = ("Q5_1", "Q5_0", "IQ4_NL", "Q4_1", "MXFP4", "Q3_K", "Q2_K")
 # What auto tries, by capability. Where there are int8 matrix units, int8 is the fastest; 16-bit
 # products come next, and in float32, where bfloat16 is missing, they crawl, so the types that run
 # as W8A8 go before Q8_0. Without int8 units every level costs a dense product, so the most faithful
@@ -43,6 +49,7 @@ AUTO_ORDER = {
         "Q6_K",
         "Q5_K",
         "Q4_K",
+        "IQ4_XS",
         "Q4_0",
         "NF4",
         "FP8",
@@ -54,6 +61,7 @@ AUTO_ORDER = {
         "INT8 W8A8",
         "Q5_K",
         "Q4_K",
+        "IQ4_XS",
         "Q4_0",
         "Q8_0",
         "Q6_K",
@@ -69,6 +77,7 @@ AUTO_ORDER = {
         "Q6_K",
         "Q5_K",
         "Q4_K",
+        "IQ4_XS",
         "Q4_0",
         "NF4",
         "INT8 W8A8 rotated",

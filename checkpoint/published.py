@@ -75,7 +75,7 @@ def files_of(level: str | None) -> str:
         return f"{names} (from {_pages({file.repository for file in files})})"
     if level in _PAGES:
         return f"both copies (from {_pages(_PAGES[level])})"
-    made = level.startswith(("Q", "INT8"))
+    made = level.startswith(("Q", "IQ", "INT8"))
     return f"files of {level}" + (" (the node Quantize Ideogram 4 makes them)" if made else "")
 
 

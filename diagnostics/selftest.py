@@ -122,7 +122,7 @@ def checks(device: torch.device) -> Iterator[Check]:
                 label = f"int8 linear, {kind}, {_short(dtype)}"
                 allowed = _SAME_ROWS + _EPS[dtype]
                 yield label, name, allowed, lambda n=name, k=kind, d=dtype: _int8(n, k, d, device)
-        for qtype in ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"):
+        for qtype in blocks.PACKED:
             label = f"GGUF {qtype} through int8"
             allowed = 2 * _SAME_ROWS
             yield label, name, allowed, lambda n=name, q=qtype: _gguf(n, q, "w8a8", device)

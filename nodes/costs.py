@@ -23,6 +23,8 @@ def figures() -> dict:
 def gguf_compute(level: str, compute: str) -> str:
     """What it means that a GGUF level is computed as ``w8a8`` or ``dense``, against the other."""
     other = _OTHER[compute]
+    if level not in figures()["linear"]:
+        return f"computed as {_NAMES[compute]}: what that costs {level} has not been measured"
     measured = figures()["choices"]
     times = [figures()["linear"][level], measured[f"{level} w8a8"]["time"]]  # of W8A8 to 16-bit
     linear, pocket = times if compute == "w8a8" else [round(1 / time, 2) for time in times]

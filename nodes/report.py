@@ -18,6 +18,7 @@ from ..checkpoint.levels import (
     Pair,
     residency,
 )
+from ..ops.blocks import PACKED
 from ..ops.dispatch import BackendReport
 from ..ops.gguf_compute import resolve_compute
 from ..ops.linear import LinearOptions
@@ -96,7 +97,7 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused
         )
     lines += _folded_lines(pair)
     lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
-    if pair.level.startswith("Q"):
+    if pair.level in PACKED:
         lines.append(f"  {costs.gguf_compute(pair.level, _gguf_compute(pair.level, options))}")
     if _may_run_int8(pair.level, options):
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
@@ -175,7 +176,7 @@ def _protected_line(pair: Pair) -> str:
 
 
 def _may_run_int8(level: str, options: LinearOptions) -> bool:
-    if level.startswith("Q"):
+    if level in PACKED:
         return _gguf_compute(level, options) == "w8a8"
     return level in _INT8_LEVELS
 

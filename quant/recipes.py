@@ -48,8 +48,12 @@ RECIPES: dict[str, Recipe] = {
         Recipe("Q5_1", "gguf", "Q5_1", 5, file_type=9),
         Recipe("Q5_0", "gguf", "Q5_0", 5, file_type=8),
         Recipe("Q4_K", "gguf", "Q4_K", 4, file_type=14),
+        Recipe("IQ4_NL", "gguf", "IQ4_NL", 4, file_type=25),
+        Recipe("IQ4_XS", "gguf", "IQ4_XS", 4, file_type=30),
         Recipe("Q4_1", "gguf", "Q4_1", 4, file_type=3),
         Recipe("Q4_0", "gguf", "Q4_0", 4, file_type=2),
+        Recipe("Q3_K", "gguf", "Q3_K", 3, file_type=11),
+        Recipe("Q2_K", "gguf", "Q2_K", 2, file_type=10),
     )
 }
 
@@ -57,6 +61,7 @@ SOURCE_BITS: dict[str, int] = {
     "BF16": 16,
     "FP8": 8,
     "NF4": 4,
+    "MXFP4": 4,
     **{level: recipe.bits for level, recipe in RECIPES.items()},
 }
 """Class of precision of every level that can be read."""

@@ -142,13 +142,15 @@ def packed(state: State, pack, prefix: str = "", skip=()) -> tuple[State, State]
 # --- GGUF -----------------------------------------------------------------------------------------
 
 # Where the fp16 factors of a block lie, for random bytes that decode to sane numbers
-_FACTORS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+_FACTORS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
+_FACTORS |= {"IQ4_NL": (0,), "IQ4_XS": (0,)}
 
 
 def gguf_blocks(weight: torch.Tensor, kind: str, seed: int = 0) -> tuple[np.ndarray, torch.Tensor]:
     """(bytes [N, row bytes], the weight that gguf-py decodes from them).
 
-    gguf-py has no encoder for the K formats: those get random bytes, which exercise every bit.
+    gguf-py has no encoder for the K and IQ formats: those get random bytes, which exercise every
+    bit.
     """
     qtype = gguf.GGMLQuantizationType[kind]
     if kind in _FACTORS:
@@ -172,7 +174,8 @@ def gguf_tensors(state: State, kind: str, prefix: str = "", everything: bool = F
         matrix = tensor.reshape(1, -1) if tensor.dim() == 1 else tensor
         columns = matrix.shape[1]
         if files.is_linear(name) or (everything and name.endswith(".weight")):
-            used = kind if columns % (256 if kind.endswith("_K") else 32) == 0 else "Q8_0"
+            fits = columns % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0] == 0
+            used = kind if fits else "Q8_0"
             data, true = gguf_blocks(matrix, used, number)
             data = data.reshape(-1) if tensor.dim() == 1 else data
             tensors[prefix + name] = (data, used)

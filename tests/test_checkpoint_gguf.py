@@ -6,14 +6,15 @@ import pytest
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ideogram4_quant.checkpoint import open_checkpoint
+from ideogram4_quant.ops.blocks import FORMATS, PACKED
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
 from ideogram4_quant.tests.checkpoint_weights import check_weights, quantized
 
-KINDS = ["Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"]
+KINDS = list(PACKED)
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "IQ4_XS"])
 def test_diffusers_layout_in_gguf(tmp_path: Path, kind: str):
     tensors, truth = storage.gguf_tensors(files.split_model(**files.WIDE), kind)
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "m.gguf", tensors))
@@ -23,10 +24,23 @@ def test_diffusers_layout_in_gguf(tmp_path: Path, kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gguf_levels(tmp_path: Path, kind: str):
-    state = files.model(**(files.WIDE if kind.endswith("_K") else {}))
+    state = files.model(**(files.WIDE if FORMATS[kind].block_size > 32 else {}))
     tensors, truth = storage.gguf_tensors(state, kind)
     ck = open_checkpoint(files.write_gguf_py(tmp_path / "m.gguf", tensors))
     assert (ck.origin, ck.level, ck.protected) == ("GGUF", kind, ())
+    loaded = check_weights(ck, "conditional", truth)
+    assert quantized(loaded) == files.linears(truth)
+
+
+def test_a_file_may_mix_types(tmp_path: Path):
+    state = files.model(**files.WIDE)
+    kinds = {kind: storage.gguf_tensors(state, kind) for kind in KINDS}
+    tensors, truth = {}, {}
+    for number, name in enumerate(state):
+        of_kind, true = kinds[KINDS[number % len(KINDS)]]
+        tensors[name], truth[name] = of_kind[name], true[name]
+    assert len({kind for _, kind in tensors.values()} & set(KINDS)) > len(KINDS) / 2
+    ck = open_checkpoint(files.write_gguf_py(tmp_path / "m.gguf", tensors))
     loaded = check_weights(ck, "conditional", truth)
     assert quantized(loaded) == files.linears(truth)
 

@@ -148,9 +148,9 @@ def test_formats_that_are_not_read(tmp_path: Path, state, parts: dict, found: st
 def test_gguf_type_that_is_not_read(tmp_path: Path, state):
     tensors = {name: (tensor.numpy(), "F32") for name, tensor in state.items()}
     blocks = torch.zeros(64, 36, dtype=torch.uint8).numpy()
-    tensors["layers.0.attention.o.weight"] = (blocks, "IQ4_NL")
+    tensors["layers.0.attention.o.weight"] = (blocks, "NVFP4")
     path = files.write_gguf_py(tmp_path / "m.gguf", tensors)
-    with pytest.raises(CheckpointError, match=r"attention\.o.*IQ4_NL.*Use a file of Q8_0"):
+    with pytest.raises(CheckpointError, match=r"attention\.o.*NVFP4.*Use a file of Q8_0"):
         open_checkpoint(path)
 
 

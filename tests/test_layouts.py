@@ -13,7 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 
 import ideogram4_quant
 from ideogram4_quant.errors import OpError
-from ideogram4_quant.ops import layouts, nf4
+from ideogram4_quant.ops import blocks, layouts, nf4
 from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.tests.layout_cases import BLOCKS, FP8, INT8, KINDS, SMOOTH, K, identical, make
 from ideogram4_quant.tests.tensors import randn, relative
@@ -68,7 +68,7 @@ def test_any_in_features(kind, k):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("qtype", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("qtype", blocks.PACKED)
 def test_gguf_tensors_decode_as_gguf_py_does(qtype):
     gguf = pytest.importorskip("gguf")
     numpy = pytest.importorskip("numpy")

@@ -198,9 +198,9 @@ def test_auto_takes_linears_alone_only_with_a_base():
 
 
 def test_ampere_tries_the_levels_in_the_documented_order():
-    listed = "INT8 W8A8 rotated, INT8 W8A8, Q8_0, Q6_K, Q5_K, Q4_K, Q4_0, NF4, FP8, BF16"
+    listed = "INT8 W8A8 rotated, INT8 W8A8, Q8_0, Q6_K, Q5_K, Q4_K, IQ4_XS, Q4_0, NF4, FP8, BF16"
     found = AUTO_ORDER[capability(int8=True, bfloat16=True)]
-    assert ", ".join(found[:10]) == listed
+    assert ", ".join(found[:11]) == listed
     turing = AUTO_ORDER[capability(int8=True, bfloat16=False)]
     assert turing.index("Q4_0") < turing.index("Q8_0")  # a 16-bit product is one in float32 there
     assert AUTO_ORDER[capability(int8=False, bfloat16=True)][0] == "BF16"
@@ -221,8 +221,12 @@ def test_missing_level_says_what_there_is_and_what_to_put_where():
     there = catalogue(a=Header("Q4_0", COND), b=Header("FP8", COND))
     with pytest.raises(CheckpointError, match=r"Pick one of: FP8, Q4_0\. Or put files of NF4 into"):
         resolve("NF4", there, LEVELS, 0)
-    with pytest.raises(CheckpointError, match="Quantize Ideogram 4 makes them"):
-        resolve("Q5_1", there, LEVELS, 0)
+    for level in ("Q5_1", "IQ4_XS"):
+        with pytest.raises(CheckpointError, match="Quantize Ideogram 4 makes them"):
+            resolve(level, there, LEVELS, 0)
+    with pytest.raises(CheckpointError) as caught:
+        resolve("MXFP4", there, LEVELS, 0)
+    assert "makes them" not in str(caught.value)
     with pytest.raises(CheckpointError, match=r"both copies \(from huggingface.co/leejet/"):
         resolve("Q4_0", catalogue(), LEVELS, 0)
     with pytest.raises(CheckpointError) as caught:

@@ -11,9 +11,11 @@ import torch
 from ideogram4_quant.checkpoint.folding import Folding
 from ideogram4_quant.checkpoint.levels import LEVELS, find_pair
 from ideogram4_quant.nodes import costs, report
+from ideogram4_quant.ops.blocks import PACKED
 from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.ops.linear import LinearOptions
 from ideogram4_quant.ops.tuning.choices import ATTENTION, GGUF, LINEAR, Key, Measurement, Table
+from ideogram4_quant.quant import RECIPES
 from ideogram4_quant.tests.fixtures_levels import BOTH, Header, catalogue
 
 PACK = Path(report.__file__).parents[1]
@@ -52,7 +54,7 @@ def test_report_says_what_multiplies_and_why_not_the_others(model_file, level, c
     lines = report.text(chosen, "auto", options, machine(10**12)).splitlines()
     assert expected in lines
     cost = [line for line in lines if "on the pocket model" in line]
-    assert len(cost) == level.startswith("Q")
+    assert len(cost) == (level in PACKED)
     if cost:
         figures = costs.figures()["choices"]
         for kind in ("w8a8", "dense"):
@@ -141,7 +143,7 @@ def test_report_says_that_a_file_is_folded_and_what_of_loras(model_file):
 
 def test_figures_of_every_gguf_level_are_there():
     found = costs.figures()
-    levels = [level for level in LEVELS if level.startswith("Q")]
+    levels = [level for level in LEVELS if level in RECIPES and level in PACKED]
     assert list(found["linear"]) == levels
     for level in levels:
         for kind in ("w8a8", "dense"):

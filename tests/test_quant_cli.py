@@ -82,7 +82,7 @@ def test_dry_run_writes_nothing(tmp_path, source, run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--level", "Q3_K"], "unknown level"),
+        (["--level", "Q3_X"], "unknown level"),
         (["--level", "Q4_K", "--protect", "w9"], "no linear has this name"),
         (["--level", "Q4_K", "--type", "w2"], "--type needs NAME=TYPE"),
         (["--level", "Q4_K", "--copy", "unconditional"], "the file is the other copy"),

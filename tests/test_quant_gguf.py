@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ideogram4_quant.checkpoint import open_checkpoint
-from ideogram4_quant.quant import QuantOptions, TypeRule, quantize_checkpoint
+from ideogram4_quant.quant import RECIPES, QuantOptions, TypeRule, quantize_checkpoint
 from ideogram4_quant.tests import quant_model as model
 
-LEVELS = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
+LEVELS = tuple(recipe.level for recipe in RECIPES.values() if recipe.file_format == "gguf")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_metadata_says_what_from_what_and_how(tmp_path, source):
 def test_file_types_are_llama_cpps(level):
     from ideogram4_quant.quant import RECIPES
 
-    names = {"Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
+    names = {kind: f"MOSTLY_{kind}_S" for kind in ("Q3_K", "Q4_K", "Q5_K")}
     wanted = gguf.LlamaFileType[names.get(level, f"MOSTLY_{level}")]
     assert RECIPES[level].file_type == wanted
 

@@ -37,7 +37,7 @@ def test_levels_are_found_by_any_spelling(text, level):
     assert recipe_of(text).level == level
 
 
-@pytest.mark.parametrize("text", ["", "Q3_K", "bf16", "int4"])
+@pytest.mark.parametrize("text", ["", "Q3_X", "bf16", "int4"])
 def test_unknown_levels_list_the_known_ones(text):
     with pytest.raises(QuantOptionError, match=r"unknown level.*INT8 W8A8, .*Q4_0"):
         recipe_of(text)

@@ -16,7 +16,7 @@ from .kquants_low import Q2_K, Q3_K
 from .legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from .tables import IQ4_NL, IQ4_XS, MXFP4
 
-__all__ = ["FORMATS", "BlockFormat", "dequantize", "format_of", "quantize"]
+__all__ = ["FORMATS", "PACKED", "BlockFormat", "dequantize", "format_of", "quantize"]
 
 FORMATS: dict[str, BlockFormat] = {
     each.name: each()
@@ -25,6 +25,9 @@ FORMATS: dict[str, BlockFormat] = {
         *(Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4),
     )
 }
+PACKED = tuple(name for name, each in FORMATS.items() if each.block_size > 1)
+"""The formats but for the plain floats."""
+
 _BY_TYPE = {each.ggml_type: each for each in FORMATS.values()}
 
 # The other types of ggml, for messages only. Source: enum ggml_type in ggml.h.
