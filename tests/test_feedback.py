@@ -14,7 +14,7 @@ from ideogram4_quant.ops.blocks import FORMATS, coded, dequantize, quantize
 from ideogram4_quant.ops.codes import Codebook
 from ideogram4_quant.ops.feedback import Feedback, output_energy
 
-SEARCHED = [form for form in FORMATS.values() if form.uses_importance]
+SEARCHED = [form for form in FORMATS.values() if isinstance(form, coded.CodedFormat)]
 
 
 def case(n, k, r, seed=0, share=0.7):

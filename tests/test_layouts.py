@@ -45,7 +45,8 @@ def test_a_zero_row_and_an_outlier_survive(kind):
     got = make(kind, weight).dequantize()
     assert got.isfinite().all()
     assert not got[4].any() or kind == "nf4 across rows"
-    assert abs(got[7, 100] - 5) < 0.3
+    # e2m1 says 4 or 6
+    assert abs(got[7, 100] - 5) < (1.1 if kind == "MXFP4" else 0.3)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] not in BLOCKS])

@@ -35,12 +35,20 @@ class CodedFormat(BlockFormat):
         rows = even(n, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
         for start in range(0, n, rows):
             part, true = data[start : start + rows], weight[start : start + rows].float()
-            blocks = part.view(-1, self.type_size)
-            step, shift = (
-                None if each is None else each.reshape(len(true), -1) for each in self.grid(blocks)
-            )
-            codes, better = feedback.round(true, step, shift, self.code_limits)
-            recoded = self.recode(blocks, codes.view(-1, self.block_size)).view(part.shape)
+            recoded, better = self._round(part, true, feedback)
             worse = ~better  # few
             recoded[worse] = part[worse]
             part.copy_(recoded)
+
+    def follow(self, data: Tensor, weight: Tensor, feedback: Feedback) -> Tensor:
+        """Rows [N, row bytes] as ``data``, but for the codes: those of ``feedback`` throughout."""
+        return self._round(data, weight, feedback)[0]
+
+    def _round(self, data: Tensor, weight: Tensor, feedback: Feedback) -> tuple[Tensor, Tensor]:
+        """Rows recoded, and whether less error is expected of each; see ``Feedback.round``."""
+        blocks = data.reshape(-1, self.type_size)
+        step, shift = (
+            None if each is None else each.reshape(len(weight), -1) for each in self.grid(blocks)
+        )
+        codes, better = feedback.round(weight, step, shift, self.code_limits)
+        return self.recode(blocks, codes.view(-1, self.block_size)).view(data.shape), better

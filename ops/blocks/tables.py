@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..codes import IQ4, Codebook
-from .base import BlockFormat, half_bytes, half_field
+from .base import half_bytes, half_field
 from .coded import CodedFormat
 from .columns import every_row, ordered_sum
 from .kquant_search import SymmetricK, rows_of
@@ -29,6 +29,7 @@ from .refine import Limits, StoredFit, as_stored, best_codes, refine
 from .search import fit_symmetric
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_E2M1_CODES = Codebook(tuple(sorted(set(E2M1))))
 
 # Entries that the search puts a block's peak at, as numbers below zero; negative ones above: the
 # table reaches further down than up, and is finer below. Beyond its ends the peak is clipped.
@@ -92,14 +93,14 @@ class IQ4_XS(SymmetricK):
         return torch.cat([half_bytes(fit.d), high, low, packed], 1)
 
 
-class MXFP4(BlockFormat):
+class MXFP4(CodedFormat):
     """Steps are powers of two, so there is nothing to search but which of two."""
 
-    name, ggml_type, block_size, type_size = "MXFP4", 39, 32, 17
-    knows_ggml = False
+    name, ggml_type, block_size, type_size, code_limits = "MXFP4", 39, 32, 17, _E2M1_CODES
+    uses_importance = knows_ggml = False
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
-        _look_up(blocks[:, 1:], E2M1, _power(blocks[:, :1].to(torch.int32)), out)
+        _look_up(blocks[:, 1:], E2M1, self.grid(blocks)[0], out)
 
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
         x = weights.t().contiguous()  # [32, n]
@@ -111,14 +112,20 @@ class MXFP4(BlockFormat):
         lost, lost_coarse = (ordered_sum(each.sub(x).square_()) for each in (codes, 2 * coarse))
         better = lost_coarse < lost
         power, codes = power + better, torch.where(better, coarse, codes)
-        places = codes.abs().to(torch.uint8)
-        for place, value in enumerate(E2M1[:8]):
-            places[codes.abs() == value] = place
-        places |= (codes < 0).to(torch.uint8) << 3
-        return torch.cat([power.to(torch.uint8)[:, None], _pack(places.t())], 1)
+        places = _e2m1_places(codes.t().to(torch.int8))
+        return torch.cat([power.to(torch.uint8)[:, None], _pack(places)], 1)
+
+    def grid(self, blocks: Tensor) -> tuple[Tensor, None]:
+        return _power(blocks[:, :1].to(torch.int32)), None
+
+    def recode(self, blocks: Tensor, codes: Tensor) -> Tensor:
+        return torch.cat([blocks[:, :1], _pack(_e2m1_places(codes))], 1)
 
 
-_E2M1_CODES = Codebook(tuple(sorted(set(E2M1))))
+def _e2m1_places(codes: Tensor) -> Tensor:
+    """The place in the table of each of ``codes`` int8: uint8."""
+    place = _E2M1_CODES.places(codes)  # of -12 .. 12, with zero in the middle
+    return torch.where(place < 7, 15 - place, place - 7)
 
 
 def _power(exponent: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ..prequantized import gguf_product
 from ..rotation import largest_group
 from .base import BaseParams, Layout, check_dtype, check_matrix, row_chunks
 from .hooks import InputHooks
+from .patched import change_blocks
 from .weight import Weight
 
 
@@ -43,20 +44,26 @@ class GGUFLayout(InputHooks, Layout):
         stochastic_rounding: int | None = 0,
         inplace_ops: bool = False,
         qtype: str = "Q8_0",
+        stored: Tensor | None = None,
         **_: object,
     ) -> tuple[Tensor, Any]:
         """Encode into blocks of ``qtype``, with scales of their own.
 
-        The host's keywords are accepted: ``scale`` has no meaning here, and stochastic rounding
-        would undo the search of the encoders, which round to the least error.
+        stored: the blocks that the weight had before it was changed, so that a change too small
+        for the format's steps is not rounded away (see ``patched``). The host's keywords are
+        accepted: ``scale`` has no meaning here, and stochastic rounding would undo the search of
+        the encoders, which round to the least error.
         """
         check_matrix(tensor, qtype)
         shape = tuple(tensor.shape)
         row_bytes = _row_bytes(qtype, shape[1])
+        params = cls.Params(orig_dtype=tensor.dtype, orig_shape=shape, qtype=qtype)
+        if stored is not None and stored.shape == (shape[0], row_bytes):
+            return change_blocks(tensor, stored.to(tensor.device), qtype), params
         qdata = torch.empty((shape[0], row_bytes), dtype=torch.uint8, device=tensor.device)
         for rows in row_chunks(shape, tensor.device):
             qdata[rows] = blocks.quantize(tensor[rows].float(), qtype)
-        return qdata, cls.Params(orig_dtype=tensor.dtype, orig_shape=shape, qtype=qtype)
+        return qdata, params
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
@@ -76,8 +83,8 @@ class GGUFLayout(InputHooks, Layout):
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
-        """Keep the block format when a patched weight is quantized again."""
-        return {"qtype": qtensor._params.qtype}
+        """Keep the block format, and small changes, when a patched weight is quantized again."""
+        return {"qtype": qtensor._params.qtype, "stored": qtensor._qdata}
 
     @classmethod
     def linear(
