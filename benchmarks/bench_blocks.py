@@ -113,7 +113,7 @@ def encoding(formats: list[BlockFormat], weight: torch.Tensor, clock: Callable[[
     led = {"feedback": Feedback(importance, directions / 8)}
     for fmt in formats:
         variants = [("", None, {}), (" importance", importance, {}), (" feedback", importance, led)]
-        if fmt.name.endswith("_K"):
+        if fmt.name.endswith("_K") and fmt.knows_ggml:
             variants.append((" as ggml", None, {"as_ggml": True}))
         for variant, column, options in variants:
             name = fmt.name + variant

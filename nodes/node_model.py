@@ -209,7 +209,7 @@ def _inputs() -> list:
             optional=True,
             advanced=True,
             tooltip="How GGUF weights are multiplied: W8A8 on int8 matrix units (faster, a little "
-            "less exact), or 16-bit after decoding. auto: W8A8 for the 4- and 5-bit types where it "
+            "less exact), or 16-bit after decoding. auto: W8A8 for types of 2 to 5 bits where it "
             "is faster here, 16-bit for Q8_0 and Q6_K.",
         ),
         io.Combo.Input(

@@ -42,6 +42,6 @@ def out_of_memory(kept: str, free: int) -> OutOfDeviceMemoryError:
     return OutOfDeviceMemoryError(
         f"out of device memory in a step, with residency {kept}",
         found=f"{free / 1e9:.2f} GB free",
-        hint=f"Try {way}a smaller picture or batch, a smaller level (Q4_K is the smallest), or "
-        "close what else uses the device.",
+        hint=f"Try {way}a smaller picture or batch, a smaller level (Q4_K, IQ4_XS; below them the "
+        "loss shows), or close what else uses the device.",
     )

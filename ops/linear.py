@@ -24,8 +24,8 @@ class LinearOptions:
     """How ``linear`` computes.
 
     ``backend``: ``"auto"`` or a name of ``dispatch.reports``. ``gguf_compute``: ``"w8a8"`` (int8
-    tensor cores), ``"dense"`` (decode to the dtype of the activations) or ``"auto"`` (w8a8 for the
-    4- and 5-bit formats with in_features a multiple of 256, else dense; dense for few tokens).
+    tensor cores), ``"dense"`` (decode to the dtype of the activations) or ``"auto"`` (w8a8 for
+    formats of 2 to 5 bits with in_features a multiple of 256, else dense; dense for few tokens).
     """
 
     backend: str = dispatch.AUTO

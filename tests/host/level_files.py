@@ -11,7 +11,8 @@ from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
 
 PACKERS = {"FP8": storage.pack_fp8, "NF4": storage.pack_nf4}
-ALL_LEVELS = ("BF16", *PACKERS, *RECIPES)
+READ_ONLY_BLOCKS = ("MXFP4",)  # by gguf-py
+ALL_LEVELS = ("BF16", *PACKERS, *RECIPES, *READ_ONLY_BLOCKS)
 
 
 def write_level(source: Path, level: str, folder: Path, copy: str) -> Path:
@@ -23,6 +24,8 @@ def write_level(source: Path, level: str, folder: Path, copy: str) -> Path:
         out = stem.with_suffix(f".{RECIPES[level].file_format}")
         quantize_checkpoint(source, level, out, copy=copy)
         return out
+    if level in READ_ONLY_BLOCKS:
+        return _write_blocks(source, level, stem.with_suffix(".gguf"), copy)
     stored = {}
     with safe_open(source, "pt") as opened:
         metadata = opened.metadata()
@@ -35,3 +38,15 @@ def write_level(source: Path, level: str, folder: Path, copy: str) -> Path:
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{suffix}": value for suffix, value in parts.items()}
     return files.save(stem.with_suffix(".safetensors"), stored, metadata)
+
+
+def _write_blocks(source: Path, level: str, out: Path, copy: str) -> Path:
+    tensors = {}
+    with safe_open(source, "pt") as opened:
+        metadata = opened.metadata()
+        for name in opened.keys():  # noqa: SIM118 (no mapping)
+            tensor = opened.get_tensor(name).float().numpy()
+            linear = name.startswith("layers.") and tensor.ndim == 2
+            tensors[name] = (tensor, level if linear else "F32")
+    config = {"ideogram4.config": metadata["config"], "ideogram4.copy": copy}
+    return files.write_gguf_py(out, tensors, config)
