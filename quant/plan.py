@@ -17,7 +17,7 @@ from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Shape, SmoothInt8, Unquantized, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
-from .recipes import BLOCK_LINEARS, CONTAINERS, QuantOptions, Recipe, matches
+from .recipes import BLOCK_LINEARS, CONTAINERS, READ_ONLY, QuantOptions, Recipe, matches
 from .treatments import ROTATION, rotation_group
 
 
@@ -80,10 +80,13 @@ def container_of(recipe: Recipe, options: QuantOptions) -> str:
             found=recipe.level,
             hint="To keep a linear in bf16 use protect.",
         )
+    written = [qtype for qtype in FORMATS if qtype not in READ_ONLY]
     for rule in options.types:
-        if rule.qtype not in FORMATS:
+        if rule.qtype not in written:
             raise QuantOptionError(
-                "unknown GGUF type", found=rule.qtype, needed="one of " + ", ".join(FORMATS)
+                "unknown GGUF type, or one that is read only",
+                found=rule.qtype,
+                needed="one of " + ", ".join(written),
             )
     return container
 

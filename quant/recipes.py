@@ -79,6 +79,9 @@ ROUNDINGS = ("feedback", "nearest")
 """How codes are chosen with a calibration: so that errors of correlated inputs cancel, or each on
 its own."""
 
+READ_ONLY = ("MXFP4",)
+"""GGUF types that are not written: there is a nearer one of their size."""
+
 # What a GGUF type falls back to where a row is no whole number of its blocks.
 BLOCK_FALLBACKS = ("Q8_0", "BF16")
 

@@ -70,6 +70,25 @@ def test_llama_cpp_gguf(tmp_path: Path, state: State, arch: str, stated: bool):
     check(ck, truth)
 
 
+def test_llama_cpp_gguf_of_mixed_types(tmp_path: Path, state: State):
+    kinds = ("IQ4_NL", "MXFP4", "Q8_0", "IQ4_NL", "Q5_1")
+    tensors, truth, used = {}, {}, set()
+    for number, (name, theirs) in enumerate(llama_cpp_names(state).items()):
+        if state[name].dim() == 2:
+            kind = kinds[number % len(kinds)]
+            data, truth[name] = storage.gguf_blocks(state[name], kind, number)
+            tensors[theirs] = (data, kind)
+            used.add(kind)
+        else:
+            tensors[theirs] = (state[name].numpy(), "F32")
+            truth[name] = state[name]
+    assert used == set(kinds)
+    path = files.write_gguf_py(tmp_path / "te.gguf", tensors, gguf_metadata("qwen3vl"))
+    ck = open_encoder(path)
+    assert ck.level in kinds
+    check(ck, truth)
+
+
 def test_a_real_header_opens_at_once(tmp_path: Path):
     """8 B parameters as holes, the whole vocabulary in the metadata."""
     shapes = {"token_embd.weight": (151_936, 4096), "output_norm.weight": (4096,)}

@@ -153,6 +153,7 @@ def test_transformer_lab_holds_linears_and_their_biases_alone():
         ("Q4_K", QuantOptions(smooth={}), "gguf container cannot carry smoothing"),
         ("INT8 W8A8", QuantOptions(types=(TypeRule("*", "Q8_0"),)), "are for GGUF levels"),
         ("Q4_K", QuantOptions(types=(TypeRule("*", "Q9"),)), "unknown GGUF type.*Q9"),
+        ("Q4_K", QuantOptions(types=(TypeRule("*", "MXFP4"),)), "read only.*MXFP4.*IQ4_XS"),
     ],
 )
 def test_options_that_contradict_each_other(level, options, message):

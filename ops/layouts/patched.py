@@ -59,7 +59,9 @@ def _along_directions(
 ) -> Tensor:
     """Blocks with the scales of ``grid``; ``sketch`` [K, r] spans the directions of the change."""
     form, shape = blocks.FORMATS[qtype], tuple(weight.shape)
-    basis = torch.linalg.qr(sketch / sketch.abs().max().clamp_min(1e-30))[0]
+    # on the CPU, as some devices have no such decomposition
+    sketch = sketch.cpu() / sketch.abs().max().clamp_min(1e-30).item()
+    basis = torch.linalg.qr(sketch)[0].to(weight.device)
     size = torch.zeros_like(basis[0])
     for rows in row_chunks(shape, weight.device):
         true, before = _pair(weight[rows], stored[rows], qtype)
