@@ -35,6 +35,8 @@ _E2M1_CODES = Codebook(tuple(sorted(set(E2M1))))
 # table reaches further down than up, and is finer below. Beyond its ends the peak is clipped.
 IQ4_WIDTHS = (104.0, 112.0, 118.0, 122.0, 126.0, 130.0, 135.0, 142.0, 150.0)
 IQ4_WIDTHS += (-92.0, -99.0, -104.0, -108.0, -112.0, -116.0, -121.0, -127.0, -135.0)
+# Without importance ten of them cost 0.15 % of the error, with it 0.9 %.
+PLAIN_IQ4_WIDTHS = (108.0, 117.0, 124.0, 130.0, 140.0, -96.0, -104.0, -110.0, -116.0, -125.0)
 
 
 class IQ4_NL(CodedFormat):
@@ -54,7 +56,8 @@ class IQ4_NL(CodedFormat):
         x = weights.t().contiguous()[:, None]  # [32, 1, n]
         if importance is not None:
             importance = every_row(importance.t().contiguous()[:, None], x)
-        scale = fit_symmetric(x, importance, IQ4, IQ4_WIDTHS)
+        widths = PLAIN_IQ4_WIDTHS if importance is None else IQ4_WIDTHS
+        scale = fit_symmetric(x, importance, IQ4, widths)
         fit = StoredFit(as_stored(scale[0]), torch.ones_like(scale))
         fit = refine(x, importance, fit, Limits(IQ4))
         codes = best_codes(x, fit, IQ4)[:, 0].t().to(torch.int8)
@@ -65,7 +68,7 @@ class IQ4_XS(SymmetricK):
     name, ggml_type, type_size, code_limits = "IQ4_XS", 23, 136, IQ4
     knows_ggml = False
     group, scale_limits = 32, (-32, 31)
-    widths = plain_widths = IQ4_WIDTHS
+    widths, plain_widths = IQ4_WIDTHS, PLAIN_IQ4_WIDTHS
     moves = plain_moves = (-1, 1)
 
     def decode(self, blocks: Tensor, out: Tensor) -> None:
