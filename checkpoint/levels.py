@@ -35,7 +35,7 @@ LEVELS = (
     "Q3_K",
     "Q2_K",
 )
-# last everywhere: first those for which there is a better type of the same size, then what shows
+# Last everywhere: there are better types of their size, or (Q3_K, Q2_K) their loss shows.
 _RARE = ("Q5_1", "Q5_0", "IQ4_NL", "Q4_1", "MXFP4", "Q3_K", "Q2_K")
 # What auto tries, by capability. Where there are int8 matrix units, int8 is the fastest; 16-bit
 # products come next, and in float32, where bfloat16 is missing, they crawl, so the types that run

@@ -68,7 +68,7 @@ def test_any_in_features(kind, k):
     assert relative(F.linear(x, qt), F.linear(x, weight)) < 2 * bound + 0.02
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
 @pytest.mark.parametrize("qtype", blocks.PACKED)
 def test_gguf_tensors_decode_as_gguf_py_does(qtype):
     gguf = pytest.importorskip("gguf")
