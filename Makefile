@@ -59,7 +59,7 @@ lint: setup
 bench: setup
 	$(RUN) -m ideogram4_quant bench
 	$(RUN) benchmarks/bench_linear.py
-	$(RUN) benchmarks/bench_blocks.py --threads 2
+	$(RUN) benchmarks/bench_blocks.py
 	$(RUN) benchmarks/bench_encode.py
 	$(RUN) benchmarks/model_3090.py
 

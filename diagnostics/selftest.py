@@ -1,7 +1,8 @@
 """``ideogram4-quant selftest``: every backend of this device against the torch formulas.
 
-The formulas run on the CPU, so a device that computes wrongly cannot agree with itself. Shapes are
-small and odd; a minute is the bound, and what it leaves out is reported as not run.
+The formulas run on the CPU, so a device that computes wrongly cannot agree with itself. First come
+the shapes of real work (``selftest_shapes``), then every kind of linear at small and odd ones. On a
+GPU the first run compiles some seventy kernels; what the time leaves out is reported as not run.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -20,8 +21,10 @@ from torch import Tensor
 from ..ops import attention, blocks, dispatch, reference
 from ..ops.layouts import QuantizedTensor
 from ..ops.linear import LinearOptions, gguf_linear, int8_linear, linear
+from . import selftest_shapes
+from .selftest_shapes import DTYPES, EPS, Check, randn, there
 
-SECONDS = 60.0
+SECONDS = 180.0
 OK, FAILED, NOT_RUN = "ok", "FAILED", "not run"
 
 # The largest relative error of outputs, beside the rounding of the dtype.
@@ -29,7 +32,6 @@ _SAME_ROWS = 2e-3  # some int8 values of the activations may round the other way
 _EXACT = 1e-6
 _DENSE = 2e-3
 _ATTENTION = {attention.SDPA: 5e-3, attention.INT8: 5e-2}
-_EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 _K, _N, _M = 768, 200, 33
 
 
@@ -43,9 +45,6 @@ class Result:
     error: float | None = None
     allowed: float | None = None
     note: str = ""
-
-
-Check = tuple[str, str, float, Callable[[], float]]
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -111,6 +110,7 @@ def selftest(device: torch.device, seconds: float = SECONDS) -> Iterator[Result]
 def checks(device: torch.device) -> Iterator[Check]:
     """(name, backend, allowed error, function that returns the error) of everything to check."""
     names = [r.name for r in dispatch.reports(device) if r.available]
+    yield from selftest_shapes.checks(device, names, selftest_shapes.row_counts(device))
     dtypes = (torch.float32,) if device.type == "cpu" else (torch.float32, torch.bfloat16)
     for name in names:
         yield "int8 product", name, _EXACT, lambda n=name: _product(n, device)
@@ -119,8 +119,8 @@ def checks(device: torch.device) -> Iterator[Check]:
         yield "gate and residual", name, _EXACT, lambda n=name: _residual(n, device)
         for dtype in dtypes:
             for kind in ("plain", "smooth", "rotated", "smooth rotated"):
-                label = f"int8 linear, {kind}, {_short(dtype)}"
-                allowed = _SAME_ROWS + _EPS[dtype]
+                label = f"int8 linear, {kind}, {DTYPES[dtype]}"
+                allowed = _SAME_ROWS + EPS[dtype]
                 yield label, name, allowed, lambda n=name, k=kind, d=dtype: _int8(n, k, d, device)
         for qtype in blocks.PACKED:
             label = f"GGUF {qtype} through int8"
@@ -138,7 +138,7 @@ def checks(device: torch.device) -> Iterator[Check]:
         yield f"{layout[14:]} dense", "torch", _DENSE, lambda x=layout: _dense(x, device)
     for name in attention.candidates(device):
         for dtype in dtypes:
-            label, allowed = f"attention, {_short(dtype)}", _ATTENTION[name] + _EPS[dtype]
+            label, allowed = f"attention, {DTYPES[dtype]}", _ATTENTION[name] + EPS[dtype]
             yield label, name, allowed, lambda n=name, d=dtype: _attention(n, d, None, device)
     masked = lambda: _attention(attention.SDPA, torch.float32, _mask(), device)
     yield "attention with a mask", attention.SDPA, _ATTENTION[attention.SDPA], masked
@@ -147,13 +147,9 @@ def checks(device: torch.device) -> Iterator[Check]:
 # ---- one function a check: the relative error against the formula on the CPU
 
 
-def _randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @cache
 def _packed(qtype: str) -> Tensor:
-    return blocks.quantize(_randn(_N, _K, seed=1), qtype)
+    return blocks.quantize(randn(_N, _K, seed=1), qtype)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
@@ -162,7 +158,7 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _activations() -> Tensor:
-    x = _randn(_M, _K)
+    x = randn(_M, _K)
     x[:, ::97] *= 30  # outlier channels, and a row of zeros
     x[5] = 0
     return x
@@ -173,12 +169,12 @@ def _product(name: str, device: torch.device) -> float:
     q = torch.randint(-127, 128, (_M, _K), generator=generator, dtype=torch.int8)
     w = torch.randint(-128, 128, (_N, _K), generator=generator, dtype=torch.int8)
     q[0], w[0] = 127, -128
-    arguments = (q, _randn(_M).abs(), w, _randn(_N).abs(), _randn(_N), torch.float32)
+    arguments = (q, randn(_M).abs(), w, randn(_N).abs(), randn(_N), torch.float32)
     wanted = reference.int8_gemm(*arguments)
     if name == "comfy_kitchen":  # it multiplies whole layers alone
         return _int8(name, "plain", torch.float32, device)
     run = dispatch.choose("int8_gemm", (_M, _N, _K), device, name).get("int8_gemm")
-    return _relative(run(*(_there(a, device) for a in arguments)), wanted)
+    return _relative(run(*(there(a, device) for a in arguments)), wanted)
 
 
 def _quantizer(name: str, op: str, device: torch.device) -> float:
@@ -189,16 +185,16 @@ def _quantizer(name: str, op: str, device: torch.device) -> float:
         "smooth_rotate_quantize_rows": (_activations(),),
         "rmsnorm_scale_quantize_rows": (
             _activations(),
-            _randn(_K, seed=1),
-            _randn(_K, seed=2),
+            randn(_K, seed=1),
+            randn(_K, seed=2),
             1e-5,
         ),
-        "swiglu_quantize_rows": (_activations(), _randn(_M, _K, seed=1)),
+        "swiglu_quantize_rows": (_activations(), randn(_M, _K, seed=1)),
     }
     arguments = (*leading[op], smooth, 256)
     wanted, scales = getattr(reference, op)(*arguments)
     run = dispatch.choose(op, (_M, _K, _K), device, name).get(op)
-    found, found_scales = run(*(_there(a, device) for a in arguments))
+    found, found_scales = run(*(there(a, device) for a in arguments))
     apart = (found.cpu().int() - wanted.int()).abs()
     if (apart > 1).any() or (apart == 1).double().mean() > 1e-3:
         return 1.0
@@ -206,9 +202,9 @@ def _quantizer(name: str, op: str, device: torch.device) -> float:
 
 
 def _residual(name: str, device: torch.device) -> float:
-    arguments = (_activations(), _randn(_K), _randn(_M, _K, seed=1), _randn(_K, seed=2), 1e-5)
+    arguments = (_activations(), randn(_K), randn(_M, _K, seed=1), randn(_K, seed=2), 1e-5)
     run = dispatch.choose("gate_residual_rmsnorm", (_M, _K, _K), device, name)
-    found = run.get("gate_residual_rmsnorm")(*(_there(a, device) for a in arguments))
+    found = run.get("gate_residual_rmsnorm")(*(there(a, device) for a in arguments))
     return _relative(found, reference.gate_residual_rmsnorm(*arguments))
 
 
@@ -217,20 +213,20 @@ def _int8(name: str, kind: str, dtype: torch.dtype, device: torch.device) -> flo
         "smooth": torch.linspace(0.5, 2, _K) if "smooth" in kind else None,
         "rotation": 256 if "rotated" in kind else None,
     }
-    weight = QuantizedTensor.from_float(_randn(_N, _K, seed=1), "Ideogram4QuantInt8", **options)
-    x, bias = _activations().to(dtype), _randn(_N, seed=2)
+    weight = QuantizedTensor.from_float(randn(_N, _K, seed=1), "Ideogram4QuantInt8", **options)
+    x, bias = _activations().to(dtype), randn(_N, seed=2)
     q, scale = weight._qdata, weight._params.scale
     wanted = reference.int8_linear(x.float(), q, scale, bias, **options)
-    there = {key: _there(value, device) for key, value in options.items()}
-    arguments = (_there(a, device) for a in (x, q, scale, bias))
-    return _relative(int8_linear(*arguments, backend=name, **there), wanted)
+    moved = {key: there(value, device) for key, value in options.items()}
+    arguments = (there(a, device) for a in (x, q, scale, bias))
+    return _relative(int8_linear(*arguments, backend=name, **moved), wanted)
 
 
 def _gguf(name: str, qtype: str, compute: str, device: torch.device) -> float:
     packed = _packed(qtype)
-    x, bias, shape = _activations(), _randn(_N, seed=2), (_N, _K)
+    x, bias, shape = _activations(), randn(_N, seed=2), (_N, _K)
     wanted = reference.gguf_linear(x, packed, qtype, shape, bias, compute=compute, rotation=256)
-    x, packed, bias = (_there(a, device) for a in (x, packed, bias))
+    x, packed, bias = (there(a, device) for a in (x, packed, bias))
     found = gguf_linear(x, packed, qtype, shape, bias, compute=compute, rotation=256, backend=name)
     return _relative(found, wanted)
 
@@ -238,12 +234,12 @@ def _gguf(name: str, qtype: str, compute: str, device: torch.device) -> float:
 def _decoded(qtype: str, device: torch.device) -> float:
     packed = _packed(qtype)
     wanted = blocks.dequantize(packed, qtype, (_N, _K))
-    return _relative(blocks.dequantize(_there(packed, device), qtype, (_N, _K)), wanted)
+    return _relative(blocks.dequantize(there(packed, device), qtype, (_N, _K)), wanted)
 
 
 def _dense(layout: str, device: torch.device) -> float:
-    weight = QuantizedTensor.from_float(_randn(_N, _K, seed=1), layout)
-    x, bias = _activations(), _randn(_N, seed=2)
+    weight = QuantizedTensor.from_float(randn(_N, _K, seed=1), layout)
+    x, bias = _activations(), randn(_N, seed=2)
     wanted = F.linear(x, weight.dequantize(), bias)
     return _relative(
         linear(x.to(device), weight.to(device), bias.to(device), LinearOptions()), wanted
@@ -251,9 +247,9 @@ def _dense(layout: str, device: torch.device) -> float:
 
 
 def _attention(name: str, dtype: torch.dtype, mask: Tensor | None, device: torch.device) -> float:
-    q, k, v = (_randn(1, 2, 300, 256, seed=seed).to(dtype) for seed in range(3))
+    q, k, v = (randn(1, 2, 300, 256, seed=seed).to(dtype) for seed in range(3))
     wanted = attention.reference(q, k, v, mask)
-    q, k, v, mask = (_there(a, device) for a in (q, k, v, mask))
+    q, k, v, mask = (there(a, device) for a in (q, k, v, mask))
     if mask is not None:
         return _relative(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), wanted)
     return _relative(attention.attention(q, k, v, backend=name), wanted)
@@ -263,14 +259,6 @@ def _mask() -> Tensor:
     """Two segments that do not see each other."""
     segment = (torch.arange(300) > 50)[None, None]
     return segment[..., :, None] == segment[..., None, :]
-
-
-def _there(value: object, device: torch.device) -> object:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 def _line(result: Result) -> str:

@@ -17,8 +17,8 @@ from io import RawIOBase
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .pieces import pieces
 
-_PIECE = 1 << 24
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -138,12 +138,8 @@ class Partial:
     def _crc(self, offset: int, nbytes: int) -> int:
         crc = 0
         self._file.seek(offset)
-        while nbytes > 0:
-            piece = self._file.read(min(nbytes, _PIECE))
-            if not piece:
-                break
+        for piece in pieces(self._file, nbytes):
             crc = zlib.crc32(piece, crc)
-            nbytes -= len(piece)
         return crc
 
 
@@ -153,7 +149,7 @@ def _line(record: Mapping[str, object]) -> bytes:
 
 def _lines(file: RawIOBase) -> list[bytes]:
     """The whole lines from here to the end of the file; one empty line if there is none."""
-    rest = b"".join(iter(lambda: file.read(_PIECE), b""))
+    rest = b"".join(pieces(file))
     whole = rest.split(b"\n")[:-1]
     return whole or [b""]
 

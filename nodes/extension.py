@@ -14,6 +14,7 @@ from .node_model import LoadIdeogram4
 from .node_quantize import Quantize
 from .node_sampler import Sampler
 from .node_vae import LoadVAE
+from .picture_notes import watch_queue
 
 NODES: list[type[io.ComfyNode]] = [
     LoadIdeogram4,
@@ -32,6 +33,9 @@ NODES: list[type[io.ComfyNode]] = [
 
 class Ideogram4QuantExtension(ComfyExtension):
     """Ideogram 4.0 at 8 and 4 bits."""
+
+    async def on_load(self) -> None:
+        watch_queue()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

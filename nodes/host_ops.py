@@ -14,6 +14,7 @@ import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from torch import Tensor
 
+from ..errors import OpError
 from ..ops import layouts as _layouts  # noqa: F401  (registers the layouts with comfy-kitchen)
 from ..ops.fused import Activation, dense
 from ..ops.linear import LinearOptions, linear
@@ -93,7 +94,24 @@ class _QuantizedLinear:
         if key in missing:
             missing.remove(key)
 
+    def __getattr__(self, name: str) -> object:
+        """As a module's; OpError where the host's merging nodes take a quantized weight apart.
+
+        They ask for ``set_NAME`` of everything in the state dict, and patch each part by itself.
+        What all formats have, ``comfy_quant``, is the first of them.
+        """
+        if name == "set_comfy_quant" and is_ours(self._parameters.get("weight")):
+            raise OpError(
+                "ComfyUI takes this model's weights apart to merge or to hook them, and a "
+                "quantized one is whole only",
+                hint="Load BF16 files for the models to merge, or at least for every one but the "
+                "first, and quantize the result.",
+            )
+        return super().__getattr__(name)
+
     def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        if destination is not None and is_ours(self.weight):
+            destination[f"{prefix}comfy_quant"] = None  # ahead of the parts: see __getattr__
         sd = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
         if is_ours(self.weight):
             # the host writes a format's name; what of it the tensors do not tell is ours to say

@@ -21,6 +21,7 @@ from .fused_choice import decide
 from .model_choice import BY_LEVEL, FOLDERS, NONE, choose_files, machine
 from .model_files import host_listing
 from .model_loading import ModelSource, load_model, measured
+from .picture_notes import note_when_sampling
 from .schema import CATEGORY
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class LoadIdeogram4(io.ComfyNode):
                     tooltip="Level, files, sizes, protected layers, backend and why, memory.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -135,10 +136,8 @@ class LoadIdeogram4(io.ComfyNode):
         here = replace(here, attention=attention, measured=found)
         note = report.summary(pair, level, options, here, fused.why)
         for model in models:
-            if model is not None:  # for the sampler: from the second picture on, this is cached
-                model.set_attachments(report.MADE_WITH, note)
-        if cls.hidden.extra_pnginfo is not None:  # what SaveImage writes into the file
-            cls.hidden.extra_pnginfo[report.NOTE] = note
+            if model is not None:
+                note_when_sampling(model, note)
         return io.NodeOutput(*models, report.text(pair, level, options, here, fused.why))
 
 

@@ -16,6 +16,7 @@ from ..quant.block_types import check_policy
 from ..quant.errors import QuantOptionError
 from ..quant.quantize import SUFFIXES, quantize_checkpoint
 from ..quant.recipes import RECIPES, QuantOptions, recipe_of
+from .made_files import remember_file, times_lost
 from .model_files import host_listing
 from .node_calibrate import CalibrationType
 from .schema import CATEGORY
@@ -126,6 +127,7 @@ class Quantize(io.ComfyNode):
                     "in the loaders.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -146,10 +148,10 @@ class Quantize(io.ComfyNode):
         return listing.problem(base_file)
 
     @classmethod
-    def fingerprint_inputs(cls, source: str, filename: str = "", **_) -> str:
-        listing = host_listing(FOLDERS)
-        path = listing.paths.get(source)
-        return repr((path and stamp(path), filename, sorted(listing.paths)))
+    def fingerprint_inputs(cls, source: str, base_file: str = NONE, **_) -> str:
+        paths = host_listing(FOLDERS).paths
+        read = [stamp(paths[name]) for name in (source, base_file) if name in paths]
+        return repr((read, times_lost(str(cls.hidden.unique_id))))
 
     @classmethod
     def execute(
@@ -202,4 +204,5 @@ class Quantize(io.ComfyNode):
             resume=not overwrite,
             keep_partial=True,
         )
+        remember_file(str(cls.hidden.unique_id), out)
         return io.NodeOutput(str(out), f"{report.table()}\n\nPress R to see it in the loaders.")

@@ -20,7 +20,6 @@ from .fused_blocks import status
 from .guidance import Guidance
 from .guider import DualCopyGuider
 from .latents import TOKEN_PIXELS, check_latent, empty_latent
-from .report import MADE_WITH, NOTE
 from .sampling_inputs import (
     denoise_input,
     guidance_inputs,
@@ -61,7 +60,6 @@ class Sampler(io.ComfyNode):
                     tooltip="Steps, passes of each copy, time, and what was saved or skipped.",
                 ),
             ],
-            hidden=[io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -86,9 +84,6 @@ class Sampler(io.ComfyNode):
         if latent is None:
             check_size(width, height)
             latent = {"samples": empty_latent(width, height, batch_size)}
-        note = conditional.get_attachment(MADE_WITH)
-        if note is not None and cls.hidden.extra_pnginfo is not None:  # new at each queue
-            cls.hidden.extra_pnginfo[NOTE] = note
         chosen = make_guidance(preset, **guidance)
         guider = DualCopyGuider(conditional, unconditional, positive, chosen, residency)
         started = time.perf_counter()

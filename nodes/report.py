@@ -81,10 +81,6 @@ def summary(
     }
 
 
-NOTE = "ideogram4_quant"  # in the PNG
-MADE_WITH = "ideogram4_quant_made_with"  # on a loaded model: its summary
-
-
 def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused: str = OFF) -> str:
     """The same for people, one fact a line."""
     lines = [_level_line(pair, asked)]

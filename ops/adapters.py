@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .chunks import tile_values
 
 logger = logging.getLogger(__name__)
-
-# Values at a time, of activations on their way to int8 and of products on their way back: fp32
-# copies stay in a CPU's cache, and off one they stay small beside the output.
-_TILE = {"cpu": 1 << 17}
-_TILE_DEVICE = 1 << 22
-
-
-def tile_values(device: torch.device) -> int:
-    """How many values ``device`` takes at a time through fp32 copies, of which there are three."""
-    return _TILE.get(device.type, _TILE_DEVICE)
 
 
 def kitchen_backend() -> str:

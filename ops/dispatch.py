@@ -248,9 +248,14 @@ def _probe_comfy_kitchen(device: torch.device) -> tuple[Backend | None, str]:
 
 @kept
 def _probe_int_mm(device: torch.device) -> tuple[Backend | None, str]:
-    """Available where ``torch._int_mm`` is exact at the extremes: some CPUs saturate in between."""
-    q = torch.tensor([[-127, 127], [127, -127]], dtype=torch.int8).repeat(32, 128)
-    w = torch.tensor([[-128, 127], [127, -128]], dtype=torch.int8).repeat(16, 128)
+    """Available where ``torch._int_mm`` is exact at the extremes: some CPUs saturate in between.
+
+    Without VNNI oneDNN adds 128 to q and sums pairs in 16 bits, so that two neighbours of one sign
+    are what overflows: every pair of signs of both sides is tried.
+    """
+    q = torch.tensor([[127, 127], [127, -127], [-127, 127], [-127, -127]], dtype=torch.int8)
+    w = torch.tensor([[127, 127], [127, -128], [-128, 127], [-128, -128]], dtype=torch.int8)
+    q, w = q.repeat(16, 128), w.repeat(8, 128)
     want = q.int() @ w.int().t()
     try:
         got = torch._int_mm(q.to(device), w.to(device).t()).cpu()

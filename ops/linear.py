@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from . import dispatch, prequantized
+from .chunks import MULTIPLIED, row_chunks
 from .fused import Activation
 from .gguf_compute import compute_here, resolve_compute
 from .library import define
@@ -268,7 +269,7 @@ def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None) -> T
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     values = x.float()
     out = torch.empty((m, n), dtype=x.dtype)
-    for rows in prequantized.chunks(n, k):
+    for rows in row_chunks((n, k), values=MULTIPLIED):
         weight = dequantize(blocks[rows], qtype, (rows.stop - rows.start, k))
         out[:, rows] = F.linear(values, weight, None if bias is None else bias[rows].float())
     return out

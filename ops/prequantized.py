@@ -7,19 +7,17 @@ with ``scale fp32 [M]``, M the product of the leading dimensions. Callers have c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import dispatch
+from .chunks import MULTIPLIED, row_chunks
 from .library import define
 
 WHOLE_LAYERS_ONLY = ("comfy_kitchen",)
 """Backends whose linear quantizes inside: they have no halves."""
-
-# Weights of a GGUF layer that a CPU decodes at a time: 4 MB of int8, 16 MB of fp32.
-_CPU_CHUNK = 1 << 22
 
 
 def quantize_rows(
@@ -87,12 +85,6 @@ def gguf_product(
     return _gguf_product_op(q, scale, blocks, qtype, bias, rotation or 0, dtype, backend)
 
 
-def chunks(n: int, k: int) -> Iterator[slice]:
-    """Slices of ``n`` output channels of ``k`` weights, as many as a CPU decodes at a time."""
-    step = max(1, _CPU_CHUNK // k)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
 # ---- implementations behind the custom ops
 
 
@@ -133,7 +125,7 @@ def _gguf_product(q, scale, blocks, qtype, bias, rotation, dtype, backend):
         weight, weight_scale = decode(blocks, qtype, (n, k), rotation or None)
         return gemm(q, scale, weight, weight_scale, bias, dtype)
     out = torch.empty((m, n), dtype=dtype)
-    for rows in chunks(n, k):
+    for rows in row_chunks((n, k), values=MULTIPLIED):
         shape = (rows.stop - rows.start, k)
         weight, weight_scale = decode(blocks[rows], qtype, shape, rotation or None)
         part = None if bias is None else bias[rows]

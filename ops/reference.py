@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import OpError
+from .chunks import CACHED, row_chunks
 from .rotation import rotate
 
 __all__ = [
@@ -35,8 +36,6 @@ SCALE_FLOOR = 1e-30
 
 # 128 * 128 * 1024 = 2^24: sums of int8 products this long are exact in fp32, in any order.
 _EXACT_K = 1024
-# Weights decoded at a time: the fp32 copy stays in the cache of a CPU core.
-CHUNK = 1 << 20
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,9 +181,7 @@ def dequantize_rotate_quantize(
     n, k = shape
     q = torch.empty((n, k), dtype=torch.int8, device=blocks.device)
     scale = torch.empty(n, dtype=torch.float32, device=blocks.device)
-    step = max(1, CHUNK // max(k, 1))
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
+    for rows in row_chunks((n, k), values=CACHED):
         values = dequantize(blocks[rows], qtype, (rows.stop - rows.start, k))
         q[rows], scale[rows] = smooth_rotate_quantize_rows(values, None, rotation)
     return q, scale

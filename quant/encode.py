@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import OpError
-from ..ops.blocks.coded import FEEDBACK_CHUNK
+from ..ops.chunks import CACHED, FED_BACK, row_chunks
 from .errors import NonFiniteWeightError, QuantOptionError
-from .measure import CHUNK, ErrorMeter, dense_rows, row_chunks
+from .measure import ErrorMeter, dense_rows
 from .plan import TensorPlan
 
 _DAMAGED = (
@@ -63,7 +63,7 @@ def encode_tensor(
     if plan.inputs is not None:
         encoding = encoding.led_by(plan.inputs, feedback=plan.feedback)
     fed_back = getattr(encoding, "feedback", None) is not None
-    for rows in row_chunks(shape, device, FEEDBACK_CHUNK if fed_back else CHUNK):
+    for rows in row_chunks(shape, device, FED_BACK if fed_back else CACHED):
         true = dense_rows(matrix, rows).to(device)
         _check_finite(true, plan, rows, file, _DAMAGED)
         try:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from ..ops.chunks import row_chunks
 from ..ops.wide import wide
 from .input_moments import InputMoments
-
-CHUNK = 1 << 20  # values held in fp32 at a time: 4 MiB, near the size of a core's cache
-_ACCELERATOR_CHUNK = 1 << 24  # launches cost more than memory there
 
 
 class ErrorMeter:
@@ -98,22 +95,6 @@ def _sum_of_squares(values: Tensor) -> float:
     """In fp64: squares of tiny weights must not vanish. A dot product is the fastest way there."""
     flat = wide(values).reshape(-1)
     return torch.dot(flat, flat).item()
-
-
-def row_chunks(
-    shape: tuple[int, ...], device: torch.device | None = None, values: int = CHUNK
-) -> Iterator[slice]:
-    """Slices of the first dimension, about ``values`` values each (on an accelerator 16 million).
-
-    None for a scalar or no rows.
-    """
-    if not shape:
-        return
-    width = math.prod(shape[1:])
-    chunk = values if device is None or device.type == "cpu" else _ACCELERATOR_CHUNK
-    step = max(1, chunk // max(width, 1))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
 
 
 def dense_rows(tensor: Tensor, rows: slice) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.blocks import FORMATS
+from ..ops.chunks import row_chunks
 from ..ops.fused import Activation, dense
 from ..ops.library import without_autocast
 from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
@@ -30,7 +31,7 @@ from .errors import CalibrationError, NonFiniteWeightError
 from .input_moments import DIRECTIONS, sketch
 from .layer_stats import LayerStats
 from .loudest import Loudest
-from .measure import dense_rows, row_chunks
+from .measure import dense_rows
 from .treatments import (
     ALPHAS,
     BLOCK_CANDIDATES,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files.pieces import pieces
 from ..version import __version__
 from .plan import TensorPlan, rounding_of
 from .recipes import QuantOptions, Recipe
 
 TOOL = f"ideogram4-quant {__version__}"
 
-_HASH_CHUNK = 1 << 24
 # Where safetensors, modelspec and GGUF files put it.
 _LICENCE_KEYS = ("license", "licence", "general.license", "modelspec.license", "license_name")
 
@@ -45,7 +45,7 @@ def hash_files(
         size = 0
         try:
             with open(path, "rb") as file:
-                while piece := file.read(_HASH_CHUNK):
+                for piece in pieces(file):
                     digest.update(piece)
                     size += len(piece)
                     advance(len(piece))

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.canonical import is_linear
 from ..errors import PairMismatchError
+from ..ops.chunks import row_chunks
 from ..ops.layouts import QuantizedTensor
 from .calibration import Calibration
 from .input_moments import InputMoments
-from .measure import ErrorMeter, channel_absmax, dense_rows, row_chunks
+from .measure import ErrorMeter, channel_absmax, dense_rows
 from .report import TensorResult, finite_or_none, foretold, worst_first, worst_table
 from .source import BaseLike
 from .tables import human_db

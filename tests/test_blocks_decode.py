@@ -184,7 +184,7 @@ def test_a_q5_0_block_made_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", NAMES)
 def test_other_dtypes_are_the_float32_result_rounded_once(name, dtype, monkeypatch):
-    monkeypatch.setattr(base, "DECODE_CHUNK", 3 * 256)
+    monkeypatch.setattr(base, "CACHED", 3 * 256)
     data = torch.from_numpy(random_blocks(name, 64 * 256 // FORMATS[name].block_size, seed=3))
     want = dequantize(data, name, (64, 256)).to(dtype)
     got = dequantize(data, name, (64, 256), dtype)
@@ -200,7 +200,7 @@ def test_chunks_of_any_size_and_huge_pages_give_the_same(name, monkeypatch):
     assert want.is_contiguous()
     assert want.data_ptr() % 64 == 0
     for chunk in (1 << 30, 777 * 256):
-        monkeypatch.setattr(base, "DECODE_CHUNK", chunk)
+        monkeypatch.setattr(base, "CACHED", chunk)
         monkeypatch.setattr(chunks, "HUGE_PAGES_FROM", 1 << 40)
         assert torch.equal(dequantize(data, name, shape).view(torch.int32), want.view(torch.int32))
 

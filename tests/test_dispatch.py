@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +53,38 @@ def test_int_mm_is_refused_where_it_is_not_exact(monkeypatch):
     backend, reason = dispatch._probe_int_mm.__wrapped__(CPU)
     assert backend is None
     assert "_int_mm" in reason
+
+
+def _saturating(q, weight):
+    """oneDNN's product on a processor without VNNI: q + 128 as uint8, pairs summed in 16 bits."""
+    pairs = (q.int() + 128)[:, :, None] * weight.int()[None]  # [M, K, N]
+    pairs = pairs[:, ::2] + pairs[:, 1::2]
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(1).int() - 128 * weight.int().sum(0)
+
+
+def test_int_mm_is_refused_where_pairs_of_products_saturate(monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", _saturating)
+    backend, reason = dispatch._probe_int_mm.__wrapped__(CPU)
+    assert backend is None
+    assert "not exact" in reason
+
+
+@pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "AVX512_CORE", "ALL"])
+def test_int_mm_is_there_only_where_the_largest_products_are_exact(instructions):
+    """oneDNN told to leave newer instructions alone computes as an older processor does."""
+    code = (
+        "import torch\n"
+        "from ideogram4_quant.ops import dispatch\n"
+        "q = torch.randint(-127, 128, (40, 512), dtype=torch.int8)\n"
+        "w = torch.randint(-128, 128, (24, 512), dtype=torch.int8)\n"
+        "q[0], q[1], w[0], w[1] = 127, -127, 127, -128\n"
+        "exact = torch.equal(torch._int_mm(q, w.t()).long(), q.long() @ w.long().t())\n"
+        "there = dispatch._probe_int_mm(torch.device('cpu'))[0] is not None\n"
+        "assert exact or not there, (exact, there)\n"
+    )
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_auto_falls_back_in_order_and_warns_once(monkeypatch, caplog):

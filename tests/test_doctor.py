@@ -19,7 +19,8 @@ from ideogram4_quant.checkpoint.published import PUBLISHED
 from ideogram4_quant.diagnostics.doctor import examine
 from ideogram4_quant.diagnostics.doctor.comfyui import find_host, model_folders
 from ideogram4_quant.diagnostics.doctor.machine import Device
-from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes
+from ideogram4_quant.diagnostics.doctor.main_memory import SYSTEM, main_memory
+from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes, encoder_bytes
 from ideogram4_quant.ops.dispatch import BackendReport
 
 GB = 10**9
@@ -182,14 +183,67 @@ def test_levels_say_what_fits_a_card(comfyui, monkeypatch, memory, fits):
 def test_the_readme_says_of_cards_what_the_sizes_say():
     words = {"both": "both resident", "alternating": "take turns", "streamed": "streamed"}
     readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d+) GB \| (.+?) \| (.+?) GB \| (.+?) \|$", readme, re.MULTILINE)
+    row = r"^\| (\d+) GB \| (.+?) \| (.+?) GB \| (.+?) \| (.+?) GB \| (.+?) GB \|$"
+    rows = re.findall(row, readme, re.MULTILINE)
     assert [int(memory) for memory, *_ in rows] == [24, 16, 12, 8]
-    for memory, levels, sizes, said in rows:
+    for memory, levels, sizes, said, loaded, running in rows:
         free = (int(memory) - 1) * 2**30
         copies = sorted(copy_bytes(level) for level in levels.split(", "))
         ends = sorted({copies[0], copies[-1]})
         assert [f"{size / 1e9:.1f}" for size in ends] == sizes.split(" to ")
-        assert {words[residency((size, size), free)] for size in copies} == {said}
+        (fits,) = {residency((size, size), free) for size in copies}
+        assert words[fits] == said
+        needs = [main_memory((size,) * 2, encoder_bytes("FP8"), fits, "cuda") for size in copies]
+        assert _range(need.loaded for need in needs) == loaded
+        assert _range(need.running for need in needs) == running
+
+
+def _range(values) -> str:
+    rounded = sorted({round(value / 1e9) for value in values})
+    return " to ".join(str(value) for value in dict.fromkeys((rounded[0], rounded[-1])))
+
+
+def test_main_memory_is_what_is_loaded_less_what_a_device_takes():
+    need = main_memory((5 * GB, 6 * GB), 8 * GB, "both", "cuda")
+    assert (need.loaded, need.running) == (19 * GB + SYSTEM, 8 * GB + SYSTEM)
+    assert main_memory((5 * GB, 6 * GB), 8 * GB, "alternating", "cuda").running == 14 * GB + SYSTEM
+    for fits, device in (("streamed", "cuda"), (None, "xpu"), ("both", "cpu"), ("both", "mps")):
+        need = main_memory((5 * GB, 6 * GB), 8 * GB, fits, device)
+        assert need.running == need.loaded == 19 * GB + SYSTEM
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(16 * GB, False), (34 * GB, True), (None, None)])
+def test_levels_are_held_against_the_main_memory(comfyui, monkeypatch, memory, fits):
+    card = Device("cuda", "a card", 24 * GB, True, ())
+    monkeypatch.setattr(examine, "find_device", lambda: card)
+    monkeypatch.setattr(examine, "ram", lambda: memory)
+    row = examine.examine(find_host())["levels"][LEVELS.index("INT8 W8A8")]
+    assert row["fits_ram"] is fits
+    assert row["ram_loaded"] == 2 * copy_bytes("INT8 W8A8") + encoder_bytes("FP8") + SYSTEM
+
+
+def test_a_machine_short_of_main_memory_is_told_what_to_do(complete, monkeypatch, capsys):
+    monkeypatch.setattr(examine, "ram", lambda: 3 * GB)
+    code, found = as_json(capsys)
+    assert code == 0  # a swap file may do
+    (note,) = found["notes"]
+    for words in ("BF16 needs 4.", "this machine has 3.00 GB", "smaller encoder", "swap file"):
+        assert words in note
+    cli.main(["doctor"])
+    assert "MORE THAN HERE" in capsys.readouterr().out
+
+
+def test_floats_count_in_the_dtype_that_computes(complete, monkeypatch, capsys):
+    """Without bfloat16, as on this CPU, they are held in float32."""
+    bf16 = LEVELS.index("BF16")
+    wide = as_json(capsys)[1]["levels"][bf16]
+    monkeypatch.setattr(
+        examine, "find_device", lambda: Device("cpu", "a processor", 64 * GB, True, ())
+    )
+    found = as_json(capsys)[1]
+    narrow, encoder = found["levels"][bf16], found["encoder_in_memory"]
+    weights = [row["ram_loaded"] - SYSTEM - encoder for row in (wide, narrow)]
+    assert weights[0] == 2 * weights[1] > 0
 
 
 def test_computed_sizes_are_those_of_published_files():

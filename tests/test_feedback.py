@@ -136,7 +136,7 @@ def test_bytes_depend_on_nothing_but_the_arguments(name, monkeypatch):
     assert torch.equal(rows, whole)
     turned = quantize(weight.flip(0), name, square, feedback=follow)
     assert torch.equal(turned.flip(0), whole)
-    monkeypatch.setattr(coded, "FEEDBACK_CHUNK", 3 * 512)
+    monkeypatch.setattr(coded, "FED_BACK", 3 * 512)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):

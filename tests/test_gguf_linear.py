@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ideogram4_quant.ops import (
     blocks,
+    linear,
     prequantized,
     reference,
 )
@@ -62,10 +63,11 @@ def test_gguf_weights_decoded_a_few_rows_at_a_time(compute, monkeypatch):
     x, bias = randn(4, 256), randn(37, seed=2)
     packed = blocks.quantize(randn(37, 256, seed=1), "Q4_K")
     want = gguf_linear(x, packed, "Q4_K", (37, 256), bias, compute=compute)
-    monkeypatch.setattr(prequantized, "_CPU_CHUNK", 1000)
+    monkeypatch.setattr(prequantized, "MULTIPLIED", 1000)
+    monkeypatch.setattr(linear, "MULTIPLIED", 1000)
     got = gguf_linear(x, packed, "Q4_K", (37, 256), bias, compute=compute)
     assert torch.allclose(got, want, rtol=1e-6, atol=1e-5)
-    monkeypatch.setattr(reference, "CHUNK", 1000)
+    monkeypatch.setattr(reference, "CACHED", 1000)
     q, scale = reference.dequantize_rotate_quantize(packed, "Q4_K", (37, 256), 256)
     monkeypatch.undo()
     whole = reference.dequantize_rotate_quantize(packed, "Q4_K", (37, 256), 256)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ideogram4_quant.ops import (
     adapters,
     blocks,
+    chunks,
     dispatch,
     fused,
     prequantized,
@@ -167,13 +168,13 @@ def test_the_epilogue_in_tiles(monkeypatch):
     x = randn(37, 64)
     q, scale = reference.quantize_rows(randn(10, 64, seed=1))
     want = int8_linear(x, q, scale, randn(10, seed=2), backend="int_mm")
-    monkeypatch.setattr(adapters, "_TILE", {"cpu": 50})
+    monkeypatch.setattr(chunks, "TILED", 50)
     assert torch.equal(int8_linear(x, q, scale, randn(10, seed=2), backend="int_mm"), want)
 
 
 @pytest.mark.parametrize("rotation", [None, 64])
 def test_quantizing_in_tiles_changes_nothing(rotation, monkeypatch):
-    monkeypatch.setattr(adapters, "_TILE", {"cpu": 300})
+    monkeypatch.setattr(chunks, "TILED", 300)
     x, up, smooth = randn(2, 7, 128), randn(2, 7, 128, seed=1), torch.linspace(0.5, 2, 128)
     x[0, 3, 5] = float("inf")
     x[1, 2] = 0

@@ -97,6 +97,18 @@ def test_int8_gemm_of_a_depth_that_no_tile_fits_runs_the_formula_and_says_so_onc
     assert sum("int8_gemm" in record.message for record in caplog.records) == 1
 
 
+def test_the_kernels_pass_the_selftest_at_the_shapes_of_real_work():
+    from ideogram4_quant.diagnostics import selftest_shapes
+
+    device = torch.device(DEVICE)
+    rows = selftest_shapes.row_counts(device) if DEVICE == "cuda" else (16, 200, 257)
+    for name, _, allowed, measure in selftest_shapes.checks(device, ["triton"], rows):
+        # the interpreter takes a minute for long products, and a second for a format's long rows
+        deep = (name.startswith("product") and "x 46" not in name) or name.endswith("K 53248")
+        if DEVICE == "cuda" or not deep:
+            assert measure() <= allowed, name
+
+
 # Where the float16 fields of a block lie, in bytes.
 HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2)}
 HALVES |= {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}

@@ -11,7 +11,7 @@ import pytest
 
 from ideogram4_quant.checkpoint.canonical import canonical_shapes
 from ideogram4_quant.checkpoint.config import ModelConfig
-from ideogram4_quant.ops.blocks.coded import FEEDBACK_CHUNK
+from ideogram4_quant.ops.chunks import FED_BACK
 from ideogram4_quant.tests import quant_model as model
 
 pytest.importorskip("resource")
@@ -100,7 +100,7 @@ def test_a_calibration_adds_a_chunk_of_rows(tmp_path, level):
         intermediate_size=4096,
     )  # fmt: skip
     assert size > 190e6
-    assert extra < 8 * largest + 50e6 + 32 * min(largest, FEEDBACK_CHUNK)
+    assert extra < 8 * largest + 50e6 + 32 * min(largest, FED_BACK)
 
 
 @pytest.mark.slow

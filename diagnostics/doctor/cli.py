@@ -95,6 +95,7 @@ def _text(found: dict) -> Iterator[str]:
 def _device(device: dict) -> Iterator[str]:
     compute = "bfloat16" if device["bfloat16"] else "float32, as it has no bfloat16: slow"
     yield f"device: {device['name']} ({device['type']}), {_size(device['memory'])}"
+    yield f"  main memory: {_size(device['ram'])}"
     yield f"  computes in {compute}"
     for backend in device["backends"]:
         can = "yes" if backend["available"] else "no "
@@ -125,13 +126,16 @@ def _files(found: dict) -> Iterator[str]:
 
 
 def _levels(found: dict) -> Iterator[str]:
-    yield "levels on this device (sizes of your files, else computed; times are not measured):"
+    yield "levels on this device (sizes of your files, else computed; times are not measured; RAM:"
+    yield "both copies, the encoder and 4 GB for all else, loaded and, modelled, while running):"
     for row in found["levels"]:
         have = "" if row["conditional"] is None else "  you have it"
         if have and row["unconditional"] is None:
             have += ", without the unconditional copy"
         size = f"{_size(row['copy_bytes'])} a copy"
-        yield f"  {row['level']:<18} {size:<16} {_FITS[row['on_this_device']]}{have}"
+        needs = f"RAM {row['ram_loaded'] / 1e9:.0f}, {row['ram_running'] / 1e9:.0f} GB"
+        needs += ", MORE THAN HERE" if row["fits_ram"] is False else ""
+        yield f"  {row['level']:<18} {size:<16} {_FITS[row['on_this_device']]}; {needs}{have}"
     if found["auto"] is not None:
         yield f"auto picks {found['auto']}"
 

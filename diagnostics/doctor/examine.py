@@ -26,9 +26,11 @@ from ...checkpoint.published import PUBLISHED, Published
 from ...checkpoint.safetensors_header import read_safetensors_header
 from ...errors import CheckpointError, NotIdeogram4Error
 from ...quant.provenance import hash_files
+from ...quant.tables import gigabytes
 from .comfyui import Host, model_folders
 from .machine import Device, find_device, ram, versions
-from .sizes import copy_bytes
+from .main_memory import SYSTEM, bytes_in_memory, main_memory
+from .sizes import copy_bytes, encoder_bytes
 
 _LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
 _SIZE_TOLERANCE = 0.02  # published sizes are rounded
@@ -48,6 +50,10 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
     vaes, bad_vaes = _open_all(listings["vae"], _open_vae)
     pairs = {level: find_pair(level, models.candidates) for level in LEVELS}
     broken = models.broken | bad_encoders | bad_vaes
+    memory = ram()
+    encoder = _encoder_in_memory(encoders)
+    levels = [_level(level, pairs[level], device, encoder, memory) for level in LEVELS]
+    auto = _auto(models, device)
     found = {
         "diffusion_models": [
             _file(c.name, c.path, c.header.level) | {"folded": _is_folded(c)}
@@ -63,15 +69,16 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
         "comfyui": {"root": str(host.root), "version": host.version, "python": str(host.python)},
         "versions": versions(),
         "this_python_is_comfyuis": _same_python(host.python),
-        "device": asdict(device) | {"int8": device.int8, "ram": ram()},
+        "device": asdict(device) | {"int8": device.int8, "ram": memory},
         "folders": folders,
         "found": found,
         "broken": broken,
         "expected": [_expected(item, listings[item.kind]) for item in PUBLISHED],
-        "levels": [_level(level, pairs[level], device) for level in LEVELS],
-        "auto": _auto(models, device),
+        "encoder_in_memory": encoder,
+        "levels": levels,
+        "auto": auto,
         "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
-        "notes": notes,
+        "notes": notes + _short_of_memory(levels, auto, memory),
     }
 
 
@@ -135,16 +142,57 @@ def _expected(item: Published, listing: Listing) -> dict:
     }
 
 
-def _level(level: str, pair: Pair | None, device: Device) -> dict:
+def _encoder_in_memory(encoders: list) -> int:
+    """Bytes of the smallest encoder here, else of the one that most people have, at FP8."""
+    found = [bytes_in_memory(encoder.entries.values(), 2) for _, _, encoder in encoders]
+    return min(found, default=encoder_bytes("FP8"))
+
+
+def _level(level: str, pair: Pair | None, device: Device, encoder: int, memory: int | None) -> dict:
+    itemsize = 2 if device.bfloat16 else 4
     first, second = (copy_bytes(level),) * 2 if pair is None else pair.weight_bytes()
     fits = None if device.memory is None else residency((first, second), device.memory)
+    held = (copy_bytes(level, itemsize),) * 2 if pair is None else _in_memory(pair, itemsize)
+    needed = main_memory(held, encoder, fits, device.type)
     return {
         "level": level,
         "copy_bytes": first,
         "on_this_device": fits,
+        "ram_loaded": needed.loaded,
+        "ram_running": needed.running,
+        "fits_ram": None if memory is None else needed.loaded <= memory,
         "conditional": pair and pair.conditional.name,
         "unconditional": pair and pair.unconditional and pair.unconditional.name,
     }
+
+
+def _in_memory(pair: Pair, itemsize: int) -> tuple[int, int]:
+    """Bytes of main memory that the two copies of found files take."""
+    held = [
+        0
+        if candidate is None
+        else bytes_in_memory(candidate.header.entries[copy].values(), itemsize)
+        for candidate, copy in (
+            (pair.conditional, "conditional"),
+            (pair.unconditional, "unconditional"),
+        )
+    ]
+    return held[0], held[1]
+
+
+def _short_of_memory(levels: list[dict], auto: str | None, memory: int | None) -> list[str]:
+    """What to do where the level that auto picks needs more main memory than there is."""
+    row = next((row for row in levels if row["level"] == auto), None)
+    if row is None or row["fits_ram"] is not False:
+        return []
+    fitting = [r["level"] for r in levels if r["fits_ram"]]
+    way = f"take {fitting[-1]}" if fitting else "use one copy alone (no guidance)"
+    return [
+        f"{auto} needs {gigabytes(row['ram_loaded'])} of main memory (both copies, the encoder, "
+        f"{gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it will swap "
+        f"or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or enlarge the "
+        "swap file."
+    ]
 
 
 def _auto(models: Catalogue, device: Device) -> str | None:

@@ -1,29 +1,50 @@
-"""What a copy of the released model weighs at each level."""
+"""What the released model weighs at each level, and its text encoder: computed from shapes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import cache
 
 from ...checkpoint import ModelConfig
 from ...checkpoint.canonical import canonical_shapes
+from ...checkpoint.encoders import encoder_shapes
 from ...ops.blocks import FORMATS
 
-_BITS = {"BF16": 16.0, "FP8": 8.0, "INT8 W8A8": 8.0, "INT8 W8A8 rotated": 8.0, "NF4": 4.5}
+_BITS = {"FP8": 8.0, "INT8 W8A8": 8.0, "INT8 W8A8 rotated": 8.0, "NF4": 4.5}
+_QWEN3_VL_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 36,
+    "vocab_size": 151936,
+}
 
 
 @cache
-def copy_bytes(level: str) -> int:
-    """Bytes of one copy of the released model: block linears at the level, the rest in 16 bits."""
-    if level in _BITS:
-        bits = _BITS[level]
-    else:
-        block = FORMATS[level]
-        bits = 8 * block.type_size / block.block_size
+def copy_bytes(level: str, itemsize: int = 2) -> int:
+    """Bytes of one copy: block linears at the level, the rest, and all of BF16, in ``itemsize``."""
+    return _nbytes(canonical_shapes(ModelConfig()), level, itemsize)
+
+
+@cache
+def encoder_bytes(level: str) -> int:
+    """Bytes of the encoder's language model: linears at the level, its embedding in 16 bits."""
+    return _nbytes(encoder_shapes(_QWEN3_VL_8B), level, 2)
+
+
+def _nbytes(shapes: Mapping[str, tuple[int, ...]], level: str, itemsize: int) -> int:
     total = 0.0
-    for name, shape in canonical_shapes(ModelConfig()).items():
-        size = 1
-        for side in shape:
-            size *= side
-        linear = name.startswith("layers.") and len(shape) == 2
-        total += size * (bits if linear else 16) / 8
+    for name, shape in shapes.items():
+        quantized = level != "BF16" and name.startswith("layers.") and len(shape) == 2
+        total += math.prod(shape) * (_bits(level) / 8 if quantized else itemsize)
     return round(total)
+
+
+def _bits(level: str) -> float:
+    if level in _BITS:
+        return _BITS[level]
+    block = FORMATS[level]
+    return 8 * block.type_size / block.block_size

@@ -1,7 +1,7 @@
 """Every specialization of every kernel that a user's card may run: what the offline proof compiles.
 
 The shapes are those of Ideogram 4: rows of 4608 (hidden), 12288 (SwiGLU), 4096 (text encoder) and
-53248 (``llm_cond_proj``).
+53248 (``llm_cond_proj``), in bf16; the tiles and the kernels of every step in fp16 and fp32 too.
 """
 
 from __future__ import annotations
@@ -9,11 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...ops.blocks import FORMATS
-from ...ops.kernels.configs import GEMM_CONFIGS, MAX_ROW, GemmConfig, row_blocks
+from ...ops.kernels.configs import (
+    FEED_FORWARD,
+    GEMM_CONFIGS,
+    HIDDEN,
+    MAX_ROW,
+    TEXT_ENCODER,
+    TEXT_FEATURES,
+    GemmConfig,
+    row_blocks,
+)
 from ...ops.kernels.gguf import PACKED
 from .offline import Variant
 
-HIDDEN, FEED_FORWARD, TEXT_ENCODER, TEXT_FEATURES = 4608, 12288, 4096, 53248
+BF16, OTHERS = "bf16", ("fp16", "fp32")
+"""Triton's names of the dtypes a host computes in; the labels leave out bf16, which is usual."""
 
 _GEMM_ARGUMENTS = {
     "a_ptr": "*i8",
@@ -31,8 +41,17 @@ _GEMM_ARGUMENTS = {
 }
 
 
-def gemm_variant(config: GemmConfig, *, bias: bool = True) -> Variant:
-    """``int8_gemm`` with one tiling, bf16 out, any M (the number of tokens)."""
+def _in_dtype(signature: dict[str, str], dtype: str) -> dict[str, str]:
+    """The same arguments with ``dtype`` for bf16."""
+    return {name: f"*{dtype}" if kind == "*bf16" else kind for name, kind in signature.items()}
+
+
+def _suffix(dtype: str) -> str:
+    return "" if dtype == BF16 else f" {dtype}"
+
+
+def gemm_variant(config: GemmConfig, *, bias: bool = True, dtype: str = BF16) -> Variant:
+    """``int8_gemm`` with one tiling, outputs and bias in ``dtype``, any M (number of tokens)."""
     constants = {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -44,8 +63,8 @@ def gemm_variant(config: GemmConfig, *, bias: bool = True) -> Variant:
     return Variant(
         "gemm",
         "int8_gemm_kernel",
-        f"{config}" + ("" if bias else " no bias"),
-        _GEMM_ARGUMENTS,
+        f"{config}" + ("" if bias else " no bias") + _suffix(dtype),
+        _in_dtype(_GEMM_ARGUMENTS, dtype),
         constants,
         divisible,
         config.num_warps,
@@ -54,10 +73,11 @@ def gemm_variant(config: GemmConfig, *, bias: bool = True) -> Variant:
 
 
 def gemm_variants(arch: int) -> Iterator[Variant]:
-    """Every tiling in the table of ``arch``, each once."""
+    """Every tiling in the table of ``arch``, each once: in every dtype, and without a bias."""
     classes = GEMM_CONFIGS[arch].values()
     for config in dict.fromkeys(config for candidates in classes for config in candidates):
-        yield gemm_variant(config)
+        yield from (gemm_variant(config, dtype=dtype) for dtype in (BF16, *OTHERS))
+        yield gemm_variant(config, bias=False)
 
 
 def _row_label(k: int, rotation: int, smooth: bool) -> str:
@@ -69,7 +89,9 @@ def _row_label(k: int, rotation: int, smooth: bool) -> str:
     return " ".join(parts)
 
 
-def quantize_variant(k: int, *, swiglu: bool, rotation: int, smooth: bool) -> Variant:
+def quantize_variant(
+    k: int, *, swiglu: bool, rotation: int, smooth: bool, dtype: str = BF16
+) -> Variant:
     """``quantize_rows``, ``smooth_rotate_quantize_rows`` and ``swiglu_quantize_rows``."""
     cover, num_warps = row_blocks(k)
     signature = {
@@ -84,15 +106,15 @@ def quantize_variant(k: int, *, swiglu: bool, rotation: int, smooth: bool) -> Va
     return Variant(
         "rows",
         "quantize_long_rows_kernel" if k > MAX_ROW else "quantize_rows_kernel",
-        ("swiglu " if swiglu else "") + _row_label(k, rotation, smooth),
-        signature,
+        ("swiglu " if swiglu else "") + _row_label(k, rotation, smooth) + _suffix(dtype),
+        _in_dtype(signature, dtype),
         cover | {"SWIGLU": swiglu, "HAS_SMOOTH": smooth, "ROTATION": rotation},
         tuple(signature),
         num_warps,
     )
 
 
-def rmsnorm_variant(k: int, *, rotation: int, smooth: bool) -> Variant:
+def rmsnorm_variant(k: int, *, rotation: int, smooth: bool, dtype: str = BF16) -> Variant:
     """``rmsnorm_scale_quantize_rows``."""
     cover, num_warps = row_blocks(k)
     signature = {
@@ -110,15 +132,15 @@ def rmsnorm_variant(k: int, *, rotation: int, smooth: bool) -> Variant:
     return Variant(
         "norms",
         "rmsnorm_scale_quantize_rows_kernel",
-        _row_label(k, rotation, smooth),
-        signature,
+        _row_label(k, rotation, smooth) + _suffix(dtype),
+        _in_dtype(signature, dtype),
         cover | {"HAS_SMOOTH": smooth, "ROTATION": rotation},
         tuple(n for n in signature if n not in ("rows_per_modulation", "eps")),
         num_warps,
     )
 
 
-def residual_variant(k: int) -> Variant:
+def residual_variant(k: int, dtype: str = BF16) -> Variant:
     """``gate_residual_rmsnorm``."""
     cover, num_warps = row_blocks(k)
     signature = {
@@ -136,8 +158,8 @@ def residual_variant(k: int) -> Variant:
     return Variant(
         "norms",
         "gate_residual_rmsnorm_kernel",
-        _row_label(k, 0, False),
-        signature,
+        _row_label(k, 0, False) + _suffix(dtype),
+        _in_dtype(signature, dtype),
         cover,
         tuple(n for n in signature if n not in ("rows_per_gate", "eps")),
         num_warps,
@@ -164,10 +186,9 @@ def dequantize_variant(k: int, qtype: str, *, rotation: int) -> Variant:
 def dequantize_variants() -> Iterator[Variant]:
     """Every block format at the model's widths, and without rotation for odd ones."""
     for qtype in PACKED:
-        for k in (HIDDEN, FEED_FORWARD):
+        for k in (HIDDEN, FEED_FORWARD, TEXT_FEATURES):
             yield dequantize_variant(k, qtype, rotation=256)
     for qtype in ("Q8_0", "Q4_K"):
-        yield dequantize_variant(TEXT_FEATURES, qtype, rotation=256)
         yield dequantize_variant(HIDDEN, qtype, rotation=0)
 
 
@@ -183,6 +204,12 @@ def row_variants() -> Iterator[Variant]:
         yield rmsnorm_variant(HIDDEN, rotation=rotation, smooth=smooth)
     yield residual_variant(HIDDEN)
     yield quantize_variant(TEXT_FEATURES, swiglu=False, rotation=256, smooth=False)
+    for dtype in OTHERS:
+        for k in (HIDDEN, FEED_FORWARD, TEXT_FEATURES):
+            yield quantize_variant(k, swiglu=False, rotation=256, smooth=False, dtype=dtype)
+        yield quantize_variant(FEED_FORWARD, swiglu=True, rotation=256, smooth=False, dtype=dtype)
+        yield rmsnorm_variant(HIDDEN, rotation=256, smooth=False, dtype=dtype)
+        yield residual_variant(HIDDEN, dtype)
     yield from dequantize_variants()
 
 

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ...errors import OpError
-from ..chunks import chunk_size, even, for_each, uninitialised, workers
+from ..chunks import CACHED, ENCODED, chunk_size, even, for_each, uninitialised, workers
 from ..feedback import Feedback
 from ..wide import wide
 
 log = logging.getLogger(__name__)
 
-DECODE_CHUNK = 1 << 20  # weights: the temporaries of one chunk stay in the cache
 
 UNSEEN = 2e-6
 """Importance, of the mean one, up to which nothing is known of an input."""
@@ -36,7 +35,7 @@ class BlockFormat(ABC):
     ggml_type: ClassVar[int]
     block_size: ClassVar[int]
     type_size: ClassVar[int]
-    encode_chunk: ClassVar[int] = 1 << 20  # weights encoded at a time on a CPU
+    encode_chunk: ClassVar[int] = ENCODED
     uses_importance: ClassVar[bool] = False
     knows_ggml: ClassVar[bool] = True  # whether ``encode_as_ggml`` gives ggml's bytes
 
@@ -99,7 +98,7 @@ class BlockFormat(ABC):
     def _decode_chunks(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """[n_blocks, block_size] in ``dtype``, decoded in float32 a chunk at a time."""
         out = uninitialised((len(blocks), self.block_size), dtype, blocks.device)
-        step = chunk_size(blocks.device, DECODE_CHUNK) // self.block_size
+        step = chunk_size(blocks.device, CACHED) // self.block_size
         if torch.compiler.is_compiling():
             step = max(1, len(blocks))  # the compiler fuses and tiles by itself
         scratch = None

@@ -7,12 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..chunks import chunk_size, even
+from ..chunks import FED_BACK, chunk_size, even
 from ..codes import Codes
 from ..feedback import Feedback
 from .base import BlockFormat
-
-FEEDBACK_CHUNK = 1 << 22  # weights: its work is by columns, and a call should pay for many rows
 
 
 class CodedFormat(BlockFormat):
@@ -32,7 +30,7 @@ class CodedFormat(BlockFormat):
     def feed_back(self, data: Tensor, weight: Tensor, feedback: Feedback) -> None:
         """Give rows [N, row bytes] the codes of ``feedback`` where it expects less error."""
         n, k = weight.shape
-        rows = even(n, chunk_size(weight.device, FEEDBACK_CHUNK) // max(k, 1))
+        rows = even(n, chunk_size(weight.device, FED_BACK) // max(k, 1))
         for start in range(0, n, rows):
             part, true = data[start : start + rows], weight[start : start + rows].float()
             recoded, better = self._round(part, true, feedback)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+HIDDEN, FEED_FORWARD, TEXT_ENCODER, TEXT_FEATURES = 4608, 12288, 4096, 53248
+"""Lengths of Ideogram 4's rows: hidden, SwiGLU, a layer of the text encoder, ``llm_cond_proj``."""
+
 ARCHITECTURES = (80, 86, 89, 90, 120)
 """Compute capabilities that are compiled and checked: A100, RTX 30, RTX 40, H100, RTX 50."""
 
@@ -93,7 +96,7 @@ LONG_ROW = RowConfig(head=4096, tail=0, num_warps=8)
 
 def table_digest() -> str:
     """A short hash of these tables: what was measured with others is no measure of these."""
-    rows = [row_blocks(k) for k in (256, 4096, 4608, 12288, 53248)]
+    rows = [row_blocks(k) for k in (256, TEXT_ENCODER, HIDDEN, FEED_FORWARD, TEXT_FEATURES)]
     return hashlib.sha256(repr((GEMM_CONFIGS, rows)).encode()).hexdigest()[:16]
 
 

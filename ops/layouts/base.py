@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,6 @@ from torch import Tensor
 from ...errors import OpError
 from ..linear import ACTIVATION_DTYPES, LinearOptions
 from .weight import derived
-
-# Weights worked on at a time: fp32 copies stay in a CPU's cache, and off one they stay small
-# beside the weight.
-_CHUNK = {"cpu": 1 << 20}
-_CHUNK_DEVICE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -169,13 +164,6 @@ class Layout(QuantizedLayout):
             params, orig_shape=tuple(params.orig_shape)[::-1], transposed=not params.transposed
         )
         return derived(qtensor, qtensor._qdata, flipped)
-
-
-def row_chunks(shape: tuple[int, int], device: torch.device) -> Iterator[slice]:
-    """Slices of rows that together cover a matrix, each small enough to work on in fp32."""
-    n, k = shape
-    step = max(1, _CHUNK.get(device.type, _CHUNK_DEVICE) // max(k, 1))
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def generator_for(seed: int | None, device: torch.device) -> torch.Generator | None:

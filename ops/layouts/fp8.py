@@ -10,6 +10,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
 from ...errors import OpError
+from ..chunks import row_chunks
 from ..reference import SCALE_FLOOR
 from .base import (
     BaseParams,
@@ -18,7 +19,6 @@ from .base import (
     check_matrix,
     check_same_device,
     generator_for,
-    row_chunks,
     uniform,
 )
 from .weight import Weight

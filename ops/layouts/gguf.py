@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ...errors import OpError
 from .. import blocks
+from ..chunks import row_chunks
 from ..gguf_compute import compute_here
 from ..linear import LinearOptions, gguf_linear
 from ..prequantized import gguf_product
 from ..rotation import largest_group
-from .base import BaseParams, Layout, check_dtype, check_matrix, row_chunks
+from .base import BaseParams, Layout, check_dtype, check_matrix
 from .hooks import InputHooks
 from .patched import change_blocks
 from .weight import Weight

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...errors import OpError
 from .. import prequantized, reference
+from ..chunks import row_chunks
 from ..linear import LinearOptions, int8_linear
 from ..rotation import check_group, rotate
 from .base import (
@@ -20,7 +21,6 @@ from .base import (
     check_matrix,
     check_same_device,
     generator_for,
-    row_chunks,
     uniform,
 )
 from .hooks import InputHooks

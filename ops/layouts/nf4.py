@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import OpError
 from .. import nf4
+from ..chunks import row_chunks
 from .base import (
     BaseParams,
     Layout,
@@ -20,7 +21,6 @@ from .base import (
     check_matrix,
     check_same_device,
     generator_for,
-    row_chunks,
     uniform,
 )
 from .weight import Weight

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import adapters, attention, dispatch, fused, prequantized, reference
+from .. import attention, dispatch, fused, prequantized
+from ..chunks import CACHED, tile_values
 from ..gguf_compute import FEW_TOKENS, W8A8_FORMATS
 from ..linear import LinearOptions, gguf_linear, int8_linear
 from ..rotation import largest_group
@@ -217,7 +218,7 @@ def _gguf_job(
     n, k = layer.n, layer.k
     # as above; a weight is packed, in dtype, and on its way in fp32, a chunk at a time for int8
     fixed = tokens * k * (dtype.itemsize + 1) + _fp32_copies(tokens * k, device)
-    fixed += 3 * 4 * min(n * k, reference.CHUNK)
+    fixed += 3 * 4 * min(n * k, CACHED)
     each = k * (1 + dtype.itemsize + 4) + tokens * (8 + dtype.itemsize)
     rows = _rows(n, k, device, (memory - fixed) // each)
     fmt = FORMATS[layer.kind]
@@ -269,7 +270,7 @@ def _rows(n: int, k: int, device: torch.device, fitting: int) -> int:
 
 def _fp32_copies(values: int, device: torch.device, formula: bool = False) -> int:
     """Bytes of activations on their way to int8; the reference ``formula`` takes all at once."""
-    return 3 * 4 * (values if formula else min(values, adapters.tile_values(device)))
+    return 3 * 4 * (values if formula else min(values, tile_values(device)))
 
 
 def _random(

@@ -1,0 +1,239 @@
+"""Every shipped workflow queued again in a real ComfyUI: the same words, picture and note.
+
+The server is one of its own, with a custom node that counts which model files are opened.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from ideogram4_quant.tests.host import graphs, runs
+from ideogram4_quant.tests.host.api_graph import api_graph
+from ideogram4_quant.tests.host.locate import Host
+from ideogram4_quant.tests.host.server import Run, Server, make_base
+from ideogram4_quant.tests.host.workflow_specs import EXAMPLE
+from ideogram4_quant.tests.test_host_lora import fused, update
+from ideogram4_quant.tests.workflow_files import FILES, every_file, load
+
+pytestmark = pytest.mark.host
+LORA = "fused.safetensors"
+NOTE = "ideogram4_quant"
+WATCHER = """
+import sys
+
+from aiohttp import web
+from server import PromptServer
+
+OPENED = []
+NODE_CLASS_MAPPINGS = {}
+
+
+def watch(event, arguments):
+    if event == "open" and str(arguments[0]).endswith((".safetensors", ".gguf")):
+        OPENED.append(str(arguments[0]))
+
+
+sys.addaudithook(watch)
+
+
+@PromptServer.instance.routes.get("/opened")
+async def opened(request):
+    found = list(OPENED)
+    OPENED.clear()
+    return web.json_response(found)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(host: Host, models: Path, tmp_path_factory) -> Iterator[Server]:
+    base = make_base(tmp_path_factory.mktemp("again"))
+    for folder in (base / "models").iterdir():
+        folder.rmdir()
+        folder.symlink_to(models / folder.name, target_is_directory=True)
+    if not (models / "loras" / LORA).exists():
+        save_file(fused(update(1)), models / "loras" / LORA)
+    noise = np.random.default_rng(0).integers(0, 255, (64, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(base / "input" / EXAMPLE)
+    (base / "custom_nodes" / "watcher.py").write_text(WATCHER)
+    running = Server(host, base)
+    yield running
+    running.close()
+
+
+def small(graph: dict, seed: int = 1, prefix: str = "first") -> dict:
+    """A shipped graph on the pocket model: few steps, a small picture, a seed and a file name."""
+    changed = json.loads(json.dumps(graph))
+    for node in changed.values():
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "Ideogram4QuantLoad":
+            inputs["level"] = inputs["level"].removesuffix(" rotated")
+        elif kind == "Ideogram4QuantLoadEncoder":
+            inputs["encoder"] = graphs.ENCODER
+        elif kind == "VAELoader":
+            node |= {"class_type": "Ideogram4QuantLoadVAE", "inputs": {"vae": graphs.VAE}}
+        elif kind == "Ideogram4QuantLoadLora":
+            inputs["lora"] = LORA
+        elif kind == "PrimitiveInt":
+            inputs["value"] = seed
+        elif kind == "Ideogram4QuantSampler":
+            inputs |= {"preset": "turbo", "width": 128, "height": 64}
+            if not isinstance(inputs["seed"], list):
+                inputs["seed"] = seed
+        elif kind == "SaveImage":
+            inputs["filename_prefix"] = f"{prefix}/{inputs['filename_prefix']}"
+        elif kind == "Ideogram4QuantQuantize":
+            unconditional = inputs["copy"] == "unconditional"
+            inputs["source"] = graphs.UNCONDITIONAL if unconditional else graphs.CONDITIONAL
+    return changed
+
+
+def shown(server: Server, run: Run) -> tuple[dict, dict, dict]:
+    """What a run ended in, by node: texts without times, pictures' pixels, pictures' notes."""
+    assert run.status == "success", run.error
+    texts, pixels, notes = {}, {}, {}
+    for name, output in run.outputs.items():
+        if "text" in output:
+            texts[name] = [re.sub(r"[\d.]+ s\b", "- s", text) for text in output["text"]]
+        for image in output.get("images", []):
+            if image["type"] != "output":
+                continue
+            picture = Image.open(io.BytesIO(server.fetch(image)))
+            pixels[name] = np.asarray(picture).tobytes()
+            notes[name] = json.loads(picture.info[NOTE]) if NOTE in picture.info else None
+    return texts, pixels, notes
+
+
+def queue(server: Server, graph: dict) -> tuple[tuple[dict, dict, dict], Run, list[str]]:
+    """(what a run showed, the run, model files that were opened for it)."""
+    server.get("/opened")
+    run = server.run(graph)
+    return shown(server, run), run, server.get("/opened")
+
+
+def levels_of(graph: dict) -> set[str]:
+    loaders = [n for n in graph.values() if n["class_type"] == "Ideogram4QuantLoad"]
+    return {node["inputs"]["level"] for node in loaders}
+
+
+def levels_in(note: dict | list | None) -> set[str]:
+    """Of the note of one model, or of several."""
+    assert note, "the picture does not say what it was made with"
+    return {n["level"] for n in (note if isinstance(note, list) else [note])}
+
+
+@every_file
+def test_a_shipped_workflow_queued_again_says_and_does_the_same(file, own):
+    workflow = api_graph(load(file))
+    first, _, opened = queue(own, small(workflow))
+    assert opened
+    again, second, opened = queue(own, small(workflow))
+    assert opened == []
+    ran = {n["class_type"] for name, n in workflow.items() if name not in second.cached}
+    assert ran == set(), (ran, second.messages)
+    assert again == first
+    if not first[1]:
+        assert file.stem.endswith("quantize your own")
+        deleted_files_are_made_again(own, small(workflow), first[0])
+        return
+    wanted = levels_of(small(workflow))
+    for name, note in first[2].items():
+        # a graph that samples with two names both, or the one that had sampled until then
+        assert levels_in(note) <= wanted
+        prefix = workflow[name]["inputs"]["filename_prefix"].split("/")
+        assert levels_in(note) & (wanted & set(prefix) or wanted)
+
+
+def deleted_files_are_made_again(server: Server, graph: dict, texts: dict) -> None:
+    folder = server.base / "models" / "diffusion_models"
+    made = {path: path.read_bytes() for path in folder.glob("ideogram4-*")}
+    assert len(made) == 2
+    for path in made:
+        path.unlink()
+    try:
+        assert shown(server, server.run(graph))[0] == texts
+        assert {path: path.read_bytes() for path in made} == made
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+PAINTING = [file for file in FILES if "SaveImage" in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("file", PAINTING, ids=lambda file: file.stem)
+def test_another_seed_and_the_first_one_again_read_nothing_and_paint_the_same(file, own):
+    workflow = api_graph(load(file))
+    first, _, _ = queue(own, small(workflow))
+    other, run, opened = queue(own, small(workflow, seed=2, prefix="other"))
+    assert opened == []
+    loaders = [n for n, node in workflow.items() if "Load" in node["class_type"]]
+    assert set(loaders) <= set(run.cached)
+    assert all(other[1][name] != pixels for name, pixels in first[1].items())
+    back, _, opened = queue(own, small(workflow, prefix="back"))
+    assert opened == []
+    assert back[1:] == first[1:]
+    reports = [n for n, texts in first[0].items() if "steps at" in texts[0]]
+    assert reports or file.stem.endswith("compare levels")
+    assert all(back[0][name] == first[0][name] for name in reports)
+    assert other[2] == first[2]
+
+
+def stock_sampler(prefix: str, seed: int) -> dict:
+    """The host's KSampler on the conditional copy alone, with no node of ours at the latent."""
+    graph = graphs.with_guider(prefix, seed=seed, level="Q4_K", models=(("model", 0), None))
+    graph["sampled"] = graphs.node(
+        "KSampler",
+        model=("model", 0),
+        seed=seed,
+        steps=2,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        positive=("positive", 0),
+        negative=("positive", 0),
+        latent_image=("empty", 0),
+        denoise=1.0,
+    )
+    return {k: v for k, v in graph.items() if k not in ("guider", "noise", "euler", "preset")}
+
+
+def through_guider(prefix: str, seed: int) -> dict:
+    return graphs.with_guider(prefix, seed=seed, level="Q4_K")
+
+
+@pytest.mark.parametrize("make", [through_guider, stock_sampler])
+def test_pictures_of_the_host_s_samplers_say_what_they_were_made_with_at_every_queue(make, own):
+    found = [queue(own, make(prefix, seed)) for prefix, seed in (("a", 11), ("b", 12), ("c", 11))]
+    notes = [show[2]["saved"] for show, *_ in found]
+    assert notes[0]["level"] == "Q4_K"
+    assert len(notes[0]["files"]["conditional"]["fingerprint"]) == 64
+    assert notes == notes[:1] * 3
+    assert found[0][0][1] == found[2][0][1] != found[1][0][1]
+    assert "model" in found[1][1].cached
+    assert [opened for *_, opened in found[1:]] == [[], []]
+
+
+def test_a_picture_of_another_model_has_no_note(own):
+    image = graphs.node("LoadImage", image=EXAMPLE)
+    saved = graphs.node("SaveImage", images=("image", 0), filename_prefix="plain")
+    (_, pixels, notes), *_ = queue(own, {"image": image, "saved": saved})
+    assert pixels["saved"]
+    assert notes == {"saved": None}
+
+
+@pytest.mark.parametrize("data", [None, {}, {"extra_pnginfo": None}, {"extra_pnginfo": []}])
+def test_odd_requests_are_answered_as_without_the_pack(own, data):
+    body = {"prompt": graphs.with_sampler(seed=3, level="Q4_K"), "extra_data": data}
+    if data is None:
+        del body["extra_data"]
+    run = own.wait(own.post("/prompt", body)["prompt_id"])
+    assert runs.picture(own, run).shape == (64, 128, 3)
