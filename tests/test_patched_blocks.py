@@ -110,7 +110,7 @@ def test_the_bytes_are_the_same_every_time_and_whatever_the_chunks(monkeypatch):
     wanted = before + low_rank(before, 0.02)
     once = change_blocks(wanted, data, "Q4_K")
     assert torch.equal(change_blocks(wanted, data, "Q4_K"), once)
-    monkeypatch.setattr(patched, "FEEDBACK_CHUNK", 7 * K)
+    monkeypatch.setattr(patched, "FED_BACK", 7 * K)
     monkeypatch.setitem(base._CHUNK, "cpu", 5 * K)
     other = dequantize(change_blocks(wanted, data, "Q4_K"), "Q4_K", (N, K))
     assert kept(other - before, wanted - before) > 0.9

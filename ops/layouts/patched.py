@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import blocks
-from ..blocks.coded import FEEDBACK_CHUNK, CodedFormat
+from ..blocks.coded import CodedFormat
+from ..chunks import FED_BACK
 from ..feedback import MOST_SHARED, Feedback
 from .base import row_chunks
 
@@ -70,7 +71,7 @@ def _along_directions(
     share = (MOST_SHARED * shape[1] / max(1, basis.shape[1])) ** 0.5
     follow = Feedback(torch.ones(shape[1], device="cpu"), basis * share)
     out = torch.empty_like(stored)
-    many = max(1, FEEDBACK_CHUNK // shape[1])
+    many = max(1, FED_BACK // shape[1])
     for start in range(0, shape[0], many):
         rows = slice(start, start + many)
         true, before = _pair(weight[rows], stored[rows], qtype)
