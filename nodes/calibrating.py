@@ -20,6 +20,7 @@ from ..quant.profiler import Profiler, ProfilerOptions
 from ..quant.provenance import combined_hash, hash_files
 from ..quant.source import files_of
 from ..version import __version__
+from . import fused_blocks
 from .guidance import Guidance
 from .guider import DualCopyGuider
 from .headers import open_header
@@ -107,7 +108,8 @@ def _changes(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[str]:
         yield f"{len(patcher.patches)} patched weights"
     if patcher.weight_wrapper_patches:
         yield f"{len(patcher.weight_wrapper_patches)} wrapped weights"
-    yield from (f"paths beside the weights ({key})" for key in patcher.injections)
+    beside = (key for key in patcher.injections if key != fused_blocks.KEY)
+    yield from (f"paths beside the weights ({key})" for key in beside)
 
 
 def _linears(models: dict[str, comfy.model_patcher.ModelPatcher]) -> dict[str, nn.Module]:
