@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import comfy.model_management
@@ -173,13 +173,16 @@ def _unknown(block: torch.nn.Module) -> str | None:
 
 
 def _fuse(
-    backend: str, patcher: comfy.model_patcher.ModelPatcher, modules: Mapping[str, torch.nn.Module]
+    backend: str, patcher: comfy.model_patcher.ModelPatcher, modules: injected.Modules
 ) -> Iterator[Callable[[], None]]:
     for index in range(len(modules["layers"])):
-        layer = modules[f"layers.{index}"]
+        name = f"layers.{index}"
+        layer = modules[name]
         if _replaced(layer):
             continue  # another node's forward stays in force
-        layer.forward = FusedForward(layer, backend)
+        layer.forward = modules.made(
+            f"{KEY}.{backend}", name, partial(FusedForward, backend=backend)
+        )
         yield partial(_restore, layer)
 
 

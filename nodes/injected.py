@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, PatcherInjection
@@ -19,9 +20,11 @@ from torch import nn
 from ..errors import OpError
 
 _RECORD = "ideogram4_quant_injected"  # on every model: key -> what is in now
+_MADE = "ideogram4_quant_made"  # on every model: (key, name) -> (module, what was made for it)
 
+T = TypeVar("T")
 TakeOut = Callable[[], None]
-Put = Callable[[ModelPatcher, Mapping[str, nn.Module]], Iterator[TakeOut]]
+Put = Callable[[ModelPatcher, "Modules"], Iterator[TakeOut]]
 
 
 def follow(patcher: ModelPatcher, key: str, put: Put) -> None:
@@ -61,6 +64,15 @@ class Modules(Mapping[str, nn.Module]):
 
     def __init__(self, patcher: ModelPatcher):
         self._found = dict(patcher.model.diffusion_model.named_modules())
+        # kept by the whole model, so that no module refers to itself through it
+        self._made = vars(patcher.model).setdefault(_MADE, {})
+
+    def made(self, key: str, name: str, make: Callable[[nn.Module], T]) -> T:
+        """``make(module)`` of the first time: to one object nothing is compiled twice."""
+        module = self[name]
+        if (key, name) not in self._made or self._made[key, name][0] is not module:
+            self._made[key, name] = module, make(module)
+        return self._made[key, name][1]
 
     def __getitem__(self, name: str) -> nn.Module:
         if name not in self._found:

@@ -12,9 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 
 import comfy.model_patcher
-import torch
 from comfy.patcher_extension import CallbacksMP
-from torch import Tensor, nn
 
 from ..checkpoint.folding import Folding
 from ..errors import Ideogram4QuantError
@@ -87,7 +85,7 @@ def remaining_folding(patcher: comfy.model_patcher.ModelPatcher) -> Folding | No
 
 
 def _side_paths(
-    patcher: comfy.model_patcher.ModelPatcher, modules: Mapping[str, nn.Module]
+    patcher: comfy.model_patcher.ModelPatcher, modules: injected.Modules
 ) -> Iterator[Callable[[], None]]:
     for small in patcher.get_additional_models_with_key(KEY):
         for name, path in small.model.side_paths():
