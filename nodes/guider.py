@@ -21,6 +21,7 @@ from torch import Tensor
 from ..sampling import StepPlan, step_at
 from . import residency
 from .guidance import Guidance
+from .hook_loras import take_hooks
 from .pairing import check_conditioning, check_pair
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
     ):
         check_pair(conditional, unconditional)
         check_conditioning(conditional, positive)
-        super().__init__(conditional.clone())
+        conditional = conditional.clone()
+        take_hooks(conditional)
+        super().__init__(conditional)
         self.unconditional = unconditional
         self.guidance = guidance
         self.keep = keep

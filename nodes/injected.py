@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TypeVar
 
 from comfy.model_patcher import ModelPatcher
@@ -20,7 +21,9 @@ from torch import nn
 from ..errors import OpError
 
 _RECORD = "ideogram4_quant_injected"  # on every model: key -> what is in now
+_COVERED = "ideogram4_quant_covered"  # on every model: marks under forwards of other nodes
 _MADE = "ideogram4_quant_made"  # on every model: (key, name) -> (module, what was made for it)
+HOOKS = "ideogram4_quant_side_paths"  # on every module that had a hook: how many there are
 
 T = TypeVar("T")
 TakeOut = Callable[[], None]
@@ -55,8 +58,12 @@ def follow(patcher: ModelPatcher, key: str, put: Put) -> None:
             _take_out(placed.pop(key, None))
 
     patcher.set_injections(key, [PatcherInjection(inject=inject, eject=eject)])
-    patcher.remove_callbacks_with_key(CallbacksMP.ON_CLONE, key)
-    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, key, _starts_without)
+    for kind, callback in (
+        (CallbacksMP.ON_CLONE, _starts_without),
+        (CallbacksMP.ON_EJECT_MODEL, _unmark_the_rest),
+    ):
+        patcher.remove_callbacks_with_key(kind, key)
+        patcher.add_callback_with_key(kind, key, callback)
 
 
 class Modules(Mapping[str, nn.Module]):
@@ -66,6 +73,7 @@ class Modules(Mapping[str, nn.Module]):
         self._found = dict(patcher.model.diffusion_model.named_modules())
         # kept by the whole model, so that no module refers to itself through it
         self._made = vars(patcher.model).setdefault(_MADE, {})
+        self._covered = vars(patcher.model).setdefault(_COVERED, [])
 
     def made(self, key: str, name: str, make: Callable[[nn.Module], T]) -> T:
         """``make(module)`` of the first time: to one object nothing is compiled twice."""
@@ -82,6 +90,28 @@ class Modules(Mapping[str, nn.Module]):
                 hint="Connect the node to the model that it was made for, and run again.",
             )
         return self._found[name]
+
+    def hook(self, name: str, function: Callable) -> TakeOut:
+        """A forward hook on a module, so that a compiled model sees it come and go.
+
+        ``function`` has to read ``module.ideogram4_quant_side_paths``, how many such hooks there
+        are. torch.compile does not watch a module's hooks, and would go on with what it compiled
+        without them; it does watch attributes, such as this count, and whether ``forward`` is one.
+        """
+        module = self[name]
+        handle = module.register_forward_hook(function)
+        setattr(module, HOOKS, getattr(module, HOOKS, 0) + 1)
+        mark = None
+        if "forward" not in vars(module):
+            mark = module.forward = MethodType(type(module).forward, module)
+
+        def take_out() -> None:
+            handle.remove()
+            setattr(module, HOOKS, getattr(module, HOOKS) - 1)
+            if mark is not None and not _unmark(module, mark):
+                self._covered.append((module, mark))
+
+        return take_out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -104,6 +134,21 @@ def _placed(model: nn.Module) -> dict[str, _Placed]:
 def _take_out(placed: _Placed | None) -> None:
     while placed is not None and placed.ways_out:
         placed.ways_out.pop()()
+
+
+def _unmark(module: nn.Module, mark: MethodType) -> bool:
+    """False where another node has put its forward over the mark, and will put the mark back."""
+    if vars(module).get("forward") is not mark:
+        return False
+    del module.forward
+    return True
+
+
+def _unmark_the_rest(patcher: ModelPatcher) -> None:
+    """When everything is out, that of other nodes too."""
+    covered = vars(patcher.model).get(_COVERED, [])
+    while covered:
+        _unmark(*covered.pop())
 
 
 def _starts_without(patcher: ModelPatcher, clone: ModelPatcher) -> None:

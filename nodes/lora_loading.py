@@ -18,9 +18,9 @@ from ..checkpoint.folding import Folding
 from ..errors import Ideogram4QuantError
 from . import injected
 from .headers import open_header
-from .lora_files import LowRank, stack
-from .low_rank_model import load_low_rank
-from .model_loading import source_of
+from .lora_files import LowRank
+from .low_rank_model import load_low_rank, unload_with
+from .model_source import source_of
 
 logger = logging.getLogger(__name__)
 KEY = "ideogram4_quant_lora"
@@ -45,25 +45,28 @@ def add_lora(
     """
     if not updates or strength == 0.0:
         return patcher
-    folding = remaining_folding(patcher)
-    if folding is not None:
-        updates = {n: LowRank(*folding.low_rank(n, u.down, u.up)) for n, u in updates.items()}
+    updates = in_its_basis(patcher, updates)
     patcher = patcher.clone()
     loaded = (*(patcher.get_attachment(KEY) or ()), (updates, strength))
     patcher.set_attachments(KEY, loaded)
-    # one small model for all, so that two LoRAs on a linear cost one pair of products
-    together = {
-        name: stack([(found[name], s) for found, s in loaded if name in found])
-        for name in dict.fromkeys(name for found, _ in loaded for name in found)
-    }
     small = load_low_rank(
-        together, patcher.model.get_dtype_inference(), patcher.load_device, patcher.offload_device
+        loaded, patcher.model.get_dtype_inference(), patcher.load_device, patcher.offload_device
     )
     patcher.set_additional_models(KEY, [small])
     injected.follow(patcher, KEY, _side_paths)
     patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
-    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, _unload_too)
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, unload_with(KEY))
     return patcher
+
+
+def in_its_basis(
+    patcher: comfy.model_patcher.ModelPatcher, updates: Mapping[str, LowRank]
+) -> Mapping[str, LowRank]:
+    """Updates of the original model as updates of this one, which may still be folded."""
+    folding = remaining_folding(patcher)
+    if folding is None:
+        return updates
+    return {n: LowRank(*folding.low_rank(n, u.down, u.up)) for n, u in updates.items()}
 
 
 def remaining_folding(patcher: comfy.model_patcher.ModelPatcher) -> Folding | None:
@@ -89,11 +92,4 @@ def _side_paths(
 ) -> Iterator[Callable[[], None]]:
     for small in patcher.get_additional_models_with_key(KEY):
         for name, path in small.model.side_paths():
-            yield modules[name].register_forward_hook(path.hook).remove
-
-
-def _unload_too(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
-    """Where the host unloads a model, the updates beside it leave the device as well."""
-    if unpatch_all:
-        for small in patcher.get_additional_models_with_key(KEY):
-            small.detach()
+            yield modules.hook(name, path.hook)

@@ -7,7 +7,7 @@ import comfy.model_patcher
 
 from ..errors import NotIdeogram4Error, OpError, PairMismatchError
 from .encoder_loading import MAX_TOKENS
-from .model_loading import source_of
+from .model_source import source_of
 
 
 def check_pair(

@@ -85,6 +85,15 @@ def test_a_clone_that_ends_takes_nothing_with_it(rest):
     assert rest["life"]["without"]
 
 
+def test_clones_for_other_gpus_get_loras_that_come_later(rest):
+    assert max(rest["several"]) < 1e-5
+
+
+def test_the_hosts_bypass_goes_over_it_and_leaves_nothing(rest):
+    assert rest["life"]["under a bypass"] < 1e-5
+    assert rest["life"]["left under it"] == 0
+
+
 def test_what_cannot_go_in_is_said_and_leaves_nothing_behind(rest):
     assert (
         "lacks one of its modules (found no layers.3.adaln_modulation)" in rest["failure"]["said"]

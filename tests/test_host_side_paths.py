@@ -75,6 +75,10 @@ def test_a_lora_leaves_the_device_with_its_model(memory):
     assert memory["unloaded"] == [0, 0]
 
 
+def test_nothing_keeps_a_model_or_its_lora_alive(memory):
+    assert memory["freed"] == [True, True]
+
+
 @pytest.mark.parametrize("level", WITHIN)
 @pytest.mark.parametrize("kind", ["fused", "unfused"])
 def test_a_compiled_model_has_the_lora_and_is_compiled_once(compiled, level, kind):

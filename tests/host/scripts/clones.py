@@ -59,13 +59,7 @@ class World:
         """A model of its own with the dense formula in its linears, none of our code involved."""
         patcher = self.load(path, copy, fused)
         for name, strength in loras:
-            state = self.states[name]
-            for key in (k for k in state if k.endswith("lora_A.weight")):
-                module = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
-                up = state[key.replace("lora_A", "lora_B")]
-                add_dense(
-                    patcher.model.diffusion_model.get_submodule(module), strength * up @ state[key]
-                )
+            add_updates(patcher.model.diffusion_model, self.states[name], strength)
         return patcher
 
     def run(self, patcher):
@@ -75,6 +69,13 @@ class World:
         """One pass of the model as it lies there; nothing is asked of the host."""
         x, t, context = self.inputs
         return patcher.model.diffusion_model(x, t, context=context).clone()
+
+
+def add_updates(model, state: dict, strength: float) -> None:
+    for key in (k for k in state if k.endswith("lora_A.weight")):
+        module = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
+        up = state[key.replace("lora_A", "lora_B")]
+        add_dense(model.get_submodule(module), strength * up @ state[key])
 
 
 def add_dense(module, delta) -> None:
@@ -193,7 +194,13 @@ def life(world: World, files: dict) -> dict:
     waiting.model_state_dict()
     left(plain)
     waiting.model_state_dict()
+    bypassed = bypass(original, world, "second.safetensors")
+    error = inside.relative(
+        world.run(bypassed), world.run(world.dense(path, (*ONE, ("second.safetensors", 1.0))))
+    )
     return {
+        "under a bypass": error,
+        "left under it": left(bypassed) + sum("forward" in vars(m) for m in linears(plain)),
         "at once": alive,
         "one taken out": inside.relative(after, wanted),
         "after a clone ended": kept,
@@ -201,8 +208,36 @@ def life(world: World, files: dict) -> dict:
     }
 
 
+def several_gpus(world: World, files: dict) -> list[float]:
+    """LoRAs that come after the host's MultiGPU node: on the clone that it made before, too."""
+    path = files["BF16"]["conditional"]
+    main = world.load(path)
+    second = main.deepclone_multigpu()
+    second.is_multigpu_base_clone = True
+    main.set_additional_models("multigpu", [second])
+    errors = []
+    for loras, patcher in ((ONE, world.add(main)), (TWO, world.add(world.add(main), TWO[1:]))):
+        patcher.match_multigpu_clones()
+        (matched,) = patcher.get_additional_models_with_key("multigpu")
+        wanted = world.run(world.dense(path, loras))
+        errors.append(inside.relative(world.run(matched), wanted))
+        errors.append(inside.relative(world.run(patcher), wanted))
+    return errors
+
+
+def bypass(patcher, world: World, name: str):
+    """The host's own LoRA beside the weights, put over ours: it replaces forwards."""
+    import comfy.sd
+
+    return comfy.sd.load_bypass_lora_for_models(patcher, None, world.states[name], 1.0, 0.0)[0]
+
+
+def linears(patcher) -> list:
+    return [m for m in patcher.model.modules() if hasattr(m, "out_features")]
+
+
 def failures(world: World, files: dict) -> dict:
-    """A module that is missing where a LoRA goes in: an error in words, and nothing left half in."""
+    """A module is missing where a LoRA goes in: an error in words, and nothing half in."""
     plain = world.load(files["BF16"]["conditional"])
     original = world.add(plain)
     world.run(plain)
@@ -219,7 +254,11 @@ def failures(world: World, files: dict) -> dict:
 
 
 def rest(world: World, files: dict) -> dict:
-    return {"life": life(world, files), "failure": failures(world, files)}
+    return {
+        "life": life(world, files),
+        "several": several_gpus(world, files),
+        "failure": failures(world, files),
+    }
 
 
 MODES = {"clones": every_clone, "rest": rest}
