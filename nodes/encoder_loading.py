@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 from ..checkpoint import EncoderCheckpoint, open_encoder
 from ..errors import CheckpointError, NotIdeogram4Error, OpError
 from .captions import PLAIN_TEXT, STRIPPED, is_plain, is_stripped
+from .hook_loras import refuse_hooks
 from .host_ops import make_ops
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def load_encoder(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         disable_dynamic=disable_dynamic,
     )
     clip.patcher.cached_patcher_init = (_load_patcher, (path,))
+    refuse_hooks(clip.patcher)
     return clip
 
 

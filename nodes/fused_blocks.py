@@ -1,4 +1,4 @@
-"""The fused block in the host: an object patch on the forward of every block.
+"""The fused block in the host: put in the place of the forward of every block.
 
 Linears and attention are called as the host's modules, so weights come through the host's own casts
 and whatever it does with them (patches, partial loads, dynamic memory) stays in force; they are
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import comfy.model_management
@@ -25,6 +25,7 @@ from torch.nn.modules import module as torch_module
 
 from ..ops import fused
 from ..ops.dispatch import AUTO
+from . import injected
 
 logger = logging.getLogger(__name__)
 KEY = "ideogram4_quant_fused_blocks"
@@ -48,24 +49,8 @@ def add_fused_blocks(patcher: comfy.model_patcher.ModelPatcher, backend: str = A
         _say(text)
         patcher.set_attachments(KEY, text)
         return
-    for index, layer in enumerate(layers):
-        patcher.add_object_patch(_path(index), FusedForward(layer, backend))
-    patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _follow)
+    injected.follow(patcher, KEY, partial(_fuse, backend))
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _look)
-
-
-def remove_fused_blocks(
-    patcher: comfy.model_patcher.ModelPatcher,
-) -> comfy.model_patcher.ModelPatcher:
-    """A clone of the model without the fused blocks."""
-    patcher = patcher.clone()
-    for path, patch in list(patcher.object_patches.items()):
-        if isinstance(patch, FusedForward):
-            del patcher.object_patches[path]
-    for kind in (CallbacksMP.ON_CLONE, CallbacksMP.ON_PRE_RUN):
-        patcher.remove_callbacks_with_key(kind, KEY)
-    patcher.attachments.pop(KEY, None)
-    return patcher
 
 
 def status(patcher: comfy.model_patcher.ModelPatcher) -> str | None:
@@ -148,9 +133,11 @@ def _watched(module: torch.nn.Module) -> str | None:
     """What of another node wants to see tensors here."""
     if module._forward_hooks or module._forward_pre_hooks:
         return "a forward hook"
-    if getattr(module.forward, "__func__", None) is not type(module).forward:
-        return "a replaced forward"
-    return None
+    return "a replaced forward" if _replaced(module) else None
+
+
+def _replaced(module: torch.nn.Module) -> bool:
+    return getattr(module.forward, "__func__", None) is not type(module).forward
 
 
 def _watches_all() -> bool:
@@ -185,29 +172,30 @@ def _unknown(block: torch.nn.Module) -> str | None:
     return None if takes == _FORWARD else f"it takes {', '.join(takes)}"
 
 
-def _path(index: int) -> str:
-    return f"diffusion_model.layers.{index}.forward"
+def _fuse(
+    backend: str, patcher: comfy.model_patcher.ModelPatcher, modules: injected.Modules
+) -> Iterator[Callable[[], None]]:
+    for index in range(len(modules["layers"])):
+        name = f"layers.{index}"
+        layer = modules[name]
+        if _replaced(layer):
+            continue  # another node's forward stays in force
+        layer.forward = modules.made(
+            f"{KEY}.{backend}", name, partial(FusedForward, backend=backend)
+        )
+        yield partial(_restore, layer)
 
 
-def _follow(
-    patcher: comfy.model_patcher.ModelPatcher, clone: comfy.model_patcher.ModelPatcher
-) -> None:
-    """A clone on a model of its own gets patches on its own blocks."""
-    if clone.model is patcher.model:
-        return
-    layers = clone.model.diffusion_model.layers
-    for index, layer in enumerate(layers):
-        patch = clone.object_patches.get(_path(index))
-        if isinstance(patch, FusedForward):
-            clone.add_object_patch(_path(index), FusedForward(layer, patch.backend))
+def _restore(layer: torch.nn.Module) -> None:
+    if isinstance(vars(layer).get("forward"), FusedForward):
+        del layer.forward
 
 
 def _look(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """Before sampling: say, once, what steps aside."""
     layers = patcher.model.diffusion_model.layers
-    patches = [patcher.object_patches.get(_path(index)) for index in range(len(layers))]
     notes: dict[str, list[int]] = {}
-    for index, patch in enumerate(patches):
+    for index, patch in enumerate(layer.forward for layer in layers):
         if not isinstance(patch, FusedForward):
             notes.setdefault("the block has another patch of its forward", []).append(index)
             continue

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 
-import comfy.model_base
 import comfy.model_management as management
 import comfy.model_patcher
 import comfy.patcher_extension as extension
@@ -19,12 +18,11 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..errors import NotIdeogram4Error, OpError, PairMismatchError
 from ..sampling import StepPlan, step_at
 from . import residency
-from .encoder_loading import MAX_TOKENS
 from .guidance import Guidance
-from .model_loading import source_of
+from .hook_loras import take_hooks
+from .pairing import check_conditioning, check_pair
 
 logger = logging.getLogger(__name__)
 _ADDITIONAL = "ideogram4_quant_unconditional"
@@ -53,7 +51,9 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
     ):
         check_pair(conditional, unconditional)
         check_conditioning(conditional, positive)
-        super().__init__(conditional.clone())
+        conditional = conditional.clone()
+        take_hooks(conditional)
+        super().__init__(conditional)
         self.unconditional = unconditional
         self.guidance = guidance
         self.keep = keep
@@ -208,7 +208,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         """Asks for both copies by one request, has them take turns, or keeps them in RAM."""
         patcher = self.model_patcher
         need, least = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, self.conds)
-        sizes = (patcher.model_size(), self.unconditional.model_size())
+        sizes = (_size(patcher), _size(self.unconditional))
         memory = management.get_total_memory(patcher.load_device)
         self.kept = residency.choose(self.keep, sizes, int(least), memory)
         self._working_memory = need
@@ -229,7 +229,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
     def _take_turn(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         if self.kept != residency.ALTERNATING or self._turn is patcher:
             return
-        management.load_models_gpu([patcher], memory_required=self._working_memory)
+        management.load_models_gpu(_whole(patcher), memory_required=self._working_memory)
         self._turn = patcher
 
     def _make_room(self, reason: Exception) -> None:
@@ -250,7 +250,8 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         management.soft_empty_cache()
         if smaller == residency.STREAMED:
             copies = [p for p in (self.model_patcher, self.unconditional) if p is not None]
-            management.load_models_gpu(copies, memory_required=_ALL)
+            models = [model for copy in copies for model in _whole(copy)]
+            management.load_models_gpu(models, memory_required=_ALL)
 
     def _own_options(self, sigmas: Tensor) -> dict:
         """The unconditional copy's model options, prepared as the host prepares the other's."""
@@ -262,69 +263,21 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         return options
 
 
+def _whole(patcher: comfy.model_patcher.ModelPatcher) -> list[comfy.model_patcher.ModelPatcher]:
+    """A copy with what is beside it on its device, such as LoRAs; without the other copy."""
+    beside = (
+        model
+        for key, models in patcher.additional_models.items()
+        if key != _ADDITIONAL
+        for model in models
+    )
+    return [patcher, *(model for model in beside if model.load_device == patcher.load_device)]
+
+
+def _size(patcher: comfy.model_patcher.ModelPatcher) -> int:
+    return sum(model.model_size() for model in _whole(patcher))
+
+
 def _keep_in_ram(prepare, *args, **kwargs):
     """The host's preparation of a run, asking for so much room that weights stay in RAM."""
     return prepare(*args, **kwargs | {"force_offload": True})
-
-
-def check_pair(
-    conditional: comfy.model_patcher.ModelPatcher,
-    unconditional: comfy.model_patcher.ModelPatcher | None,
-) -> None:
-    """The two are Ideogram 4, of one size, and neither takes the other's place."""
-    for patcher, role in ((conditional, "conditional"), (unconditional, "unconditional")):
-        if patcher is None:
-            continue
-        if not isinstance(patcher.model, comfy.model_base.Ideogram4):
-            raise NotIdeogram4Error(
-                f"the {role} model is not Ideogram 4",
-                found=type(patcher.model).__name__,
-                hint="Connect a model from a loader of Ideogram 4.",
-            )
-        source = source_of(patcher)
-        if source is not None and source.copy != role:
-            raise PairMismatchError(
-                f"the model on the {role} input is the {source.copy} copy",
-                file=source.path,
-                hint="Swap the two connections, or pick the other file in the loader.",
-            )
-    if unconditional is None:
-        return
-    left, right = _dimensions(conditional), _dimensions(unconditional)
-    # the unconditional copy may be without its text part, and then does not tell how wide it is
-    name = next((k for k in left if left[k] != right[k] and k != "llm_features_dim"), None)
-    if name is not None:
-        raise PairMismatchError(
-            f"the two copies are of different sizes: {name} differs",
-            found=f"{left[name]} and {right[name]}",
-            needed="the same in both",
-            hint="Pick two files of one model.",
-        )
-
-
-def check_conditioning(model: comfy.model_patcher.ModelPatcher, positive: list) -> None:
-    """The text features are as wide as this model reads, and no longer than it was trained on."""
-    width = _dimensions(model)["llm_features_dim"]
-    for features, _ in positive:
-        if features is None:
-            continue
-        if features.shape[-1] != width:
-            raise OpError(
-                "this conditioning comes from another text encoder",
-                found=f"{features.shape[-1]} features a token",
-                needed=width,
-                hint="Encode the caption with the Qwen3-VL encoder that belongs to Ideogram 4.",
-            )
-        if features.shape[1] > MAX_TOKENS:
-            raise OpError(
-                "the caption is too long",
-                found=f"{features.shape[1]} tokens",
-                needed=f"at most {MAX_TOKENS}",
-                hint="Shorten the descriptions, or describe fewer elements.",
-            )
-
-
-def _dimensions(patcher: comfy.model_patcher.ModelPatcher) -> dict:
-    config = patcher.model.model_config.unet_config
-    keys = ("num_layers", "num_attention_heads", "attention_head_dim", "intermediate_size")
-    return {key: config[key] for key in (*keys, "llm_features_dim")}

@@ -1,24 +1,26 @@
 """LoRAs on a quantized model as a low-rank path beside each linear.
 
 ``y = W x + up (down x)``: the quantized weight is not touched, so that nothing is encoded again
-and removal is exact. The path goes in through the host's injections, as forward hooks.
+and removal is exact. The path goes in through the host's injections, as forward hooks. What it
+multiplies by is a small model of its own, which the host loads, counts and unloads as it does the
+others.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import comfy.model_patcher
-import torch
-from comfy.patcher_extension import PatcherInjection
-from torch import Tensor
+from comfy.patcher_extension import CallbacksMP
 
 from ..checkpoint.folding import Folding
 from ..errors import Ideogram4QuantError
+from . import injected
 from .headers import open_header
-from .lora_files import LowRank, stack
-from .model_loading import source_of
+from .lora_files import LowRank
+from .low_rank_model import load_low_rank, unload_with
+from .model_source import source_of
 
 logger = logging.getLogger(__name__)
 KEY = "ideogram4_quant_lora"
@@ -43,20 +45,28 @@ def add_lora(
     """
     if not updates or strength == 0.0:
         return patcher
-    folding = remaining_folding(patcher)
-    if folding is not None:
-        updates = {n: LowRank(*folding.low_rank(n, u.down, u.up)) for n, u in updates.items()}
+    updates = in_its_basis(patcher, updates)
     patcher = patcher.clone()
     loaded = (*(patcher.get_attachment(KEY) or ()), (updates, strength))
     patcher.set_attachments(KEY, loaded)
-    modules = dict(patcher.model.diffusion_model.named_modules())
-    paths = {}
-    for name in {name for found, _ in loaded for name in found}:
-        together = [(found[name], s) for found, s in loaded if name in found]
-        paths[modules[name]] = stack(together)
-    # one injection for all, so that two LoRAs on a linear cost one pair of products
-    patcher.set_injections(KEY, [_SidePaths(paths).injection()])
+    small = load_low_rank(
+        loaded, patcher.model.get_dtype_inference(), patcher.load_device, patcher.offload_device
+    )
+    patcher.set_additional_models(KEY, [small])
+    injected.follow(patcher, KEY, _side_paths)
+    patcher.remove_callbacks_with_key(CallbacksMP.ON_DETACH, KEY)
+    patcher.add_callback_with_key(CallbacksMP.ON_DETACH, KEY, unload_with(KEY))
     return patcher
+
+
+def in_its_basis(
+    patcher: comfy.model_patcher.ModelPatcher, updates: Mapping[str, LowRank]
+) -> Mapping[str, LowRank]:
+    """Updates of the original model as updates of this one, which may still be folded."""
+    folding = remaining_folding(patcher)
+    if folding is None:
+        return updates
+    return {n: LowRank(*folding.low_rank(n, u.down, u.up)) for n, u in updates.items()}
 
 
 def remaining_folding(patcher: comfy.model_patcher.ModelPatcher) -> Folding | None:
@@ -77,35 +87,9 @@ def remaining_folding(patcher: comfy.model_patcher.ModelPatcher) -> Folding | No
         return None
 
 
-class _SidePaths:
-    """The forward hooks of one patched model, put in and taken out by the host."""
-
-    def __init__(self, paths: Mapping[torch.nn.Module, LowRank]):
-        self._paths = paths
-        self._handles: list = []
-
-    def injection(self) -> PatcherInjection:
-        return PatcherInjection(inject=self._inject, eject=self._eject)
-
-    def _inject(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
-        self._eject(patcher)  # clones of a patched model share these hooks
-        dtype = patcher.model.get_dtype_inference()
-        for module, update in self._paths.items():
-            down = update.down.to(patcher.load_device, dtype)
-            up = update.up.to(patcher.load_device, dtype)
-            self._handles.append(module.register_forward_hook(side_path(down, up)))
-
-    def _eject(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-
-def side_path(down: Tensor, up: Tensor) -> Callable[[torch.nn.Module, tuple, Tensor], Tensor]:
-    """A forward hook of a linear: ``y + up (down x)``; down [r, K], up [N, r]."""
-
-    def add_side_path(module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        x = inputs[0].to(down.dtype)
-        side = torch.nn.functional.linear(torch.nn.functional.linear(x, down), up)
-        return output + side.to(output.dtype)
-
-    return add_side_path
+def _side_paths(
+    patcher: comfy.model_patcher.ModelPatcher, modules: injected.Modules
+) -> Iterator[Callable[[], None]]:
+    for small in patcher.get_additional_models_with_key(KEY):
+        for name, path in small.model.side_paths():
+            yield modules.hook(name, path.hook)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import comfy.model_management as management
@@ -16,36 +15,19 @@ import torch
 from ..checkpoint import Checkpoint
 from ..checkpoint.saved import WORDS
 from ..ops.dispatch import AUTO
-from ..ops.linear import LinearOptions
 from ..ops.tuning import choices
 from ..ops.tuning.autotune import Layer, Measure, inputs_of, layers_of, tune
 from .attention import check as check_attention
 from .attention import install
 from .fused_blocks import add_fused_blocks
 from .headers import open_header
+from .hook_loras import take_hooks
 from .host_ops import make_ops, text_tensor
-from .report import HOST_ATTENTION
+from .model_source import ATTACHMENT, ModelSource, source_of
 
-ATTACHMENT = "ideogram4_quant"
+__all__ = ["ModelSource", "compute_dtype", "load_model", "measured", "source_of"]
+
 LAYERS = "ideogram4_quant_layers"
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Everything that decides what a loaded model is; also how the host can load it again."""
-
-    path: Path
-    copy: str
-    bases: tuple[Path, ...] = ()
-    options: LinearOptions = field(default_factory=LinearOptions)
-    trusted: bool = False  # the user's word for the copy goes before the file's name
-    attention: str = HOST_ATTENTION
-    fused: bool = False  # blocks run fused: see fused_blocks
-
-
-def source_of(patcher: comfy.model_patcher.ModelPatcher) -> ModelSource | None:
-    """Where a model came from; None for a model of another loader."""
-    return patcher.get_attachment(ATTACHMENT)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -91,6 +73,7 @@ def load_model(
     patcher.set_attachments(ATTACHMENT, source)
     patcher.set_attachments(LAYERS, layers)
     install(patcher, source.attention)
+    take_hooks(patcher)
     if source.fused:
         add_fused_blocks(patcher, source.options.backend)
     return patcher

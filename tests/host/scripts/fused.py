@@ -45,7 +45,8 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
     wanted = run(plain, inputs)
     counted = Counter(pack)
     out = run(fused, inputs)
-    without = inside.load(pack, "nodes.fused_blocks").remove_fused_blocks(fused)
+    without = fused.clone()
+    without.remove_injections(inside.load(pack, "nodes.fused_blocks").KEY)
     found = {
         "plain": inside.relative(out, wanted),
         "quantizers": counted.take(),
@@ -70,8 +71,8 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
     management.unload_all_models()
     copy = fused.clone(disable_dynamic=True, force_deepcopy=True)
     own = copy.model.diffusion_model.layers[0]
-    found["follows"] = copy.object_patches["diffusion_model.layers.0.forward"].block is own
     found["copy"] = torch.equal(run(copy, inputs), out)
+    found["follows"] = own.forward.block is own
     counted.close()
     return found
 

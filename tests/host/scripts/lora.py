@@ -73,7 +73,7 @@ def work_added(pack: str) -> dict[str, float]:
     config = inside.load(pack, "checkpoint").ModelConfig()
     canonical = inside.load(pack, "checkpoint.canonical").canonical_shapes(config)
     names = inside.load(pack, "nodes.lora_files")
-    hook = inside.load(pack, "nodes.lora_loading").side_path
+    low_rank = inside.load(pack, "nodes.low_rank_model")
     shapes = {
         name.removesuffix(".weight"): shape
         for name, shape in canonical.items()
@@ -87,8 +87,10 @@ def work_added(pack: str) -> dict[str, float]:
                 linear = torch.nn.Linear(k, n, bias=False, device="meta")
                 rank = ranks.get(module, 0)
                 if rank:
-                    down = torch.empty(rank, k, device="meta")
-                    linear.register_forward_hook(hook(down, torch.empty(n, rank, device="meta")))
+                    halves = (torch.empty(shape, device="meta") for shape in ((rank, k), (n, rank)))
+                    path = low_rank.SidePath(names.LowRank(*halves), torch.float32)
+                    linear.ideogram4_quant_side_paths = 1
+                    linear.register_forward_hook(path.hook)
                 linear(torch.empty(16, k, device="meta"))
         return counter.get_total_flops()
 

@@ -68,7 +68,7 @@ def load(pack: str, path: str, copy: str, fused: bool):
     return loading.load_model(loading.ModelSource(Path(path), copy, fused=fused))
 
 
-def sample(pack: str, copies: list):
+def sample(pack: str, copies: list, keep: str = "both"):
     """Three guided steps."""
     import comfy.samplers
     import torch
@@ -78,7 +78,7 @@ def sample(pack: str, copies: list):
     features = torch.randn(1, 20, 832, generator=generator)
     guidance = inside.load(pack, "nodes.guidance").Guidance(None, (7.0, 7.0, 3.0))
     guider = inside.load(pack, "nodes.guider").DualCopyGuider(
-        *copies, [[features, {}]], guidance, "both"
+        *copies, [[features, {}]], guidance, keep
     )
     euler = comfy.samplers.sampler_object("euler")
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
