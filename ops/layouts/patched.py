@@ -13,9 +13,8 @@ from torch import Tensor
 
 from .. import blocks
 from ..blocks.coded import CodedFormat
-from ..chunks import FED_BACK
+from ..chunks import FED_BACK, row_chunks
 from ..feedback import MOST_SHARED, Feedback
-from .base import row_chunks
 
 _KEPT, _MUCH = 0.95, 0.5
 """Shares of a change that encoding anew has to keep: to be good enough, for its grid to be."""
