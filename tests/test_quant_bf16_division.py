@@ -1,4 +1,4 @@
-"""Int8 codes do not depend on the dtype that holds the weight; files of which they did are named."""
+"""Int8 codes do not depend on the dtype that holds a weight; files of which they did are named."""
 
 from __future__ import annotations
 
