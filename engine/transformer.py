@@ -156,8 +156,8 @@ def load_transformer(
             "Ideogram 4 overflows in this dtype",
             found=dtype,
             needed="bfloat16 or float32",
-            hint="feed_forward.w2 of layers 0 and 1 gives values beyond float16's 65,504; leave the "
-            "dtype out.",
+            hint="feed_forward.w2 of layers 0 and 1 gives values beyond float16's 65,504; leave "
+            "the dtype out.",
         )
     check_attention(attention, device)
     conditional = copy == "conditional"

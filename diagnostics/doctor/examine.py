@@ -27,7 +27,7 @@ from ...checkpoint.safetensors_header import read_safetensors_header
 from ...errors import CheckpointError, NotIdeogram4Error
 from ...quant.provenance import hash_files
 from .comfyui import Host, model_folders
-from .machine import Device, find_device, ram, versions
+from .machine import Device, find_device, ram, version_notes, versions
 from .sizes import copy_bytes
 
 _LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
@@ -71,7 +71,7 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
         "levels": [_level(level, pairs[level], device) for level in LEVELS],
         "auto": _auto(models, device),
         "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
-        "notes": notes,
+        "notes": [*notes, *version_notes(versions())],
     }
 
 
