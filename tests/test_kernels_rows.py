@@ -166,7 +166,7 @@ def test_inputs_need_not_be_contiguous():
     assert torch.equal(out, gate_residual_rmsnorm(copy, copy, copy, weight.contiguous(), 1e-6))
 
 
-# ---- bf16: every kernel casts before it computes. Triton's interpreter (3.7.1, 3.9.0) computes bf16
+# ---- bf16: every kernel casts before it computes. Triton's interpreter (3.7.1, 3.9.0) computes it
 # ---- on bit patterns, so that one product or sum of bf16 values gives other results here.
 
 HALVES = {
