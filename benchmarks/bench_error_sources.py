@@ -2,13 +2,13 @@
 
     python benchmarks/bench_error_sources.py --out docs [--work pocket-table] [--prompts 32]
 
-On the pocket model, with Q4_K calibrated: the linears of one kind in one copy are quantized, all else
-stays exact; sampled with the default preset at a constant guidance of 7 and of 3. The error is the
-latent SQNR in dB of the final latents, its mean over held-out captions with a 95 % interval: in dB, as
-at guidance 3 a caption in sixteen goes over to another picture, which would be most of a mean energy.
-A share is 10^(-dB / 10) over the sum of all kinds and both copies. Writes ``error-sources.csv`` and
-``images/error-sources.png``. Also, without a picture: how many directions the difference between the
-two copies takes, by kind. About twelve CPU minutes.
+On the pocket model, with Q4_K calibrated: the linears of one kind in one copy are quantized, all
+else stays exact; sampled with the default preset at a constant guidance of 7 and of 3. The error is
+the SQNR of the final latents, its mean over held-out captions with a 95 % interval: in dB, as at
+guidance 3 a caption here and there goes over to another picture, which would be most of a mean of
+energies. A share is 10^(-dB / 10) over the sum of all kinds and both copies. Writes
+``error-sources.csv`` and ``images/error-sources.png``. Also, without a picture: how many directions
+the difference between the two copies takes, by kind. About twelve CPU minutes.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Sampler:
         ).eval()
 
     def latents(self, models: Mapping[str, object], guidance: float) -> Tensor:
-        """[prompts, tokens, channels], one caption at a time."""
+        """[prompts, tokens, channels], captions of one length at once."""
         both = Models(models["conditional"], models["unconditional"], None, None)
         steps = GenerateRequest("", WIDTH, HEIGHT, preset=PRESET, guidance=guidance).plan()
         rows, columns = grid_size(WIDTH, HEIGHT)
@@ -192,9 +192,8 @@ def main() -> None:
     torch.set_num_threads(1)
     sampler = Sampler(args.work, args.prompts)
     for kind, (size, rank, own) in directions(sampler.exact).items():
-        print(
-            f"{kind:18} difference {size:.2f} of the weight, rank {rank:.0%}, the weight's {own:.0%}"
-        )
+        ranks = f"rank {rank:.0%}, the weight's {own:.0%}"
+        print(f"{kind:18} difference {size:.2f} of the weight, {ranks}")
     found = measured(sampler)
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(found, args.out / "error-sources.csv")

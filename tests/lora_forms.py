@@ -15,7 +15,9 @@ from torch import Tensor
 H, FFN = 256, 768
 MLP = {"layers.0.feed_forward.w2": (H, FFN)}
 FUSED = {"layers.0.attention.qkv": (3 * H, H), "layers.0.attention.o": (H, H)} | MLP
-SPLIT = {f"layers.0.attention.{name}": (H, H) for name in ("to_q", "to_k", "to_v", "to_out.0")} | MLP
+SPLIT = {
+    f"layers.0.attention.{name}": (H, H) for name in ("to_q", "to_k", "to_v", "to_out.0")
+} | MLP
 STEM = {"input_proj": (H, 128)}
 #: The linears of the model, as `parse_lora` wants them.
 SHAPES = FUSED | STEM
