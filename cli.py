@@ -139,7 +139,9 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     prompt.add_argument("--prompt-file", type=Path, metavar="F", help="the prompt in a text file")
     picture.add_argument("--width", type=int, default=1024, help="multiple of 16 (default: 1024)")
     picture.add_argument("--height", type=int, default=1024, help="multiple of 16 (default: 1024)")
-    picture.add_argument("--seed", type=int, default=0, help="default: 0")
+    picture.add_argument(
+        "--seed", type=int, default=0, help="its low 32 bits make the noise (default: 0)"
+    )
     picture.add_argument("--init-image", type=Path, metavar="F", help="a picture to start from")
     picture.add_argument(
         "--denoise", type=float, default=1.0, help="how much of it to repaint, above 0, at most 1"

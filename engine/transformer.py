@@ -153,7 +153,11 @@ def load_transformer(
     dtype = default_dtype(device, dtype)
     if dtype not in (torch.bfloat16, torch.float32):
         raise OpError(
-            "Ideogram 4 overflows in this dtype", found=dtype, needed="bfloat16 or float32"
+            "Ideogram 4 overflows in this dtype",
+            found=dtype,
+            needed="bfloat16 or float32",
+            hint="feed_forward.w2 of layers 0 and 1 gives values beyond float16's 65,504; leave "
+            "the dtype out.",
         )
     check_attention(attention, device)
     conditional = copy == "conditional"

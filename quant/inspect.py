@@ -1,4 +1,4 @@
-"""What a model file is, from its headers alone."""
+"""What a model file is, from its headers and, of int8, the largest codes of some rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import printable
+from .row_peaks import RowPeaks, divided_in_bf16
 from .source import BaseLike
 from .tables import human_bytes, text_table
 
@@ -37,7 +38,8 @@ class Inspection:
 
     ``size`` in bytes, all files together; ``types`` in the file's own words, largest first;
     ``protected``: linears that a quantized file keeps in high precision. ``folded``: linears whose
-    inputs are divided, and some rotated, by the weights before them.
+    inputs are divided, and some rotated, by the weights before them. ``bf16_division``: rows of
+    int8 that show a quantizer which divided in bf16, None where none do.
     """
 
     path: str
@@ -52,6 +54,7 @@ class Inspection:
     protected: tuple[str, ...]
     folded: tuple[str, ...]
     metadata: Mapping[str, object]
+    bf16_division: RowPeaks | None = None
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready; metadata arrays and other long things as text."""
@@ -73,6 +76,8 @@ class Inspection:
             facts.append(("protected", f"{len(self.protected)}: {', '.join(self.protected)}"))
         if self.folded:
             facts.append(("folded", f"{len(self.folded)} linears; {_FOLDED}"))
+        if self.bf16_division:
+            facts.append(("quantized in bf16", str(self.bf16_division)))
         width = max(len(name) for name, _ in facts)
         parts = ["\n".join(f"{name.ljust(width)}  {value}" for name, value in facts)]
         rows = [
@@ -90,7 +95,8 @@ def inspect_file(
 ) -> Inspection:
     """Origin, level, copies and why, config, types, sizes and metadata of a model file or folder.
 
-    Reads headers, and of a folded file what was folded. Raises what ``open_checkpoint`` raises.
+    Reads headers, of a folded file what was folded, of an int8 one four linears a copy. Raises what
+    ``open_checkpoint`` raises.
     """
     checkpoint = open_checkpoint(path, base)
     files = tuple(str(file) for file in checkpoint.paths)
@@ -107,6 +113,7 @@ def inspect_file(
         protected=tuple(checkpoint.protected),
         folded=_folded(checkpoint),
         metadata=checkpoint.metadata,
+        bf16_division=divided_in_bf16(checkpoint),
     )
 
 

@@ -1,11 +1,12 @@
 """Presets, sigmas, guidance, the plan of every step: pure, shared by nodes and engine."""
 
-from .noise import noise_seeds
+from .noise import NOISES, noise_seeds
 from .presets import PRESETS, Preset, guidance_schedule, preset
 from .schedule import check_size, grid_size, sigmas, start_latents
 from .steps import StepPlan, combine, euler_step, plan, step_at
 
 __all__ = [
+    "NOISES",
     "PRESETS",
     "Preset",
     "StepPlan",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 _BITS = 32
+NOISES = 1 << _BITS
+"""How many seeds give noise of their own; two that differ by this give the same."""
 _HALF_WAY = 1 << (_BITS - 1)
 # Odd, so that its multiples reach every number of 32 bits before one comes again.
 _STRIDE = 0x9E3779B9

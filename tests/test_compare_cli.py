@@ -61,6 +61,12 @@ def test_shards_merged_score_as_one_run(arguments, tmp_path, capsys):
     assert data["systems"][0]["metrics"]["ocr_distance"]["prompts"] == 1
     assert data["settings"]["files"]["moved"][1] == "other.safetensors"
     assert any("2 of 3 pictures were not asked for text" in gap for gap in data["gaps"])
+    assert any(
+        g.startswith("MS-SSIM: 2 of 5 scales at 64x32 (all five from 176") for g in data["gaps"]
+    )
+    assert data["settings"]["pictures_at_once"] == 1
+    said = "every system 1 picture at a time"
+    assert all(said in (whole / n).read_text() for n in ("results.md", "report.html"))
 
 
 def test_a_deleted_picture_is_made_anew(arguments, tmp_path, capsys):

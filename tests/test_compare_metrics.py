@@ -50,6 +50,23 @@ def test_ms_ssim_uses_the_scales_that_fit(size, scales):
         assert 0.0 <= metrics.ms_ssim(picture(3, size), picture(4, size)) < 1.0
 
 
+@pytest.mark.parametrize(("side", "five"), [(175, False), (176, True)])
+def test_the_note_of_scales_agrees_with_torchmetrics(side, five):
+    """What all five scales take: torchmetrics itself, with its own five exponents."""
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure as measure,
+    )
+
+    x = torch.rand(1, 3, side, 2 * side)
+    if five:
+        assert float(measure(x, x, data_range=1.0)) == pytest.approx(1.0)
+    else:
+        with pytest.raises(ValueError, match="larger than 160"):
+            measure(x, x, data_range=1.0)
+    note = metrics.ms_ssim_note([(2 * side, side)])
+    assert note == (None if five else "4 of 5 scales at 350x175 (all five from 176 px a side on)")
+
+
 def test_sizes_that_differ_are_an_error_with_both_sizes():
     with pytest.raises(OpError, match=r"96x64.*98x64|98x64.*96x64"):
         metrics.psnr(picture(1), picture(1, (98, 64)))

@@ -13,7 +13,7 @@ from PIL import Image
 from ideogram4_quant.engine.compare import render as module
 from ideogram4_quant.engine.compare import versions, workers
 from ideogram4_quant.engine.compare.cases import Case, CompareError, System, read_cases
-from ideogram4_quant.engine.compare.render import Plan, Settings
+from ideogram4_quant.engine.compare.render import BATCH, Plan, Settings
 from ideogram4_quant.engine.compare.score import score
 from ideogram4_quant.engine.compare.store import Fingerprints, Record, Store, picture_key
 from ideogram4_quant.engine.compare.workers import render
@@ -72,6 +72,21 @@ def test_renders_scores_and_answers_the_second_run_from_the_store(files, setting
     last = sum(q4.values["latent_sqnr"].values()) / len(CASES)
     assert last == pytest.approx(q4.steps[-1])
     assert result.system("BF16").values.get("psnr") is None
+
+
+def test_every_system_makes_one_picture_at_a_time(files, settings, tmp_path, monkeypatch):
+    """The rows of a batch need not be those of single pictures, to the last bit."""
+    from ideogram4_quant.engine import generate as engine
+
+    sizes, velocity = set(), engine.velocity
+
+    def watched(model, latents, *rest):
+        sizes.add(len(latents))
+        return velocity(model, latents, *rest)
+
+    monkeypatch.setattr(engine, "velocity", watched)
+    render(plan(files, settings, tmp_path))
+    assert sizes == {BATCH}
 
 
 def test_a_lost_picture_is_made_again_bit_for_bit(files, settings, tmp_path):
@@ -282,6 +297,8 @@ def test_reading_cases(tmp_path):
     lines.write_text("a\u2028b\r\nc\r\n", encoding="utf-8-sig", newline="")
     prompts = [c.prompt for c in read_cases(lines, seeds=(1,), width=64, height=32)]
     assert prompts == ["a\u2028b", "c"]
+    with pytest.raises(CompareError, match=r"same noise.*1 and 4294967297.*low 32 bits"):
+        read_cases(lines, seeds=(1, 1 + (1 << 32)), width=64, height=32)
     rows = tmp_path / "prompts.jsonl"
     rows.write_text(json.dumps({"prompt": "x", "seed": 9, "width": 128, "text": "HI"}) + "\n")
     assert read_cases(rows, seeds=(1, 2), width=64, height=32) == [Case("x", 9, 128, 32, "HI")]

@@ -149,6 +149,18 @@ def test_other_models_are_passed_over(complete, tiny, capsys):
     assert len(found["found"]["diffusion_models"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [("0.2.31", True), ("0.2.39.post1", True), ("0.2.40", False), ("0.3", False), (None, False)],
+)
+def test_a_comfy_kitchen_without_six_bits_is_named(complete, capsys, monkeypatch, version, told):
+    """0.2.31 on the codes that 0.2.40 makes: ValueError, "s_rel must have shape (256, 48)"."""
+    monkeypatch.setattr(examine, "versions", lambda: {"comfy-kitchen": version})
+    _, found = as_json(capsys)
+    line = f"comfy-kitchen {version}: ComfyUI's own loader needs 0.2.40 or newer for W6A8"
+    assert any(note.startswith(line) for note in found["notes"]) == told
+
+
 def test_folders_of_the_extra_file_are_read(complete, tiny, tmp_path, capsys):
     pytest.importorskip("yaml")
     (complete / "models" / "vae" / "vae.safetensors").unlink()

@@ -29,6 +29,25 @@ def request(prompt) -> GenerateRequest:
     return GenerateRequest(prompt.caption, prompt.width, prompt.height, prompt.seed)
 
 
+def test_float16_ends_in_the_first_layers(models):
+    """Where the model leaves float16's range, as the error that refuses it says."""
+    largest = torch.zeros(4)
+
+    def hook(index):
+        def watch(_module, _inputs, output):
+            largest[index] = max(largest[index], output.abs().max())
+
+        return watch
+
+    layers = models.conditional.layers
+    hooks = [layer.feed_forward.w2.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    prompt = HELD_OUT[4].caption
+    generate(GenerateRequest(prompt, 128, 64, 0, preset="turbo", steps=12), models)
+    for handle in hooks:
+        handle.remove()
+    assert (largest > torch.finfo(torch.float16).max).tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_pictures_equal_the_unmodified_pipelines(pocket, models, number):
     prompt = HELD_OUT[number]

@@ -188,6 +188,18 @@ def test_refused_descriptions(tmp_path: Path, spec: GGUFSpec, message: str):
     assert no_traces(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "bytes_"), [("n" * 63, 63), ("n" * 64, 64), ("é" * 32, 64)])
+def test_names_that_ggml_reads(tmp_path: Path, name: str, bytes_: int):
+    """ggml's C reader takes 63 bytes (findings/gguf-name-length.sh); gguf-py would write any."""
+    items = [(name, (2,), 0, torch.zeros(2))]
+    if bytes_ < 64:
+        write_gguf(tmp_path / "out.gguf", items, METADATA)
+        assert [t.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors] == [name]
+        return
+    with pytest.raises(GGUFWriteError, match=rf"{name}.*found {bytes_}, needed at most 63 bytes"):
+        write_gguf(tmp_path / "out.gguf", items, METADATA)
+
+
 @pytest.mark.parametrize(
     "value", [None, object(), [], [1, "two"], {"a": 1}, 2**70, Typed(ValueType.UINT8, 300)]
 )

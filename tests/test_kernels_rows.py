@@ -164,3 +164,39 @@ def test_inputs_need_not_be_contiguous():
     out = gate_residual_rmsnorm(x, x, x, weight, 1e-6)
     copy = x.contiguous()
     assert torch.equal(out, gate_residual_rmsnorm(copy, copy, copy, weight.contiguous(), 1e-6))
+
+
+# ---- bf16: every kernel casts before it computes. Triton's interpreter (3.7.1, 3.9.0) computes it
+# ---- on bit patterns, so that one product or sum of bf16 values gives other results here.
+
+HALVES = {
+    "smooth_rotate_quantize_rows": lambda k, x, u, w, s: (x, w, 256),
+    "swiglu_quantize_rows": lambda k, x, u, w, s: (x, u, w, 256),
+    "rmsnorm_scale_quantize_rows": lambda k, x, u, w, s: (x, w, s, 1e-6, w, 256),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_inputs_are_those_numbers_in_fp32(name, dtype):
+    k = 768
+    x, up = outliers(3, k, dtype), torch.randn(3, k).to(dtype)
+    weight, scale = (torch.rand(k) + 0.5).to(dtype), (torch.rand(3, k) + 0.5).to(dtype)
+    run = kernel(name)
+    narrow = run(*HALVES[name](k, x, up, weight, scale))
+    wide = run(*HALVES[name](k, x.float(), up.float(), weight.float(), scale.float()))
+    assert torch.equal(narrow[0], wide[0])
+    assert torch.equal(narrow[1], wide[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_residual_in_a_narrow_dtype_is_the_wide_one_rounded(dtype):
+    k = 768
+    x, gate, y = (torch.randn(2, 3, k).to(dtype) for _ in range(3))
+    weight = (torch.rand(k) + 0.5).to(dtype)
+    run = kernel("gate_residual_rmsnorm")
+    narrow = run(x, gate, y, weight, 1e-6)
+    wide = run(x.float(), gate.float(), y.float(), weight.float(), 1e-6)
+    assert narrow.dtype == dtype
+    # the interpreter cuts off what the GPU rounds
+    torch.testing.assert_close(narrow.float(), wide, rtol=torch.finfo(dtype).eps, atol=1e-6)

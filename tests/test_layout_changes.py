@@ -245,13 +245,26 @@ QUANTIZED = {
     "contiguous": lambda w: w.contiguous(),
     "to dtype": lambda w: w.to(torch.bfloat16),
     "t": lambda w: w.t(),
+    ".T": lambda w: w.T,
+    ".mT": lambda w: w.mT,
     "transpose": lambda w: w.transpose(0, 1),
     "permute": lambda w: w.permute(1, 0),
     "empty_like": torch.empty_like,
     "deepcopy": copy.deepcopy,
+    "pickle": lambda w: pickle.loads(pickle.dumps(w)),  # noqa: S301 (our own bytes)
+    "torch.save": lambda w: _saved(w),
     "Parameter": lambda w: torch.nn.Parameter(w, requires_grad=False),
     "in place": lambda w: w.mul_(2),
 }
+
+
+def _saved(w):
+    file = io.BytesIO()
+    torch.save(w, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 OF_ROWS = {
     "w[a:b]": lambda w: w[2:5],
     "narrow": lambda w: w.narrow(0, 1, 3),

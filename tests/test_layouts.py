@@ -113,6 +113,27 @@ def test_e4m3_extremes():
     assert torch.equal(qt.dequantize().nan_to_num(7), weight.nan_to_num(7))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_e4m3_overflow(dtype, seed):
+    """Of a given scale: clamped, whatever torch's own cast does. Of our own: there is none."""
+    inf, nan = float("inf"), float("nan")
+    weight = torch.tensor([[449.0, -500.0, 6e4, inf], [-inf, nan, 448.0, -448.0]], dtype=dtype)
+    given = QuantizedTensor.from_float(
+        weight, FP8, scale=torch.ones(()), stochastic_rounding=seed
+    ).dequantize()
+    want = torch.tensor([[448.0, -448.0, 448.0, 448.0], [-448.0, nan, 448.0, -448.0]])
+    assert torch.equal(given.float().nan_to_num(7), want.nan_to_num(7))
+    finite = weight.nan_to_num(0, posinf=6e4, neginf=-6e4)
+    back = QuantizedTensor.from_float(finite, FP8).dequantize()
+    assert torch.equal(back.abs().amax(1).float(), finite.abs().amax(1).float())
+    # a row that holds an infinity has no scale: all of it says so, its neighbours do not
+    poisoned = torch.tensor([[1.0, inf], [1.0, 2.0]], dtype=dtype)
+    back = QuantizedTensor.from_float(poisoned, FP8).dequantize()
+    assert back[0].isfinite().sum() == 0
+    assert torch.equal(back[1].float(), torch.tensor([1.0, 2.0]))
+
+
 # ---- constructors
 
 

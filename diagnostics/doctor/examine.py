@@ -28,7 +28,7 @@ from ...errors import CheckpointError, NotIdeogram4Error
 from ...quant.provenance import hash_files
 from ...quant.tables import gigabytes
 from .comfyui import Host, model_folders
-from .machine import Device, find_device, ram, versions
+from .machine import Device, find_device, ram, version_notes, versions
 from .main_memory import SYSTEM, bytes_in_memory, main_memory
 from .sizes import copy_bytes, encoder_bytes
 
@@ -78,7 +78,11 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
         "levels": levels,
         "auto": auto,
         "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
-        "notes": notes + _short_of_memory(levels, auto, memory),
+        "notes": [
+            *notes,
+            *version_notes(versions()),
+            *_short_of_memory(levels, auto, memory),
+        ],
     }
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,27 @@ class Device:
     def int8(self) -> bool:
         """Whether an int8 backend beside the formulas works here."""
         return any(b.available and b.name != "reference" for b in self.backends)
+
+
+#: The first comfy-kitchen with 6-bit codes; 0.2.31 takes them for 4-bit ones.
+_SIX_BITS_FROM = (0, 2, 40)
+
+
+def version_notes(found: Mapping[str, str | None]) -> list[str]:
+    """What a version in ``found`` cannot do with files that are in use, a line each."""
+    version = found.get("comfy-kitchen")
+    if version is None or _release(version) >= _SIX_BITS_FROM:
+        return []
+    return [
+        f"comfy-kitchen {version}: ComfyUI's own loader needs 0.2.40 or newer for W6A8 "
+        '(asym_w4a8_int8 with 6-bit codes); this one stops with "s_rel must have shape"'
+    ]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``0.2.40.post1`` -> (0, 2, 40)."""
+    numbers = itertools.takewhile(str.isdigit, version.partition("+")[0].split("."))
+    return tuple(map(int, numbers))
 
 
 def find_device() -> Device:

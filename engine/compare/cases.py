@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import Ideogram4QuantError
+from ...sampling import NOISES
 from .metrics import text_asked
 
 
@@ -86,7 +87,24 @@ def read_cases(
             cases.append(Case(prompt, seed, *size, text=text))
     if not cases:
         raise CompareError("the prompt file holds no prompt", file=path)
-    return unique(cases)
+    cases = unique(cases)
+    _check_noise(cases, path)
+    return cases
+
+
+def _check_noise(cases: Sequence[Case], path: Path) -> None:
+    """Raises CompareError for two seeds of one prompt and size that give the same noise."""
+    seen: dict[tuple, int] = {}
+    for case in cases:
+        noise = (case.prompt, case.width, case.height, case.seed % NOISES)
+        if seen.setdefault(noise, case.seed) != case.seed:
+            raise CompareError(
+                "two seeds of a prompt give the same noise",
+                file=path,
+                found=f"{seen[noise]} and {case.seed}",
+                needed=f"seeds that do not differ by a multiple of {NOISES}",
+                hint="Torch's generator on the CPU takes the low 32 bits of a seed.",
+            )
 
 
 _TEXT, _JSON_LINES = ".txt", ".jsonl"

@@ -105,7 +105,7 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
 
     from tqdm import tqdm
 
-    from .render import Plan, Settings
+    from .render import BATCH, Plan, Settings
     from .store import Store
     from .workers import render
 
@@ -133,7 +133,8 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     rendered = [plan.rendered(system) for system in systems]
     files = {system.name: [file.name for file in system.files] for system in systems}
     shared = {"encoder": args.encoder.name, "vae": args.vae.name}
-    made_of = settings.painting() | shared | {"files": files, "version": __version__}
+    painting = {"pictures_at_once": BATCH} | settings.painting()
+    made_of = painting | shared | {"files": files, "version": __version__}
     return _finish(args, rendered, cases, scorers, notes, made_of)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -25,6 +25,7 @@ PSNR_CAP = 100.0
 
 _MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _MS_SSIM_KERNEL = 11
+_MS_SSIM_SIDE = _MS_SSIM_KERNEL * (5 - 1) ** 2  # torchmetrics' condition for five scales
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,23 @@ def ssim(reference: Image.Image, picture: Image.Image) -> float:
 def ms_ssim_scales(width: int, height: int) -> int:
     """How many of MS-SSIM's five scales fit: the window must fit the smallest one.
 
-    torchmetrics asks for more: the side over the square of the number of halvings.
+    torchmetrics asks for more: the side over the square of the number of halvings. So five scales
+    need 176 px, though its message says "larger than 160".
     """
     side = min(width, height)
     scales = 1
     while scales < 5 and min(side // 2**scales, side // scales**2) >= _MS_SSIM_KERNEL:
         scales += 1
     return scales
+
+
+def ms_ssim_note(sizes: Iterable[tuple[int, int]]) -> str | None:
+    """Which pictures, as (width, height), have fewer than five scales; None where all have them."""
+    few = {size: ms_ssim_scales(*size) for size in sizes}
+    said = [f"{n} of 5 scales at {w}x{h}" for (w, h), n in sorted(few.items()) if n < 5]
+    if not said:
+        return None
+    return f"{', '.join(said)} (all five from {_MS_SSIM_SIDE} px a side on)"
 
 
 def ms_ssim(reference: Image.Image, picture: Image.Image) -> float:

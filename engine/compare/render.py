@@ -25,6 +25,10 @@ from .versions import versions_used
 
 Progress = Callable[[int], None]
 
+#: Pictures in one forward, for every system alike: libraries multiply few rows by another kernel
+#: than many, so that a row's last bits depend on its batch. No level should be charged with that.
+BATCH = 1
+
 #: Of one unit, at most: the features of its prompts wait in RAM, up to 60 MB each at full size.
 MOST_PICTURES = 64
 
@@ -50,7 +54,7 @@ class Settings:
     tokenizer: Path | None = None
 
     def painting(self) -> dict[str, object]:
-        """The settings that change a picture, for its key."""
+        """The settings that change a picture, for its key; every picture is a batch of its own."""
         names = ("preset", "steps", "guidance", "dtype", "device_kind")
         return {name: getattr(self, name) for name in names}
 

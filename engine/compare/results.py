@@ -169,8 +169,11 @@ def write_json(comparison: Comparison, path: Path) -> None:
 
 
 def extent(comparison: Comparison) -> str:
-    """How much was compared: ``64 prompts, 2 seeds each`` (the most seeds of one prompt)."""
+    """How much was compared: ``64 prompts, 2 seeds each`` (the most seeds of one prompt), and how
+    many pictures every system made at once, where they were made here."""
     counts = Counter(case.prompt_id for case in comparison.cases)
     seeds = max(counts.values(), default=0)
     prompts = f"{len(counts)} prompt{'' if len(counts) == 1 else 's'}"
-    return f"{prompts}, {seeds} seed{'' if seeds == 1 else 's'} each"
+    together = comparison.settings.get("pictures_at_once")
+    batch = "" if together is None else f", every system {together} picture at a time"
+    return f"{prompts}, {seeds} seed{'' if seeds == 1 else 's'} each{batch}"

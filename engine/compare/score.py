@@ -13,7 +13,15 @@ from PIL import Image
 from ...errors import OpError
 from ..pictures import read_picture
 from .cases import Case, CompareError, check_reference
-from .metrics import METRICS, PAIR_FUNCTIONS, latent_sqnr, missing_packages, ocr_scores, text_asked
+from .metrics import (
+    METRICS,
+    PAIR_FUNCTIONS,
+    latent_sqnr,
+    missing_packages,
+    ms_ssim_note,
+    ocr_scores,
+    text_asked,
+)
 from .results import Comparison, SystemScores
 from .statistics import MIN_PROMPTS
 
@@ -78,6 +86,9 @@ def score(
         f"{METRICS[metric].label}: needs {package} (pip install {package})"
         for metric, package in missing_packages().items()
     ]
+    if "ms_ssim" in result.metrics():
+        note = ms_ssim_note({(case.width, case.height) for case in cases})
+        result.gaps += [] if note is None else [f"{METRICS['ms_ssim'].label}: {note}"]
     silent = sum(not case.text for case in cases)
     if silent:
         which = "no prompt asks for text"

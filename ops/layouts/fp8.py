@@ -57,6 +57,10 @@ class FP8Layout(Layout):
     ) -> tuple[Tensor, Any]:
         """``round(W / scale)``, ``scale = absmax / 448`` of each row or the tensor unless given.
 
+        What overflows a given scale becomes +-448 of it, infinity too, whatever torch's own cast
+        does (2.13 saturates on a CPU, ml_dtypes gives NaN); NaN stays NaN. Without a given scale
+        nothing finite overflows, and infinity makes its row NaN: it has no scale.
+
         ``stochastic_rounding`` is a seed (0 or None: to nearest). The host's other keywords are
         accepted; ``tensor`` is never written to.
         """
