@@ -11,8 +11,12 @@ from torch import Tensor
 
 from . import reference
 from .chunks import tile_values
+from .rotation import rotate
 
 logger = logging.getLogger(__name__)
+
+KITCHEN_GROUPS = (256, 64, 16)
+"""Rotation groups of comfy-kitchen's int8 kernels."""
 
 
 def kitchen_backend() -> str:
@@ -31,12 +35,16 @@ def comfy_kitchen_linear(
 ) -> Tensor:
     """``reference.int8_linear`` by comfy-kitchen's CUDA or ROCm kernels; ``x [M, K]``.
 
-    They know no smoothing: it is applied before them and rounded to the dtype of ``x``.
+    They know no smoothing, and rotations in groups of 16, 64 and 256 alone: what they lack is
+    applied before them and rounded to the dtype of ``x``.
     """
     from comfy_kitchen.registry import registry
 
+    values = x if smooth is None else x.float() / smooth
+    if rotation is not None and rotation not in KITCHEN_GROUPS:
+        values, rotation = rotate(values.float(), rotation), None
     arguments = {
-        "x": x if smooth is None else (x.float() / smooth).to(x.dtype),
+        "x": values.to(x.dtype),
         "weight": weight,
         "weight_scale": weight_scale,
         "bias": None if bias is None else bias.to(x.dtype),

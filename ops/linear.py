@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import OpError
-from . import dispatch, prequantized
+from . import adapters, dispatch, prequantized
 from .chunks import MULTIPLIED, row_chunks
 from .fused import Activation
 from .gguf_compute import compute_here, resolve_compute
@@ -207,8 +207,10 @@ def _int8_linear(
     weight = weight.contiguous()
     if not rows.numel() or not n:
         return x.new_empty((*x.shape[:-1], n))
-    # A backend that only has the whole layer would have to smooth outside its quantizer.
-    wanted = "int8_linear" if smooth is None else "int8_gemm"
+    # A backend that only has the whole layer would have to smooth outside its quantizer, and to
+    # rotate there in groups that its kernels do not know.
+    within = smooth is None and rotation in (0, *adapters.KITCHEN_GROUPS)
+    wanted = "int8_linear" if within else "int8_gemm"
     chosen = dispatch.choose(
         wanted, (rows.shape[0], n, k), x.device, backend, dtype=x.dtype, rotation=rotation
     )

@@ -125,7 +125,7 @@ def smooth_rotate_quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """``quantize_rows(R(x / smooth))``: ``x [..., K]`` -> ``q int8 [M, K]``, ``scale fp32 [M]``.
 
-    ``smooth [K]`` divides (SmoothQuant); ``rotation`` is a group of ``rotation.GROUPS``.
+    ``smooth [K]`` divides (SmoothQuant); ``rotation`` is a group, a power of 4.
     """
     values = x.float()
     if smooth is not None:

@@ -14,7 +14,8 @@ from ..errors import OpError
 from .library import without_autocast
 
 GROUPS = (256, 64, 16, 4)
-"""Group sizes that can be rotated, largest first: powers of 4."""
+"""Group sizes that the kernels rotate and this package writes, largest first. The formulas rotate
+every power of 4: other tools write the largest that divides K, 4096 for K = 12288 or 53248."""
 
 _H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
@@ -24,7 +25,7 @@ _matrices: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 def rotate(x: Tensor, group: int) -> Tensor:
     """``y[..., g, :] = x[..., g, :] @ H``: rotate each run of ``group`` values; its own inverse.
 
-    ``x`` is floating point, ``[..., K]`` with K a multiple of ``group`` (one of ``GROUPS``). 16-bit
+    ``x`` is floating point, ``[..., K]`` with K a multiple of ``group`` (a power of 4). 16-bit
     inputs are rotated in fp32 and rounded once. Raises OpError for another group or K.
     """
     check_group(x.shape[-1], group)
@@ -37,16 +38,34 @@ def rotate(x: Tensor, group: int) -> Tensor:
 def _rotate(x: Tensor, group: int) -> Tensor:
     work = x.dtype if x.dtype == torch.float64 else torch.float32
     grouped = x.to(work).reshape(-1, group)
-    # H256 = H16 (x) H16: two products 16 wide take an eighth of the arithmetic of one 256 wide.
-    order = 16 if group == 256 else group
-    if type(x) is Tensor and not torch.compiler.is_compiling():
-        h = hadamard(order, x.device, work)
-    else:  # A tracer's stand-in cannot be multiplied by a matrix from outside the trace.
-        h = _kronecker_power(x.new_tensor(_H4, dtype=work), order)
-    turned = grouped.reshape(-1, order) @ h
-    if group == 256:
-        turned = h @ turned.view(-1, 16, 16)
+    first, *others = _factors(group)
+    turned = grouped.reshape(-1, first) @ _matrix(first, x, work)
+    width = first
+    for order in others:
+        turned = _matrix(order, x, work) @ turned.view(-1, order, width)
+        width *= order
     return turned.reshape(x.shape).to(x.dtype)
+
+
+def _factors(group: int) -> tuple[int, ...]:
+    """Orders whose matrices' Kronecker product is that of ``group``.
+
+    H256 = H16 (x) H16: two products 16 wide take an eighth of the arithmetic of one 256 wide.
+    """
+    if group <= 64:
+        return (group,)
+    sixteens, rest = [], group
+    while rest >= 16:
+        sixteens.append(16)
+        rest //= 16
+    return (*sixteens, rest) if rest > 1 else tuple(sixteens)
+
+
+def _matrix(order: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return hadamard(order, x.device, dtype)
+    # A tracer's stand-in cannot be multiplied by a matrix from outside the trace.
+    return _kronecker_power(x.new_tensor(_H4, dtype=dtype), order)
 
 
 def hadamard(group: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -68,15 +87,20 @@ def _kronecker_power(h4: Tensor, order: int) -> Tensor:
 
 
 def check_group(in_features: int, group: int) -> None:
-    """Raise OpError unless ``group`` is one of ``GROUPS`` and divides ``in_features``."""
-    if group not in GROUPS:
-        raise OpError("unknown rotation group", found=group, needed=f"one of {GROUPS}")
+    """Raise OpError unless ``group`` is a power of 4 and divides ``in_features``."""
+    if not is_group(group):
+        raise OpError("unknown rotation group", found=group, needed="a power of 4")
     if in_features % group:
         raise OpError(
             "the rotation group does not divide in_features",
             found=f"in_features {in_features}",
             needed=f"a multiple of {group}",
         )
+
+
+def is_group(group: int) -> bool:
+    """Whether a regular Hadamard matrix of this order is made here: 4, 16, 64, 256, 1024, ..."""
+    return group >= 4 and group & (group - 1) == 0 and group.bit_length() % 2 == 1
 
 
 def largest_group(in_features: int, limit: int = 256) -> int | None:

@@ -18,9 +18,10 @@ from ideogram4_quant.ops import (
     reference,
 )
 from ideogram4_quant.ops import linear as ops_linear
+from ideogram4_quant.ops.fused import Gated, Normed
 from ideogram4_quant.ops.linear import gguf_linear, int8_linear, linear
 from ideogram4_quant.tests.linear_cases import BACKENDS, CPU, EPS, SHAPES, make
-from ideogram4_quant.tests.tensors import randn
+from ideogram4_quant.tests.tensors import randn, relative
 from ideogram4_quant.tests.watch import Watch
 
 torch.set_num_threads(1)
@@ -162,6 +163,47 @@ def test_comfy_kitchens_kernel_gets_the_weight_itself(monkeypatch):
         adapters.comfy_kitchen_linear(randn(3, 256), q[8:16], scale[8:16], rotation=256)
     assert given["weight"].data_ptr() == q[8:].data_ptr()
     assert watch.largest <= 3 * 256
+
+
+@pytest.mark.parametrize(("group", "within"), [(256, True), (1024, False), (4, False)])
+def test_groups_that_comfy_kitchens_kernels_lack_are_rotated_before(monkeypatch, group, within):
+    registry = pytest.importorskip("comfy_kitchen.registry").registry
+    given = {}
+
+    def implementation(op, backend, arguments):
+        return lambda **kwargs: given.update(kwargs) or kwargs["x"]
+
+    monkeypatch.setattr(registry, "get_implementation", implementation)
+    x = randn(3, 1024)
+    q, scale = reference.quantize_rows(randn(8, 1024))
+    adapters.comfy_kitchen_linear(x, q, scale, rotation=group)
+    assert given["convrot"] is within
+    h4 = torch.tensor([[1.0, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]) / 2
+    h = torch.ones(1, 1)
+    while len(h) < group:
+        h = torch.kron(h, h4)
+    want = x if within else (x.reshape(-1, group) @ h).reshape(x.shape)
+    assert torch.allclose(given["x"], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_fused_activation_of_a_long_rotation(backend):
+    gate, up = randn(5, 4096), randn(5, 4096, seed=1)
+    q, scale = Gated(gate, up).rows(None, 1024, backend)
+    got = reference.rotate(q.float() * scale[:, None], 1024)
+    want = F.silu(gate) * up
+    assert relative(got, want) < 0.02
+    q, scale = Normed(gate, torch.ones(4096), torch.ones(1, 4096), 1e-6).rows(None, 4096, backend)
+    got = reference.rotate(q.float() * scale[:, None], 4096)
+    assert relative(got, F.rms_norm(gate, (4096,), eps=1e-6)) < 0.02
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_rotation_longer_than_the_kernels_know(backend):
+    x, w = randn(5, 4096), randn(7, 4096, seed=1)
+    q, scale = reference.quantize_rows(reference.rotate(w, 4096))
+    got = int8_linear(x, q, scale, rotation=4096, backend=backend)
+    assert relative(got, x @ w.t()) < 0.02
 
 
 def test_the_epilogue_in_tiles(monkeypatch):

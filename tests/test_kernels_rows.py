@@ -15,7 +15,7 @@ skip_elsewhere()
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 WIDTHS = [(4608, 256), (12288, 256), (768, 256), (320, 64), (272, 16), (100, 4), (1000, None)]
-WIDTHS += [(7, None), (1, None), (17408, 256)]
+WIDTHS += [(7, None), (1, None), (17408, 256), (3072, 1024), (12288, 4096)]
 
 
 @pytest.mark.parametrize(("k", "rotation"), WIDTHS)

@@ -91,7 +91,8 @@ def dequantize_rotate_quantize(
     ``scale fp32 [N]``. Raises OpError for bytes that do not make the shape.
     """
     n, k = shape
-    launch.check_rotation(k, rotation)
+    if not launch.rotates("dequantize_rotate_quantize", k, rotation):
+        return reference.dequantize_rotate_quantize(blocks, qtype, shape, rotation)
     if qtype in _FLOATS:
         rows = _rows(blocks, n, _FLOATS[qtype].itemsize * k).view(_FLOATS[qtype])
         return smooth_rotate_quantize_rows(rows, None, rotation)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import OpError
-from ..rotation import check_group
+from ..rotation import GROUPS, check_group
 from .configs import MAX_ROW, row_blocks, table_architecture
 
 log = logging.getLogger(__name__)
@@ -117,13 +117,30 @@ def check_same_device(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:
         )
 
 
-def check_rotation(k: int, rotation: int | None) -> None:
-    """OpError unless ``rotation`` is None or a group that divides ``k``."""
-    if rotation is not None:
-        check_group(k, rotation)
+def rotates(op: str, k: int, rotation: int | None) -> bool:
+    """Whether the kernels rotate in such groups; if not, ``op`` runs its torch formula, said once.
+
+    OpError unless ``rotation`` is None or a group that divides ``k``.
+    """
+    if rotation is None:
+        return True
+    check_group(k, rotation)
+    if rotation not in GROUPS:
+        _log_group(op, rotation)
+    return rotation in GROUPS
 
 
 @functools.cache
 def log_fallback(op: str, k: int) -> None:
     """Say once that ``op`` runs the torch formula for rows of ``k`` values, which no tile fits."""
     log.warning("%s: no tile fits rows of %d values; they run the slower torch formula", op, k)
+
+
+@functools.cache
+def _log_group(op: str, rotation: int) -> None:
+    log.warning(
+        "%s: the kernels rotate groups of up to %d; those of %d run the slower torch formula",
+        op,
+        max(GROUPS),
+        rotation,
+    )

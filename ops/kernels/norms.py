@@ -144,8 +144,8 @@ def rmsnorm_scale_quantize_rows(
     m, k = rows.shape
     if k > MAX_ROW:
         launch.log_fallback("rmsnorm_scale_quantize_rows", k)
+    if k > MAX_ROW or not launch.rotates("rmsnorm_scale_quantize_rows", k, rotation):
         return reference.rmsnorm_scale_quantize_rows(x, weight, scale, eps, smooth, rotation)
-    launch.check_rotation(k, rotation)
     weight = launch.vector(weight, "weight", k, x)
     smooth = launch.vector(smooth, "smooth", k, x)
     modulation, stride_modulation, rows_per_modulation = launch.modulation(scale, "scale", x)

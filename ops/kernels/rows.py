@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import adapters
 from . import launch
 from .primitives import absmax, columns, load, row_scale, smooth_rotate, store_int8, store_row
 
@@ -109,6 +110,8 @@ def smooth_rotate_quantize_rows(
     x: Tensor, smooth: Tensor | None = None, rotation: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """``quantize_rows(R(x / smooth))``: ``x [..., K]`` -> ``q int8 [M, K]``, ``scale fp32 [M]``."""
+    if not launch.rotates("smooth_rotate_quantize_rows", x.shape[-1], rotation):
+        return adapters.quantize_rows_in_tiles(x, smooth, rotation)
     return _launch(x, None, smooth, rotation)
 
 
@@ -117,6 +120,8 @@ def swiglu_quantize_rows(
 ) -> tuple[Tensor, Tensor]:
     """``quantize_rows(R(silu(gate) * up / smooth))``: both ``[..., K]`` -> ``[M, K]``, ``[M]``."""
     launch.check_same_shape(gate, "gate", up, "up")
+    if not launch.rotates("swiglu_quantize_rows", gate.shape[-1], rotation):
+        return adapters.swiglu_in_tiles(gate, up, smooth, rotation)
     return _launch(gate, up, smooth, rotation)
 
 
@@ -126,7 +131,6 @@ def _launch(
     rows = launch.rows_of(x, "x")
     up_rows = rows if up is None else launch.rows_of(up, "up")
     m, k = rows.shape
-    launch.check_rotation(k, rotation)
     smooth = launch.vector(smooth, "smooth", k, x)
     q, scale = launch.int8_rows(m, k, x.device)
     if m == 0:
