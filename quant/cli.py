@@ -20,6 +20,7 @@ from .errors import QuantOptionError
 from .inspect import inspect_file
 from .quantize import plan_quantization, quantize_checkpoint
 from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
+from .tables import human_db
 from .verify import verify_file
 
 COPIES = (CONDITIONAL, UNCONDITIONAL)
@@ -159,6 +160,12 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--calibration", metavar="CAL", help="of SRC: foretell the error of each linear's output"
     )
+    parser.add_argument(
+        "--at-least",
+        type=float,
+        metavar="DB",
+        help="exit with 1 if the SQNR of the linears' weights is below this, for scripts",
+    )
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="rows (default: 10)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_verify)
@@ -281,4 +288,11 @@ def _verify(args: argparse.Namespace) -> int:
             progress=progress,
         )
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.table(args.worst))
-    return 0
+    measured = found.meter.sqnr_db
+    if args.at_least is None or measured >= args.at_least:
+        return 0
+    print(
+        f"{args.file}: {human_db(measured)} dB, below the {args.at_least:g} dB asked for",
+        file=sys.stderr,
+    )
+    return 1

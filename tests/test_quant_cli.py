@@ -169,6 +169,24 @@ def test_verify_names_what_has_no_counterpart_and_what_changed(tmp_path, source,
     assert "are equal" in text
 
 
+@pytest.mark.parametrize(("at_least", "code"), [(30, 0), (60, 1), ("nan", 1), (None, 0)])
+def test_verify_fails_below_the_figure_that_is_asked_for(tmp_path, source, run, at_least, code):
+    """As rounding the weights to their rows' absmax / 127 leaves them: about 40 dB."""
+    state = load_file(source)
+    for name, weight in state.items():
+        if weight.ndim == 2 and "embed" not in name:
+            scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(1e-9) / 127
+            state[name] = ((weight.float() / scale).round() * scale).bfloat16()
+    rounded = model.write(tmp_path / "rounded.safetensors", state)
+    asked = () if at_least is None else ("--at-least", at_least)
+    got, text, errors = run("verify", rounded, "--against", source, *asked)
+    assert got == code
+    assert "worst" in text
+    assert (f"below the {at_least} dB asked for" in errors) == bool(code)
+    exact, _, _ = run("verify", source, "--against", source, "--at-least", 1000)
+    assert exact == 0
+
+
 def test_verify_of_other_shapes_is_an_error(tmp_path, source, run):
     tensors = load_file(source)
     tensors["llm_cond_proj.weight"] = torch.zeros(256, 416).bfloat16()
