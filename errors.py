@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from os import PathLike
 
+DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
+"""Hint for a file that ends early or whose header is garbled."""
+CHECK_DOWNLOAD = (
+    "If its size and SHA-256 (ideogram4-quant doctor --sha256) are not those of its page, download "
+    "it again; if they are, the tool that wrote it made it so: use another file."
+)
+"""Hint for a whole file whose parts do not go together."""
+
 _LONGEST = 300  # characters of what a file says of itself, such as a tensor's name
 
 

@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, CorruptFileError, MissingBaseError, PairMismatchError
+from ..errors import (
+    CHECK_DOWNLOAD,
+    CheckpointError,
+    CorruptFileError,
+    MissingBaseError,
+    PairMismatchError,
+)
 from .canonical import TEXT_ONLY, canonical_shapes
 from .config import ModelConfig, same_model
 from .entries import Entry, Progress, check_shapes, stream_entries, unquantized
-from .files import DOWNLOAD_AGAIN
 from .folding import Folding
 from .grammar import CONDITIONAL, UNCONDITIONAL
 from .tensor_files import TensorFiles
@@ -154,7 +159,7 @@ class Checkpoint:
             file=self.paths[0],
             found=f"base {base}" if base else "no base file",
             needed=f"a base file with the {copy} copy" if wanting else None,
-            hint="Give the FP8 or BF16 file of this copy as base." if wanting else DOWNLOAD_AGAIN,
+            hint="Give the FP8 or BF16 file of this copy as base." if wanting else CHECK_DOWNLOAD,
         )
 
 

@@ -13,6 +13,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +35,13 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Stored(ABC):
-    """The data of one weight in the form of its file."""
+    """The data of one weight in the form of its file.
+
+    ``ROLES``: what it uses beside the weight itself and ComfyUI's description; a weight with more
+    is of another format, whatever its dtype. ``level`` checks the description.
+    """
+
+    ROLES: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -79,7 +86,7 @@ class Stored(ABC):
 
 @dataclass(frozen=True)
 class Unquantized(Stored):
-    """Floats as they are."""
+    """Floats as they are. A description beside them belongs to another form of the weight."""
 
     data: Tensor
 
@@ -89,6 +96,7 @@ class Unquantized(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
+        parts.check_format()
         return "BF16"
 
     @classmethod
@@ -114,6 +122,7 @@ class Unquantized(Stored):
 class Int8(Stored):
     """``W = unrotate(q * scale) / smooth``: q int8 [N, K], scale fp32 [N], smooth fp32 [K]."""
 
+    ROLES = ("scale", "smooth", "pre_quant_scale")
     data: Tensor
     scale: Tensor
     smooth: Tensor | None
@@ -125,7 +134,19 @@ class Int8(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
-        parts.check_format("int8_tensorwise", SMOOTH_INT8, FOLDED_INT8)
+        if len(parts.weight.shape) != 2:
+            raise parts.corrupt("an int8 weight is a matrix", list(parts.weight.shape), "[N, K]")
+        keys = ("convrot", "convrot_groupsize")
+        folded = ("fold",) if parts.quantization().get("format") == FOLDED_INT8 else ()
+        parts.check_format("int8_tensorwise", SMOOTH_INT8, FOLDED_INT8, keys=(*keys, *folded))
+        if "scale" not in parts.roles:
+            raise parts.corrupt("int8 without a scale", "no scale", "weight_scale or ws")
+        parts.check_scale()
+        parts.check_vector("scale", (1, parts.weight.shape[0]))
+        if {"smooth", "pre_quant_scale"} <= parts.roles.keys():
+            raise parts.unsupported("smoothing that is told twice")
+        for role in {"smooth", "pre_quant_scale"} & parts.roles.keys():
+            parts.check_vector(role, (parts.weight.shape[1],))
         if parts.quantization().get("format") == SMOOTH_INT8 and "smooth" not in parts.roles:
             raise parts.corrupt("a smoothed weight without its vector", "no smooth", "smooth")
         return "INT8 W8A8 rotated" if parts.rotation() else "INT8 W8A8"
@@ -133,10 +154,7 @@ class Int8(Stored):
     @classmethod
     def read(cls, parts: Parts) -> Int8:
         rows = parts.weight.shape[0]
-        scale = parts.scale(rows)
-        if scale is None:
-            raise parts.corrupt("int8 without a scale", "no scale", "weight_scale or ws")
-        scale = scale.expand(rows).contiguous()
+        scale = parts.scale(rows).expand(rows).contiguous()
         return cls(parts.weight.read(), scale, parts.smooth(), parts.rotation())
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
@@ -181,6 +199,7 @@ class Int8(Stored):
 class Fp8(Stored):
     """``W = data * scale``: data e4m3, scale fp32 [] or [N]."""
 
+    ROLES = ("scale",)
     data: Tensor
     scale: Tensor
 
@@ -190,9 +209,16 @@ class Fp8(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
-        parts.check_format("float8_e4m3fn", ROW_FP8)
+        parts.check_format("float8_e4m3fn", "float8_e4m3fn_rowwise", ROW_FP8)
         if parts.weight.dtype != "F8_E4M3":
             raise parts.unsupported(parts.weight.dtype)
+        if not parts.weight.shape:
+            raise parts.corrupt("a weight without dimensions", "[]", "[N] or [N, K]")
+        if "scale" in parts.roles:
+            parts.check_scale()
+            parts.check_vector("scale", (1, parts.weight.shape[0]))
+        elif parts.quantization():  # a file cast to fp8 without scaling has neither
+            raise parts.corrupt("fp8 that is described and has no scale", "none", "weight_scale")
         return "FP8"
 
     @classmethod
@@ -229,6 +255,7 @@ class Blocks(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
+        parts.check_format()
         qtype = parts.weight.dtype
         if qtype not in FORMATS:
             readable = ", ".join(name for name in FORMATS if name in BLOCK_TYPES)

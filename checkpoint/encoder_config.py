@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptFileError
+from ..errors import CorruptFileError, NotIdeogram4Error, printable
 from ..gguf_loader import ArrayRef
 from .entries import Entry
 from .tensor_files import TensorFiles, read_json
+
+logger = logging.getLogger(__name__)
+
+_KIND = "qwen3_vl"  # of the whole model; qwen3_vl_text of the part
+_ARCHITECTURES = ("qwen3vl", "none", "")
+_VISION = re.compile(r"(?:^|\.)visual\.")
 
 # Qwen3-VL's, where neither a file nor a shape tells.
 DEFAULTS: dict[str, Any] = {
@@ -45,16 +52,18 @@ _GGUF_KEYS = {
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def encoder_config(tensor_files: TensorFiles, entries: Mapping[str, Entry]) -> dict[str, Any]:
+def encoder_config(
+    tensor_files: TensorFiles, entries: Mapping[str, Entry], beside: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Names and values of transformers' Qwen3VLTextConfig, with ``rope_theta`` and
     ``mrope_section`` by themselves as well as in ``rope_parameters``.
 
-    Sizes come from the tensors; a statement that contradicts them raises CorruptFileError, as do
-    unusable values.
+    ``beside``: what ``config_beside`` found. Sizes come from the tensors; a statement that
+    contradicts them raises CorruptFileError, as do unusable values.
     """
-    stated = _from_json(tensor_files) or _from_gguf(tensor_files)
+    stated = _from_json(beside) if beside is not None else _from_gguf(tensor_files)
     config = {key: value for key, value in stated.items() if value is not None}
-    for key, size in _from_shapes(entries, config.get("head_dim")).items():
+    for key, size in sizes_of(entries, config.get("head_dim")).items():
         if config.setdefault(key, size) != size:
             raise CorruptFileError(
                 f"the stated {key} is not that of the tensors",
@@ -70,7 +79,94 @@ def encoder_config(tensor_files: TensorFiles, entries: Mapping[str, Entry]) -> d
     return config | {"rope_parameters": rope}
 
 
-def _from_shapes(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
+def config_beside(tensor_files: TensorFiles, entries: Mapping[str, Entry]) -> dict[str, Any] | None:
+    """``config.json`` beside safetensors files, of the text model alone or the whole of Qwen3-VL.
+
+    None where there is none or, said in the log, where it is another model's: its kind or its
+    width says so. Raises NotIdeogram4Error if such a config is the model's own, as in a folder of
+    Hugging Face's: then the weights are the other model's too.
+    """
+    path = tensor_files.path.parent / "config.json"
+    if tensor_files.kind != "safetensors" or not path.is_file():
+        return None
+    whole = read_json(path)
+    values = whole["text_config"] if isinstance(whole.get("text_config"), dict) else whole
+    if "model_type" not in values:
+        return None  # of something else in the same folder
+    kind = str(values["model_type"])
+    problem = "" if kind.startswith(_KIND) else f"model_type {kind}"
+    if not problem:
+        problem = _other_width(sizes_of(entries, values.get("head_dim")), values)
+    if not problem:
+        return {**whole, **values}
+    if _own_config(tensor_files):
+        raise NotIdeogram4Error(
+            "this is no Qwen3-VL text encoder, says its config.json",
+            file=path,
+            found=problem,
+            needed=f"{_KIND}, of the size of the tensors",
+            hint="Pick a file of Qwen3-VL-8B.",
+        )
+    logger.warning(
+        "%s: is of another model (%s), so it is not used for %s; the usual values of Qwen3-VL are",
+        path,
+        printable(problem),
+        tensor_files.path.name,
+    )
+    return None
+
+
+def _own_config(tensor_files: TensorFiles) -> bool:
+    """Whether the config beside a file must be its own: the file has transformers' name, and no
+    vision part that tells it from Qwen3."""
+    name = tensor_files.path.name
+    usual = name == "model.safetensors" or name.startswith(("model-0", "model.safetensors."))
+    return usual and not any(_VISION.search(key) for key in tensor_files.tensors)
+
+
+def _other_width(sizes: Mapping[str, int], values: Mapping[str, Any]) -> str:
+    """The sizes of a layer that a config states differently, for people; empty if none."""
+    differing = [
+        f"{key} {values[key]} where the tensors have {sizes[key]}"
+        for key in ("hidden_size", "intermediate_size")
+        if _is_size(values.get(key)) and key in sizes and values[key] != sizes[key]
+    ]
+    return ", ".join(differing)
+
+
+def check_architecture(tensor_files: TensorFiles) -> None:
+    """NotIdeogram4Error for a GGUF file whose header names another language model.
+
+    Early converters called the text part of Qwen3-VL ``qwen3``, as Qwen3 itself: its rotary base
+    tells them apart. A file that does not state it is taken, said in the log.
+    """
+    arch = tensor_files.metadata.get("general.architecture")
+    if tensor_files.kind != "gguf" or not isinstance(arch, str) or arch in _ARCHITECTURES:
+        return
+    base = tensor_files.metadata.get(f"{arch}.rope.freq_base")
+    sections = tensor_files.metadata.get(f"{arch}.rope.dimension_sections")
+    if arch == "qwen3" and (isinstance(sections, ArrayRef) or base == DEFAULTS["rope_theta"]):
+        return
+    if arch == "qwen3" and base is None:
+        logger.warning(
+            "%s: its header says qwen3, not qwen3vl, and nothing in it tells the two apart; if it "
+            "is the plain Qwen3, pictures will not follow the prompt",
+            tensor_files.path,
+        )
+        return
+    said = f"general.architecture {printable(arch)}"
+    raise NotIdeogram4Error(
+        "this is no Qwen3-VL text encoder, says its header",
+        file=tensor_files.path,
+        found=said if base is None else f"{said}, rope.freq_base {base}",
+        needed=f"qwen3vl, rope.freq_base {DEFAULTS['rope_theta']:.0f}",
+        hint="Pick a file of Qwen3-VL-8B.",
+    )
+
+
+def sizes_of(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
+    """The sizes that the tensors tell."""
+
     def rows(name: str) -> int | None:
         shape = entries[name].shape if name in entries else ()
         return shape[0] if shape else None
@@ -93,16 +189,7 @@ def _from_shapes(entries: Mapping[str, Entry], head_dim: Any) -> dict[str, int]:
     return {key: size for key, size in found.items() if size is not None}
 
 
-def _from_json(tensor_files: TensorFiles) -> dict[str, Any]:
-    """From ``config.json`` beside the weights, of the text model alone or of the whole of it."""
-    path = tensor_files.path.parent / "config.json"
-    if tensor_files.kind != "safetensors" or not path.is_file():
-        return {}
-    values = read_json(path)
-    if isinstance(values.get("text_config"), dict):
-        values = values["text_config"]
-    if not str(values.get("model_type")).startswith("qwen3"):
-        return {}  # of something else in the same folder
+def _from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {}
     found = {key: values.get(key) for key in (*_SIZES, "rms_norm_eps")}

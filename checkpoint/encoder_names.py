@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .entries import Entry
+from ..errors import NotIdeogram4Error
 from .files import RawTensor
-from .grammar import SUFFIXES, Key, build_entries
-from .tensor_files import TensorFiles, stated_quantization
+from .grammar import Built, Key, build_entries, parameter_of
+from .statements import matched
+from .tensor_files import TensorFiles
 
 _LAYER_MODULES = (
     "input_layernorm",
@@ -67,13 +68,16 @@ NAMINGS = (
     ),
 )
 
-_SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
+# Not a weight: older transformers stored the frequencies of the rotary embedding in every layer.
+_IN_LAYERS_TOO = re.compile(r"self_attn\.rotary_emb\.inv_freq")
 
 
-def parse_encoder_keys(tensor_files: TensorFiles) -> tuple[Naming | None, dict[str, Entry]]:
-    """(the naming in use, name -> entry); (None, {}) if the file is no such encoder.
+def parse_encoder_keys(tensor_files: TensorFiles) -> tuple[Naming | None, Built]:
+    """(the naming in use, the entries); None and no entries if the file is no such encoder.
 
-    Tensors outside the language model (vision, ``lm_head``) are left out without a word.
+    Tensors outside the language model (vision, ``lm_head``) are left out without a word. Raises
+    NotIdeogram4Error for a layer with a module that Qwen3 has not, CheckpointError for what
+    ``statements.matched`` and ``build_entries`` refuse.
     """
     for naming in NAMINGS:
         prefix = _prefix(tensor_files, naming.anchor)
@@ -85,8 +89,35 @@ def parse_encoder_keys(tensor_files: TensorFiles) -> tuple[Naming | None, dict[s
             match = pattern.fullmatch(name)
             if match is not None:
                 tensors.append((_key(match, naming, prefix), raw))
-        return naming, build_entries(tensors, stated_quantization(tensor_files), _is_linear)
-    return None, {}
+            else:
+                _refuse_other_module(name, naming, prefix, tensor_files)
+        stated = matched(tensor_files, tensors, _parser(naming))
+        return naming, build_entries(tensors, stated, _is_linear)
+    return None, Built({})
+
+
+def _parser(naming: Naming) -> Callable[[str], Key | None]:
+    """A function that takes a name without a prefix to its key, or None."""
+    pattern = _pattern(naming, "")
+
+    def parse(name: str) -> Key | None:
+        match = pattern.fullmatch(name)
+        return None if match is None else _key(match, naming, "")
+
+    return parse
+
+
+def _refuse_other_module(name: str, naming: Naming, prefix: str, tensor_files: TensorFiles) -> None:
+    start = prefix + naming.layer
+    number, _, module = name.removeprefix(start).partition(".")
+    if not name.startswith(start) or not number.isdecimal() or _IN_LAYERS_TOO.fullmatch(module):
+        return
+    raise NotIdeogram4Error(
+        "this is no Qwen3-VL text encoder: its layers have no such tensor",
+        file=tensor_files.path,
+        tensor=name,
+        hint="Pick a file of Qwen3-VL-8B.",
+    )
 
 
 def _prefix(tensor_files: TensorFiles, anchor: str) -> str | None:
@@ -104,7 +135,8 @@ def _pattern(naming: Naming, prefix: str) -> re.Pattern[str]:
     outside = "|".join(re.escape(name) for name in naming.outside)
     return re.compile(
         f"{re.escape(prefix)}(?:{re.escape(naming.layer)}(?P<number>[0-9]{{1,4}})\\."
-        f"(?P<inside>{inside})|(?P<outside>{outside}))\\.(?P<suffix>{_SUFFIX})"
+        f"(?P<inside>{inside})|(?P<outside>{outside}))\\.(?P<suffix>.+)",
+        re.DOTALL,
     )
 
 
@@ -113,8 +145,8 @@ def _key(match: re.Match[str], naming: Naming, prefix: str) -> Key:
         module = naming.outside[match["outside"]]
     else:
         module = f"layers.{int(match['number'])}.{naming.in_layer[match['inside']]}"
-    parameter, _ = SUFFIXES[match["suffix"]]
-    return Key(prefix, f"{module}.{parameter}", None, match["suffix"])
+    name = f"{module}.{parameter_of(match['suffix'])}"
+    return Key(prefix, name, None, match["suffix"])
 
 
 def _is_linear(name: str) -> bool:

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CorruptFileError, NotIdeogram4Error
-from .encoder_config import encoder_config
+from ..errors import CHECK_DOWNLOAD, CorruptFileError, NotIdeogram4Error
+from .encoder_config import check_architecture, config_beside, encoder_config
 from .encoder_names import NAMINGS, parse_encoder_keys
 from .entries import Entry, Progress, check_shapes, main_level, stream_entries
-from .files import DOWNLOAD_AGAIN
 from .origins import what_else
+from .statements import check_heeded
 from .tensor_files import TensorFiles, open_tensor_files
 
+_OWN = "layers.0.self_attn.q_norm.weight"  # Qwen2, Llama and others have none
 OPTIONAL = ("norm.weight",)  # Ideogram 4 reads hidden states before the final norm
 
 
@@ -67,7 +68,7 @@ class EncoderCheckpoint:
             raise CorruptFileError(
                 f"{len(missing)} tensors of the text encoder are missing: {', '.join(missing[:3])}",
                 file=self.paths[0],
-                hint=DOWNLOAD_AGAIN,
+                hint=CHECK_DOWNLOAD,
             )
         needed = {name: shape for name, shape in needed.items() if name in self.entries}
         check_shapes(self.entries, needed)
@@ -97,19 +98,34 @@ def open_encoder(path: str | os.PathLike[str]) -> EncoderCheckpoint:
     if (path / "text_encoder").is_dir():
         path = path / "text_encoder"
     tensor_files = open_tensor_files(path)
-    naming, entries = parse_encoder_keys(tensor_files)
+    naming, built = parse_encoder_keys(tensor_files)
     if naming is None:
-        raise NotIdeogram4Error(
-            "this is no Qwen3-VL text encoder",
-            file=path,
-            found=what_else(tensor_files.tensors) or f"{len(tensor_files.tensors)} other tensors",
-            needed=" or ".join(row.anchor for row in NAMINGS),
-            hint="Pick a file of Qwen3-VL-8B.",
-        )
-    config = encoder_config(tensor_files, entries)
+        found = what_else(tensor_files.tensors) or f"{len(tensor_files.tensors)} other tensors"
+        raise _no_encoder(path, found, " or ".join(row.anchor for row in NAMINGS))
+    check_architecture(tensor_files)
+    built.check()
+    entries = built.entries
+    beside = config_beside(tensor_files, entries)
+    if _OWN not in entries:
+        raise _no_encoder(path, "a language model without it", _OWN)
+    config = encoder_config(tensor_files, entries, beside)
+    foreign = next((name for name in entries if name not in encoder_shapes(config)), None)
+    if foreign is not None:
+        raise _no_encoder(path, entries[foreign].pieces[0].key, "no such tensor")
+    check_heeded(tensor_files, entries.values(), beside)
     level = main_level(entries.values())
     tokenizer = _tokenizer_dir(tensor_files)
     return EncoderCheckpoint(tensor_files, naming.name, level, config, entries, tokenizer)
+
+
+def _no_encoder(path: Path, found: str, needed: str) -> NotIdeogram4Error:
+    return NotIdeogram4Error(
+        "this is no Qwen3-VL text encoder",
+        file=path,
+        found=found,
+        needed=needed,
+        hint="Pick a file of Qwen3-VL-8B.",
+    )
 
 
 def encoder_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

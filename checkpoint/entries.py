@@ -11,11 +11,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import CorruptFileError, OpError
+from ..errors import CHECK_DOWNLOAD, CorruptFileError, OpError
 from ..ops.fold import Fold
 from ..ops.linear import ACTIVATION_DTYPES
 from .codecs import Blocks, Fp8, Int8, Stored, Unquantized
-from .files import DOWNLOAD_AGAIN
 from .folding import StoredFolding
 from .nf4 import Nf4
 from .parts import Parts
@@ -43,16 +42,20 @@ class Entry:
 
     @cached_property
     def codecs(self) -> tuple[type[Stored], ...]:
-        """The format of each piece. Raises CheckpointError for one that no format claims."""
+        """The format of each piece.
+
+        Raises CheckpointError, naming the tensor, for one that no format claims, or that has more
+        beside it than its format uses.
+        """
         found = []
         for parts in self.pieces:
-            if "unsupported" in parts.roles:
-                stated = parts.quantization().get("format")
-                raise parts.unsupported(stated or parts.roles["unsupported"].key)
             codec = next((codec for codec in CODECS if codec.claims(parts)), None)
+            stated = None if codec else parts.quantization().get("format")
+            if stated is not None:
+                raise parts.unsupported(stated)
+            parts.check_understood(codec.ROLES if codec else ())
             if codec is None:
-                stated = parts.quantization().get("format")
-                raise parts.unsupported(stated or f"{parts.weight.dtype} without a description")
+                raise parts.unsupported(f"{parts.weight.dtype} without a description")
             found.append(codec)
         return tuple(found)
 
@@ -78,11 +81,18 @@ class Entry:
         """Stored bytes."""
         return sum(parts.nbytes for parts in self.pieces)
 
+    def check(self) -> None:
+        """CheckpointError unless the headers say that the weight can be read, and how.
+
+        Opening a file does this for every tensor, so that nothing is found out while it loads.
+        """
+        _ = self.level
+
     def read(self, dtype: torch.dtype) -> Tensor:
         """The tensor: for a quantized linear a QuantizedTensor, else floats in ``dtype``.
 
-        In original coordinates, whatever was folded into it. Raises CorruptFileError if stored
-        parts do not fit each other.
+        In original coordinates, whatever was folded into it. Raises CorruptFileError if the values
+        of stored parts do not fit each other; :meth:`check` has looked at all the rest.
         """
         try:
             stored = [c.read(p) for c, p in zip(self.codecs, self.pieces, strict=True)]
@@ -103,7 +113,7 @@ class Entry:
                 tensor=self.pieces[0].key,
                 found=error.found,
                 needed=error.needed,
-                hint=DOWNLOAD_AGAIN,
+                hint=CHECK_DOWNLOAD,
             ) from error
 
     def _fold(self) -> Fold | None:

@@ -10,10 +10,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, TruncatedFileError
+from ..errors import DOWNLOAD_AGAIN, CheckpointError, TruncatedFileError
 from ..gguf_loader import TENSOR_TYPES
-
-DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 
 # Types of both file formats that are read as they are; blocks of GGUF are read as bytes.
 TORCH_DTYPES: dict[str, torch.dtype] = {

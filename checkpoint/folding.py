@@ -18,10 +18,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..errors import CorruptFileError
+from ..errors import CHECK_DOWNLOAD, CorruptFileError
 from ..ops.fold import Fold
 from ..ops.rotation import GROUPS
-from .files import DOWNLOAD_AGAIN, RawTensor
+from .files import RawTensor
 from .parts import same_vector
 
 LORA_BASIS_KEYS = ("lora_basis", "ideogram4.lora_basis")
@@ -174,5 +174,5 @@ def _corrupt(raw: RawTensor, message: str, found: object, needed: object) -> Cor
         tensor=raw.key,
         found=found,
         needed=needed,
-        hint=DOWNLOAD_AGAIN,
+        hint=CHECK_DOWNLOAD,
     )

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CorruptFileError
+from ..errors import CheckpointError, CorruptFileError
 from .canonical import is_linear
 from .entries import Entry
 from .files import RawTensor
-from .parts import Parts
+from .parts import NOT_SUPPORTED, USE_INSTEAD, Parts, told
+from .suffixes import OTHER, SUFFIXES
 
 CONDITIONAL = "conditional"
 UNCONDITIONAL = "unconditional"
@@ -47,45 +48,6 @@ SPLIT_MODULES: dict[str, tuple[str, int]] = {
 }
 _PIECES = {"attention.qkv": ("to_q", "to_k", "to_v")}
 
-_BITSANDBYTES = {
-    "absmax": "absmax",
-    "quant_map": "quant_map",
-    "quant_state.bitsandbytes__nf4": "quant_state",
-    "quant_state.bitsandbytes__fp4": "quant_state",
-    "nested_absmax": "nested_absmax",
-    "nested_quant_map": "nested_quant_map",
-}
-
-# Suffix -> (parameter, role of the stored tensor). Role None: known, not needed.
-SUFFIXES: dict[str, tuple[str, str | None]] = {
-    "weight": ("weight", "weight"),
-    "bias": ("bias", "weight"),
-    # Transformer Lab INT8
-    "wq": ("weight", "weight"),
-    "ws": ("weight", "scale"),
-    "smooth": ("weight", "smooth"),
-    # ideogram-ai FP8; ComfyUI
-    "weight_scale": ("weight", "scale"),
-    "comfy_quant": ("weight", "conf"),
-    "pre_quant_scale": ("weight", "pre_quant_scale"),
-    # what ComfyUI's save nodes write from models of this pack, see saved
-    "weight_smooth": ("weight", "smooth"),
-    "weight_fold_smooth": ("weight", "fold_smooth"),
-    "weight_fold_rows": ("weight", "fold_rows"),
-    "input_scale": ("weight", None),  # for activations in fp8, which are not used here
-    # ComfyUI's older names
-    "scale_weight": ("weight", "scale"),
-    "scale_input": ("weight", None),
-    # bitsandbytes, with and without the parameter's name in between
-    **{f"weight.{suffix}": ("weight", role) for suffix, role in _BITSANDBYTES.items()},
-    **{suffix: ("weight", role) for suffix, role in _BITSANDBYTES.items()},
-    # scales of formats that are not read; named so that they are not passed over
-    "weight_scale_2": ("weight", "unsupported"),
-    "weight_scale_inv": ("weight", "unsupported"),
-    "weight_s_rel": ("weight", "unsupported"),
-    "weight_s_channel": ("weight", "unsupported"),
-    "SCB": ("weight", "unsupported"),
-}
 MARKERS = ("scaled_fp8", "ideogram4_quant")  # tensors that only say how others are stored
 
 _MODULE = re.compile(
@@ -95,9 +57,8 @@ _MODULE = re.compile(
     r"|embed_image_indicator|final_layer\.(?:linear|adaln_modulation)"
 )
 _LAYER = re.compile(r"(layers\.\d+\.)(.+)")
-_SUFFIX = "|".join(re.escape(suffix) for suffix in sorted(SUFFIXES, key=len, reverse=True))
 _PREFIX = "|".join(re.escape(prefix) for prefix in sorted(PREFIXES, key=len, reverse=True))
-_KEY = re.compile(f"(?P<prefix>{_PREFIX})(?P<module>{_MODULE.pattern})\\.(?P<suffix>{_SUFFIX})")
+_KEY = re.compile(f"(?P<prefix>{_PREFIX})(?P<module>{_MODULE.pattern})\\.(?P<suffix>.+)", re.DOTALL)
 
 _FOLD_KEY = re.compile(
     f"(?P<prefix>{_PREFIX})fold\\.(?P<module>{_MODULE.pattern})\\.(?P<kind>smooth|rotation)"
@@ -115,11 +76,21 @@ class Key:
 
     @property
     def role(self) -> str | None:
-        return SUFFIXES[self.suffix][1]
+        return role_of(self.suffix)
+
+
+def role_of(suffix: str) -> str | None:
+    """What the tensor is to its parameter: None for one not needed, OTHER for one not known."""
+    return SUFFIXES[suffix][1] if suffix in SUFFIXES else OTHER
+
+
+def parameter_of(suffix: str) -> str:
+    """``weight`` or ``bias``: what a tensor of this suffix belongs to."""
+    return SUFFIXES[suffix][0] if suffix in SUFFIXES else "weight"
 
 
 def parse_key(key: str) -> Key | None:
-    """The parts of an Ideogram 4 key, or None if it is none."""
+    """The parts of a key under a module of Ideogram 4, or None if it is under none."""
     match = _KEY.fullmatch(key)
     if match is None:
         return None
@@ -129,8 +100,8 @@ def parse_key(key: str) -> Key | None:
         whole, number = SPLIT_MODULES[layer[2]]
         module = layer[1] + whole
         piece = number if whole in _PIECES else None
-    parameter, _ = SUFFIXES[match["suffix"]]
-    return Key(match["prefix"], f"{module}.{parameter}", piece, match["suffix"])
+    name = f"{module}.{parameter_of(match['suffix'])}"
+    return Key(match["prefix"], name, piece, match["suffix"])
 
 
 def parse_fold_key(key: str) -> tuple[str, str, str] | None:
@@ -139,19 +110,38 @@ def parse_fold_key(key: str) -> tuple[str, str, str] | None:
     return None if match is None else (match["prefix"], match["module"], match["kind"])
 
 
+@dataclass(frozen=True)
+class Built:
+    """``entries``: name -> entry. ``orphans``: tensors under a module that has no weight."""
+
+    entries: dict[str, Entry]
+    orphans: tuple[tuple[Key, RawTensor], ...] = ()
+
+    def check(self) -> None:
+        """CheckpointError, naming the tensor, for the first that is not understood."""
+        for key, raw in self.orphans:
+            raise not_supported(key, raw)
+        for entry in self.entries.values():
+            entry.check()
+
+
 def build_entries(
-    tensors: Iterable[tuple[Key, RawTensor]],
+    tensors: Collection[tuple[Key, RawTensor]],
     stated: Mapping[str, Mapping[str, Any]],
     is_linear: Callable[[str], bool] = is_linear,
-) -> dict[str, Entry]:
-    """Name -> entry, from the tensors of one model.
+) -> Built:
+    """The entries of one model's tensors.
 
-    ``stated`` is the quantization that the file's metadata tells by key of the module. Raises
-    CorruptFileError for a tensor stored twice, a scale without its weight, q, k, v incomplete.
+    ``stated`` is the quantization that the file's metadata tells, by module as the keys of the
+    weights name it (``statements.matched``). Raises CorruptFileError for a tensor stored twice, a
+    scale without its weight, q, k, v incomplete.
     """
     roles: dict[str, dict[int | None, dict[str, RawTensor]]] = {}
+    others: dict[tuple[str, int | None], list[tuple[Key, RawTensor]]] = {}
     for key, raw in tensors:
-        if key.role is None:
+        if key.role == OTHER:
+            others.setdefault((key.name, key.piece), []).append((key, raw))
+        if key.role in (None, OTHER):
             continue
         found = roles.setdefault(key.name, {}).setdefault(key.piece, {})
         if key.role in found:
@@ -162,12 +152,34 @@ def build_entries(
                 found=f"{found[key.role].key} too",
             )
         found[key.role] = raw
-    return {name: _entry(name, pieces, stated, is_linear(name)) for name, pieces in roles.items()}
+    orphans = _take_orphans(roles, others)
+    entries = {}
+    for name, pieces in roles.items():
+        beside = {p: tuple(raw for _, raw in others.get((name, p), ())) for p in pieces}
+        entries[name] = _entry(name, pieces, beside, stated, is_linear(name))
+    return Built(entries, orphans)
+
+
+def _take_orphans(
+    roles: dict[str, dict[int | None, dict[str, RawTensor]]],
+    others: Mapping[tuple[str, int | None], Sequence[tuple[Key, RawTensor]]],
+) -> tuple[tuple[Key, RawTensor], ...]:
+    """What is not understood and has no weight beside it; its modules are taken out of ``roles``.
+
+    So stores a format that has another name for the weight itself.
+    """
+    orphans: list[tuple[Key, RawTensor]] = []
+    for (name, piece), beside in others.items():
+        if "weight" not in roles.get(name, {}).get(piece, {}):
+            orphans += beside
+            roles.pop(name, None)
+    return tuple(orphans)
 
 
 def _entry(
     name: str,
     pieces: Mapping[int | None, Mapping[str, RawTensor]],
+    beside: Mapping[int | None, tuple[RawTensor, ...]],
     stated: Mapping[str, Mapping[str, Any]],
     linear: bool,
 ) -> Entry:
@@ -186,7 +198,7 @@ def _entry(
         )
     dimensions = 2 if linear or "embed_" in name else 1
     parts = []
-    for _, roles in sorted(pieces.items(), key=lambda item: item[0] or 0):
+    for piece, roles in sorted(pieces.items(), key=lambda item: item[0] or 0):
         if "weight" not in roles:
             raise CorruptFileError(
                 "a tensor without its weight",
@@ -195,9 +207,22 @@ def _entry(
                 needed=name,
             )
         weight = _squeezed(roles["weight"], dimensions)
-        module_key = weight.key.rpartition(".")[0]
-        parts.append(Parts(weight.key, {**roles, "weight": weight}, stated.get(module_key)))
+        described = stated.get(module_of(weight)) if name.endswith(".weight") else None
+        parts.append(Parts(weight.key, {**roles, "weight": weight}, described, beside[piece]))
     return Entry(name, tuple(parts), linear)
+
+
+def not_supported(key: Key, raw: RawTensor) -> CheckpointError:
+    """The error for a tensor that stands for a weight in a way that is not understood."""
+    found = told(raw, key.suffix)
+    return CheckpointError(
+        NOT_SUPPORTED, file=raw.file.path, tensor=raw.key, found=found, hint=USE_INSTEAD
+    )
+
+
+def module_of(weight: RawTensor) -> str:
+    """The module whose weight this is, as the file's keys name it."""
+    return weight.key.rpartition(".")[0]
 
 
 def _squeezed(raw: RawTensor, dimensions: int) -> RawTensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
 
@@ -175,7 +175,8 @@ def resolve(
     memory: bytes of the device. Fits, from best to worst: both copies and the working memory, one
     copy and the working memory, neither (then the smallest). auto passes over files of linears only
     unless there is a base for them, and over a conditional copy alone, which has no guidance,
-    unless no level has both. CheckpointError says what is missing, PairMismatchError that the
+    unless no level has both; files that cannot be read are in the pair's notes, with the reason.
+    CheckpointError says what is missing, PairMismatchError that the
     files do not say which copies they are.
     """
     if level != AUTO:
@@ -188,7 +189,9 @@ def resolve(
     if not pairs:
         raise _nothing_found(level, catalogue)
     complete = [pair for pair in pairs if pair.unconditional is not None]
-    return _sure(_fitting(complete or pairs, memory), usable)
+    pair = _sure(_fitting(complete or pairs, memory), usable)
+    unread = tuple(f"passed over, {problem}" for problem in catalogue.broken.values())
+    return replace(pair, notes=(*pair.notes, *unread))
 
 
 def _fitting(pairs: Sequence[Pair], memory: int) -> Pair:

@@ -20,6 +20,9 @@ from ..ops.layouts import nf4_tensor
 from .codecs import Stored
 from .parts import Parts
 
+SAVED_NF4 = "ideogram4_quant_nf4"
+"""Format name, in ``comfy_quant``, of NF4 that the host saved."""
+
 _MAX_OFFSET = 1e6  # the mean of a model's largest weights is below 1
 
 
@@ -27,6 +30,7 @@ _MAX_OFFSET = 1e6  # the mean of a model's largest weights is below 1
 class Nf4(Stored):
     """``W = code[nibble] * absmax[block]``, the blocks running over the flattened weight."""
 
+    ROLES = ("absmax", "quant_map", "quant_state", "nested_absmax", "nested_quant_map")
     data: Tensor
     absmax: Tensor
     weight_shape: tuple[int, int]
@@ -39,6 +43,7 @@ class Nf4(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
+        parts.check_format(SAVED_NF4)
         _state(parts)
         return "NF4"
 

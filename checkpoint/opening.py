@@ -9,24 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptFileError, PairMismatchError, printable
-from .canonical import canonical_shapes
+from ..errors import CHECK_DOWNLOAD, CorruptFileError, PairMismatchError
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
 from .copies import COPY_FOLDERS, Verdict, check_copy_name, tell_copy
 from .entries import Entry, main_level
-from .files import DOWNLOAD_AGAIN, RawTensor
+from .files import RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
-from .grammar import CONDITIONAL, MARKERS, PREFIXES, Key, build_entries, parse_fold_key, parse_key
+from .grammar import CONDITIONAL, PREFIXES, Key, build_entries, parse_fold_key, parse_key
 from .origins import check_is_ideogram4, origin_of
+from .placing import check_placed
 from .saved import with_words
-from .tensor_files import (
-    TensorFiles,
-    json_object,
-    open_tensor_files,
-    read_json,
-    stated_quantization,
-)
+from .statements import check_heeded, matched, stated_quantization
+from .tensor_files import TensorFiles, json_object, open_tensor_files, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +66,12 @@ def open_checkpoint(
     opened = tuple({id(c): c for c, _, _ in chosen.values()}.values())
     entries = {name: part for name, (_, _, part) in chosen.items()}
     config = _config(entries, opened, bases)
-    _report_ignored(opened, entries, config)
+    for tensor_files in opened:
+        own = [
+            e for files, _, part in chosen.values() if files is tensor_files for e in part.values()
+        ]
+        check_heeded(tensor_files, own, _config_beside(tensor_files))
+    check_placed(opened, entries, config)
     keys = {key: raw for _, part, _ in found.values() for key, raw in part.items()}
     stated = bool(stated_quantization(opened[0]))
     origin = origin_of(opened[0], keys, stated=stated)
@@ -105,9 +105,10 @@ def _open_pair(folders: Mapping[str, Path]) -> dict[str, Part]:
     for copy, folder in folders.items():
         if folder.is_dir():
             tensor_files = open_tensor_files(folder)
-            found[copy] = _part(
-                tensor_files, _parse(tensor_files), _folds(tensor_files).get(None, {})
-            )
+            keys = _parse(tensor_files)
+            check_is_ideogram4(keys, tensor_files)
+            stated = matched(tensor_files, keys.items(), parse_key, PREFIXES.get)
+            found[copy] = _part(tensor_files, keys, stated, _folds(tensor_files).get(None, {}))
     return found
 
 
@@ -115,11 +116,14 @@ def _open_single(tensor_files: TensorFiles, copy: str | None) -> tuple[dict[str,
     """(copy -> part of its files, how the copies were told apart)."""
     tensor_files = with_words(tensor_files, PREFIXES)
     groups: dict[str | None, dict[Key, RawTensor]] = {}
-    for key, raw in _parse(tensor_files).items():
+    keys = _parse(tensor_files)
+    check_is_ideogram4(keys, tensor_files)
+    stated = matched(tensor_files, keys.items(), parse_key, PREFIXES.get)
+    for key, raw in keys.items():
         groups.setdefault(PREFIXES[key.prefix], {})[key] = raw
     folds = _folds(tensor_files)
     if set(groups) <= {None}:
-        part = _part(tensor_files, groups.get(None, {}), folds.get(None, {}))
+        part = _part(tensor_files, groups.get(None, {}), stated, folds.get(None, {}))
         verdict = tell_copy(tensor_files, part[2], copy)
         return {verdict.copy: part}, verdict
     if None in groups:  # sd.cpp: the other copy has a prefix of its own
@@ -132,7 +136,7 @@ def _open_single(tensor_files: TensorFiles, copy: str | None) -> tuple[dict[str,
         groups[CONDITIONAL] = groups.pop(None)
         folds[CONDITIONAL] = folds.pop(None, {})
     reason = "the prefixes of the keys name the copies"
-    found = {n: _part(tensor_files, groups[n], folds.get(n, {})) for n in sorted(groups)}
+    found = {n: _part(tensor_files, groups[n], stated, folds.get(n, {})) for n in sorted(groups)}
     return found, Verdict("", reason, certain=True)
 
 
@@ -163,40 +167,17 @@ def _folds(tensor_files: TensorFiles) -> dict[str | None, dict[tuple[str, str], 
     return found
 
 
-def _report_ignored(
-    opened: Sequence[TensorFiles],
-    entries: Mapping[str, Mapping[str, Entry]],
-    config: ModelConfig,
-) -> None:
-    """Warn once of tensors that have no place in the model."""
-    known = canonical_shapes(config)
-    ignored = [
-        entry.pieces[0].key
-        for part in entries.values()
-        for entry in part.values()
-        if entry.name not in known
-    ]
-    for tensor_files in opened:
-        for key in tensor_files.tensors:
-            known_key = parse_key(key) is not None or parse_fold_key(key) is not None
-            if not known_key and key.rpartition(".")[2] not in MARKERS:
-                ignored.append(key)
-    if ignored:
-        logger.warning(
-            "%s: ignored %d tensors that are not of Ideogram 4's transformer, such as %s",
-            opened[0].path,
-            len(ignored),
-            printable(ignored[0]),
-        )
-
-
 def _part(
     tensor_files: TensorFiles,
     keys: dict[Key, RawTensor],
+    stated: Mapping[str, Mapping[str, Any]],
     folds: Mapping[tuple[str, str], RawTensor],
 ) -> Part:
-    entries = build_entries(keys.items(), stated_quantization(tensor_files))
-    check_is_ideogram4(entries, tensor_files)
+    """One copy of a file, every tensor of it understood."""
+    check_is_ideogram4(keys, tensor_files)
+    built = build_entries(keys.items(), stated)
+    built.check()
+    entries = built.entries
     if folds:
         for (module, _), raw in folds.items():
             if f"{module}.weight" not in entries:
@@ -205,7 +186,7 @@ def _part(
                     file=tensor_files.path,
                     tensor=raw.key,
                     needed=f"{module}.weight",
-                    hint=DOWNLOAD_AGAIN,
+                    hint=CHECK_DOWNLOAD,
                 )
         stored = StoredFolding(folds)
         entries = {
@@ -252,9 +233,16 @@ def _stated_config(opened: Sequence[TensorFiles]) -> dict[str, Any] | None:
             text = tensor_files.metadata.get(key)
             if isinstance(text, str):
                 return json_object(text, key, tensor_files.path)
-        beside = tensor_files.path.parent / "config.json"
-        if tensor_files.kind == "safetensors" and beside.is_file():
-            values = read_json(beside)
-            if "Ideogram4" in str(values.get("_class_name")):
-                return values
+        beside = _config_beside(tensor_files)
+        if beside is not None:
+            return beside
     return None
+
+
+def _config_beside(tensor_files: TensorFiles) -> dict[str, Any] | None:
+    """``config.json`` in the folder of a safetensors file, if it is of such a model."""
+    beside = tensor_files.path.parent / "config.json"
+    if tensor_files.kind != "safetensors" or not beside.is_file():
+        return None
+    values = read_json(beside)
+    return values if "Ideogram4" in str(values.get("_class_name")) else None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..errors import NotIdeogram4Error
 from .files import RawTensor
-from .grammar import Key
+from .grammar import Key, not_supported
+from .suffixes import OTHER
 from .tensor_files import TensorFiles
 
 
@@ -75,11 +76,18 @@ _SIGNATURE = (
 )
 
 
-def check_is_ideogram4(names: Collection[str], tensor_files: TensorFiles) -> None:
-    """NotIdeogram4Error unless canonical ``names`` hold what makes an Ideogram 4 transformer."""
+def check_is_ideogram4(keys: Mapping[Key, RawTensor], tensor_files: TensorFiles) -> None:
+    """NotIdeogram4Error unless ``keys`` hold what makes an Ideogram 4 transformer.
+
+    CheckpointError where they do under names of a format that is not read.
+    """
+    names = {key.name for key in keys if key.role == "weight"}
     missing = [name for name in _SIGNATURE if name not in names]
     if missing:
         looks_like = what_else(tensor_files.tensors)
+        for key, raw in keys.items() if looks_like is None else ():
+            if key.role == OTHER and key.name in missing:
+                raise not_supported(key, raw)
         raise NotIdeogram4Error(
             "this is no Ideogram 4 transformer",
             file=tensor_files.path,

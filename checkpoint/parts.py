@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, CorruptFileError
-from .files import DOWNLOAD_AGAIN, RawTensor
+from ..errors import CHECK_DOWNLOAD, CheckpointError, CorruptFileError
+from ..ops.rotation import is_group
+from .files import RawTensor
+from .suffixes import whose
 
 _MAX_JSON = 1 << 12  # bytes; ComfyUI's and bitsandbytes' descriptions take 300
-_USE_INSTEAD = "Use a file in FP8 (fp8_scaled), INT8 (int8_convrot), GGUF or BF16."
+# Keys of a description that change nothing of the weight: how a host should multiply, where the
+# weight came from, what its scales' shape tells too.
+_HARMLESS = ("full_precision_matrix_mult", "orig_dtype", "per_row", "format_version")
+_ROTATION = ("convrot", "convrot_groupsize")
+NOT_SUPPORTED = "this storage format is not supported"
+USE_INSTEAD = "Use a file in FP8 (fp8_scaled), INT8 (int8_convrot), GGUF or BF16."
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Role -> stored tensor of one weight; ``stated`` is what the file's metadata says of it."""
+    """Role -> stored tensor of one weight; ``stated`` is what the file's metadata says of it.
+
+    ``others``: tensors beside it that are not understood.
+    """
 
     key: str
     roles: Mapping[str, RawTensor]
     stated: Mapping[str, Any] | None = None
+    others: tuple[RawTensor, ...] = ()
 
     @property
     def weight(self) -> RawTensor:
@@ -41,16 +53,12 @@ class Parts:
             tensor=self.key,
             found=found,
             needed=needed,
-            hint=DOWNLOAD_AGAIN,
+            hint=CHECK_DOWNLOAD,
         )
 
-    def unsupported(self, what: object, hint: str = _USE_INSTEAD) -> CheckpointError:
+    def unsupported(self, what: object, hint: str = USE_INSTEAD) -> CheckpointError:
         return CheckpointError(
-            "this storage format is not supported",
-            file=self.weight.file.path,
-            tensor=self.key,
-            found=what,
-            hint=hint,
+            NOT_SUPPORTED, file=self.weight.file.path, tensor=self.key, found=what, hint=hint
         )
 
     def json(self, role: str) -> dict[str, Any]:
@@ -68,33 +76,86 @@ class Parts:
             raise self.corrupt(f"{raw.key} is no JSON object", type(value).__name__, "an object")
         return value
 
-    def quantization(self) -> Mapping[str, Any]:
-        """ComfyUI's description of the weight: ``comfy_quant``, or the file's metadata."""
-        return self.json("conf") or self.stated or {}
+    def check_understood(self, roles: Collection[str]) -> None:
+        """CheckpointError for a stored tensor that this weight's format does not use."""
+        if self.others:
+            raw = self.others[0]
+            stated = self.quantization().get("format")
+            what = told(raw, raw.key.removeprefix(self.key.rpartition(".")[0] + "."))
+            raise self.unsupported(what if stated is None else f"{stated} with {what}")
+        for role, raw in self.roles.items():
+            if role not in ("weight", "conf", *roles):
+                raise self.unsupported(f"{raw.key} beside {self.weight.dtype} values")
 
-    def check_format(self, *known: str) -> None:
-        """CheckpointError if ComfyUI's description names another format than ``known``."""
-        name = self.quantization().get("format", known[0])
+    def quantization(self) -> Mapping[str, Any]:
+        """ComfyUI's description of the weight: ``comfy_quant``, or the file's metadata.
+
+        Raises CorruptFileError where both are there and differ.
+        """
+        return self._described
+
+    @cached_property
+    def _described(self) -> Mapping[str, Any]:
+        own, stated = self.json("conf"), self.stated or {}
+        if own and stated and _essence(own) != _essence(stated):
+            raise self.corrupt(
+                "comfy_quant and the metadata say two things of one weight", stated, dict(own)
+            )
+        return own or stated
+
+    def check_format(self, *known: str, keys: Collection[str] = ()) -> None:
+        """CheckpointError if ComfyUI's description names another format than ``known``, or says
+        more than ``keys`` and what changes nothing: a value that is off is as good as none."""
+        conf = self.quantization()
+        if not conf:
+            return
+        name = conf.get("format", known[0] if known else None)
         if name not in known:
-            raise self.unsupported(name)
+            raise self.unsupported(name if known else f"{name} of {self.weight.dtype} values")
+        params = conf.get("params")
+        nested = params if isinstance(params, dict) else {}
+        if params and not nested:
+            raise self.unsupported(f"{name} with params {str(params)[:40]}")
+        for key, value in (*conf.items(), *nested.items()):
+            told = key == "orig_shape" and value == list(self.weight.shape)
+            if value and not told and key not in ("format", "params", *keys, *_HARMLESS):
+                raise self.unsupported(f"{name} with {key} {str(value)[:40]}")
 
     def rotation(self) -> int | None:
         """Group of the Hadamard rotation of the weight's rows (ConvRot); None without one."""
-        conf = self.quantization()
-        params = conf.get("params")
-        params = params if isinstance(params, dict) else {}
-        if not conf.get("convrot", params.get("convrot", False)):
+        turned, group = _essence(self.quantization())[1:]
+        if not turned:
             return None
-        group = conf.get("convrot_groupsize", params.get("convrot_groupsize", 256))
         columns = self.weight.shape[-1]
-        if type(group) is not int or group < 1 or columns % group:
+        if turned not in (True, 1) or type(group) is not int or group < 1 or columns % group:
             raise self.corrupt(
-                "unusable rotation group", repr(group)[:40], f"a divisor of {columns}"
+                "unusable rotation group",
+                f"convrot {str(turned)[:40]}, group {str(group)[:40]}",
+                f"a divisor of {columns}",
             )
+        if not is_group(group):
+            raise self.unsupported(f"rotation groups of {group}, which is no power of 4")
         return group
+
+    def check_scale(self) -> None:
+        """CheckpointError unless the scale, if there is one, is one for all or one a row."""
+        raw = self.roles.get("scale")
+        if raw is None:
+            return
+        shape = list(raw.shape)
+        while shape and shape[-1] == 1:
+            shape.pop()
+        rows, columns = self.weight.shape[0], self.weight.shape[-1]
+        if shape in ([], [rows]) or (shape == [1, rows] and rows != columns):
+            return
+        size = math.prod(shape)
+        if size in (rows, columns) or (size > 1 and math.prod(self.weight.shape) % size == 0):
+            what = "each input channel" if size == columns else "blocks of the weight"
+            raise self.unsupported(f"{raw.key} {list(raw.shape)}: scales of {what}")
 
     def scale(self, rows: int) -> Tensor | None:
         """fp32 [] (one for all) or [rows], whatever its stored dtype and trailing ones."""
+        self.check_scale()
         raw = self.roles.get("scale")
         if raw is None:
             return None
@@ -110,8 +171,8 @@ class Parts:
             return 1 / self.vector("pre_quant_scale", (columns,))
         return None
 
-    def vector(self, role: str, sizes: tuple[int, ...]) -> Tensor:
-        """The tensor of ``role`` as fp32 [n], n in ``sizes`` and every value finite."""
+    def check_vector(self, role: str, sizes: tuple[int, ...]) -> RawTensor:
+        """The stored tensor of ``role``; CorruptFileError unless it is floats [n], n in sizes."""
         raw = self.roles[role]
         if raw.dtype not in ("F32", "BF16", "F16") or math.prod(raw.shape) not in sizes:
             raise self.corrupt(
@@ -119,10 +180,32 @@ class Parts:
                 f"{raw.dtype} {list(raw.shape)}",
                 f"{' or '.join(map(str, sizes))} floats",
             )
+        return raw
+
+    def vector(self, role: str, sizes: tuple[int, ...]) -> Tensor:
+        """The tensor of ``role`` as fp32 [n], n in ``sizes`` and every value finite."""
+        raw = self.check_vector(role, sizes)
         values = raw.read().float().reshape(-1)
         if not values.isfinite().all():
             raise self.corrupt(f"{raw.key} holds NaN or infinity", "no numbers", "numbers")
         return values
+
+
+def told(raw: RawTensor, suffix: str) -> str:
+    """A tensor that is not understood, and whose it is."""
+    return f"{raw.key}, {whose(suffix) or 'which is not understood'}"
+
+
+def _essence(conf: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """(format, whether rotated, in which groups): what a description says of the arithmetic."""
+    params = conf.get("params")
+    params = params if isinstance(params, dict) else {}
+    turned, group = (conf.get(key, params.get(key)) for key in _ROTATION)
+    return (
+        conf.get("format"),
+        turned or False,
+        (256 if group is None else group) if turned else None,
+    )
 
 
 def same_vector(first: Tensor | None, second: Tensor | None) -> bool:

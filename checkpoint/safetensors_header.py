@@ -14,13 +14,17 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptFileError, TruncatedFileError, printable
+from ..errors import CHECK_DOWNLOAD, DOWNLOAD_AGAIN, CorruptFileError, TruncatedFileError, printable
 from ..gguf_loader.reader import MAX_NAME
-from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
+from .files import RawTensor, SourceFile
 
-# The format allows 100 MB. Both copies with all their scales take 0.2 MB, and JSON grows up to
+_FORMAT_LIMIT = 100_000_000  # bytes of a header that the format allows
+# Both copies with all their scales take 0.2 MB, and JSON grows up to
 # 25-fold in memory, so that a header's size and the number of its values are bounded.
 MAX_HEADER = 1 << 22
+# A picture in the metadata (modelspec.thumbnail, as base64) may take more; it is one text, which
+# grows little in memory: fourfold at most, if a letter in it takes four bytes.
+_MAX_WITH_PICTURE = 6 << 20
 _MAX_VALUES = 1 << 18  # names and texts; lists and objects
 MAX_TENSORS = 1 << 14
 _MAX_DIMS = 32
@@ -65,17 +69,26 @@ def read_safetensors_header(
             raise _truncated(file, "the length of the header", 8)
         (length,) = struct.unpack("<Q", head)
         first = stream.read(1)
-        if not 2 <= length <= MAX_HEADER or first not in (b"{", b""):
+        stream.seek(8)
+        if _MAX_WITH_PICTURE < length <= _FORMAT_LIMIT and first == b"{":
+            raise CorruptFileError(
+                "the header is longer than any model needs",
+                file=path,
+                found=f"{length:,} bytes",
+                needed=f"at most {_MAX_WITH_PICTURE:,}",
+                hint="Remove pictures and notes from its metadata, or use another file.",
+            )
+        if not 2 <= length <= _MAX_WITH_PICTURE or first not in (b"{", b""):
             raise CorruptFileError(
                 "this is no safetensors file",
                 file=path,
                 found=f"a header of {length} bytes that starts with {first!r}",
-                needed=f"JSON of 2 to {MAX_HEADER} bytes",
+                needed=f"JSON of 2 to {_MAX_WITH_PICTURE} bytes",
                 hint=DOWNLOAD_AGAIN,
             )
         if 8 + length > file.size:
             raise _truncated(file, "the header", 8 + length)
-        text = first + stream.read(length - 1)
+        text = stream.read(length)
     entries = parse_json(text, path, "the header")
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     if len(entries) > MAX_TENSORS:
@@ -89,7 +102,7 @@ def read_safetensors_header(
 
 
 def parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from an untrusted file of at most ``MAX_HEADER`` bytes.
+    """A JSON object from an untrusted file of at most 6 MiB.
 
     CorruptFileError if it is none, if names repeat, or if it would take far more memory than text.
     """
@@ -104,14 +117,15 @@ def parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
 
     # cheap upper bounds; a quote inside a text is escaped and opens none
     texts = (text.count(b'"') - text.count(b'\\"')) // 2
-    if max(texts, text.count(b"[") + text.count(b"{")) > _MAX_VALUES:
+    values = max(texts, text.count(b"[") + text.count(b"{"))
+    if values > _MAX_VALUES or text.count(b",") > MAX_HEADER // 2:
         raise CorruptFileError(
             f"{what} holds too many values", file=path, needed=f"at most {_MAX_VALUES}"
         )
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
         if b"\\u" in text:  # only an escape can bring half of a surrogate pair
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
+            _check_encodable(value)
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(
             f"{what} is no usable JSON: {printable(str(error))}", file=path, hint=DOWNLOAD_AGAIN
@@ -121,6 +135,20 @@ def parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:
             f"{what} is no JSON object", file=path, found=type(value).__name__, hint=DOWNLOAD_AGAIN
         )
     return value
+
+
+def _check_encodable(value: Any) -> None:
+    """UnicodeEncodeError for a text that is no UTF-8, one text in memory at a time."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            item.encode("utf-8")
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, dict):
+            waiting += item
+            waiting += item.values()
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
@@ -150,7 +178,14 @@ def _tensor(file: SourceFile, name: str, entry: Any, data_start: int) -> RawTens
         raise corrupt("its description is no object", repr(entry)[:80], "dtype, shape, offsets")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise corrupt("unknown dtype", repr(dtype)[:80], "a safetensors dtype")
+        raise CorruptFileError(
+            "unknown dtype",
+            file=file.path,
+            tensor=name,
+            found=repr(dtype)[:80],
+            needed=f"one of {', '.join(_BITS)}",
+            hint=CHECK_DOWNLOAD,
+        )
     if not _naturals(shape) or len(shape) > _MAX_DIMS:
         raise corrupt("impossible shape", repr(shape)[:80], "a list of sizes")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

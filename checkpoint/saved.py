@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CorruptFileError
+from ..errors import CHECK_DOWNLOAD, CorruptFileError
 from ..ops.blocks import FORMATS
 from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor
 from ..ops.rotation import GROUPS
 from .codecs import FOLDED_INT8, Blocks, Int8, Stored
-from .files import DOWNLOAD_AGAIN
 from .parts import Parts
 from .tensor_files import TensorFiles, json_object
 
@@ -45,6 +44,7 @@ class SavedBlocks(Blocks):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
+        parts.check_format(SAVED_GGUF, FOLDED_GGUF, keys=("qtype", "shape", "fold"))
         qtype = parts.quantization().get("qtype")
         if not isinstance(qtype, str) or qtype not in FORMATS:
             raise parts.unsupported(qtype)
@@ -67,6 +67,7 @@ class SavedBlocks(Blocks):
 class SavedFolded(Stored):
     """A weight of a folded file: ``inner`` is ``W'``, seen as W through ``fold``."""
 
+    ROLES = ("scale", "smooth", "fold_smooth", "fold_rows")
     inner: Stored
     fold: Fold
 
@@ -139,5 +140,5 @@ def _corrupt(tensor_files: TensorFiles, key: str, found: object) -> CorruptFileE
         tensor=key,
         found=found,
         needed="a short text",
-        hint=DOWNLOAD_AGAIN,
+        hint=CHECK_DOWNLOAD,
     )

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError, CorruptFileError, TruncatedFileError
+from ..errors import DOWNLOAD_AGAIN, CheckpointError, CorruptFileError, TruncatedFileError
 from ..gguf_loader import GGUFHeader, read_header
-from .files import DOWNLOAD_AGAIN, RawTensor, SourceFile
+from .files import RawTensor, SourceFile
 from .safetensors_header import MAX_HEADER, MAX_TENSORS, parse_json, read_safetensors_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -101,18 +101,6 @@ def json_object(text: str, key: str, path: Path) -> dict[str, Any]:
             needed=f"at most {_MAX_CONFIG}",
         )
     return parse_json(raw, path, f"metadata {key}")
-
-
-def stated_quantization(tensor_files: TensorFiles) -> dict[str, Any]:
-    """Module -> description, from the metadata in which ComfyUI may keep it instead of tensors."""
-    key = "_quantization_metadata"
-    text = tensor_files.metadata.get(key)
-    if not isinstance(text, str):
-        return {}
-    layers = json_object(text, key, tensor_files.path).get("layers")
-    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
-        raise CorruptFileError(f"metadata {key} has no layers", file=tensor_files.path)
-    return layers
 
 
 def _read_json(path: Path, limit: int) -> dict[str, Any]:

@@ -6,13 +6,12 @@ import struct
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import CorruptFileError, TruncatedFileError
+from ..errors import CHECK_DOWNLOAD, DOWNLOAD_AGAIN, CorruptFileError, TruncatedFileError
 
 MAX_HEADER = 1 << 24  # bytes; a language model's header with 150,000 tokens takes 6 MB
 MAX_TEXTS = 1 << 22  # bytes of names and texts in all, those of arrays apart
 _STEP = 1 << 20
 _FIRST_READ = 1 << 16
-DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -53,7 +52,7 @@ class Cursor:
                 file=self.path,
                 found=f"{end} bytes",
                 needed=f"at most {MAX_HEADER} bytes",
-                hint=DOWNLOAD_AGAIN,
+                hint=CHECK_DOWNLOAD,
             )
         target = min(self.file_size, MAX_HEADER, max(end, _FIRST_READ, 2 * len(self._data)))
         while len(self._data) < target:
@@ -101,7 +100,7 @@ class Cursor:
                 file=self.path,
                 found=f"{size} bytes",
                 needed=f"at most {MAX_TEXTS} bytes in all",
-                hint=DOWNLOAD_AGAIN,
+                hint=CHECK_DOWNLOAD,
             )
         raw = self.bytes(size, what)
         try:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CorruptFileError
-from .cursor import DOWNLOAD_AGAIN, Cursor
+from ..errors import DOWNLOAD_AGAIN, CorruptFileError
+from .cursor import Cursor
 from .types import SCALAR_CODES, ValueType
 
 _MAX_STRINGS = 1 << 22  # in all arrays together; a vocabulary has 150,000

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, CorruptFileError, TruncatedFileError
-from .cursor import DOWNLOAD_AGAIN, Cursor
+from ..errors import DOWNLOAD_AGAIN, CheckpointError, CorruptFileError, TruncatedFileError
+from .cursor import Cursor
 from .metadata import ArrayRef, check_built, decode_array, read_metadata
 from .types import TENSOR_TYPES
 

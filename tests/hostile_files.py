@@ -133,7 +133,17 @@ def safetensors_cases() -> Iterator[Case]:
     yield Case("key twice", safetensors(b'{"a": {"dtype": "F32", "dtype": "BF16"}}'))
     many = {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(20_000)}
     yield Case("20,000 tensors", safetensors(many))
-    for length in (0, 1, len(good), 1 << 20, 100_000_001, *HUGE):
+    for name, longest in {
+        "picture of letters": b"x" * 6_291_000,
+        "picture of letters of four bytes": "\N{GRINNING FACE}".encode() * 1_572_000,
+        "the same and an escape": "\N{GRINNING FACE}".encode() * 1_572_000 + rb"\ud83d\ude00",
+    }.items():
+        said = b'{"__metadata__": {"modelspec.thumbnail": "%s"}}' % longest
+        yield Case(name, safetensors(said))
+    for length in (4_194_303, 6_291_400):
+        numbers = b'{"t": {"shape": [' + b"1," * (length // 2 - 20) + b"1]}}"
+        yield Case(f"{length} bytes of numbers", safetensors(numbers))
+    for length in (0, 1, len(good), 1 << 20, 6_291_457, 100_000_001, *HUGE):
         wrong = struct.pack("<Q", length) + good[8:]
         yield Case(f"header of {length} bytes", wrong)
         yield Case(f"header of {length} bytes in a long file", wrong, size=1 << 34)

@@ -108,6 +108,20 @@ def test_header_length(tmp_path: Path, length: int):
         open_tensor_files(path)
 
 
+def test_a_header_longer_than_is_read_is_no_broken_download(tmp_path: Path):
+    path = raw_file(tmp_path, b'{"__metadata__": {"a": "' + b"x" * (7 << 20) + b'"}}')
+    with pytest.raises(CorruptFileError, match="longer than any model needs") as caught:
+        open_tensor_files(path)
+    assert "damaged" not in str(caught.value)
+
+
+def test_a_long_header_of_numbers_is_not_built(tmp_path: Path):
+    """Each takes two bytes of text and eight of memory."""
+    path = raw_file(tmp_path, b'{"a": {"shape": [' + b"1," * 2_600_000 + b"1]}}")
+    with pytest.raises(CorruptFileError, match="too many values"):
+        open_tensor_files(path)
+
+
 def test_cut_anywhere(tmp_path: Path):
     path = tmp_path / "m.safetensors"
     save_file({"first": torch.ones(9), "second": torch.ones(5)}, path)

@@ -66,10 +66,15 @@ def test_unknown_tensors_are_reported_once(tmp_path: Path, state, caplog):
 
 
 def test_tensors_without_a_place_in_the_model(tmp_path: Path, state, caplog):
-    state["layers.0.attention.qkv.bias"] = torch.ones(192)
+    """A bias of zeros changes nothing; any other is part of the weights."""
+    state["layers.0.attention.qkv.bias"] = torch.zeros(192)
     ck = open_checkpoint(files.save(tmp_path / "m.safetensors", state))
     assert "layers.0.attention.qkv.bias" in caplog.text
     assert "layers.0.attention.qkv.bias" not in ck.load("conditional")
+    state["layers.0.attention.qkv.bias"][3] = 1e-3
+    path = files.save(tmp_path / "biased.safetensors", state)
+    with pytest.raises(CheckpointError, match=r"qkv\.bias: Ideogram 4 has no such tensor"):
+        open_checkpoint(path)
 
 
 def test_dtype_that_weights_do_not_have(tmp_path: Path, state):

@@ -32,7 +32,7 @@ def saved(path, qt, **said):
     container = open_tensor_files(path)
     keys = [(parse_key(name), raw) for name, raw in container.tensors.items()]
     assert all(key is not None for key, _ in keys)
-    return build_entries(keys, {})[f"{NAME}.weight"]
+    return build_entries(keys, {}).entries[f"{NAME}.weight"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -29,6 +29,17 @@ def delta(update) -> torch.Tensor:
     return update.up @ update.down
 
 
+def test_a_picture_in_the_header(tmp_path):
+    """Six megabytes of base64: the header was called no safetensors file, the download broken."""
+    path = tmp_path / "f.safetensors"
+    picture = "data:image/png;base64," + "iVBORw0K" * 750_000
+    state = pair("layers.0.attention.qkv", 2, prefix="diffusion_model.")
+    save_file(state, path, {"modelspec.thumbnail": picture, "format": "pt"})
+    found = read_lora(path)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
 @pytest.mark.parametrize(
     ("prefix", "copy"),
     [

@@ -1,0 +1,84 @@
+"""The last part of a key: what a stored tensor is to its weight, or whose format it belongs to.
+
+A tensor under a linear's module changes what the weight means until the contrary is known, so that
+one that stands in none of these tables is refused by name (``Entry.codecs``).
+"""
+
+from __future__ import annotations
+
+import re
+
+_BITSANDBYTES = {
+    "absmax": "absmax",
+    "quant_map": "quant_map",
+    "quant_state.bitsandbytes__nf4": "quant_state",
+    "quant_state.bitsandbytes__fp4": "quant_state",
+    "nested_absmax": "nested_absmax",
+    "nested_quant_map": "nested_quant_map",
+}
+
+OTHER = "other"
+"""Role of a tensor that is not understood."""
+
+# Suffix -> (parameter, role of the stored tensor). Role None: known, not needed.
+SUFFIXES: dict[str, tuple[str, str | None]] = {
+    "weight": ("weight", "weight"),
+    "bias": ("bias", "weight"),
+    # Transformer Lab INT8
+    "wq": ("weight", "weight"),
+    "ws": ("weight", "scale"),
+    "smooth": ("weight", "smooth"),
+    # ideogram-ai FP8; ComfyUI
+    "weight_scale": ("weight", "scale"),
+    "comfy_quant": ("weight", "conf"),
+    "pre_quant_scale": ("weight", "pre_quant_scale"),
+    # what ComfyUI's save nodes write from models of this pack, see saved
+    "weight_smooth": ("weight", "smooth"),
+    "weight_fold_smooth": ("weight", "fold_smooth"),
+    "weight_fold_rows": ("weight", "fold_rows"),
+    # ComfyUI's older name
+    "scale_weight": ("weight", "scale"),
+    # bitsandbytes, with and without the parameter's name in between
+    **{f"weight.{suffix}": ("weight", role) for suffix, role in _BITSANDBYTES.items()},
+    **{suffix: ("weight", role) for suffix, role in _BITSANDBYTES.items()},
+    # Static ranges of activations: a host that quantizes these in fp8 or int8 with a fixed step
+    # needs them; here activations are quantized token by token, or not at all.
+    "input_scale": ("weight", None),
+    "scale_input": ("weight", None),  # ComfyUI's older name
+    "output_scale": ("weight", None),  # optimum-quanto
+    "input_zero_point": ("weight", None),  # compressed-tensors
+    "output_zero_point": ("weight", None),
+    # Statistics of calibrations, which only make such ranges
+    "input_amax": ("weight", None),
+    "input_absmax": ("weight", None),
+    "input_quantizer._amax": ("weight", None),  # NVIDIA ModelOpt
+    "output_quantizer._amax": ("weight", None),
+}
+
+# What other tools store beside a weight, or in its place: (end of the key, whose it is).
+_FOREIGN = tuple(
+    (re.compile(rf"(?:{pattern})"), what)
+    for pattern, what in (
+        (r"weight_scale_2|weight_global_scale", "NVFP4's"),
+        (r"weight_scale_inv", "FP8 with a scale a block of the weight"),
+        (r"weight_s_rel|weight_s_channel|weight_codebook|weight_zeros", "W4A8's"),
+        (r"SCB|weight_format", "LLM.int8's (bitsandbytes)"),
+        (
+            r"weight\._data|weight\._scale|weight\._shift|weight\.(?:scale|qtype)",
+            "optimum-quanto's",
+        ),
+        (r"_weight_\w+", "torchao's"),
+        (r"weight_packed|weight_shape|weight_zero_point|weight_g_idx", "compressed-tensors'"),
+        (r"qweight|qzeros|scales|g_idx|wscales|wzeros|wtscale", "GPTQ's, AWQ's or Nunchaku's"),
+        (r"proj_(?:up|down)|lora_(?:up|down)|smooth_factor(?:_orig)?", "SVDQuant's (Nunchaku)"),
+        (r"svd_(?:up|down)|zero_point(?:_2|_scale)?|scale|scale_2|scale_zero_point", "SDNQ's"),
+        (r"quip_s_[uv]|quip_\w+|SU|SV|Qidxs\w*|codebook_id", "QuIP's"),
+        (r"W_q|meta", "HQQ's"),
+        (r"lora_[AB](?:\.\w+)?\.weight|lora_magnitude_vector.*", "a LoRA beside the weight"),
+    )
+)
+
+
+def whose(suffix: str) -> str | None:
+    """The tool or format that stores such a tensor, for people; None if none is known."""
+    return next((what for pattern, what in _FOREIGN if pattern.fullmatch(suffix)), None)
