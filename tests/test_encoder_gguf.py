@@ -83,7 +83,8 @@ def test_llama_cpp_gguf_of_mixed_types(tmp_path: Path, state: State):
             tensors[theirs] = (state[name].numpy(), "F32")
             truth[name] = state[name]
     assert used == set(kinds)
-    path = files.write_gguf_py(tmp_path / "te.gguf", tensors, gguf_metadata("qwen3vl"))
+    metadata = gguf_metadata("qwen3vl")
+    path = files.write_gguf_py(tmp_path / "te.gguf", tensors, metadata, arch="qwen3vl")
     ck = open_encoder(path)
     assert ck.level in kinds
     check(ck, truth)
