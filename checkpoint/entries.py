@@ -19,11 +19,16 @@ from .folding import StoredFolding
 from .nf4 import Nf4
 from .parts import Parts
 from .saved import SavedBlocks, SavedFolded
+from .stock import AWQ, MXFP8, NVFP4, W4A4, W4A8
 
 logger = logging.getLogger(__name__)
 
 # The first that claims a weight reads it.
-CODECS: tuple[type[Stored], ...] = (Nf4, SavedBlocks, SavedFolded, Int8, Fp8, Blocks, Unquantized)
+CODECS: tuple[type[Stored], ...] = (
+    *(Nf4, SavedBlocks, SavedFolded),
+    *(W4A8, W4A4, NVFP4, MXFP8, AWQ),
+    *(Int8, Fp8, Blocks, Unquantized),
+)
 
 Progress = Callable[[int, int], None]
 

@@ -11,88 +11,9 @@ from pathlib import Path, PurePosixPath
 from ..errors import CheckpointError, NotIdeogram4Error, PairMismatchError
 from .checkpoints import Checkpoint, check_pair
 from .copies import without_copy_words
+from .level_order import AUTO, AUTO_ORDER, LEVELS, capability
 from .listing import Listing
 from .published import files_of
-
-AUTO = "auto"
-LEVELS = (
-    "BF16",
-    "FP8",
-    "INT8 W8A8 rotated",
-    "INT8 W8A8",
-    "Q8_0",
-    "Q6_K",
-    "Q5_K",
-    "Q5_1",
-    "Q5_0",
-    "Q4_K",
-    "IQ4_NL",
-    "IQ4_XS",
-    "Q4_1",
-    "Q4_0",
-    "NF4",
-    "MXFP4",
-    "Q3_K",
-    "Q2_K",
-)
-# Last everywhere: there are better types of their size, or (Q3_K, Q2_K) their loss shows.
-_RARE = ("Q5_1", "Q5_0", "IQ4_NL", "Q4_1", "MXFP4", "Q3_K", "Q2_K")
-# What auto tries, by capability. Where there are int8 matrix units, int8 is the fastest; 16-bit
-# products come next, and in float32, where bfloat16 is missing, they crawl, so the types that run
-# as W8A8 go before Q8_0. Without int8 units every level costs a dense product, so the most faithful
-# comes first.
-AUTO_ORDER = {
-    "int8 and bfloat16": (  # NVIDIA from Ampere (RTX 30) on
-        "INT8 W8A8 rotated",
-        "INT8 W8A8",
-        "Q8_0",
-        "Q6_K",
-        "Q5_K",
-        "Q4_K",
-        "IQ4_XS",
-        "Q4_0",
-        "NF4",
-        "FP8",
-        "BF16",
-        *_RARE,
-    ),
-    "int8 alone": (  # NVIDIA Turing (RTX 20), CPUs
-        "INT8 W8A8 rotated",
-        "INT8 W8A8",
-        "Q5_K",
-        "Q4_K",
-        "IQ4_XS",
-        "Q4_0",
-        "Q8_0",
-        "Q6_K",
-        "NF4",
-        "FP8",
-        "BF16",
-        *_RARE,
-    ),
-    "neither": (  # every other device
-        "BF16",
-        "Q8_0",
-        "FP8",
-        "Q6_K",
-        "Q5_K",
-        "Q4_K",
-        "IQ4_XS",
-        "Q4_0",
-        "NF4",
-        "INT8 W8A8 rotated",
-        "INT8 W8A8",
-        *_RARE,
-    ),
-}
-
-
-def capability(int8: bool, bfloat16: bool) -> str:
-    """The row of `AUTO_ORDER` for a device. int8: matrix units that an int8 backend here uses."""
-    if not int8:
-        return "neither"
-    return "int8 and bfloat16" if bfloat16 else "int8 alone"
-
 
 _SIBLINGS = 2.0  # above any ratio of two names
 BOTH, ALTERNATING, STREAMED = "both", "alternating", "streamed"

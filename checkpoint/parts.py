@@ -87,6 +87,13 @@ class Parts:
             if role not in ("weight", "conf", *roles):
                 raise self.unsupported(f"{raw.key} beside {self.weight.dtype} values")
 
+    def setting(self, name: str, default: Any) -> Any:
+        """What the description says of ``name``, at its top or under ``params``."""
+        conf = self.quantization()
+        params = conf.get("params")
+        params = params if isinstance(params, dict) else {}
+        return conf.get(name, params.get(name, default))
+
     def quantization(self) -> Mapping[str, Any]:
         """ComfyUI's description of the weight: ``comfy_quant``, or the file's metadata.
 

@@ -37,6 +37,8 @@ PUBLISHED = (
             ("ideogram4_unconditional_int8_convrot", 9_580_000_000, "INT8 W8A8 rotated"),
             ("ideogram4_fp8_scaled", 9_280_000_000, "FP8"),
             ("ideogram4_unconditional_fp8_scaled", 9_280_000_000, "FP8"),
+            ("ideogram4_nvfp4_mixed", 5_490_000_000, "NVFP4"),
+            ("ideogram4_unconditional_nvfp4_mixed", 5_490_000_000, "NVFP4"),
         )
     ),
     *(

@@ -36,6 +36,13 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
     "weight_smooth": ("weight", "smooth"),
     "weight_fold_smooth": ("weight", "fold_smooth"),
     "weight_fold_rows": ("weight", "fold_rows"),
+    # ComfyUI's NVFP4, W4A8 and W6A8; comfy-kitchen's AWQ
+    "weight_scale_2": ("weight", "scale_2"),
+    "weight_s_rel": ("weight", "s_rel"),
+    "weight_s_channel": ("weight", "s_channel"),
+    "weight_codebook": ("weight", "codebook"),
+    "weight_zeros": ("weight", "zeros"),
+    "weight_correction": ("weight", "zeros"),
     # ComfyUI's older name
     "scale_weight": ("weight", "scale"),
     # bitsandbytes, with and without the parameter's name in between
@@ -59,9 +66,8 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
 _FOREIGN = tuple(
     (re.compile(rf"(?:{pattern})"), what)
     for pattern, what in (
-        (r"weight_scale_2|weight_global_scale", "NVFP4's"),
+        (r"weight_global_scale", "NVFP4's (compressed-tensors)"),
         (r"weight_scale_inv", "FP8 with a scale a block of the weight"),
-        (r"weight_s_rel|weight_s_channel|weight_codebook|weight_zeros", "W4A8's"),
         (r"SCB|weight_format", "LLM.int8's (bitsandbytes)"),
         (
             r"weight\._data|weight\._scale|weight\._shift|weight\.(?:scale|qtype)",

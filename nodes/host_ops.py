@@ -27,6 +27,12 @@ FORMATS = {
     "Ideogram4QuantNF4": "ideogram4_quant_nf4",
     "Ideogram4QuantFoldedInt8": "ideogram4_quant_folded_int8",
     "Ideogram4QuantFoldedGGUF": "ideogram4_quant_folded_gguf",
+    # the host's own containers, in layouts that are comfy-kitchen's and more
+    "Ideogram4QuantW4A8": "ideogram4_quant_w4a8",
+    "Ideogram4QuantW4A4": "ideogram4_quant_w4a4",
+    "Ideogram4QuantNVFP4": "ideogram4_quant_nvfp4",
+    "Ideogram4QuantMXFP8": "ideogram4_quant_mxfp8",
+    "Ideogram4QuantAWQ": "ideogram4_quant_awq",
 }
 _STORAGE = {
     "Ideogram4QuantInt8": torch.int8,
@@ -35,6 +41,11 @@ _STORAGE = {
     "Ideogram4QuantNF4": torch.uint8,
     "Ideogram4QuantFoldedInt8": torch.int8,
     "Ideogram4QuantFoldedGGUF": torch.uint8,
+    "Ideogram4QuantW4A8": torch.int8,
+    "Ideogram4QuantW4A4": torch.int8,
+    "Ideogram4QuantNVFP4": torch.uint8,
+    "Ideogram4QuantMXFP8": torch.float8_e4m3fn,
+    "Ideogram4QuantAWQ": torch.int8,
 }
 for _layout, _format in FORMATS.items():
     QUANT_ALGOS.setdefault(

@@ -109,4 +109,5 @@ def machine() -> Machine:
 
 def _order(here: Machine) -> tuple[str, ...]:
     int8 = any(b.available and b.name != "reference" for b in here.backends)
-    return AUTO_ORDER[capability(int8, here.dtype == "bfloat16")]
+    fp4 = management.supports_nvfp4_compute(management.get_torch_device())
+    return AUTO_ORDER[capability(int8, here.dtype == "bfloat16", fp4)]

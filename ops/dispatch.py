@@ -25,7 +25,7 @@ from functools import cache
 import torch
 
 from ..errors import BackendUnavailableError, OpError
-from . import adapters, reference
+from . import adapters, grouped, reference
 from .probes import checked, kept
 from .tuning import choices
 
@@ -34,15 +34,18 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 
 REFERENCE_OPS: Mapping[str, Callable] = {
-    name: getattr(reference, name)
-    for name in (
-        "int8_gemm",
-        "smooth_rotate_quantize_rows",
-        "rmsnorm_scale_quantize_rows",
-        "swiglu_quantize_rows",
-        "gate_residual_rmsnorm",
-        "dequantize_rotate_quantize",
-    )
+    "int8_grid": grouped.int8_grid,
+    **{
+        name: getattr(reference, name)
+        for name in (
+            "int8_gemm",
+            "smooth_rotate_quantize_rows",
+            "rmsnorm_scale_quantize_rows",
+            "swiglu_quantize_rows",
+            "gate_residual_rmsnorm",
+            "dequantize_rotate_quantize",
+        )
+    },
 }
 
 

@@ -11,6 +11,7 @@ import json
 import gguf
 import numpy as np
 import torch
+from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ideogram4_quant.tests import fixtures_files as files
@@ -185,3 +186,37 @@ def gguf_tensors(state: State, kind: str, prefix: str = "", everything: bool = F
             tensors[prefix + name] = (tensor.numpy(), used)
             truth[name] = tensor if everything else tensor.half().float()
     return tensors, truth
+
+
+STOCK = {  # level -> comfy-kitchen's layout, how it is asked, what the host writes of it
+    "W4A8": (
+        "AsymW4A8Int8Layout",
+        {},
+        {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 256},
+    ),
+    "W6A8": (
+        "AsymW4A8Int8Layout",
+        {"bits": 6},
+        {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": 256},
+    ),
+    "INT4 W4A4": (
+        "TensorCoreConvRotW4A4Layout",
+        {},
+        {"format": "convrot_w4a4", "convrot_groupsize": 256},
+    ),
+    "NVFP4": ("TensorCoreNVFP4Layout", {}, {"format": "nvfp4"}),
+    "MXFP8": ("TensorCoreMXFP8Layout", {}, {"format": "mxfp8"}),
+}
+
+
+def pack_stock(weight: torch.Tensor, level: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """``weight`` by comfy-kitchen's own writer, and the values that it decodes to."""
+    name, options, said = STOCK[level]
+    layout = get_layout_class(name)
+    data, params = layout.quantize(weight, **options)
+    parts = {
+        f"weight{suffix}": value.contiguous()
+        for suffix, value in layout.state_dict_tensors(data, params).items()
+    }
+    values = QuantizedTensor(data, name, params).dequantize()
+    return {**parts, "comfy_quant": as_json(said)}, values

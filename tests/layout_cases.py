@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 
 from ideogram4_quant.ops.layouts import QuantizedTensor
+from ideogram4_quant.ops.layouts.packed import SIX_BITS
 
 INT8, GGUF, FP8, NF4 = (f"Ideogram4Quant{name}" for name in ("Int8", "GGUF", "FP8", "NF4"))
 FOLDED_INT8, FOLDED_GGUF = "Ideogram4QuantFoldedInt8", "Ideogram4QuantFoldedGGUF"
+W4A8, W4A4, NVFP4, MXFP8, AWQ = (
+    f"Ideogram4Quant{name}" for name in ("W4A8", "W4A4", "NVFP4", "MXFP8", "AWQ")
+)
 K = 512
 SMOOTH = torch.rand(K, generator=torch.Generator().manual_seed(9)) + 0.5
 
@@ -30,6 +34,28 @@ KINDS = {
     "folded int8": (FOLDED_INT8, {"fold_smooth": SMOOTH, "fold_rotation": 64}, 0.0110),
     "folded int8 rotated": (FOLDED_INT8, {"fold_smooth": SMOOTH, "rotation": 256}, 0.0110),
     "folded Q8_0": (FOLDED_GGUF, {"fold_smooth": SMOOTH, "qtype": "Q8_0"}, 0.0080),
+    "w4a8": (W4A8, {}, 0.0800),
+    "w4a8 groups of 32": (W4A8, {"group_size": 32, "scale_dtype": torch.float32}, 0.0900),
+    "w4a8 uniform": (W4A8, {"codebook": False}, 0.1000),
+    "w4a8 zeros": (W4A8, {"symmetric": False}, 0.0900),
+    "w6a8": (W4A8, {"bits": 6}, 0.0280),
+    "w4a4": (W4A4, {}, 0.1600),
+    "nvfp4": (NVFP4, {}, 0.1100),
+    "mxfp8": (MXFP8, {}, 0.0330),
+    "awq": (AWQ, {}, 0.1100),
+}
+if not SIX_BITS:  # comfy-kitchen before 0.2.40 makes none
+    del KINDS["w6a8"]
+ROUNDED_TWICE = (
+    "w4a8",
+    "w6a8",
+    "nvfp4",
+    "awq",
+)  # comfy-kitchen decodes in the dtype that is asked for
+SHARED = ("nf4 across rows", "nvfp4", "mxfp8")  # rows share scales: they are not cut out
+GROUPED = {  # layouts that pack whole groups of columns
+    **dict.fromkeys((W4A8, W4A4), 256),
+    AWQ: 64,
 }
 BLOCKS = (GGUF, FOLDED_GGUF)  # encoded to the least error: whole blocks, no stochastic rounding
 
@@ -47,5 +73,13 @@ def identical(a, b):
         same
         and names == b._params._tensor_fields()
         and torch.equal(a._qdata.view(torch.uint8), b._qdata.view(torch.uint8))
-        and all(torch.equal(getattr(a._params, n), getattr(b._params, n)) for n in names)
+        and all(
+            torch.equal(bits(getattr(a._params, n)), bits(getattr(b._params, n))) for n in names
+        )
     )
+
+
+def bits(tensor):
+    """Something that torch compares: it has no equality of float8."""
+    small = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+    return tensor.view(torch.uint8) if small else tensor

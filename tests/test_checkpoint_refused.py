@@ -105,20 +105,11 @@ def test_stored_twice(tmp_path: Path, state):
     [
         (
             {
-                "weight": torch.zeros(64, 32, dtype=torch.uint8),
-                "weight_scale": torch.ones(64, 4).to(torch.float8_e4m3fn),
-                "weight_scale_2": torch.ones(()),
-                "comfy_quant": storage.as_json({"format": "nvfp4"}),
+                "weight": torch.zeros(64, 32, dtype=torch.int8),
+                "weight_scale": torch.ones(1, 64),
+                "comfy_quant": storage.as_json({"format": "svdquant_w4a4"}),
             },
-            "nvfp4",
-        ),
-        (
-            {
-                "weight": torch.zeros(64, 64, dtype=torch.float8_e4m3fn),
-                "weight_scale": torch.ones(64, 2, dtype=torch.uint8),
-                "comfy_quant": storage.as_json({"format": "mxfp8"}),
-            },
-            "mxfp8",
+            "svdquant_w4a4",
         ),
         ({"weight": torch.zeros(64, 64, dtype=torch.float8_e5m2)}, "F8_E5M2"),
         ({"weight": torch.zeros(64, 32, dtype=torch.uint8)}, "U8 without a description"),

@@ -37,9 +37,9 @@ def saved(path, qt, **said):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_weight_is_read_to_the_bit(kind, tmp_path):
-    qt = make(kind, randn(12, K))
+    qt = make(kind, randn(32, K))
     entry = saved(tmp_path / "m.safetensors", qt)
-    assert entry.shape == (12, K)
+    assert entry.shape == (32, K)
     again = entry.read(torch.float32)
     # Int8's own fold may be told as smoothing or rotation of the layout, with the same values
     assert torch.equal(again.dequantize(), qt.dequantize())
@@ -48,7 +48,7 @@ def test_a_saved_weight_is_read_to_the_bit(kind, tmp_path):
 
 @pytest.mark.parametrize("rotation", [None, 16, 64, 256])
 def test_int8_without_smoothing_is_stocks_own_format(rotation):
-    qt = make("int8", randn(12, K)).requantize_from_float(randn(12, K), rotation=rotation)
+    qt = make("int8", randn(32, K)).requantize_from_float(randn(32, K), rotation=rotation)
     wanted = {"format": "int8_tensorwise"}
     if rotation:
         wanted |= {"convrot": True, "convrot_groupsize": rotation}
@@ -65,7 +65,7 @@ def test_int8_without_smoothing_is_stocks_own_format(rotation):
         ("Q4_K", {"shape": [12]}),
         ("Q4_K", {"shape": [12, -512]}),
         ("Q4_K", {"shape": [1 << 40, 512]}),
-        ("Q4_K", {"shape": [24, 512]}),
+        ("Q4_K", {"shape": [64, 512]}),
         ("folded Q8_0", {"fold": {"rotation": 3}}),
         ("folded Q8_0", {"fold": {"row_rotation": [16]}}),
         ("folded Q8_0", {"fold": {"first_row": "2"}}),
@@ -73,7 +73,7 @@ def test_int8_without_smoothing_is_stocks_own_format(rotation):
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(kind, said, tmp_path):
-    entry = saved(tmp_path / "m.safetensors", make(kind, randn(12, K)), **said)
+    entry = saved(tmp_path / "m.safetensors", make(kind, randn(32, K)), **said)
     with pytest.raises(CheckpointError) as raised:
         (entry.level, entry.shape, entry.read(torch.float32))
     assert KEY in str(raised.value)

@@ -170,20 +170,13 @@ def test_comfy_int8_convrot(tmp_path: Path, state: State):
     check(ck, truth, ulps=16)
 
 
-def test_nvfp4_is_refused(tmp_path: Path, state: State):
-    def pack(weight: torch.Tensor):
-        rows, columns = weight.shape
-        return {
-            "weight": torch.zeros(rows, columns // 2, dtype=torch.uint8),
-            "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
-            "weight_scale_2": torch.ones(()),
-            "comfy_quant": storage.as_json({"format": "nvfp4"}),
-        }, weight
-
-    stored, _ = pack_all(state, pack, "model.")
-    path = files.save(tmp_path / "qwen3vl_8b_nvfp4.safetensors", stored)
-    with pytest.raises(CheckpointError, match=r"not supported \(found nvfp4\)\. Use a file in FP8"):
-        open_encoder(path)
+@pytest.mark.parametrize("level", ["NVFP4", "MXFP8"])
+def test_the_hosts_small_floats(tmp_path: Path, state: State, level: str):
+    """qwen3vl_8b_nvfp4 is such a file."""
+    stored, truth = pack_all(state, lambda w: storage.pack_stock(w, level), "model.")
+    ck = open_encoder(files.save(tmp_path / f"qwen3vl_8b_{level}.safetensors", stored))
+    assert ck.level == level
+    check(ck, truth, ulps=1)
 
 
 def test_without_final_norm(tmp_path: Path, state: State):

@@ -29,7 +29,12 @@ def run_apart(name: str, **environment: str) -> None:
 @needs_triton
 @pytest.mark.parametrize(
     "name",
-    ["test_kernels_products.py", "test_kernels_rows.py", "test_kernels_fused.py"],
+    [
+        "test_kernels_products.py",
+        "test_kernels_rows.py",
+        "test_kernels_fused.py",
+        "test_kernels_packed.py",
+    ],
 )
 @pytest.mark.parametrize(
     "device",

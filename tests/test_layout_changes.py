@@ -13,13 +13,13 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops.layouts import Weight
-from ideogram4_quant.tests.layout_cases import KINDS, K, identical, make
+from ideogram4_quant.tests.layout_cases import KINDS, SHARED, K, identical, make
 from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 N = 12
 D = randn(N, K, seed=5)
-ROWS_APART = [kind for kind in KINDS if kind not in ("nf4 across rows", "fp8 tensor")]
+ROWS_APART = [kind for kind in KINDS if kind not in (*SHARED, "fp8 tensor")]
 
 
 def weight(kind: str) -> Weight:
@@ -293,7 +293,7 @@ def test_which_operations_keep_a_weight_quantized(kind, mode):
         assert type(operation(w)) in (Weight, torch.nn.Parameter), name
         assert isinstance(operation(w), Weight), name
     for name, operation in OF_ROWS.items():
-        assert isinstance(operation(w), Weight) == (kind != "nf4 across rows"), name
+        assert isinstance(operation(w), Weight) == (kind not in SHARED), name
     for name, operation in FLOATS.items():
         found = operation(w)
         assert type(found) is torch.Tensor, name

@@ -7,12 +7,23 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ideogram4_quant.tests.layout_cases import BLOCKS, KINDS, K, identical, make
+from ideogram4_quant.tests.layout_cases import (
+    BLOCKS,
+    KINDS,
+    MXFP8,
+    NVFP4,
+    ROUNDED_TWICE,
+    SHARED,
+    W4A8,
+    K,
+    identical,
+    make,
+)
 from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
 
-SLICEABLE = [name for name in KINDS if name != "nf4 across rows"]
+SLICEABLE = [name for name in KINDS if name not in SHARED]
 
 # ---- moving and copying
 
@@ -40,7 +51,10 @@ def test_copies_keep_everything(kind, mode):
     target = torch.empty_like(qt, dtype=torch.bfloat16)
     target.copy_(qt)
     assert target.dtype == torch.bfloat16
-    assert torch.equal(target.dequantize(), qt.dequantize().bfloat16())
+    if kind.startswith(ROUNDED_TWICE):
+        assert relative(target.dequantize().float(), qt.dequantize()) < 0.005
+    else:
+        assert torch.equal(target.dequantize(), qt.dequantize().bfloat16())
     target._qdata.view(torch.uint8).fill_(1)
     for name in target._params._tensor_fields():
         getattr(target._params, name).fill_(2)
@@ -154,8 +168,9 @@ def test_a_fused_weight_splits_into_its_layers(kind, mode):
     assert [part.shape[0] for part in qt.chunk(5)] == [3, 3, 3, 3]
 
 
-def test_what_cannot_stay_quantized_is_still_right(mode):
-    qt = make("nf4 across rows", randn(12, K))
+@pytest.mark.parametrize("kind", SHARED)
+def test_what_cannot_stay_quantized_is_still_right(kind, mode):
+    qt = make(kind, randn(12, K))
     dense = qt.dequantize()
     for part, want in ((qt[3:8], dense[3:8]), (qt[:, 2:9], dense[:, 2:9]), (qt[5], dense[5])):
         assert type(part) is torch.Tensor
@@ -227,10 +242,11 @@ def test_a_patched_weight_goes_back_into_its_own_layout(kind, seed, mode):
 def test_requantizing_unchanged_weights_changes_nothing(kind):
     qt = make(kind, randn(24, K))
     again = qt.requantize_from_float(qt.dequantize(), scale="recalculate", stochastic_rounding=0)
-    assert relative(again.dequantize(), qt.dequantize()) < (0.02 if kind == "Q4_K" else 1e-6)
+    searched = kind == "Q4_K" or KINDS[kind][0] == W4A8  # scales are sought, not computed
+    assert relative(again.dequantize(), qt.dequantize()) < (0.02 if searched else 1e-6)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] not in BLOCKS])
+@pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] not in (*BLOCKS, NVFP4, MXFP8)])
 def test_stochastic_rounding_has_the_right_mean_and_a_seed(kind):
     weight = randn(3, K, seed=5) * 0.02
     one, same, other = (
@@ -241,4 +257,7 @@ def test_stochastic_rounding_has_the_right_mean_and_a_seed(kind):
     nearest = make(kind, weight).dequantize()
     draws = [make(kind, weight, stochastic_rounding=s).dequantize() for s in range(1, 65)]
     mean = torch.stack(draws).mean(0)
-    assert relative(mean, weight) < relative(nearest, weight) / 2.5
+    # comfy-kitchen's codes with zeros end at the group's extremes, which the noise crosses
+    assert relative(mean, weight) < relative(nearest, weight) / (
+        2.2 if kind == "w4a8 zeros" else 2.5
+    )

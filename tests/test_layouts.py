@@ -15,7 +15,17 @@ import ideogram4_quant
 from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import blocks, layouts, nf4
 from ideogram4_quant.ops.rotation import rotate
-from ideogram4_quant.tests.layout_cases import BLOCKS, FP8, INT8, KINDS, SMOOTH, K, identical, make
+from ideogram4_quant.tests.layout_cases import (
+    BLOCKS,
+    FP8,
+    GROUPED,
+    INT8,
+    KINDS,
+    SMOOTH,
+    K,
+    identical,
+    make,
+)
 from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
@@ -52,9 +62,13 @@ def test_a_zero_row_and_an_outlier_survive(kind):
 @pytest.mark.parametrize("kind", [k for k in KINDS if KINDS[k][0] not in BLOCKS])
 @pytest.mark.parametrize("k", [1, 63, 130])
 def test_any_in_features(kind, k):
+    layout, options, bound = KINDS[kind]
     if "rotated" in kind:
         k = 64 * (k % 7 or 5)
-    layout, options, bound = KINDS[kind]
+    if layout in GROUPED:
+        with pytest.raises(OpError, match=f"{k}"):
+            make(kind, randn(5, k))
+        k = GROUPED[layout] * (k % 3 + 1)
     smooth = {name: SMOOTH[:k] for name in ("smooth", "fold_smooth") if name in options}
     options = {**options, **smooth}
     if "rotated" not in kind:

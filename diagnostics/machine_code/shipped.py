@@ -20,6 +20,7 @@ from ...ops.kernels.configs import (
     row_blocks,
 )
 from ...ops.kernels.gguf import PACKED
+from ...ops.kernels.packed import GRID_BLOCK, GRID_WARPS
 from .offline import Variant
 
 BF16, OTHERS = "bf16", ("fp16", "fp32")
@@ -192,6 +193,40 @@ def dequantize_variants() -> Iterator[Variant]:
         yield dequantize_variant(HIDDEN, qtype, rotation=0)
 
 
+def grid_variant(k: int, *, bits: int, group: int) -> Variant:
+    """``int8_grid``: W4A8 with the codebook, W6A8 without; ``group`` 0 is W4A4's signed codes."""
+    signature = {
+        "packed_ptr": "*u8",
+        "s_rel_ptr": "*u8",
+        "codebook_ptr": "*fp32" if bits == 4 and group else "*u8",
+        "out_ptr": "*i8",
+        "stride_packed": "i32",
+    }
+    return Variant(
+        "packed",
+        "int8_grid_kernel",
+        f"{bits} bits g{group} K {k}",
+        signature,
+        {
+            "K": k,
+            "BLOCK": GRID_BLOCK,
+            "GROUP": group,
+            "SIX_BITS": bits == 6,
+            "HAS_CODEBOOK": bits == 4 and group > 0,
+            "E4M3_SCALES": group > 0,
+        },
+        tuple(signature),
+        GRID_WARPS,
+    )
+
+
+def grid_variants() -> Iterator[Variant]:
+    """The packed int8 layouts at the model's widths."""
+    for k in (HIDDEN, FEED_FORWARD):
+        for bits, group in ((4, 16), (4, 32), (6, 16), (4, 0)):
+            yield grid_variant(k, bits=bits, group=group)
+
+
 def row_variants() -> Iterator[Variant]:
     """The row kernels at the model's widths; they are the same on every architecture."""
     for k in (HIDDEN, FEED_FORWARD, TEXT_ENCODER):
@@ -211,6 +246,7 @@ def row_variants() -> Iterator[Variant]:
         yield rmsnorm_variant(HIDDEN, rotation=256, smooth=False, dtype=dtype)
         yield residual_variant(HIDDEN, dtype)
     yield from dequantize_variants()
+    yield from grid_variants()
 
 
 def variants(arch: int) -> Iterator[Variant]:

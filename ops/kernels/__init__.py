@@ -24,6 +24,7 @@ _LAUNCHERS = {
     "rmsnorm_scale_quantize_rows": "norms",
     "gate_residual_rmsnorm": "norms",
     "dequantize_rotate_quantize": "gguf",
+    "int8_grid": "packed",
 }
 
 __all__ = ["available", *_LAUNCHERS]

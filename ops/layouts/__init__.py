@@ -13,7 +13,16 @@ from .folded import FoldedGGUFLayout, FoldedInt8Layout, folded_tensor
 from .fp8 import FP8Layout, fp8_tensor
 from .gguf import GGUFLayout, gguf_tensor
 from .int8 import Int8Layout, int8_tensor
+from .microscaled import (
+    AWQLayout,
+    MXFP8Layout,
+    NVFP4Layout,
+    awq_tensor,
+    mxfp8_tensor,
+    nvfp4_tensor,
+)
 from .nf4 import NF4Layout, nf4_tensor
+from .packed import W4A4Layout, W4A8Layout, w4a4_tensor, w4a8_tensor
 from .weight import Weight
 
 LAYOUTS: dict[str, type[Layout]] = {
@@ -25,6 +34,11 @@ LAYOUTS: dict[str, type[Layout]] = {
         NF4Layout,
         FoldedInt8Layout,
         FoldedGGUFLayout,
+        W4A8Layout,
+        W4A4Layout,
+        NVFP4Layout,
+        MXFP8Layout,
+        AWQLayout,
     )
 }
 
@@ -34,18 +48,28 @@ for _name, _layout in LAYOUTS.items():
 
 __all__ = [
     "LAYOUTS",
+    "AWQLayout",
     "FP8Layout",
     "FoldedGGUFLayout",
     "FoldedInt8Layout",
     "GGUFLayout",
     "Int8Layout",
     "Layout",
+    "MXFP8Layout",
     "NF4Layout",
+    "NVFP4Layout",
     "QuantizedTensor",
+    "W4A4Layout",
+    "W4A8Layout",
     "Weight",
+    "awq_tensor",
     "folded_tensor",
     "fp8_tensor",
     "gguf_tensor",
     "int8_tensor",
+    "mxfp8_tensor",
     "nf4_tensor",
+    "nvfp4_tensor",
+    "w4a4_tensor",
+    "w4a8_tensor",
 ]

@@ -79,6 +79,7 @@ class Layout(QuantizedLayout):
 
     NAME: str
     ROW_FIELDS: tuple[str, ...] = ()
+    COLUMN_FIELDS: tuple[str, ...] = ()  # whose columns are the weight's rows
 
     @classmethod
     def linear(
@@ -152,6 +153,9 @@ class Layout(QuantizedLayout):
             for name in cls.ROW_FIELDS
             if (value := getattr(params, name)) is not None and value.dim() > 0
         }
+        for name in cls.COLUMN_FIELDS:
+            value = getattr(params, name)
+            changed[name] = None if value is None else value[:, rows]
         shape = (qdata.shape[0], params.matrix_shape[1])
         changed["orig_shape"] = shape[::-1] if params.transposed else shape
         return derived(qtensor, qdata, dataclasses.replace(params, **changed))

@@ -73,7 +73,8 @@ class Weight(QuantizedTensor):
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         fields = {f.name: getattr(self._params, f.name) for f in dataclasses.fields(self._params)}
-        qdata = self._qdata.contiguous()  # as bytes: pickle knows no float8
+        fields = {name: _bytes_of_float8(value) for name, value in fields.items()}
+        qdata = self._qdata.contiguous()
         parts = (self._layout_cls, qdata.view(torch.uint8), qdata.dtype, fields)
         return _rebuild, (*parts, isinstance(self, torch.nn.Parameter))
 
@@ -168,7 +169,8 @@ def _encoded(qt: QuantizedTensor, values: Tensor, what: str) -> tuple[Tensor, An
     qdata, fresh = layout.quantize(matrix, **layout.requantize_kwargs(qt))
     partial = qt._qdata.nbytes < qt._qdata.untyped_storage().nbytes()
     for name in params._tensor_fields():
-        shared = name not in layout.ROW_FIELDS or getattr(params, name).dim() == 0
+        own = (*layout.ROW_FIELDS, *layout.COLUMN_FIELDS)
+        shared = name not in own or getattr(params, name).dim() == 0
         if partial and shared and not torch.equal(getattr(params, name), getattr(fresh, name)):
             raise OpError(
                 f"these rows share their {name} with others, which would change too",
@@ -189,6 +191,18 @@ def _write(changes: Sequence[tuple[QuantizedTensor, tuple[Tensor, Any]]]) -> Non
             getattr(qt._params, name).copy_(getattr(fresh, name))
 
 
+def _bytes_of_float8(value: Any) -> Any:
+    """A float8 tensor as (its bytes, its dtype), which pickle knows; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize == 1:
+        return value.contiguous().view(torch.uint8), value.dtype
+    return value
+
+
+def _float8_of_bytes(value: Any) -> Any:
+    pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], Tensor)
+    return value[0].view(value[1]) if pair else value
+
+
 def _like(original: Tensor, copied: Weight) -> Weight:
     """``copied`` as a parameter where ``original`` is one."""
     is_param = isinstance(original, torch.nn.Parameter)
@@ -199,5 +213,6 @@ def _rebuild(
     layout: str, data: Tensor, dtype: torch.dtype, fields: dict[str, Any], is_param: bool
 ) -> Weight:
     """A pickled weight again; of the layout of that name, under whatever name this package has."""
+    fields = {name: _float8_of_bytes(value) for name, value in fields.items()}
     weight = Weight(data.view(dtype), layout, get_layout_class(layout).Params(**fields))
     return torch.nn.Parameter(weight, requires_grad=False) if is_param else weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
@@ -10,9 +11,13 @@ from ideogram4_quant.quant import RECIPES, quantize_checkpoint
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
 
-PACKERS = {"FP8": storage.pack_fp8, "NF4": storage.pack_nf4}
+PACKERS = {
+    "FP8": storage.pack_fp8,
+    "NF4": storage.pack_nf4,
+    **{level: partial(storage.pack_stock, level=level) for level in storage.STOCK},
+}
 READ_ONLY_BLOCKS = ("MXFP4",)  # by gguf-py
-ALL_LEVELS = ("BF16", *PACKERS, *RECIPES, *READ_ONLY_BLOCKS)
+ALL_LEVELS = tuple(dict.fromkeys(("BF16", *PACKERS, *RECIPES, *READ_ONLY_BLOCKS)))
 
 
 def write_level(source: Path, level: str, folder: Path, copy: str) -> Path:

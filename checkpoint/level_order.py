@@ -1,0 +1,74 @@
+"""The names of the levels, and the order in which ``auto`` tries them on a kind of device."""
+
+from __future__ import annotations
+
+AUTO = "auto"
+LEVELS = (
+    "BF16",
+    "FP8",
+    "INT8 W8A8 rotated",
+    "INT8 W8A8",
+    "MXFP8",
+    "Q8_0",
+    "W6A8",
+    "Q6_K",
+    "Q5_K",
+    "Q5_1",
+    "Q5_0",
+    "W4A8",
+    "Q4_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q4_1",
+    "Q4_0",
+    "NVFP4",
+    "INT4 W4A4",
+    "AWQ W4A16",
+    "NF4",
+    "MXFP4",
+    "Q3_K",
+    "Q2_K",
+)
+# Last everywhere: there are better types of their size, or (Q3_K, Q2_K) their loss shows.
+_RARE = ("Q5_1", "Q5_0", "IQ4_NL", "Q4_1", "MXFP4", "Q3_K", "Q2_K")
+# What auto tries, by capability. Where there are int8 matrix units, int8 is the fastest; 16-bit
+# products come next, and in float32, where bfloat16 is missing, they crawl, so what runs as W8A8
+# goes before Q8_0. Without int8 units every level costs a dense product, so the most faithful comes
+# first. NVFP4 is less faithful than every other type of its size (see docs/pocket-table.md): before
+# them only where the device multiplies it.
+_INT8_FIRST = ("INT8 W8A8 rotated", "INT8 W8A8")
+_LARGE = ("FP8", "BF16")
+AUTO_ORDER = {
+    "fp4, int8 and bfloat16": (  # NVIDIA from Blackwell (RTX 50) on
+        *_INT8_FIRST,
+        "MXFP8",
+        *("Q8_0", "Q6_K", "W6A8", "Q5_K", "NVFP4", "W4A8", "Q4_K", "IQ4_XS", "Q4_0"),
+        *("AWQ W4A16", "NF4", "INT4 W4A4", *_LARGE, *_RARE),
+    ),
+    "int8 and bfloat16": (  # NVIDIA from Ampere (RTX 30) on
+        *_INT8_FIRST,
+        *("Q8_0", "Q6_K", "W6A8", "MXFP8", "Q5_K", "W4A8", "Q4_K", "IQ4_XS", "Q4_0"),
+        *("AWQ W4A16", "NVFP4", "NF4", "INT4 W4A4", *_LARGE, *_RARE),
+    ),
+    "int8 alone": (  # NVIDIA Turing (RTX 20), CPUs
+        *_INT8_FIRST,
+        *("W6A8", "Q5_K", "W4A8", "Q4_K", "IQ4_XS", "Q4_0", "Q8_0", "Q6_K", "MXFP8"),
+        *("AWQ W4A16", "NVFP4", "NF4", "INT4 W4A4", *_LARGE, *_RARE),
+    ),
+    "neither": (  # every other device
+        "BF16",
+        *("Q8_0", "FP8", "MXFP8", "Q6_K", "W6A8", "Q5_K", "Q4_K", "IQ4_XS", "Q4_0", "W4A8"),
+        *("AWQ W4A16", "NVFP4", "NF4", *_INT8_FIRST, "INT4 W4A4", *_RARE),
+    ),
+}
+
+
+def capability(int8: bool, bfloat16: bool, fp4: bool = False) -> str:
+    """The row of `AUTO_ORDER` for a device. int8: matrix units that an int8 backend here uses;
+    fp4: units that multiply NVFP4 and MXFP8.
+    """
+    if not int8:
+        return "neither"
+    if fp4 and bfloat16:
+        return "fp4, int8 and bfloat16"
+    return "int8 and bfloat16" if bfloat16 else "int8 alone"

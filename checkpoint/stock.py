@@ -1,0 +1,304 @@
+"""Weights in the host's 4-, 6- and 8-bit containers: one class a format of ``comfy_quant``.
+
+``asym_w4a8_int8`` (W4A8, W6A8), ``convrot_w4a4``, ``nvfp4``, ``mxfp8``, ``awq_w4a16``: the names of
+tensors and of what the description says are those that ComfyUI 0.33 and comfy-kitchen 0.2.40 write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops.layouts import awq_tensor, mxfp8_tensor, nvfp4_tensor, w4a4_tensor, w4a8_tensor
+from .codecs import Stored
+from .files import TORCH_DTYPES
+from .parts import Parts, same_vector
+
+
+class StockStored(Stored):
+    """Base: claimed by the format's name; ``WEIGHT`` is the dtype that the codes are stored in."""
+
+    FORMAT: ClassVar[str]
+    LEVEL: ClassVar[str]
+    WEIGHT: ClassVar[str]
+    NEEDED: ClassVar[tuple[str, ...]]  # of ROLES, those that every such weight has
+    SETTINGS: ClassVar[tuple[str, ...]] = ()  # what the description says beside the format
+    PER_BYTE: ClassVar[int] = 2  # weights
+
+    @classmethod
+    def claims(cls, parts: Parts) -> bool:
+        return parts.quantization().get("format") == cls.FORMAT
+
+    @classmethod
+    def level(cls, parts: Parts) -> str:
+        weight = parts.weight
+        if weight.dtype != cls.WEIGHT or len(weight.shape) != 2:
+            found = f"{weight.dtype} {list(weight.shape)}"
+            raise parts.corrupt(
+                f"codes of {cls.FORMAT} are a matrix", found, f"{cls.WEIGHT} [N, n]"
+            )
+        for role in cls.NEEDED:
+            if role not in parts.roles:
+                raise parts.corrupt(f"{cls.FORMAT} without its {role}", "none", f"weight_{role}")
+        parts.check_format(cls.FORMAT, keys=cls.SETTINGS)
+        return cls.LEVEL
+
+    @classmethod
+    def shape(cls, parts: Parts) -> tuple[int, ...]:
+        rows, columns = parts.weight.shape
+        return rows, columns * cls.PER_BYTE
+
+    @staticmethod
+    def as_dtype(parts: Parts, role: str, name: str) -> Tensor:
+        """The tensor of ``role``, stored as the dtype ``name`` or as the same bits in uint8."""
+        raw = parts.roles[role]
+        if raw.dtype not in (name, "U8"):
+            raise parts.corrupt(f"{raw.key} has another dtype", raw.dtype, f"{name} or U8")
+        return raw.read().view(TORCH_DTYPES[name])
+
+
+@dataclass(frozen=True)
+class W4A8(StockStored):
+    """``W = R(clamp(round(level * s_rel)) * s_channel + zeros)``: see ``ops.grouped``."""
+
+    FORMAT = "asym_w4a8_int8"
+    LEVEL = "W4A8"
+    WEIGHT = "I8"
+    ROLES = ("s_rel", "s_channel", "codebook", "zeros")
+    NEEDED = ("s_rel", "s_channel")
+    SETTINGS = ("group_size", "convrot_groupsize")
+
+    codes: Tensor
+    s_rel: Tensor
+    s_channel: Tensor
+    codebook: Tensor | None
+    zeros: Tensor | None
+    group: int
+    rotation: int
+
+    @classmethod
+    def level(cls, parts: Parts) -> str:
+        super().level(parts)
+        return "W4A8" if cls.bits(parts) == 4 else "W6A8"
+
+    @classmethod
+    def bits(cls, parts: Parts) -> int:
+        """4 or 6, by the bytes of a row and the number of its groups."""
+        stored, (rows, columns) = parts.roles["s_rel"].shape, parts.weight.shape
+        group = _integer(parts, "group_size", 16)
+        width = stored[1] * group if len(stored) == 2 and stored[0] == rows else 0
+        for bits in (4, 6):
+            if width and columns * 8 == width * bits:
+                return bits
+        needed = f"[{rows}, K / {group}] for {columns} bytes of 4- or 6-bit codes"
+        raise parts.corrupt("the group scales do not fit the codes", list(stored), needed)
+
+    @classmethod
+    def shape(cls, parts: Parts) -> tuple[int, ...]:
+        rows, columns = parts.weight.shape
+        return rows, columns * 8 // cls.bits(parts)
+
+    @classmethod
+    def read(cls, parts: Parts) -> W4A8:
+        s_rel = parts.roles["s_rel"]
+        read = s_rel.read() if s_rel.dtype == "F32" else cls.as_dtype(parts, "s_rel", "F8_E4M3")
+        rows, columns = cls.shape(parts)
+        group = _integer(parts, "group_size", 16)
+        zeros = None
+        if "zeros" in parts.roles:
+            zeros = parts.vector("zeros", (rows * columns // group,)).view(-1, rows)
+        coded = "codebook" in parts.roles
+        return cls(
+            parts.weight.read(),
+            read,
+            parts.vector("s_channel", (rows,)),
+            parts.vector("codebook", (16,)) if coded else None,
+            zeros,
+            group,
+            _integer(parts, "convrot_groupsize", 256),
+        )
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return w4a8_tensor(
+            self.codes,
+            self.s_rel,
+            self.s_channel,
+            dtype=dtype,
+            group_size=self.group,
+            rotation=self.rotation,
+            codebook=self.codebook,
+            correction=self.zeros,
+        )
+
+    @classmethod
+    def stack(cls, items: Sequence[W4A8]) -> W4A8 | None:
+        first = items[0]
+        for item in items[1:]:
+            alike = (item.group, item.rotation, item.s_rel.dtype, item.codes.shape[1])
+            ours = (first.group, first.rotation, first.s_rel.dtype, first.codes.shape[1])
+            zeros = (item.zeros is None) == (first.zeros is None)
+            if alike != ours or not zeros or not same_vector(item.codebook, first.codebook):
+                return None
+        return cls(
+            torch.cat([item.codes for item in items]),
+            torch.cat([item.s_rel.view(torch.uint8) for item in items]).view(first.s_rel.dtype),
+            torch.cat([item.s_channel for item in items]),
+            first.codebook,
+            None if first.zeros is None else torch.cat([item.zeros for item in items], dim=1),
+            first.group,
+            first.rotation,
+        )
+
+
+@dataclass(frozen=True)
+class W4A4(StockStored):
+    """``W = R(code * scale)``: signed int4, a scale a row."""
+
+    FORMAT = "convrot_w4a4"
+    LEVEL = "INT4 W4A4"
+    WEIGHT = "I8"
+    ROLES = NEEDED = ("scale",)
+    SETTINGS = ("convrot_groupsize", "linear_dtype", "quant_group_size")
+
+    codes: Tensor
+    scale: Tensor
+    rotation: int
+    linear_dtype: str
+
+    @classmethod
+    def read(cls, parts: Parts) -> W4A4:
+        rows = parts.weight.shape[0]
+        wish = parts.setting("linear_dtype", "int4")
+        if wish not in ("int4", "int8"):
+            raise parts.unsupported(f"linear_dtype {wish!r}")
+        scale = parts.vector("scale", (rows,))
+        return cls(parts.weight.read(), scale, _integer(parts, "convrot_groupsize", 256), wish)
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return w4a4_tensor(
+            self.codes,
+            self.scale,
+            dtype=dtype,
+            rotation=self.rotation,
+            linear_dtype=self.linear_dtype,
+        )
+
+    @classmethod
+    def stack(cls, items: Sequence[W4A4]) -> W4A4 | None:
+        first = items[0]
+        if len({(item.rotation, item.linear_dtype) for item in items}) > 1:
+            return None
+        codes = torch.cat([item.codes for item in items])
+        scale = torch.cat([item.scale for item in items])
+        return cls(codes, scale, first.rotation, first.linear_dtype)
+
+
+@dataclass(frozen=True)
+class NVFP4(StockStored):
+    """``W = e2m1 * block scale * scale_2``, block scales in cuBLAS's tiles."""
+
+    FORMAT = "nvfp4"
+    LEVEL = "NVFP4"
+    WEIGHT = "U8"
+    ROLES = NEEDED = ("scale", "scale_2")
+
+    data: Tensor
+    block_scale: Tensor
+    scale: Tensor
+
+    @classmethod
+    def read(cls, parts: Parts) -> NVFP4:
+        blocks = cls.as_dtype(parts, "scale", "F8_E4M3")
+        return cls(parts.weight.read(), blocks, parts.vector("scale_2", (1,)))
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        shape = (self.data.shape[0], self.data.shape[1] * 2)
+        return nvfp4_tensor(self.data, self.block_scale, self.scale, shape, dtype=dtype)
+
+    @classmethod
+    def stack(cls, items: Sequence[NVFP4]) -> NVFP4 | None:
+        """Where tiles end with the pieces and all have one scale."""
+        first = items[0]
+        alike = all(torch.equal(item.scale, first.scale) for item in items)
+        if not alike or any(len(item.data) % 128 for item in items):
+            return None
+        blocks = torch.cat([item.block_scale.view(torch.uint8) for item in items])
+        data = torch.cat([item.data for item in items])
+        return cls(data, blocks.view(first.block_scale.dtype), first.scale)
+
+
+@dataclass(frozen=True)
+class MXFP8(StockStored):
+    """``W = e4m3 * 2^e``, exponents a block of 32 in cuBLAS's tiles."""
+
+    FORMAT = "mxfp8"
+    LEVEL = "MXFP8"
+    WEIGHT = "F8_E4M3"
+    ROLES = NEEDED = ("scale",)
+    PER_BYTE = 1
+
+    data: Tensor
+    scale: Tensor
+
+    @classmethod
+    def read(cls, parts: Parts) -> MXFP8:
+        return cls(parts.weight.read(), cls.as_dtype(parts, "scale", "F8_E8M0"))
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return mxfp8_tensor(self.data, self.scale, tuple(self.data.shape), dtype=dtype)
+
+    @classmethod
+    def stack(cls, items: Sequence[MXFP8]) -> MXFP8 | None:
+        if any(len(item.data) % 128 for item in items):
+            return None
+        scale = torch.cat([item.scale.view(torch.uint8) for item in items])
+        data = torch.cat([item.data.view(torch.uint8) for item in items])
+        return cls(data.view(items[0].data.dtype), scale.view(items[0].scale.dtype))
+
+
+@dataclass(frozen=True)
+class AWQ(StockStored):
+    """``W[n, k] = (code - 8) * scale[k // group, n] + zeros[k // group, n]``."""
+
+    FORMAT = "awq_w4a16"
+    LEVEL = "AWQ W4A16"
+    WEIGHT = "I8"
+    ROLES = NEEDED = ("scale", "zeros")
+    SETTINGS = ("group_size",)
+
+    codes: Tensor
+    scale: Tensor
+    zeros: Tensor
+
+    @classmethod
+    def read(cls, parts: Parts) -> AWQ:
+        rows = parts.weight.shape[0]
+        found = {}
+        for role in cls.NEEDED:
+            raw = parts.roles[role]
+            if len(raw.shape) != 2 or raw.shape[1] != rows:
+                raise parts.corrupt(f"{raw.key} does not fit", list(raw.shape), f"[groups, {rows}]")
+            found[role] = parts.vector(role, (raw.shape[0] * rows,)).view(-1, rows)
+        return cls(parts.weight.read(), found["scale"], found["zeros"])
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        return awq_tensor(self.codes, self.scale, self.zeros, dtype=dtype)
+
+    @classmethod
+    def stack(cls, items: Sequence[AWQ]) -> AWQ | None:
+        if len({(len(item.scale), item.codes.shape[1]) for item in items}) > 1:
+            return None
+        codes, scale, zeros = ([getattr(i, n) for i in items] for n in ("codes", "scale", "zeros"))
+        return cls(torch.cat(codes), torch.cat(scale, dim=1), torch.cat(zeros, dim=1))
+
+
+def _integer(parts: Parts, name: str, default: int) -> int:
+    """A whole number of the description, positive. Raises CorruptFileError for anything else."""
+    value = parts.setting(name, default)
+    if type(value) is not int or not 0 < value < 1 << 16:
+        raise parts.corrupt(f"unusable {name} in comfy_quant", repr(value)[:40], "a whole number")
+    return value

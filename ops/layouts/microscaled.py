@@ -1,0 +1,318 @@
+"""NVFP4, MXFP8 and AWQ W4A16 in comfy-kitchen's layouts: computed from the dequantized weight.
+
+Devices from compute capability 10.0 on multiply NVFP4 and MXFP8 themselves; there the activations
+are quantized to the same format and comfy-kitchen's product runs. Elsewhere, and for AWQ, values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import (
+    TensorCoreAWQW4A16Layout,
+    TensorCoreMXFP8Layout,
+    TensorCoreNVFP4Layout,
+)
+from comfy_kitchen.tensor.base import QuantizedTensor
+from torch import Tensor
+
+from ...errors import OpError
+from ..linear import LinearOptions
+from ..reference import SCALE_FLOOR
+from .base import (
+    BaseParams,
+    Layout,
+    check_dtype,
+    check_matrix,
+    check_same_device,
+    generator_for,
+    uniform,
+)
+from .weight import Weight
+
+E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+_TILE_ROWS = 128  # cuBLAS keeps block scales in tiles of 128 rows x 4 columns
+
+
+class MicroscaledLayout(Layout):
+    """What NVFP4 and MXFP8 share: padded storage, block scales in cuBLAS's tile order."""
+
+    @classmethod
+    def quantize(cls, tensor: Tensor, **_: object) -> tuple[Tensor, Any]:
+        """comfy-kitchen's quantizer, from fp32, with new scales."""
+        check_matrix(tensor, cls.NAME)
+        values = tensor.float()
+        qdata, params = super().quantize(values, **cls.scales_for(values))
+        return qdata, dataclasses.replace(params, orig_dtype=tensor.dtype)
+
+    @classmethod
+    def scales_for(cls, values: Tensor) -> dict[str, Tensor]:
+        """What the quantizer is told beside the values."""
+        return {}
+
+    @classmethod
+    def linear(
+        cls, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, options: LinearOptions
+    ) -> Tensor:
+        """Natively where the device multiplies the format, else with the dequantized weight."""
+        if weight._params.transposed or 0 in x.shape or not cls.native(x.device):
+            return super().linear(x, weight, bias, options)
+        return cls.native_linear(x, weight, bias)
+
+    @classmethod
+    def native(cls, device: torch.device) -> bool:
+        """Whether ``device`` multiplies the format."""
+        if device.type != "cuda" or torch.version.hip:
+            return False
+        return torch.cuda.get_device_capability(device) >= cls.MIN_SM_VERSION
+
+    @classmethod
+    def native_linear(cls, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        """``x``, quantized to the format, times the weight by comfy-kitchen's product."""
+        rows = x.reshape(-1, x.shape[-1])
+        stock = cls.stock_name()
+        fields = {f.name: getattr(weight._params, f.name) for f in dataclasses.fields(cls.Params)}
+        own = cls.stock_params()(**{**fields, "orig_dtype": x.dtype})
+        matrix = QuantizedTensor(weight._qdata, stock, own)
+        out = F.linear(QuantizedTensor.from_float(rows, stock), matrix)
+        if bias is not None:  # comfy-kitchen wants one as long as the padded weight
+            out = out + bias.to(out.dtype)
+        return out.reshape(*x.shape[:-1], weight.shape[0])
+
+    @classmethod
+    def can_slice_rows(cls, params: Any) -> bool:
+        """A slice would cut through tiles of scales."""
+        return False
+
+
+class NVFP4Layout(MicroscaledLayout, TensorCoreNVFP4Layout):
+    """``W = e2m1 * block_scale * scale``: blocks of 16, uint8 ``[N, K / 2]``, padded to 16."""
+
+    NAME = "Ideogram4QuantNVFP4"
+
+    @dataclass(frozen=True, eq=False, kw_only=True)
+    class Params(BaseParams):
+        """``scale fp32 []``; ``block_scale e4m3``, N padded to 128 and K / 16 to 4, in tiles."""
+
+        scale: Tensor
+        block_scale: Tensor
+
+        @property
+        def label(self) -> str:
+            return "NVFP4"
+
+    @classmethod
+    def scales_for(cls, values: Tensor) -> dict[str, Tensor]:
+        """comfy-kitchen's own scale, but above zero: it divides a matrix of zeros by zero."""
+        return {"scale": (values.abs().amax() / (E4M3_MAX * E2M1_MAX)).clamp_min(SCALE_FLOOR)}
+
+    @classmethod
+    def stock_name(cls) -> str:
+        return "TensorCoreNVFP4Layout"
+
+    @classmethod
+    def stock_params(cls) -> Any:
+        return TensorCoreNVFP4Layout.Params
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+        """comfy-kitchen's names."""
+        return TensorCoreNVFP4Layout.state_dict_tensors(qdata, params)
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Stock's ``nvfp4``."""
+        return {"format": "nvfp4"}
+
+
+class MXFP8Layout(MicroscaledLayout, TensorCoreMXFP8Layout):
+    """``W = e4m3 * 2^e``: blocks of 32, ``[N, K]`` padded to 32."""
+
+    NAME = "Ideogram4QuantMXFP8"
+
+    @dataclass(frozen=True, eq=False, kw_only=True)
+    class Params(BaseParams):
+        """``scale`` e8m0, N padded to 128 and K / 32 to 4, in tiles."""
+
+        scale: Tensor
+
+        @property
+        def label(self) -> str:
+            return "MXFP8"
+
+    @classmethod
+    def stock_name(cls) -> str:
+        return "TensorCoreMXFP8Layout"
+
+    @classmethod
+    def stock_params(cls) -> Any:
+        return TensorCoreMXFP8Layout.Params
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """Stock's ``mxfp8``."""
+        return {"format": "mxfp8"}
+
+
+class AWQLayout(Layout, TensorCoreAWQW4A16Layout):
+    """``W[n, k] = (code - 8) * scale[k // group, n] + zeros[k // group, n]``, codes of 4 bits."""
+
+    NAME = "Ideogram4QuantAWQ"
+    COLUMN_FIELDS = ("scale", "zeros")
+
+    @dataclass(frozen=True, eq=False, kw_only=True)
+    class Params(BaseParams):
+        """``scale``, ``zeros`` floating point ``[K / group_size, N]``."""
+
+        scale: Tensor
+        zeros: Tensor
+        group_size: int = 64
+
+        @property
+        def label(self) -> str:
+            return f"AWQ W4A16 g{self.group_size}"
+
+    @classmethod
+    def quantize(
+        cls,
+        tensor: Tensor,
+        group_size: int = 64,
+        stochastic_rounding: int | None = 0,
+        **_: object,
+    ) -> tuple[Tensor, Any]:
+        """From each group's least to its greatest value in 15 steps.
+
+        ``stochastic_rounding`` is a seed (0 or None: to nearest).
+        """
+        check_matrix(tensor, "AWQ")
+        n, k = tensor.shape
+        if k % group_size:
+            raise OpError("AWQ packs whole groups", found=k, needed=f"a multiple of {group_size}")
+        values = tensor.float().view(n, k // group_size, group_size)
+        least, greatest = values.aminmax(dim=2)
+        step = ((greatest - least) / 15).clamp_min(SCALE_FLOOR)
+        codes = (values - least[..., None]) / step[..., None]
+        generator = generator_for(stochastic_rounding, tensor.device)
+        codes = codes.round() if generator is None else (codes + uniform(codes, generator)).floor()
+        codes = codes.clamp_(0, 15).to(torch.uint8).view(n, k)
+        packed = (codes[:, 0::2] | (codes[:, 1::2] << 4)).view(torch.int8)
+        params = cls.Params(
+            orig_dtype=tensor.dtype,
+            orig_shape=(n, k),
+            scale=step.t().contiguous(),
+            zeros=(least + 8 * step).t().contiguous(),
+            group_size=group_size,
+        )
+        return packed, params
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+        """comfy-kitchen's, in ``orig_dtype``."""
+        return super().dequantize(qdata, params).to(params.orig_dtype)
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
+        """Keep the group when a patched weight is quantized again."""
+        return {"group_size": qtensor._params.group_size}
+
+    @classmethod
+    def description(cls, params: Any) -> dict[str, Any]:
+        """comfy-kitchen's name of it."""
+        return {"format": "awq_w4a16", "group_size": params.group_size}
+
+
+def nvfp4_tensor(
+    data: Tensor,
+    block_scale: Tensor,
+    scale: Tensor,
+    shape: tuple[int, int],
+    *,
+    dtype: torch.dtype,
+) -> QuantizedTensor:
+    """A weight from NVFP4 bytes: ``data uint8`` of N and K / 2 padded to 16 and 8, ``block_scale``
+    e4m3 in tiles, ``scale`` one value, ``shape (N, K)``; ``dtype`` what it dequantizes to.
+
+    Raises OpError for what does not fit, and for scales that are not finite.
+    """
+    check_dtype(dtype)
+    n, k = shape
+    rows, columns = TensorCoreNVFP4Layout.get_padded_shape((n, k))
+    check_same_device(data, block_scale=block_scale, scale=scale)
+    _check("NVFP4 data", data, torch.uint8, (rows, columns // 2))
+    _check("NVFP4 block scales", block_scale, E4M3, _tiled(n, columns // 16))
+    if scale.numel() != 1 or not bool(scale.isfinite().all()):
+        raise OpError("bad NVFP4 scale", found=scale.tolist(), needed="one finite number")
+    if not bool(block_scale.float().isfinite().all()):
+        raise OpError("NVFP4 block scales hold NaN", found="NaN", needed="numbers")
+    params = NVFP4Layout.Params(
+        orig_dtype=dtype,
+        orig_shape=(n, k),
+        scale=scale.float().reshape(()),
+        block_scale=block_scale.contiguous(),
+    )
+    return Weight(data.contiguous(), NVFP4Layout.NAME, params)
+
+
+def mxfp8_tensor(
+    data: Tensor, scale: Tensor, shape: tuple[int, int], *, dtype: torch.dtype
+) -> QuantizedTensor:
+    """A weight from MXFP8: ``data`` e4m3 padded to 32 x 32, ``scale`` e8m0 in tiles, ``shape (N,
+    K)``; ``dtype`` what it dequantizes to. Raises OpError for what does not fit.
+    """
+    check_dtype(dtype)
+    n, k = shape
+    padded = TensorCoreMXFP8Layout.get_padded_shape((n, k))
+    check_same_device(data, scale=scale)
+    _check("MXFP8 data", data, E4M3, padded)
+    _check("MXFP8 block scales", scale, E8M0, _tiled(n, padded[1] // 32))
+    params = MXFP8Layout.Params(orig_dtype=dtype, orig_shape=(n, k), scale=scale.contiguous())
+    return Weight(data.contiguous(), MXFP8Layout.NAME, params)
+
+
+def awq_tensor(
+    packed: Tensor, scale: Tensor, zeros: Tensor, *, dtype: torch.dtype
+) -> QuantizedTensor:
+    """A weight of AWQ W4A16: ``packed int8 [N, K / 2]``, ``scale`` and ``zeros [K / group, N]``.
+
+    ``dtype`` is what it dequantizes to. Raises OpError for what does not fit.
+    """
+    check_dtype(dtype)
+    if packed.dtype not in (torch.int8, torch.uint8) or packed.dim() != 2 or scale.dim() != 2:
+        raise OpError("packed AWQ codes are an int8 matrix", found=packed.dtype)
+    n, k = packed.shape[0], packed.shape[1] * 2
+    groups = scale.shape[0]
+    fits = scale.shape == zeros.shape == (groups, n) and groups > 0 and k % groups == 0
+    if not fits or not (scale.is_floating_point() and zeros.is_floating_point()):
+        raise OpError(
+            "the scales and zeros do not fit the AWQ weight",
+            found=f"{list(scale.shape)} and {list(zeros.shape)}",
+            needed=f"floating point [groups, {n}] both",
+        )
+    check_same_device(packed, scale=scale, zeros=zeros)
+    params = AWQLayout.Params(
+        orig_dtype=dtype,
+        orig_shape=(n, k),
+        scale=scale.contiguous(),
+        zeros=zeros.contiguous(),
+        group_size=k // groups,
+    )
+    return Weight(packed.contiguous().view(torch.int8), AWQLayout.NAME, params)
+
+
+def _tiled(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of block scales as cuBLAS lays them out: whole tiles."""
+    return -(-rows // _TILE_ROWS) * _TILE_ROWS, -(-columns // 4) * 4
+
+
+def _check(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise OpError(
+            f"{what} do not fit the weight",
+            found=f"{tensor.dtype} {list(tensor.shape)}",
+            needed=f"{dtype} {list(shape)}",
+        )

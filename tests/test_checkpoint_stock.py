@@ -1,0 +1,159 @@
+"""Files in the host's 4-, 6- and 8-bit containers, made by comfy-kitchen, at the model's widths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ideogram4_quant.checkpoint.grammar import build_entries, parse_key
+from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
+from ideogram4_quant.errors import CheckpointError, CorruptFileError
+from ideogram4_quant.ops.layouts import Weight, packed
+from ideogram4_quant.tests import fixtures_storage as storage
+from ideogram4_quant.tests.tensors import randn
+
+torch.set_num_threads(1)
+LEVELS = [level for level in storage.STOCK if level != "W6A8" or packed.SIX_BITS]
+NAME = "layers.3.feed_forward.w2"
+PREFIX = "model.diffusion_model."
+
+
+def entry(path, stored: dict, module: str = NAME):
+    """The weight of ``module`` in a file of one linear, or of three (q, k, v)."""
+    save_file({PREFIX + name: value for name, value in stored.items()}, path)
+    found = open_tensor_files(path).tensors
+    keys = [(parse_key(name), raw) for name, raw in found.items()]
+    assert all(key is not None for key, _ in keys)
+    return build_entries(keys, {})[f"{module}.weight"]
+
+
+def beside(parts: dict, module: str = NAME) -> dict:
+    return {f"{module}.{suffix}": value for suffix, value in parts.items()}
+
+
+@pytest.mark.parametrize("k", [4608, 12288])
+@pytest.mark.parametrize("level", LEVELS)
+def test_comfy_kitchens_values_to_the_bit(level, k, tmp_path):
+    parts, values = storage.pack_stock(randn(128, k) * 0.02, level)
+    found = entry(tmp_path / "m.safetensors", beside(parts))
+    assert found.level == level
+    assert found.shape == (128, k)
+    weight = found.read(torch.float32)
+    assert isinstance(weight, Weight)
+    assert torch.equal(weight.dequantize(), values)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_q_k_and_v_stored_apart(level, tmp_path):
+    """Joined as they are, but for NVFP4, whose pieces have a scale each."""
+    stored, values = {}, []
+    for number, name in enumerate(("to_q", "to_k", "to_v")):
+        parts, value = storage.pack_stock(randn(128, 768, seed=number), level)
+        stored |= beside(parts, f"layers.3.attention.{name}")
+        values.append(value)
+    found = entry(tmp_path / "m.safetensors", stored, "layers.3.attention.qkv")
+    weight = found.read(torch.float32)
+    assert isinstance(weight, Weight) == (level != "NVFP4")
+    dense = weight.dequantize() if isinstance(weight, Weight) else weight
+    assert torch.equal(dense, torch.cat(values))
+
+
+def test_nvfp4_pieces_of_one_scale_are_joined(tmp_path):
+    weight = randn(384, 768)
+    stored, values = {}, []
+    for number, name in enumerate(("to_q", "to_k", "to_v")):
+        piece = weight[128 * number : 128 * (number + 1)].clone()
+        piece[0, 0] = 5  # the largest of each
+        parts, value = storage.pack_stock(piece, "NVFP4")
+        stored |= beside(parts, f"layers.3.attention.{name}")
+        values.append(value)
+    found = entry(tmp_path / "m.safetensors", stored, "layers.3.attention.qkv")
+    assert torch.equal(found.read(torch.float32).dequantize(), torch.cat(values))
+
+
+def test_asymmetric_w4a8(tmp_path):
+    layout = storage.get_layout_class("AsymW4A8Int8Layout")
+    data, params = layout.quantize(randn(64, 768), symmetric=False)
+    parts = {
+        f"weight{suffix}": value.contiguous()
+        for suffix, value in layout.state_dict_tensors(data, params).items()
+    }
+    said = {"format": "asym_w4a8_int8", "params": {"group_size": 16, "convrot_groupsize": 256}}
+    values = layout.dequantize(data, params)
+    found = entry(
+        tmp_path / "m.safetensors", beside(parts | {"comfy_quant": storage.as_json(said)})
+    )
+    assert torch.equal(found.read(torch.float32).dequantize(), values)
+    zeros = parts.pop("weight_correction")
+    found = entry(
+        tmp_path / "n.safetensors",
+        beside(parts | {"weight_zeros": zeros, "comfy_quant": storage.as_json(said)}),
+    )
+    assert torch.equal(found.read(torch.float32).dequantize(), values)
+
+
+def test_awq(tmp_path):
+    codes = torch.randint(0, 16, (64, 512), generator=torch.Generator().manual_seed(0))
+    scale, zeros = randn(8, 64).abs().bfloat16(), randn(8, 64, seed=1).bfloat16()
+    parts = {
+        "weight": (codes[:, 0::2] | codes[:, 1::2] << 4).to(torch.uint8).view(torch.int8),
+        "weight_scale": scale,
+        "weight_zeros": zeros,
+        "comfy_quant": storage.as_json({"format": "awq_w4a16"}),
+    }
+    found = entry(tmp_path / "m.safetensors", beside(parts))
+    assert found.level == "AWQ W4A16"
+    wide = [t.float().repeat_interleave(64, 0).t() for t in (scale, zeros)]
+    wanted = (codes - 8) * wide[0] + wide[1]
+    assert torch.allclose(found.read(torch.float32).dequantize(), wanted, atol=1e-6)
+
+
+def _uint8(name):
+    return lambda parts: parts.__setitem__(name, parts[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("level", "name"),
+    [("NVFP4", "weight_scale"), ("MXFP8", "weight_scale"), ("W4A8", "weight_s_rel")],
+)
+def test_small_floats_stored_as_bytes(level, name, tmp_path):
+    parts, values = storage.pack_stock(randn(128, 768), level)
+    _uint8(name)(parts)
+    found = entry(tmp_path / "m.safetensors", beside(parts))
+    assert torch.equal(found.read(torch.float32).dequantize(), values)
+
+
+BROKEN = [
+    ("W4A8", lambda p: p.pop("weight_s_rel"), "asym_w4a8_int8 without its s_rel"),
+    ("W4A8", lambda p: p.update(weight_s_rel=p["weight_s_rel"][:, :-1].clone()), "do not fit"),
+    ("W4A8", lambda p: p.update(weight=p["weight"].view(torch.uint8)), "codes of asym_w4a8_int8"),
+    ("W4A8", lambda p: p.update(weight_codebook=torch.zeros(15)), "codebook"),
+    ("W4A8", lambda p: p.update(weight_s_channel=torch.full((64,), torch.nan)), "NaN"),
+    ("W4A8", lambda p: p.update(weight_scale_2=torch.ones(())), "weight_scale_2 beside"),
+    ("W4A8", lambda p: _said(p, group_size="16"), "unusable group_size"),
+    ("W4A8", lambda p: _said(p, convrot_groupsize=192), "rotation group"),
+    ("INT4 W4A4", lambda p: _said(p, linear_dtype="int2"), "linear_dtype 'int2'"),
+    ("INT4 W4A4", lambda p: p.update(weight_scale=torch.ones(3)), "weight_scale"),
+    ("NVFP4", lambda p: p.pop("weight_scale_2"), "nvfp4 without its scale_2"),
+    ("NVFP4", lambda p: p.update(weight_scale=p["weight_scale"][:64].clone()), "block scales"),
+    ("MXFP8", lambda p: p.update(weight_scale=p["weight_scale"].float()), "another dtype"),
+]
+
+
+def _said(parts: dict, **changes) -> None:
+    said = storage.STOCK["W4A8" if "weight_s_rel" in parts else "INT4 W4A4"][2]
+    parts["comfy_quant"] = storage.as_json(said | changes)
+
+
+@pytest.mark.parametrize(("level", "change", "match"), BROKEN)
+def test_what_does_not_fit_is_said(level, change, match, tmp_path):
+    parts, _ = storage.pack_stock(randn(64, 768), level)
+    change(parts)
+    with pytest.raises(CheckpointError, match=match) as raised:
+        found = entry(tmp_path / "m.safetensors", beside(parts))
+        (found.level, found.shape, found.read(torch.float32))
+    assert "layers.3.feed_forward.w2" in str(raised.value)
+    assert isinstance(raised.value, CorruptFileError) == (
+        "linear_dtype" not in match and "beside" not in match
+    )
