@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,3 +61,47 @@ def round_codes_(values: Tensor, codes: Codes) -> Tensor:
     if isinstance(codes, Codebook):
         return codes.nearest_(values)
     return values.round_().clamp_(*codes)
+
+
+GRID_LIMIT = 127
+"""Largest magnitude of a weight in units of an int8 grid."""
+
+_SMALLEST = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """What codes stand for, in steps of their group: themselves, within ``limits``.
+
+    With ``table``, fp32 [L] ascending, codes are places in it and stand for its entries. With
+    ``grid``, fp32 [N, G], a step is a whole number of units only after rounding: the reader takes a
+    level for ``round(level * grid) / grid``, units of at most ``GRID_LIMIT``.
+    """
+
+    limits: tuple[int, int]
+    table: Tensor | None = None
+    grid: Tensor | None = None
+
+    def on(self, device: torch.device) -> Levels:
+        """The same on ``device``, the grid turned as a panel's columns are."""
+        table = None if self.table is None else self.table.to(device)
+        grid = None if self.grid is None else self.grid.t().contiguous().to(device)
+        return Levels(self.limits, table, grid)
+
+    def round_(self, values: Tensor, groups: Tensor) -> Tensor:
+        """``values`` [2, B, N], in steps, become the levels nearest to them; returns the codes.
+
+        groups: int64 [B], the group of each of B columns.
+        """
+        if self.table is None:
+            codes = values.round_().clamp_(*self.limits)
+            codes = codes if self.grid is None else codes.clone()
+        else:
+            middles = (self.table[1:] + self.table[:-1]) / 2
+            codes = torch.bucketize(values, middles)
+            values.copy_(self.table[codes])
+        if self.grid is not None:
+            units = self.grid.index_select(0, groups)
+            values.mul_(units).round_().clamp_(-GRID_LIMIT, GRID_LIMIT)
+            values.div_(units.clamp_min(_SMALLEST))  # a group of zeros has no units
+        return codes

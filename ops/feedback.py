@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import OpError
 from .chunks import uninitialised
-from .codes import Codes, round_codes_
+from .codes import Codes, Levels, round_codes_
 from .wide import has_float64
 
 # Directions explain at most this much of a column: other prompts bring other inputs.
@@ -98,15 +98,16 @@ class Feedback:
         ]
 
     def round(
-        self, weight: Tensor, step: Tensor, shift: Tensor | None, limits: Codes
+        self, weight: Tensor, step: Tensor, shift: Tensor | None, levels: Codes | Levels
     ) -> tuple[Tensor, Tensor]:
         """Codes int8 [N, K] of ``weight``, and whether less error is expected of them than of the
         nearest codes, bool [N].
 
         weight: fp32 [N, K]; step, shift: fp32 [N, G], one value a run of K // G columns: a reader
-        takes codes for ``step * code - shift``. They are among ``limits``; rows that lose by it,
-        as a scale clips columns of little importance, are not the better ones. The result depends
-        on nothing but the arguments, not on the other rows, threads or the device.
+        takes codes for ``step * code - shift``, or with :class:`Levels` for ``step * level -
+        shift``. They stay within their limits; rows that lose by it, as a scale clips columns of
+        little importance, are not the better ones. The result depends on nothing but the
+        arguments, not on the other rows, threads or the device.
         """
         unit = self._row_unit(step)
         wanted = uninitialised(weight.t().shape, weight.dtype, weight.device)
@@ -115,7 +116,8 @@ class Feedback:
         if shift is not None:
             wanted.unflatten(0, (len(step), -1)).add_((shift.t() * unit)[:, None])
         place = weight.device if has_float64(weight.device) else torch.device("cpu")
-        codes, (lost, lost_by_nearest) = self._follow(wanted.to(place), step.to(place), limits)
+        levels = levels.on(place) if isinstance(levels, Levels) else levels
+        codes, (lost, lost_by_nearest) = self._follow(wanted.to(place), step.to(place), levels)
         codes = codes.index_select(0, torch.tensor(self.order, device=codes.device).argsort())
         better = lost < _LESS * lost_by_nearest
         return codes.t().contiguous().to(weight.device), better.to(weight.device)
@@ -126,7 +128,9 @@ class Feedback:
         exponent = torch.frexp((step.abs() * loudest).amax(1)).exponent
         return torch.ldexp(torch.ones_like(step[:, 0]), -exponent.clamp(-126, 126))
 
-    def _follow(self, wanted: Tensor, step: Tensor, limits: Codes) -> tuple[Tensor, Tensor]:
+    def _follow(
+        self, wanted: Tensor, step: Tensor, levels: Codes | Levels
+    ) -> tuple[Tensor, Tensor]:
         """Codes [K, N], loudest columns first; the error that is expected of them, and of the
         nearest ones, [2, N]. wanted, step: [K, N] and [G, N].
 
@@ -152,8 +156,10 @@ class Feedback:
             torch.mm(gains, _bounded(p[0].round(), len(p[0])), out=lost_fed)
             torch.sub(true, fed.copy_(lost_fed), out=fed).mul_(scale)
             torch.mul(true, scale, out=nearest)
-            round_codes_(both, limits)
-            target.copy_(fed)
+            if isinstance(levels, Levels):
+                target.copy_(levels.round_(both, groups)[0])
+            else:
+                target.copy_(round_codes_(both, levels)[0])
             torch.index_select(step, 0, groups, out=scale)
             both.mul_(scale).sub_(true).mul_(loudness).round_()
             lost.copy_(_bounded(both, k))

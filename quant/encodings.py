@@ -107,7 +107,7 @@ class NativeInt8(Encoding):
         return {"comfy_quant": text} | ({"smooth": self.smooth.float()} if smoothed else {})
 
     def led_by(self, inputs: InputMoments, *, feedback: bool) -> NativeInt8:
-        return replace(self, feedback=_follow(inputs, self.smooth, self.rotation, feedback))
+        return replace(self, feedback=follow(inputs, self.smooth, self.rotation, feedback))
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         values = rows if self.smooth is None else rows * self.smooth.to(rows)
@@ -143,7 +143,7 @@ class SmoothInt8(Encoding):
         return {} if self.smooth is None else {"smooth": self.smooth.float()}
 
     def led_by(self, inputs: InputMoments, *, feedback: bool) -> SmoothInt8:
-        return replace(self, feedback=_follow(inputs, self.smooth, None, feedback))
+        return replace(self, feedback=follow(inputs, self.smooth, None, feedback))
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         values = rows if self.smooth is None else rows * self.smooth.to(rows)
@@ -199,7 +199,7 @@ class Blocks(Encoding):
         return dequantize(data, self.qtype, (*data.shape[:-1], self.shape[-1]))
 
 
-def _follow(
+def follow(
     inputs: InputMoments, smooth: Tensor | None, rotation: int | None, wanted: bool
 ) -> Feedback | None:
     """The feedback of a weight whose inputs are divided by ``smooth`` and rotated."""

@@ -17,8 +17,21 @@ from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Shape, SmoothInt8, Unquantized, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
-from .recipes import BLOCK_LINEARS, CONTAINERS, READ_ONLY, QuantOptions, Recipe, matches
+from .packed_encoding import PackedInt8
+from .recipes import (
+    BLOCK_LINEARS,
+    CONTAINERS,
+    PACKED_BITS,
+    PACKED_GROUP,
+    READ_ONLY,
+    QuantOptions,
+    Recipe,
+    matches,
+)
 from .treatments import ROTATION, rotation_group
+
+PACKED_MULTIPLE = 32
+"""Columns that a row of 6-bit codes is a multiple of, so that its two planes are aligned."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,11 @@ def container_of(recipe: Recipe, options: QuantOptions) -> str:
             "Transformer Lab's container cannot say that a weight is rotated",
             hint="Use the level INT8 W8A8, or the native container.",
         )
-    if options.smooth is not None and container == "gguf":
+    if options.smooth is not None and recipe.weight_type != "INT8":
         raise QuantOptionError(
-            "the gguf container cannot carry smoothing vectors", hint="Use an INT8 level."
+            f"the {container if container == 'gguf' else recipe.level} container cannot carry "
+            "smoothing vectors",
+            hint="Use an INT8 level.",
         )
     if options.types and container != "gguf":
         raise QuantOptionError(
@@ -119,6 +134,8 @@ def plan_tensors(
             protected = kept or (linear and any(matches(p, copy, module) for p in options.protect))
             if quantized and recipe.weight_type == "INT8":
                 encoding = _int8(container, recipe, options, choice, (copy, module), shape)
+            elif quantized and recipe.weight_type in PACKED_BITS:
+                encoding = _packed(recipe, shape)
             elif quantized:
                 encoding = Blocks(types[copy, module], shape)
             elif container == "gguf":
@@ -170,6 +187,14 @@ def _int8(
         return SmoothInt8(smooth)
     group = rotation_group(shape[1], recipe.rotation or ROTATION) if rotated else None
     return NativeInt8(group, smooth)
+
+
+def _packed(recipe: Recipe, shape: Shape) -> Encoding:
+    """W4A8 or W6A8; bf16 for rows that hold no whole groups of a rotation."""
+    rotation = rotation_group(shape[1], recipe.rotation or ROTATION)
+    if rotation is None or shape[1] % PACKED_MULTIPLE:
+        return Unquantized(torch.bfloat16)
+    return PackedInt8(PACKED_BITS[recipe.weight_type], PACKED_GROUP, rotation)
 
 
 def rounding_of(options: QuantOptions) -> str:
@@ -250,7 +275,7 @@ def rotation_notes(recipe: Recipe, plans: Sequence[TensorPlan]) -> list[str]:
     short: dict[int, list[TensorPlan]] = {}
     for plan in plans:
         group = rotation_group(plan.shape[-1], recipe.rotation)
-        if isinstance(plan.encoding, NativeInt8) and group != recipe.rotation:
+        if isinstance(plan.encoding, NativeInt8 | PackedInt8) and group != recipe.rotation:
             short.setdefault(plan.shape[1], []).append(plan)
     notes = []
     for width, found in short.items():

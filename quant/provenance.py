@@ -12,11 +12,12 @@ from ..errors import CheckpointError
 from ..files.pieces import pieces
 from ..version import __version__
 from .plan import TensorPlan, rounding_of
-from .recipes import QuantOptions, Recipe
+from .recipes import PACKED_BITS, PACKED_GROUP, QuantOptions, Recipe
 
 TOOL = f"ideogram4-quant {__version__}"
 
 # Where safetensors, modelspec and GGUF files put it.
+_GROUP_SCALE = f"least squares over {PACKED_GROUP} columns, e4m3, over one per output channel"
 _LICENCE_KEYS = ("license", "licence", "general.license", "modelspec.license", "license_name")
 
 MODEL_TYPES = {"conditional": "ideogram4_cond", "unconditional": "ideogram4_uncond"}
@@ -94,7 +95,8 @@ def recipe_record(
     if led:
         record["rounding"] = rounding_of(options)
     if recipe.file_format == "safetensors":
-        record["scale"] = "absmax / 127 per output channel"
+        packed = recipe.weight_type in PACKED_BITS
+        record["scale"] = _GROUP_SCALE if packed else "absmax / 127 per output channel"
         record["rotation"] = recipe.rotation
         record["smoothed"] = names(
             p for p in plans if getattr(p.encoding, "smooth", None) is not None

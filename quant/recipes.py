@@ -23,7 +23,7 @@ BLOCK_LINEARS = "layers.*"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One level: ``weight_type`` is ``INT8`` or the name of a GGUF type.
+    """One level: ``weight_type`` is ``INT8``, ``W6A8``, ``W4A8`` or the name of a GGUF type.
 
     ``bits`` is the class of precision: a source of a lower class is refused. ``file_type`` is
     llama.cpp's number for ``general.file_type``.
@@ -42,6 +42,8 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("INT8 W8A8", "safetensors", "INT8", 8),
         Recipe("INT8 W8A8 rotated", "safetensors", "INT8", 8, rotation=256),
+        Recipe("W6A8", "safetensors", "W6A8", 6, rotation=256),
+        Recipe("W4A8", "safetensors", "W4A8", 4, rotation=256),
         Recipe("Q8_0", "gguf", "Q8_0", 8, file_type=7),
         Recipe("Q6_K", "gguf", "Q6_K", 6, file_type=18),
         Recipe("Q5_K", "gguf", "Q5_K", 5, file_type=16),
@@ -62,6 +64,10 @@ SOURCE_BITS: dict[str, int] = {
     "FP8": 8,
     "NF4": 4,
     "MXFP4": 4,
+    "MXFP8": 8,
+    "NVFP4": 4,
+    "INT4 W4A4": 4,
+    "AWQ W4A16": 4,
     **{level: recipe.bits for level, recipe in RECIPES.items()},
 }
 """Class of precision of every level that can be read."""
@@ -81,6 +87,12 @@ its own."""
 
 READ_ONLY = ("MXFP4",)
 """GGUF types that are not written: there is a nearer one of their size."""
+
+PACKED_BITS = {"W6A8": 6, "W4A8": 4}
+"""Width of the codes of the levels in ComfyUI's container ``asym_w4a8_int8``."""
+
+PACKED_GROUP = 16
+"""Columns that share a scale there."""
 
 # What a GGUF type falls back to where a row is no whole number of its blocks.
 BLOCK_FALLBACKS = ("Q8_0", "BF16")

@@ -12,7 +12,6 @@ import gguf
 import numpy as np
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, get_layout_class
-from comfy_kitchen.tensor import QuantizedTensor
 
 from ideogram4_quant.tests import fixtures_files as files
 

@@ -8,7 +8,7 @@ import torch
 from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
 from ideogram4_quant.checkpoint import open_encoder
-from ideogram4_quant.errors import CheckpointError, CorruptFileError, NotIdeogram4Error
+from ideogram4_quant.errors import CorruptFileError, NotIdeogram4Error
 from ideogram4_quant.tests import encoder_weights
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
