@@ -89,7 +89,7 @@ class Levels:
         return Levels(self.limits, table, grid)
 
     def round_(self, values: Tensor, groups: Tensor) -> Tensor:
-        """``values`` [2, B, N], in steps, become the levels nearest to them; returns the codes.
+        """``values`` [..., B, N], in steps, become the levels nearest to them; returns the codes.
 
         groups: int64 [B], the group of each of B columns.
         """

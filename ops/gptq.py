@@ -1,0 +1,153 @@
+"""Rounding with error feedback from all of the inputs' second moments (GPTQ, LDLQ).
+
+A linear's output error is ``e^T C e`` for the error e of a row of its weight and C = E[x x^T] of
+its inputs. With ``C = M M^T``, M upper triangular, it is the sum over columns k of
+``(M_kk)^2 (e_k + sum_{i<k} e_i M_ik / M_kk)^2``: so column after column is rounded to what the
+errors of the earlier ones leave to be made up for. Source: GPTQ, arXiv 2210.17323, in the form of
+QuIP, arXiv 2307.13304, section 3.
+
+C has K^2 values and M too: 1.2 GB for the widest linears here. ``ops.feedback`` does the same for a
+C of a few directions in K * r values.
+
+Everything is fp64, where the order of a product's sums, which differs with threads and machines,
+moves no target by as much as a code is wide but for one weight in some thousand billions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import OpError
+from .codes import Codes, Levels, round_codes_
+from .wide import has_float64
+
+_PANEL = 64  # columns between two products of matrices
+# Of the mean diagonal, added to it: without it a C of fewer inputs than columns has no root.
+_RIDGE = 1e-4
+_MORE_RIDGE = 10.0
+_MOST_RIDGE = 1.0
+# Share of the expected error that a row has to keep to be the better one: beyond any rounding.
+_LESS = 0.999
+
+
+class ExactFeedback:
+    """Codes of least ``e^T C e``, column after column, loudest inputs first.
+
+    ``moments`` C: floating point [K, K], symmetric, the mean products of the inputs. Raises OpError
+    for another shape, values that are not finite, and a diagonal that is not above zero.
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        _check(moments)
+        place = torch.device("cpu") if not has_float64(moments.device) else moments.device
+        c = moments.to(place, torch.float64)
+        square = c.diagonal().clone()
+        self.rest = square.float().cpu()
+        order = square.argsort(descending=True, stable=True)
+        self.order: list[int] = order.tolist()
+        root = _upper_root(c[order][:, order])
+        self._energy = root.diagonal().square()
+        # feedback[k, i] = M_ik / M_kk for i < k: rows are columns of the weight
+        self._feedback = (root / root.diagonal()).t().tril(-1).contiguous()
+
+    def round(
+        self, weight: Tensor, step: Tensor, shift: Tensor | None, levels: Codes | Levels
+    ) -> tuple[Tensor, Tensor]:
+        """Codes int8 [N, K] of ``weight``, and whether less error is expected of them than of the
+        nearest codes, bool [N].
+
+        Arguments and promises are those of ``Feedback.round``.
+        """
+        place = self._feedback.device
+        wanted = weight.to(place).t().double()
+        steps, shifts = (None if each is None else each.to(place).t() for each in (step, shift))
+        levels = levels.on(place) if isinstance(levels, Levels) else levels
+        grid = _Grid(steps, shifts, levels, weight.shape[1] // step.shape[1])
+        codes, lost = self._follow(wanted, grid)
+        lost_by_nearest = self._lost(wanted, grid)
+        better = lost < _LESS * lost_by_nearest
+        return codes.t().contiguous().to(weight.device), better.to(weight.device)
+
+    def _follow(self, wanted: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+        """Codes int8 [K, N] and the error expected of them, fp64 [N]. wanted: fp64 [K, N]."""
+        k, n = wanted.shape
+        order = torch.tensor(self.order, device=wanted.device)
+        codes = torch.empty((k, n), dtype=torch.int8, device=wanted.device)
+        errors = torch.zeros_like(wanted)  # of columns in the order of rounding
+        lost = wanted.new_zeros(n)
+        for start in range(0, k, _PANEL):
+            stop = min(start + _PANEL, k)
+            true = wanted[order[start:stop]]
+            target = torch.addmm(true, self._feedback[start:stop, :start], errors[:start])
+            for at in range(stop - start):
+                column = start + at
+                code, value = grid.nearest(target[at], self.order[column])
+                codes[self.order[column]] = code
+                lost.add_((target[at] - value).square_(), alpha=self._energy[column].item())
+                error = torch.sub(true[at], value, out=errors[column])
+                if at + 1 < stop - start:
+                    later = self._feedback[column + 1 : stop, column]
+                    target[at + 1 :].add_(later[:, None] * error)
+        return codes, lost
+
+    def _lost(self, wanted: Tensor, grid: _Grid) -> Tensor:
+        """The error expected of the nearest codes, fp64 [N]."""
+        errors = torch.stack(
+            [wanted[column] - grid.nearest(wanted[column], column)[1] for column in self.order]
+        )
+        made_up_for = torch.addmm(errors, self._feedback, errors)
+        return (made_up_for.square_() * self._energy[:, None]).sum(0)
+
+
+class _Grid:
+    """What a weight's codes stand for: steps and shifts [G, N] of runs of ``width`` columns."""
+
+    def __init__(
+        self, step: Tensor, shift: Tensor | None, levels: Codes | Levels, width: int
+    ) -> None:
+        self.step, self.shift = step.double(), None if shift is None else shift.double()
+        inverse = self.step.reciprocal()
+        self.inverse = inverse.masked_fill_(inverse.isinf(), 0)  # such steps decode to -shift
+        self.levels, self.width = levels, width
+
+    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """(codes, what a reader takes them for) of ``values`` fp64 [N] in a column."""
+        group = column // self.width
+        shifted = values if self.shift is None else values + self.shift[group]
+        level = (shifted * self.inverse[group]).float()[None]
+        if isinstance(self.levels, Levels):
+            at = torch.full((1,), group, dtype=torch.int64, device=values.device)
+            code = self.levels.round_(level, at)[0]
+        else:
+            code = round_codes_(level, self.levels)[0]
+        value = level[0].double() * self.step[group]
+        return code.to(torch.int8), value if self.shift is None else value - self.shift[group]
+
+
+def _upper_root(c: Tensor) -> Tensor:
+    """M upper triangular with ``M M^T = C``, C fp64 with as much added to its diagonal as it takes.
+
+    Raises OpError if even its mean does not make it positive.
+    """
+    mean, ridge = c.diagonal().mean(), _RIDGE
+    flipped = c.flip(0, 1)
+    while ridge <= _MOST_RIDGE:
+        raised = flipped.clone()
+        raised.diagonal().add_(ridge * mean)
+        lower, info = torch.linalg.cholesky_ex(raised)
+        if int(info) == 0:
+            return lower.flip(0, 1)
+        ridge *= _MORE_RIDGE
+    raise OpError("the inputs' second moments are no such matrix", found="negative", needed=">= 0")
+
+
+def _check(moments: Tensor) -> None:
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or not len(moments):
+        raise OpError(
+            "error feedback needs the second moments of the inputs",
+            found=list(moments.shape),
+            needed="[K, K]",
+        )
+    if not bool(moments.isfinite().all()) or not bool((moments.diagonal() > 0).all()):
+        raise OpError("error feedback", needed="finite moments, mean squares above zero")
