@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from ..errors import CheckpointError, NotIdeogram4Error, PairMismatchError
 from .checkpoints import Checkpoint, check_pair
 from .copies import without_copy_words
-from .level_order import AUTO, AUTO_ORDER, LEVELS, capability
+from .level_order import AUTO, LEVELS
 from .listing import Listing
 from .published import files_of
 

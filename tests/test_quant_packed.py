@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
-
 from ideogram4_quant.ops.codes import Levels
 from ideogram4_quant.ops.layouts import packed
 from ideogram4_quant.ops.rotation import rotate
