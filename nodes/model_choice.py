@@ -10,16 +10,8 @@ import torch
 
 from ..checkpoint import check_pair
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
-from ..checkpoint.levels import (
-    AUTO_ORDER,
-    Candidate,
-    Catalogue,
-    Pair,
-    capability,
-    partner_of,
-    read_catalogue,
-    resolve,
-)
+from ..checkpoint.level_order import AUTO_ORDER, capability
+from ..checkpoint.levels import Candidate, Catalogue, Pair, partner_of, read_catalogue, resolve
 from ..errors import PairMismatchError
 from ..ops import dispatch
 from ..ops.attention import reports as attention_reports

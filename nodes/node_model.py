@@ -9,7 +9,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..checkpoint.copies import COPIES
-from ..checkpoint.levels import AUTO, LEVELS
+from ..checkpoint.level_order import AUTO, LEVELS
 from ..checkpoint.listing import stamp
 from ..errors import Ideogram4QuantError
 from ..ops.linear import LinearOptions

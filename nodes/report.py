@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoint.copies import COPIES
+from ..checkpoint.level_order import AUTO
 from ..checkpoint.levels import (
     ALTERNATING,
-    AUTO,
     BOTH,
     STREAMED,
     WORKING_MEMORY,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoint.levels import ALTERNATING, AUTO, BOTH, STREAMED, residency
+from ..checkpoint.level_order import AUTO
+from ..checkpoint.levels import ALTERNATING, BOTH, STREAMED, residency
 from ..errors import Ideogram4QuantError
 
 CHOICES = (AUTO, BOTH, ALTERNATING, STREAMED)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, prequantized
+from .chunks import MULTIPLIED, row_chunks
 from .grouped import int8_grid
 from .library import define
 
@@ -65,7 +66,7 @@ def _packed_product(q, scale, packed, s_rel, s_channel, codebook, group, bias, d
         weight = decode(packed, s_rel, codebook, group)
         return gemm(q, scale, weight, s_channel, bias, dtype)
     out = torch.empty((m, n), dtype=dtype)
-    for rows in prequantized.chunks(n, k):
+    for rows in row_chunks((n, k), values=MULTIPLIED):
         factors = None if s_rel is None else s_rel[rows]
         weight = int8_grid(packed[rows], factors, codebook, group)
         part = None if bias is None else bias[rows]

@@ -165,6 +165,6 @@ class PackedInt8(Encoding):
 
 
 def _nearest_of(options: Tensor, wanted: Tensor) -> Tensor:
-    """Places in ``options`` [groups, levels], ascending, nearest to ``wanted`` [groups, columns]."""
+    """Places nearest to ``wanted`` [groups, columns] in ``options`` [groups, levels], ascending."""
     middles = (options[:, 1:] + options[:, :-1]) / 2
     return torch.searchsorted(middles, wanted.contiguous())

@@ -25,7 +25,7 @@ def entry(path, stored: dict, module: str = NAME):
     found = open_tensor_files(path).tensors
     keys = [(parse_key(name), raw) for name, raw in found.items()]
     assert all(key is not None for key, _ in keys)
-    return build_entries(keys, {})[f"{module}.weight"]
+    return build_entries(keys, {}).entries[f"{module}.weight"]
 
 
 def beside(parts: dict, module: str = NAME) -> dict:
@@ -146,13 +146,18 @@ def _said(parts: dict, **changes) -> None:
     parts["comfy_quant"] = storage.as_json(said | changes)
 
 
+def read_whole(path, parts: dict) -> None:
+    found = entry(path, beside(parts))
+    found.check()
+    found.read(torch.float32)
+
+
 @pytest.mark.parametrize(("level", "change", "match"), BROKEN)
 def test_what_does_not_fit_is_said(level, change, match, tmp_path):
     parts, _ = storage.pack_stock(randn(64, 768), level)
     change(parts)
     with pytest.raises(CheckpointError, match=match) as raised:
-        found = entry(tmp_path / "m.safetensors", beside(parts))
-        (found.level, found.shape, found.read(torch.float32))
+        read_whole(tmp_path / "m.safetensors", parts)
     assert "layers.3.feed_forward.w2" in str(raised.value)
     assert isinstance(raised.value, CorruptFileError) == (
         "linear_dtype" not in match and "beside" not in match

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ideogram4_quant import cli
-from ideogram4_quant.checkpoint.levels import LEVELS, WORKING_MEMORY, residency
+from ideogram4_quant.checkpoint.level_order import LEVELS
+from ideogram4_quant.checkpoint.levels import WORKING_MEMORY, residency
 from ideogram4_quant.checkpoint.published import PUBLISHED
 from ideogram4_quant.diagnostics.doctor import examine
 from ideogram4_quant.diagnostics.doctor.comfyui import find_host, model_folders

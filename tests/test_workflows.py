@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from ideogram4_quant.checkpoint.levels import AUTO, LEVELS
+from ideogram4_quant.checkpoint.level_order import AUTO, LEVELS
 from ideogram4_quant.tests.workflow_files import FILES, every_file, load, of_type
 
 TITLE_BAR = 30

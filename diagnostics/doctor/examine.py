@@ -8,14 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...checkpoint import Checkpoint, open_checkpoint, open_encoder
+from ...checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
 from ...checkpoint.levels import (
-    AUTO,
-    AUTO_ORDER,
-    LEVELS,
     Candidate,
     Catalogue,
     Pair,
-    capability,
     find_pair,
     read_catalogue,
     residency,
@@ -201,7 +198,7 @@ def _short_of_memory(levels: list[dict], auto: str | None, memory: int | None) -
 
 def _auto(models: Catalogue, device: Device) -> str | None:
     """The level that auto picks here from the files found; None without any."""
-    order = AUTO_ORDER[capability(device.int8, device.bfloat16)]
+    order = AUTO_ORDER[capability(device.int8, device.bfloat16, device.fp4)]
     try:
         return resolve(AUTO, models, order, device.memory or 0).level
     except CheckpointError:

@@ -15,17 +15,21 @@ from ...ops.dispatch import BackendReport, reports
 
 PACKAGES = ("torch", "triton", "triton-windows", "comfy-kitchen", "safetensors", "numpy")
 _BFLOAT16_FROM = (8, 0)  # Ampere; earlier cards emulate it
+_FP4_FROM = (10, 0)
 
 
 @dataclass(frozen=True)
 class Device:
-    """memory: bytes, None where nothing tells. bfloat16: whether products run in it."""
+    """memory: bytes, None where nothing tells. bfloat16: whether products run in it; fp4: and in
+    NVFP4 and MXFP8.
+    """
 
     type: str
     name: str
     memory: int | None
     bfloat16: bool
     backends: tuple[BackendReport, ...]
+    fp4: bool = False
 
     @property
     def int8(self) -> bool:
@@ -58,8 +62,15 @@ def find_device() -> Device:
     """The accelerator that torch sees, else the CPU."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        bfloat16 = (properties.major, properties.minor) >= _BFLOAT16_FROM
-        return _device("cuda", properties.name, properties.total_memory, bfloat16)
+        found = (properties.major, properties.minor)
+        return Device(
+            "cuda",
+            properties.name,
+            properties.total_memory,
+            found >= _BFLOAT16_FROM,
+            reports("cuda"),
+            fp4=found >= _FP4_FROM and not torch.version.hip,
+        )
     if torch.backends.mps.is_available():
         return _device("mps", "Apple GPU, which shares the RAM", ram(), True)
     if hasattr(torch, "xpu") and torch.xpu.is_available():

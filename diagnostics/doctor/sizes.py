@@ -11,7 +11,18 @@ from ...checkpoint.canonical import canonical_shapes
 from ...checkpoint.encoders import encoder_shapes
 from ...ops.blocks import FORMATS
 
-_BITS = {"FP8": 8.0, "INT8 W8A8": 8.0, "INT8 W8A8 rotated": 8.0, "NF4": 4.5}
+_BITS = {
+    "FP8": 8.0,
+    "INT8 W8A8": 8.0,
+    "INT8 W8A8 rotated": 8.0,
+    "MXFP8": 8.25,
+    "W6A8": 6.5,
+    "W4A8": 4.5,
+    "NVFP4": 4.5,
+    "AWQ W4A16": 4.5,
+    "NF4": 4.5,
+    "INT4 W4A4": 4.0,
+}
 _QWEN3_VL_8B = {
     "hidden_size": 4096,
     "intermediate_size": 12288,
