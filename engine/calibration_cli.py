@@ -51,6 +51,13 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     )
 
     measured = parser.add_argument_group("what is measured")
+    measured.add_argument(
+        "--moments",
+        type=int,
+        metavar="N",
+        help="neighbouring inputs whose products are summed, so that rounding knows all pairs of "
+        "them: more is nearer and makes a larger file, 4 MB a copy each (default: 512; 0: none)",
+    )
     measured.add_argument("--tokens", type=int, default=64, help="rows a call (default: 64)")
     measured.add_argument(
         "--channels", type=int, default=256, help="output channels a linear (default: 256)"

@@ -74,6 +74,7 @@ def _options(args: argparse.Namespace) -> ProfilerOptions:
     given = {
         "alphas": None if args.alphas is None else tuple(args.alphas),
         "blocks": None if args.types is None else tuple(args.types),
+        "moments": args.moments,
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     return ProfilerOptions(args.tokens, args.channels, **chosen)

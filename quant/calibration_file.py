@@ -23,7 +23,9 @@ from .input_moments import DIRECTIONS
 from .layer_stats import LayerStats
 
 FORMAT = "ideogram4-quant calibration"
-VERSION = "2"
+VERSION = "3"
+READABLE = ("2", VERSION)
+"""Version 2 has no blocks of moments: codes are rounded with its sketch alone."""
 
 Contents = tuple[dict[str, LayerStats], tuple[float, ...], tuple[Run, ...]]
 """Layers, times and provenance of a calibration."""
@@ -33,6 +35,8 @@ _MAX_CANDIDATES = 256
 _MAX_FEATURES = 1 << 20
 _MAX_TOKENS = 1 << 40
 _MAX_SQUARE = 1e30  # mean square of an input: the outputs' must fit fp32
+_BLOCK_TOLERANCE = 1e-3  # of sums in fp32, and on some devices of products in fewer bits
+_BLOCKS = "blocks"  # optional: fp32 [G, B, B]
 _UNMEASURED = -1.0  # in a row of "noise": sums of squares are never negative
 
 # Field -> (safetensors dtype, shape as a function of K, columns and candidates, may be negative)
@@ -71,6 +75,8 @@ def write_calibration(
         }
         for name in _FIELDS:
             tensors[f"{key}.{name}"] = fields[name] if name in fields else getattr(stats, name)
+        if stats.blocks is not None:
+            tensors[f"{key}.{_BLOCKS}"] = stats.blocks
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -92,7 +98,7 @@ def read_calibration(path: str | os.PathLike[str]) -> Contents:
 
 
 def _read(path: Path, tensors: dict[str, RawTensor], metadata: dict[str, str]) -> Contents:
-    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+    if metadata.get("format") != FORMAT or metadata.get("version") not in READABLE:
         raise CalibrationError(
             "this is no calibration that is read here",
             file=path,
@@ -130,6 +136,7 @@ def _layer(
     copy, _, module = key.partition(".")
     if copy not in ("conditional", "unconditional") or not module:
         raise bad("no name of a linear", repr(key)[:80], "conditional.MODULE, unconditional.MODULE")
+    blocks = parts.pop(_BLOCKS, None)
     if parts.keys() != _FIELDS.keys():
         odd = sorted(parts.keys() ^ _FIELDS.keys())
         raise bad("fields are missing or unknown", ", ".join(odd)[:120], ", ".join(_FIELDS))
@@ -158,12 +165,33 @@ def _layer(
     if loudest > _MAX_SQUARE:
         raise bad("impossible mean square of an input", f"{loudest:g}", f"at most {_MAX_SQUARE:g}")
     noise = dict(zip(candidates, values.pop("noise"), strict=True))
+    values[_BLOCKS] = None if blocks is None else _blocks(blocks, values["square_sum"], bad)
     return LayerStats(
         shape=shape,
         tokens=tokens,
         noise={name: row for name, row in noise.items() if bool((row >= 0).all())},
         **values,
     )
+
+
+def _blocks(
+    raw: RawTensor, square_sum: Tensor, bad: Callable[[str, object, object], CalibrationError]
+) -> Tensor:
+    """The blocks of the moments, whose diagonals are the sums of squares."""
+    features = len(square_sum)
+    width = raw.shape[-1] if len(raw.shape) == 3 else 0
+    if not 0 < width <= features or raw.shape != (-(-features // width), width, width):
+        raise bad("blocks do not fit", list(raw.shape), f"[G, B, B] of {features} inputs")
+    if raw.dtype != "F32":
+        raise bad("blocks do not fit", raw.dtype, "F32")
+    blocks = raw.read()
+    diagonal = blocks.diagonal(dim1=1, dim2=2).reshape(-1)[:features].double()
+    if not bool(blocks.isfinite().all()):
+        raise bad("blocks hold NaN or infinity", "no numbers", "finite numbers")
+    off = (diagonal - square_sum).abs() > _BLOCK_TOLERANCE * square_sum.max()
+    if bool(off.any()):
+        raise bad("blocks contradict square_sum", diagonal[off][0].item(), "equal diagonals")
+    return blocks
 
 
 def _list(path: Path, metadata: dict[str, str], key: str, kind: type, limit: int) -> tuple:

@@ -27,6 +27,8 @@ class LayerStats:
     - ``signal`` fp64 [S]: the output's sum of squares over the sampled tokens and channels;
       ``noise``: candidate -> fp64 [S], the same of the output's error if this linear alone were
       quantized so.
+    - ``blocks`` fp32 [G, B, B]: the products of B neighbouring inputs each, summed, or None; see
+      ``input_moments.block_sums``.
     """
 
     shape: tuple[int, int]
@@ -39,6 +41,7 @@ class LayerStats:
     peaks: Tensor
     signal: Tensor
     noise: Mapping[str, Tensor] = field(default_factory=dict)
+    blocks: Tensor | None = None
 
     @classmethod
     def of(cls, inputs: Tensor, weight: Tensor) -> LayerStats:
@@ -59,7 +62,7 @@ class LayerStats:
     @property
     def moments(self) -> InputMoments | None:
         """Which inputs are loud, and which together; None if all of them were zero."""
-        return input_moments(self.square_sum, self.sketch, self.tokens)
+        return input_moments(self.square_sum, self.sketch, self.tokens, self.blocks)
 
     @property
     def kurtosis(self) -> float:
@@ -136,4 +139,12 @@ class LayerStats:
             ),
             signal=self.signal + other.signal,
             noise={n: self.noise.get(n, zero) + other.noise.get(n, zero) for n in both},
+            blocks=_sum_of_blocks(self.blocks, other.blocks),
         )
+
+
+def _sum_of_blocks(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """None unless both runs summed the same blocks: half of the tokens would pass for all."""
+    if first is None or second is None or first.shape != second.shape:
+        return None
+    return first + second

@@ -24,7 +24,7 @@ from ..paths import encoder_dir
 from .models import Variant, write_model
 from .painting import PRESET
 
-PROMPTS = 8
+PROMPTS = 32
 #: A ranking needs no more; the maxima and moments see every token.
 MEASURED = ProfilerOptions(tokens=16, channels=64, blocks=())
 

@@ -16,11 +16,23 @@ from torch import Tensor
 
 from ...checkpoint.canonical import is_linear
 from ...ops.blocks import quantize
-from ...ops.layouts import FP8Layout, GGUFLayout, Int8Layout, NF4Layout, gguf_tensor, int8_tensor
+from ...ops.grouped import int8_grid
+from ...ops.layouts import (
+    FP8Layout,
+    GGUFLayout,
+    Int8Layout,
+    NF4Layout,
+    W4A8Layout,
+    gguf_tensor,
+    int8_tensor,
+    w4a8_tensor,
+)
+from ...ops.layouts.packed import PackedLayout
 from ...ops.reference import dequantize_rotate_quantize
 from ...quant.calibration import Calibration
 from ...quant.encodings import Blocks, Encoding, NativeInt8
 from ...quant.input_moments import InputMoments
+from ...quant.packed_encoding import PackedInt8
 from ...quant.recipes import BLOCK_LINEARS
 from ...quant.treatments import input_group, smoothing
 
@@ -74,10 +86,32 @@ def _rotated_by(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
     )
 
 
-def _q4_k_by(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
-    shape = tuple(weight.shape)
-    blocks = _led(Blocks("Q4_K", shape), inputs).encode(weight)["weight"]
-    return gguf_tensor(blocks, "Q4_K", shape, dtype=torch.float32)
+def _blocks_by(qtype: str) -> Store:
+    def store(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
+        shape = tuple(weight.shape)
+        blocks = _led(Blocks(qtype, shape), inputs).encode(weight)["weight"]
+        return gguf_tensor(blocks, qtype, shape, dtype=torch.float32)
+
+    return store
+
+
+def _packed_by(bits: int, group: int = 16) -> Store:
+    """W4A8 and W6A8, multiplied as the int8 grid that they decode to."""
+
+    def store(weight: Tensor, inputs: InputMoments | None) -> QuantizedTensor:
+        encoding = _led(PackedInt8(bits, group, ROTATION), inputs)
+        parts, constants = encoding.encode(weight), encoding.constants()
+        return w4a8_tensor(
+            parts["weight"],
+            parts["weight_s_rel"],
+            parts["weight_s_channel"],
+            dtype=torch.float32,
+            group_size=group,
+            rotation=ROTATION,
+            codebook=constants.get("weight_codebook"),
+        )
+
+    return store
 
 
 def _led(encoding: Encoding, inputs: InputMoments | None) -> Encoding:
@@ -107,7 +141,14 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("ours: INT8 auto", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
     Scheme("ours: Q4_K", _stored(GGUFLayout.NAME, qtype="Q4_K")),
-    Scheme("ours: Q4_K, calibrated", _q4_k_by, moments=True),
+    Scheme("ours: Q4_K, calibrated", _blocks_by("Q4_K"), moments=True),
+    Scheme("ours: W4A8, calibrated", _packed_by(4), moments=True),
+    Scheme("ours: W4A8 in groups of 32, calibrated", _packed_by(4, 32), moments=True),
+    Scheme("ours: W6A8, calibrated", _packed_by(6), moments=True),
+    Scheme("ours: IQ4_XS, calibrated", _blocks_by("IQ4_XS"), moments=True),
+    Scheme("ours: Q8_0, calibrated", _blocks_by("Q8_0"), moments=True),
+    Scheme("W4A8 (comfy-kitchen)", _stored(W4A8Layout.NAME)),
+    Scheme("W6A8 (comfy-kitchen)", _stored(W4A8Layout.NAME, bits=6)),
     Scheme("FP8 per row", _stored(FP8Layout.NAME, per_row=True)),
     Scheme("NF4", _stored(NF4Layout.NAME)),
     Scheme("Q8_0", _as_ggml("Q8_0")),
@@ -168,7 +209,7 @@ def unpacked(tensors: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
     """The tensors in the form in which they are multiplied, unpacked once instead of at every call.
 
     What `ops.linear` does at each call with FP8, NF4 and GGUF weights, done before: they become
-    fp32, or with ``compute`` "w8a8" rotated int8. The products are the same; a test compares them.
+    fp32, or with ``compute`` "w8a8" rotated int8; W4A8 and W6A8 become the int8 they decode to. The products are the same; a test compares them.
     """
     return {name: _unpacked(tensor, compute) for name, tensor in tensors.items()}
 
@@ -176,6 +217,10 @@ def unpacked(tensors: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
 def _unpacked(tensor: Tensor, compute: str) -> Tensor:
     if not isinstance(tensor, QuantizedTensor) or tensor._layout_cls == Int8Layout.NAME:
         return tensor
+    if issubclass(tensor.layout_cls, PackedLayout):
+        packed, s_rel, scale, codebook, group = tensor.layout_cls.grid_parts(tensor)
+        grid, rotation = int8_grid(packed, s_rel, codebook, group), tensor._params.convrot_groupsize
+        return int8_tensor(grid, scale, dtype=torch.float32, rotation=rotation)
     if compute == "dense":
         return tensor.dequantize()
     params = tensor._params
