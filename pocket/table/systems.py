@@ -209,7 +209,8 @@ def unpacked(tensors: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
     """The tensors in the form in which they are multiplied, unpacked once instead of at every call.
 
     What `ops.linear` does at each call with FP8, NF4 and GGUF weights, done before: they become
-    fp32, or with ``compute`` "w8a8" rotated int8; W4A8 and W6A8 become the int8 they decode to. The products are the same; a test compares them.
+    fp32, or with ``compute`` "w8a8" rotated int8; W4A8 and W6A8 become the int8 they decode to. The
+    products are the same; a test compares them.
     """
     return {name: _unpacked(tensor, compute) for name, tensor in tensors.items()}
 
