@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CHECK_DOWNLOAD, CorruptFileError, OpError
 from ..ops.fold import Fold
 from ..ops.linear import ACTIVATION_DTYPES
-from .codecs import Blocks, Fp8, Int8, Stored, Unquantized
+from .codecs import Blocks, Fp8, Int8, Int8Blocks, Stored, Unquantized
 from .folding import StoredFolding
 from .nf4 import Nf4
 from .parts import Parts
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 CODECS: tuple[type[Stored], ...] = (
     *(Nf4, SavedBlocks, SavedFolded),
     *(W4A8, W4A4, NVFP4, MXFP8, AWQ),
-    *(Int8, Fp8, Blocks, Unquantized),
+    *(Int8Blocks, Int8, Fp8, Blocks, Unquantized),
 )
 
 Progress = Callable[[int, int], None]

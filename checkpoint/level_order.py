@@ -6,6 +6,7 @@ AUTO = "auto"
 LEVELS = (
     "BF16",
     "FP8",
+    "INT8 blockwise",
     "INT8 W8A8 rotated",
     "INT8 W8A8",
     "MXFP8",
@@ -37,7 +38,7 @@ _RARE = ("Q5_1", "Q5_0", "IQ4_NL", "Q4_1", "MXFP4", "Q3_K", "Q2_K")
 # first. NVFP4 is less faithful than every other type of its size (see docs/pocket-table.md): before
 # them only where the device multiplies it.
 _INT8_FIRST = ("INT8 W8A8 rotated", "INT8 W8A8")
-_LARGE = ("FP8", "BF16")
+_LARGE = ("FP8", "INT8 blockwise", "BF16")
 AUTO_ORDER = {
     "fp4, int8 and bfloat16": (  # NVIDIA from Blackwell (RTX 50) on
         *_INT8_FIRST,
@@ -57,7 +58,19 @@ AUTO_ORDER = {
     ),
     "neither": (  # every other device
         "BF16",
-        *("Q8_0", "FP8", "MXFP8", "Q6_K", "W6A8", "Q5_K", "Q4_K", "IQ4_XS", "Q4_0", "W4A8"),
+        *(
+            "Q8_0",
+            "FP8",
+            "INT8 blockwise",
+            "MXFP8",
+            "Q6_K",
+            "W6A8",
+            "Q5_K",
+            "Q4_K",
+            "IQ4_XS",
+            "Q4_0",
+            "W4A8",
+        ),
         *("AWQ W4A16", "NVFP4", "NF4", *_INT8_FIRST, "INT4 W4A4", *_RARE),
     ),
 }

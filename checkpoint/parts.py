@@ -144,6 +144,18 @@ class Parts:
             raise self.unsupported(f"rotation groups of {group}, which is no power of 4")
         return group
 
+    def scale_blocks(self) -> tuple[int, int] | None:
+        """Rows and columns of the blocks that have a scale each; None where it is one for all, one
+        a row, or none.
+        """
+        raw, weight = self.roles.get("scale"), self.weight
+        if raw is None or len(raw.shape) != 2 or len(weight.shape) != 2 or 0 in raw.shape:
+            return None
+        (a, b), (n, k) = raw.shape, weight.shape
+        if n % a or k % b or 1 in (a, b):
+            return None
+        return n // a, k // b
+
     def check_scale(self) -> None:
         """CheckpointError unless the scale, if there is one, is one for all or one a row."""
         raw = self.roles.get("scale")
@@ -168,6 +180,11 @@ class Parts:
             return None
         scale = self.vector("scale", (1, rows))
         return scale if scale.numel() == rows else scale.reshape(())
+
+    def matrix(self, role: str) -> Tensor:
+        """The tensor of ``role`` as fp32, in its shape, every value finite."""
+        shape = self.roles[role].shape
+        return self.vector(role, (math.prod(shape),)).reshape(shape)
 
     def smooth(self) -> Tensor | None:
         """fp32 [K], meaning ``x / smooth``: stored so, or as its inverse ``pre_quant_scale``."""

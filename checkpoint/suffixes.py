@@ -43,6 +43,7 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
     "weight_codebook": ("weight", "codebook"),
     "weight_zeros": ("weight", "zeros"),
     "weight_correction": ("weight", "zeros"),
+    "weight_scale_inv": ("weight", "scale"),  # FP8 in blocks; it is what is multiplied by
     # ComfyUI's older name
     "scale_weight": ("weight", "scale"),
     # bitsandbytes, with and without the parameter's name in between
@@ -67,7 +68,6 @@ _FOREIGN = tuple(
     (re.compile(rf"(?:{pattern})"), what)
     for pattern, what in (
         (r"weight_global_scale", "NVFP4's (compressed-tensors)"),
-        (r"weight_scale_inv", "FP8 with a scale a block of the weight"),
         (r"SCB|weight_format", "LLM.int8's (bitsandbytes)"),
         (
             r"weight\._data|weight\._scale|weight\._shift|weight\.(?:scale|qtype)",

@@ -65,6 +65,7 @@ SOURCE_BITS: dict[str, int] = {
     "NF4": 4,
     "MXFP4": 4,
     "MXFP8": 8,
+    "INT8 blockwise": 8,
     "NVFP4": 4,
     "INT4 W4A4": 4,
     "AWQ W4A16": 4,

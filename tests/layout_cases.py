@@ -42,6 +42,7 @@ KINDS = {
     "w4a4": (W4A4, {}, 0.1600),
     "nvfp4": (NVFP4, {}, 0.1100),
     "mxfp8": (MXFP8, {}, 0.0330),
+    "fp8 e5m2": (FP8, {"dtype": torch.float8_e5m2}, 0.0560),
     "awq": (AWQ, {}, 0.1100),
 }
 if not SIX_BITS:  # comfy-kitchen before 0.2.40 makes none

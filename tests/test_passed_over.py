@@ -169,7 +169,6 @@ SIBLINGS = {
     "quip_s_u": torch.ones(128),
     "quip_s_v": torch.ones(64),
     "orig_shape": torch.tensor([120, 64]),
-    "weight_scale_inv": torch.ones(1, 1),
     "hadamard": torch.eye(4),
     "some.thing.new": torch.ones(1),
     "lora_A.weight": torch.rand(4, 64),
@@ -433,18 +432,19 @@ def test_a_rotation_of_no_power_of_four(tmp_path):
 
 
 BLOCKS = {
-    "2-D blocks": ("int8_blockwise", torch.rand(4, 2)),
-    "2-D blocks, no format": (None, torch.rand(4, 2)),
-    "groups of a row": (None, torch.rand(128, 2)),
-    "block3d": (None, torch.rand(128, 2, 1)),
-    "input channels": (None, torch.rand(1, 64)),
+    "another dtype's format": ("int8_blockwise", torch.rand(4, 2), "fp8"),
+    "another block": ("int8_blockwise", torch.rand(8, 4), "int8"),
+    "block3d": (None, torch.rand(128, 2, 1), "int8"),
+    "block3d of fp8": (None, torch.rand(128, 2, 1), "fp8"),
+    "input channels": (None, torch.rand(1, 64), "int8"),
+    "input channels of fp8": (None, torch.rand(1, 64), "fp8"),
 }
 
 
 @pytest.mark.parametrize("case", BLOCKS)
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_scales_of_blocks_are_told_by_the_header(tmp_path, case, kind):
-    told, scale = BLOCKS[case]
+def test_scales_of_blocks_are_told_by_the_header(tmp_path, case):
+    """Those that are read are in ``test_layout_blockwise.py``."""
+    told, scale, kind = BLOCKS[case]
     pack = storage.pack_fp8 if kind == "fp8" else lambda w: storage.pack_comfy_int8(w, None)
     stored, _ = storage.packed(files.model(), pack, skip=STEM)
     stored[f"{MODULE}.weight_scale"] = scale

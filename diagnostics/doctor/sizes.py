@@ -13,6 +13,7 @@ from ...ops.blocks import FORMATS
 
 _BITS = {
     "FP8": 8.0,
+    "INT8 blockwise": 8.0,
     "INT8 W8A8": 8.0,
     "INT8 W8A8 rotated": 8.0,
     "MXFP8": 8.25,

@@ -1,4 +1,7 @@
-"""FP8 e4m3, one scale a tensor or an output channel; computed through the dequantized weight."""
+"""FP8, and int8 in blocks: computed through the dequantized weight.
+
+One scale a tensor, an output channel or a block of rows and columns.
+"""
 
 from __future__ import annotations
 
@@ -23,27 +26,31 @@ from .base import (
 )
 from .weight import Weight
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+LARGEST = {E4M3: 448.0, E5M2: 57344.0, torch.int8: 127.0}
 # Exponent of the smallest normal number, and bits of the mantissa.
-_MIN_EXPONENT, _MANTISSA = -6, 3
+_FORM = {E4M3: (-6, 3), E5M2: (-14, 2)}
 
 
 class FP8Layout(Layout):
-    """``W = qdata * scale``: e4m3 ``[N, K]``."""
+    """``W = qdata * scale``: e4m3, e5m2 or int8 ``[N, K]``."""
 
     NAME = "Ideogram4QuantFP8"
     ROW_FIELDS = ("scale",)
 
     @dataclass(frozen=True, eq=False, kw_only=True)
     class Params(BaseParams):
-        """``scale fp32 [N, 1]``, or ``[]`` for the whole tensor."""
+        """``scale fp32 [N, 1]``, ``[]`` for the whole tensor, or ``[a, b]`` for blocks of N / a
+        rows and K / b columns.
+        """
 
         scale: Tensor
 
         @property
         def label(self) -> str:
-            return "FP8" if self.scale.ndim else "FP8 scaled"
+            if self.scale.ndim == 0:
+                return "FP8 scaled"
+            return "FP8" if self.scale.shape[1] == 1 else "FP8 blocks"
 
     @classmethod
     def quantize(
@@ -53,31 +60,36 @@ class FP8Layout(Layout):
         stochastic_rounding: int | None = 0,
         inplace_ops: bool = False,
         per_row: bool = True,
+        blocks: tuple[int, int] | None = None,
+        dtype: torch.dtype = E4M3,
         **_: object,
     ) -> tuple[Tensor, Any]:
-        """``round(W / scale)``, ``scale = absmax / 448`` of each row or the tensor unless given.
-
-        What overflows a given scale becomes +-448 of it, infinity too, whatever torch's own cast
-        does (2.13 saturates on a CPU, ml_dtypes gives NaN); NaN stays NaN. Without a given scale
-        nothing finite overflows, and infinity makes its row NaN: it has no scale.
+        """``round(W / scale)``, ``scale = absmax / 448`` (e5m2 57344, int8 127) of each row, the
+        tensor or each of ``blocks`` (rows, columns), unless given.
 
         ``stochastic_rounding`` is a seed (0 or None: to nearest). The host's other keywords are
         accepted; ``tensor`` is never written to.
         """
-        check_matrix(tensor, "e4m3")
-        shape, device = tuple(tensor.shape), tensor.device
+        check_matrix(tensor, "FP8")
+        shape, device, largest = tuple(tensor.shape), tensor.device, LARGEST[dtype]
+        blocks = blocks or ((1, shape[1]) if per_row else shape)
+        if any(size % max(each, 1) for size, each in zip(shape, blocks, strict=True)):
+            raise OpError(
+                "blocks do not fill the weight", found=shape, needed=f"blocks of {blocks}"
+            )
         if scale is None or isinstance(scale, str):
-            absmax = tensor.abs().amax(dim=1, keepdim=True) if per_row else tensor.abs().amax()
-            scale = (absmax.float() / E4M3_MAX).clamp_min(SCALE_FLOOR)
-        scale = _shaped(torch.as_tensor(scale, dtype=torch.float32, device=device), shape[0])
+            scale = (_absmax(tensor, blocks) / largest).clamp_min(SCALE_FLOOR)
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=device)
+        scale = _shaped(scale, shape, whole=blocks == shape)
         generator = generator_for(stochastic_rounding, device)
-        qdata = torch.empty(shape, dtype=E4M3, device=device)
+        qdata = torch.empty(shape, dtype=dtype, device=device)
         for rows in row_chunks(shape, device):
-            values = tensor[rows].float() / (scale if scale.dim() == 0 else scale[rows])
+            values = tensor[rows].float() / _of_rows(scale, rows, shape)
             if generator is not None:
-                values = values + (uniform(values, generator) - 0.5) * _spacing(values)
+                values = values + (uniform(values, generator) - 0.5) * _spacing(values, dtype)
+            values = values if dtype.is_floating_point else values.round()
             # A NaN stays one through the clamp and the cast.
-            qdata[rows] = values.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+            qdata[rows] = values.clamp(-largest, largest).to(dtype)
         return qdata, cls.Params(orig_dtype=tensor.dtype, orig_shape=shape, scale=scale)
 
     @classmethod
@@ -85,54 +97,100 @@ class FP8Layout(Layout):
         """``qdata * scale`` in ``orig_dtype``."""
         out = torch.empty(qdata.shape, dtype=params.orig_dtype, device=qdata.device)
         for rows in row_chunks(tuple(qdata.shape), qdata.device):
-            scale = params.scale if params.scale.dim() == 0 else params.scale[rows]
-            out[rows] = qdata[rows].float() * scale
+            out[rows] = qdata[rows].float() * _of_rows(params.scale, rows, params.matrix_shape)
         return out
 
     @classmethod
     def description(cls, params: Any) -> dict[str, Any]:
-        """Stock's ``float8_e4m3fn`` for one scale; it knows no scale a row."""
+        """Stock's format for one scale of e4m3 (``float8_e4m3fn``); the tensors tell the rest."""
         return {"format": "ideogram4_quant_fp8" if params.scale.dim() else "float8_e4m3fn"}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
-        """Keep the granularity when a patched weight is quantized again."""
-        return {"per_row": qtensor._params.scale.dim() > 0}
+        """Keep format and granularity when a patched weight is quantized again."""
+        params = qtensor._params
+        kept = {"dtype": qtensor._qdata.dtype, "per_row": params.scale.dim() > 0}
+        blocks = _blocks(params.scale, params.matrix_shape)
+        return kept if blocks is None else {**kept, "blocks": blocks}
+
+    @classmethod
+    def can_slice_rows(cls, params: Any) -> bool:
+        """Where a row has scales of its own, or all have one."""
+        blocks = _blocks(params.scale, params.matrix_shape)
+        return blocks is None or blocks[0] == 1
 
 
 def fp8_tensor(data: Tensor, scale: Tensor, *, dtype: torch.dtype) -> QuantizedTensor:
-    """A weight from e4m3 values: ``data [N, K]``, ``scale`` ``[]``, ``[1]``, ``[N]`` or ``[N, 1]``.
+    """A weight from e4m3, e5m2 or int8 values: ``data [N, K]``, ``scale`` ``[]``, ``[1]``, ``[N]``,
+    ``[N, 1]`` or ``[a, b]`` of blocks of N / a rows and K / b columns.
 
     ``dtype`` is what it dequantizes to. Raises OpError for what does not fit.
     """
     check_dtype(dtype)
-    if data.dtype != E4M3 or data.dim() != 2:
+    if data.dtype not in LARGEST or data.dim() != 2:
         raise OpError(
-            "an FP8 weight is an e4m3 matrix",
+            "an FP8 weight is an e4m3 or e5m2 matrix",
             found=f"{data.dtype} {tuple(data.shape)}",
-            needed=f"{E4M3} [N, K]",
+            needed=f"{E4M3} or {E5M2} [N, K]",
         )
     n, k = data.shape
     check_same_device(data, scale=scale)
-    if not scale.is_floating_point() or scale.numel() not in (1, n):
+    whole_or_rows = scale.numel() in (1, n) and (scale.dim() < 2 or 1 in scale.shape)
+    in_blocks = scale.dim() == 2 and 0 not in scale.shape
+    in_blocks = in_blocks and n % scale.shape[0] == 0 and k % scale.shape[1] == 0
+    whole_or_rows = whole_or_rows and data.dtype != torch.int8  # which has layouts of its own
+    if not scale.is_floating_point() or not (whole_or_rows or in_blocks):
         raise OpError(
             "the scales do not fit the FP8 weight",
             found=f"{scale.dtype} {tuple(scale.shape)}",
-            needed=f"floating point [], [{n}] or [{n}, 1]",
+            needed=f"floating point [], [{n}], [{n}, 1] or [a, b] of blocks of {n} x {k}",
         )
     params = FP8Layout.Params(
-        orig_dtype=dtype, orig_shape=(n, k), scale=_shaped(scale.float(), n).contiguous()
+        orig_dtype=dtype, orig_shape=(n, k), scale=_shaped(scale.float(), (n, k)).contiguous()
     )
     return Weight(data.contiguous(), FP8Layout.NAME, params)
 
 
-def _shaped(scale: Tensor, n: int) -> Tensor:
-    per_row = scale.numel() == n and (n > 1 or scale.dim() > 0)
+def _shaped(scale: Tensor, shape: tuple[int, int], whole: bool = False) -> Tensor:
+    """As the parameters keep it; ``whole``: one scale of a matrix of one row is the tensor's."""
+    n = shape[0]
+    if scale.dim() == 2 and scale.shape[1] == 1 and scale.numel() not in (1, n):
+        return scale.repeat_interleave(n // scale.shape[0], dim=0)  # blocks as wide as the weight
+    if scale.dim() == 2 and scale.shape[1] > 1 and not (scale.shape[0] == 1 and scale.numel() == n):
+        return scale
+    per_row = scale.numel() == n and not whole and (n > 1 or scale.dim() > 0)
     return scale.reshape(n, 1) if per_row else scale.reshape(())
 
 
-def _spacing(values: Tensor) -> Tensor:
-    """The distance between neighbouring e4m3 numbers around each value."""
-    # frexp puts the mantissa in [0.5, 1), one power of two below e4m3's own.
+def _blocks(scale: Tensor, shape: tuple[int, int]) -> tuple[int, int] | None:
+    """(rows, columns) of a block; None for one scale a row or for all."""
+    if scale.dim() == 0 or scale.shape[1] == 1:
+        return None
+    return shape[0] // scale.shape[0], shape[1] // scale.shape[1]
+
+
+def _absmax(tensor: Tensor, blocks: tuple[int, int]) -> Tensor:
+    """fp32 [N / rows, K / columns] of ``blocks``."""
+    n, k = tensor.shape
+    rows, columns = max(blocks[0], 1), max(blocks[1], 1)
+    parts = tensor.abs().view(n // rows, rows, k // columns, columns)
+    return parts.amax((1, 3)).float() if tensor.numel() else parts.new_zeros(n // rows, 1).float()
+
+
+def _of_rows(scale: Tensor, rows: slice, shape: tuple[int, int]) -> Tensor:
+    """What the weights of ``rows`` are multiplied by: broadcastable to [rows, K]."""
+    blocks = _blocks(scale, shape)
+    if blocks is None:
+        return scale if scale.dim() == 0 else scale[rows]
+    places = torch.arange(rows.start, rows.stop, device=scale.device) // blocks[0]
+    return scale[places].repeat_interleave(blocks[1], dim=1)
+
+
+def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance between neighbouring numbers of ``dtype`` around each value."""
+    if not dtype.is_floating_point:
+        return torch.ones_like(values)
+    least, mantissa = _FORM[dtype]
+    # frexp puts the mantissa in [0.5, 1), one power of two below the format's own.
     exponent = torch.frexp(values).exponent - 1
-    return torch.ldexp(torch.ones_like(values), exponent.clamp_min(_MIN_EXPONENT) - _MANTISSA)
+    return torch.ldexp(torch.ones_like(values), exponent.clamp_min(least) - mantissa)
