@@ -122,10 +122,12 @@ def fingerprint(
     digest.update(json.dumps([dict(metadata), str(device)], sort_keys=True).encode())
     for tensor in plan.tensors:
         digest.update(json.dumps([tensor.copy, tensor.name, tensor.encoding.label]).encode())
-        inputs = tensor.inputs
         vectors = [*tensor.encoding.constants().values()]
-        for vector in vectors if inputs is None else [*vectors, inputs.square, inputs.directions]:
-            digest.update(vector.contiguous().numpy().tobytes())
+        if (inputs := tensor.inputs) is not None:
+            vectors += [inputs.square, inputs.directions, inputs.blocks]
+        for vector in vectors:
+            if vector is not None:
+                digest.update(vector.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -188,3 +188,25 @@ def test_runs_are_added_and_a_run_without_blocks_leaves_none():
     assert torch.allclose(both.blocks, block_sums(torch.cat([x, y]), 32), rtol=1e-4, atol=1e-2)
     assert stats(x, 32).plus(stats(y)).blocks is None
     assert stats(x, 32).plus(stats(y, 64)).blocks is None
+
+
+def test_an_unfinished_file_of_other_blocks_is_not_gone_on_with(pocket):
+    """Codes depend on them: bytes of the one calibration would stand beside those of the other."""
+    from dataclasses import replace
+
+    from ideogram4_quant.quant import plan_quantization
+    from ideogram4_quant.quant.stream import fingerprint
+
+    plan = plan_quantization(pocket.conditional_file, "W4A8", "out.safetensors", copy="conditional")
+    at = next(i for i, tensor in enumerate(plan.tensors) if tensor.quantized)
+    k = plan.tensors[at].shape[1]
+
+    def with_blocks(scale):
+        blocks = torch.eye(k)[None] * scale
+        inputs = InputMoments(torch.ones(k), torch.zeros(k, 1), blocks)
+        tensors = list(plan.tensors)
+        tensors[at] = replace(tensors[at], inputs=inputs)
+        return fingerprint(replace(plan, tensors=tuple(tensors)), {}, None)
+
+    assert with_blocks(1.0) == with_blocks(1.0)
+    assert with_blocks(1.0) != with_blocks(2.0)
