@@ -109,3 +109,34 @@ def int8_grid(packed: Tensor, s_rel: Tensor | None, codebook: Tensor | None, gro
     if s_rel is None:
         return unpack_int4(packed)
     return decode_grouped(packed, s_rel, codebook, group)
+
+
+SIX_BIT_LIMIT = 31
+"""Largest magnitude of a 6-bit level; its code is the level plus 32."""
+
+_FLOOR = 1e-8  # of a scale, as in comfy-kitchen
+
+
+def encode_six_bits(
+    values: Tensor, group: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(packed, s_rel, s_channel)`` of rotated ``values`` [N, K], a level ``absmax / 31`` a group.
+
+    To nearest, or with a ``generator`` up or down by chance. For a comfy-kitchen without 6-bit
+    codes. K is a multiple of 32 and of ``group``, a multiple of 16. Raises OpError for others.
+    """
+    n, k = values.shape
+    if k % 32 or group % 16 or k % group:
+        raise OpError("6-bit codes do not fill the rows", found=f"{k} in groups of {group}")
+    grouped = values.float().view(n, k // group, group)
+    scale = (grouped.abs().amax(2) / SIX_BIT_LIMIT).clamp_min(_FLOOR)
+    channel = (scale.amax(1) * (SIX_BIT_LIMIT / 127)).clamp_min(_FLOOR)
+    relative = (scale / channel[:, None]).to(torch.float8_e4m3fn)
+    step = (relative.float() * channel[:, None])[..., None].clamp_min(_FLOOR * _FLOOR)
+    level = grouped / step
+    if generator is None:
+        level = level.round()
+    else:
+        level = (level + torch.rand(level.shape, generator=generator, device=level.device)).floor()
+    codes = level.clamp_(-SIX_BIT_LIMIT, SIX_BIT_LIMIT).add_(SIX_BIT_LIMIT + 1)
+    return pack_codes(codes.view(n, k), 6), relative, channel

@@ -45,7 +45,7 @@ KINDS = {
     "fp8 e5m2": (FP8, {"dtype": torch.float8_e5m2}, 0.0560),
     "awq": (AWQ, {}, 0.1100),
 }
-if not SIX_BITS:  # comfy-kitchen before 0.2.40 makes none
+if not SIX_BITS:  # made by the formula then, less well: ``test_layout_stock.py`` says how
     del KINDS["w6a8"]
 ROUNDED_TWICE = (
     "w4a8",

@@ -122,8 +122,20 @@ def test_w4a8_rows_are_those_of_an_int8_weight():
 @pytest.mark.skipif(packed.SIX_BITS is False, reason="comfy-kitchen makes no 6-bit codes")
 def test_six_bits_without_comfy_kitchens_help(monkeypatch):
     stock, ours = w4a8(outliers(), torch.float32, bits=6)
+    theirs = relative(stock.dequantize(), outliers())
     monkeypatch.setattr(packed, "SIX_BITS", False)
     assert relative(ours.dequantize(), stock.dequantize()) < 1e-6
+    data, params = packed.W4A8Layout.quantize(outliers(), bits=6)
+    assert params.bits == 6
+    made = kitchen.AsymW4A8Int8Layout.dequantize(data, params)  # as 0.2.40 reads it
+    assert relative(made, outliers()) < 1.3 * theirs
+    draws = [
+        packed.W4A8Layout.dequantize(
+            *packed.W4A8Layout.quantize(outliers(), bits=6, stochastic_rounding=seed)
+        )
+        for seed in range(1, 33)
+    ]
+    assert relative(torch.stack(draws).mean(0), outliers()) < relative(made, outliers()) / 1.7
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from ...errors import OpError
 from .. import kitchen_ops
-from ..grouped import LEVELS, bits_of, int8_grid
+from ..grouped import LEVELS, bits_of, encode_six_bits, int8_grid
 from ..linear import LinearOptions
 from ..packed_int8 import packed_linear, packed_product
 from ..rotation import GROUPS, rotate
-from .base import BaseParams, Layout, check_dtype, check_matrix, check_same_device
+from .base import BaseParams, Layout, check_dtype, check_matrix, check_same_device, generator_for
 from .hooks import InputHooks
 from .weight import Weight
 
@@ -45,14 +44,6 @@ class PackedLayout(InputHooks, Layout):
         """comfy-kitchen's quantizer, from fp32: it rounds in the dtype that it is handed."""
         check_matrix(tensor, cls.NAME)
         known = inspect.signature(super().quantize).parameters
-        if kwargs.get("bits", 4) != 4 and "bits" not in known:
-            raise OpError(
-                "the installed comfy-kitchen makes no 6-bit codes",
-                found=f"comfy-kitchen {version('comfy-kitchen')}",
-                needed="0.2.40 or newer",
-                hint="pip install -U comfy-kitchen, or leave the weight as it is: put a LoRA "
-                "beside it with this pack's LoRA node instead of baking it in.",
-            )
         kept = {name: value for name, value in kwargs.items() if name in known}
         kept["stochastic_rounding"] = kept.get("stochastic_rounding") or 0  # None: to nearest
         try:
@@ -144,8 +135,34 @@ class W4A8Layout(PackedLayout, AsymW4A8Int8Layout):
 
     @classmethod
     def quantize(cls, tensor: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """comfy-kitchen's; its version before 0.2.40 makes no 6-bit codes, and the formula does."""
+        if kwargs.get("bits", 4) == 6 and not SIX_BITS:
+            return cls._six_bits(tensor, **kwargs)
         qdata, params = super().quantize(tensor, **kwargs)
         return qdata, dataclasses.replace(params, bits=bits_of(qdata.shape[1], tensor.shape[1]))
+
+    @classmethod
+    def _six_bits(
+        cls,
+        tensor: Tensor,
+        group_size: int = 16,
+        convrot_groupsize: int = 256,
+        stochastic_rounding: int | None = 0,
+        **_: object,
+    ) -> tuple[Tensor, Any]:
+        check_matrix(tensor, cls.NAME)
+        generator = generator_for(stochastic_rounding, tensor.device)
+        rotated = rotate(tensor.float(), convrot_groupsize)
+        packed, relative, channel = encode_six_bits(rotated, group_size, generator)
+        return packed, cls.Params(
+            orig_dtype=tensor.dtype,
+            orig_shape=tuple(tensor.shape),
+            scale=relative,
+            s_channel=channel,
+            group_size=group_size,
+            convrot_groupsize=convrot_groupsize,
+            bits=6,
+        )
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
