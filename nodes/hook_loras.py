@@ -16,8 +16,9 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..checkpoint.copies import CONDITIONAL
 from ..errors import OpError
 from . import injected
-from .lora_files import LowRank, parse_lora
+from .lora_files import parse_lora
 from .lora_loading import in_its_basis, linear_shapes
+from .low_rank import LowRank
 from .low_rank_model import load_low_rank, unload_with
 from .model_source import source_of
 

@@ -1,67 +1,40 @@
-"""LoRA files for Ideogram 4, whatever trainer wrote them, as low-rank updates of fused linears."""
+"""LoRA files for Ideogram 4, whatever trainer wrote them, as updates of the model's own weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
-from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
+from ..checkpoint.copies import CONDITIONAL
 from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import CheckpointError, CorruptFileError, printable
+from . import lora_names, lora_updates
+from .lora_found import Found
 from .lora_kinds import AS_STORED, Strength, refuse_other_kinds, strength_of
+from .low_rank import LowRank, in_rows, stack
+from .weight_changes import WeightChange
 
-# prefix -> the copy that it names; None: the file does not say
-_PREFIXES: tuple[tuple[str, str | None], ...] = (
-    ("unconditional_transformer.", UNCONDITIONAL),
-    ("conditional_transformer.", CONDITIONAL),
-    ("base_model.model.", None),
-    ("model.diffusion_model.", None),
-    ("diffusion_model.", None),
-    ("transformer.", None),
-    ("lora_transformer_", None),
-    ("lora_unet_", None),
-)
-_SUFFIXES = {
-    "lora_A.weight": "down",
-    "lora_A.default.weight": "down",
-    "lora_down.weight": "down",
-    "lora.down.weight": "down",
-    "lora_B.weight": "up",
-    "lora_B.default.weight": "up",
-    "lora_up.weight": "up",
-    "lora.up.weight": "up",
-    "alpha": "alpha",
-}
-_ENDINGS = tuple(f".{suffix}" for suffix in _SUFFIXES)
-# a split name -> (the fused linear, which third of its rows)
-_SPLIT = {"to_q": ("qkv", 0), "to_k": ("qkv", 1), "to_v": ("qkv", 2)}
-_THIRDS = 3
-_NOTHING = torch.empty(())
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """An update of one linear: ``W + up @ down``; up [N, r] carries alpha / r."""
-
-    down: Tensor
-    up: Tensor
-
-    @property
-    def rank(self) -> int:
-        """The inner width."""
-        return self.down.shape[0]
+Shapes = Mapping[str, tuple[int, ...]]
+Changes = Mapping[str, Sequence[WeightChange]]
+_NONE: Shapes = MappingProxyType({})
 
 
 @dataclass
 class LoraFile:
-    """copy (None where the file does not say) -> linear -> update; and what was not understood."""
+    """What a file does, by copy (None where the file does not say), and what was not understood.
+
+    updates: of linears, by their names, which a side path applies. changes: of weights and biases,
+    by the parameters' names, which are no low-rank products.
+    """
 
     updates: dict[str | None, dict[str, LowRank]] = field(default_factory=dict)
+    changes: dict[str | None, dict[str, list[WeightChange]]] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
     def for_copy(self, copy: str, apply_to: str) -> dict[str, LowRank]:
@@ -70,11 +43,19 @@ class LoraFile:
         apply_to: ``"as in the file"`` (unnamed means conditional), ``"conditional"``,
         ``"unconditional"`` or ``"both"``.
         """
+        return self._of(self.updates, copy, apply_to)
+
+    def changes_for_copy(self, copy: str, apply_to: str) -> dict[str, list[WeightChange]]:
+        """The changes of one copy, chosen as by `for_copy`."""
+        return self._of(self.changes, copy, apply_to)
+
+    @staticmethod
+    def _of(found: Mapping[str | None, dict], copy: str, apply_to: str) -> dict:
         if apply_to not in ("as in the file", "both", copy):
             return {}
-        named = self.updates.get(copy, {})
+        named = found.get(copy, {})
         everyone = apply_to != "as in the file" or copy == CONDITIONAL
-        return {**(self.updates.get(None, {}) if everyone else {}), **named}
+        return {**(found.get(None, {}) if everyone else {}), **named}
 
 
 def read_lora(path: Path) -> dict[str, Tensor]:
@@ -86,7 +67,7 @@ def read_lora(path: Path) -> dict[str, Tensor]:
     if files.kind != "safetensors":
         raise CheckpointError("a LoRA is read from safetensors files", file=path, found=files.kind)
     refuse_other_kinds(files.tensors, path.name)
-    if not any(name.endswith(_ENDINGS) for name in files.tensors):
+    if not any(lora_names.part_of(name) for name in files.tensors):
         raise _no_lora(files.tensors, path)  # before a whole model is read
     return files.load()
 
@@ -101,171 +82,147 @@ def parse_lora(
     shapes: Mapping[str, tuple[int, int]],
     file: str,
     strength: Strength = AS_STORED,
+    others: Shapes = _NONE,
 ) -> LoraFile:
-    """Sorts a file's tensors by copy and linear; split q, k and v become one update of qkv.
+    """Sorts a file's tensors by copy and linear; split q, k and v become parts of qkv.
 
     shapes: the model's linears, name -> (N, K). strength: what the file's metadata states, for
-    linears without an alpha tensor. CheckpointError if nothing fits this model or the file is more
-    than a plain LoRA (DoRA, LoKr, LoHa, OFT, .diff ...), CorruptFileError for halves
-    without each other or of the wrong shape.
+    linears without an alpha tensor. others: the model's parameters that are no linear's weight,
+    such as biases and norms, name -> shape. CheckpointError if nothing fits this model or the
+    file is of a kind that is not supported, CorruptFileError for parts without each other, of a
+    wrong shape or not finite.
     """
-    known = _spellings(shapes)
-    parts: dict[tuple[str | None, str], dict[str, Tensor]] = {}
-    result = LoraFile()
     refuse_other_kinds(state, file)
-    names: dict[tuple[str | None, str], str] = {}
-    for name, tensor in state.items():
-        place = _locate(name, known)
-        if place is None:
-            result.unknown.append(name)
-            continue
-        copy, module, kind = place
-        found = parts.setdefault((copy, module), {})
-        if kind in found:
-            raise CorruptFileError(
-                f"its {kind} half is stored twice, under two names", file=file, tensor=name
-            )
-        found[kind] = tensor
-        names[copy, module] = name
-    pieces: dict[tuple[str | None, str], dict[int | None, LowRank]] = {}
-    for (copy, module), found in parts.items():
-        fused, third = _fused(module)
-        n, k = shapes[fused]
-        rows = n if third is None else n // _THIRDS
-        if "alpha" not in found and found.get("down", _NOTHING).ndim:
-            rank = len(found["down"])
-            spelled = (module, names[copy, module].rpartition(".lora")[0])
-            found["alpha"] = torch.tensor(strength.scale(spelled, max(rank, 1)) * rank)
-        pieces.setdefault((copy, fused), {})[third] = _low_rank(found, module, (rows, k), file)
-    for (copy, fused), found in pieces.items():
-        if None in found and len(found) > 1:
-            raise CheckpointError(
-                "this linear is stored fused and split at once, which would add both",
-                file=file,
-                tensor=fused,
-                needed="qkv, or to_q, to_k and to_v",
-                hint="Remove one of the two from the file.",
-            )
-        result.updates.setdefault(copy, {})[fused] = _fuse(found, shapes[fused][0])
-    if not result.updates:
+    no_linears = {n.removesuffix(".weight"): s for n, s in others.items() if n.endswith(".weight")}
+    known = lora_names.spellings((*shapes, *no_linears))
+    result = LoraFile()
+    thirds: dict[tuple[str | None, str], set[int | None]] = {}
+    low_rank: dict[tuple[str | None, str], list[LowRank]] = {}
+    modules = _modules(state, known, file, strength, result.unknown)
+    for (copy, module), found in modules.items():
+        linear, third = lora_names.fused(module)
+        changes = result.changes.setdefault(copy, {})
+        if linear not in shapes:
+            change = lora_updates.vector_of(found, no_linears[linear])
+        else:
+            (n, k), rows = shapes[linear], shapes[linear][0]
+            if third is not None:
+                rows = n // lora_names.THIRDS
+            first = None if third is None else third * rows
+            change = lora_updates.update_of(found, rows, k, first)
+            if change is not None:
+                _once(thirds.setdefault((copy, linear), set()), third, linear, file)
+            if isinstance(change, LowRank):
+                part = change if first is None else in_rows(change, first, n)
+                low_rank.setdefault((copy, linear), []).append(part)
+        if isinstance(change, WeightChange):
+            changes.setdefault(f"{linear}.weight", []).append(change)
+        _add_bias(changes, found, linear, others)
+    for (copy, linear), found in low_rank.items():
+        result.updates.setdefault(copy, {})[linear] = stack((update, 1.0) for update in found)
+    result.changes = {copy: changes for copy, changes in result.changes.items() if changes}
+    if not result.updates and not result.changes:
         raise _no_lora(state, file)
+    if strength.dora and not any("magnitude" in found.parts for found in modules.values()):
+        raise CorruptFileError(
+            "its metadata says that it is a DoRA, but it has no magnitudes",
+            file=file,
+            needed="lora_magnitude_vector beside lora_A and lora_B",
+            hint="Export it again with the magnitudes.",
+        )
     return result
 
 
+def _modules(
+    state: Mapping[str, Tensor],
+    known: Mapping[str, str],
+    file: str,
+    strength: Strength,
+    unknown: list[str],
+) -> dict[tuple[str | None, str], Found]:
+    """The tensors by (copy, module), in the file's order but q before k before v."""
+    parts: dict[tuple[str | None, str], dict[str, tuple[str, Tensor]]] = {}
+    spelled: dict[tuple[str | None, str], str] = {}
+    for name, tensor in state.items():
+        place = lora_names.locate(name, known)
+        if place is None:
+            unknown.append(name)
+            continue
+        found = parts.setdefault((place.copy, place.module), {})
+        if place.part in found:
+            raise CorruptFileError(
+                f"its {place.part} half is stored twice, under two names", file=file, tensor=name
+            )
+        found[place.part] = (name, tensor)
+        spelled[place.copy, place.module] = place.spelled
+    order = sorted(parts, key=lambda place: lora_names.fused(place[1])[1] or 0)
+    return {p: Found(file, p[1], spelled[p], parts[p], strength) for p in order}
+
+
+def _once(seen: set[int | None], third: int | None, linear: str, file: str) -> None:
+    """Notes that a linear, or a third of its rows, is changed; CheckpointError for both."""
+    seen.add(third)
+    if None in seen and len(seen) > 1:
+        raise CheckpointError(
+            "this linear is stored fused and split at once, which would add both",
+            file=file,
+            tensor=linear,
+            needed="qkv, or to_q, to_k and to_v",
+            hint="Remove one of the two from the file.",
+        )
+
+
+def _add_bias(
+    changes: dict[str, list[WeightChange]], found: Found, linear: str, others: Shapes
+) -> None:
+    name = f"{linear}.bias"
+    change = lora_updates.bias_of(found, others.get(name, (0,))[0])
+    if change is not None:
+        changes.setdefault(name, []).append(change)
+
+
 def _no_lora(names: Iterable[str], file: str | Path) -> CheckpointError:
+    names = list(names)
+    other = lora_names.other_model(names)
     return CheckpointError(
         "this file holds no LoRA for Ideogram 4",
         file=file,
-        found=", ".join(list(names)[:3]) or "no tensors",
+        found=", ".join(names[:3]) or "no tensors",
         needed="lora_A and lora_B, or lora_down and lora_up, of layers.N...",
-        hint="It may be a LoRA of another model.",
+        hint="It may be a LoRA of another model."
+        if other is None
+        else f"Its names are those of a LoRA for {other}.",
     )
-
-
-def stack(updates: Iterable[tuple[LowRank, float]]) -> LowRank:
-    """Several updates of one linear, with their strengths, as one of the summed rank."""
-    updates = list(updates)
-    down = torch.cat([u.down for u, _ in updates])
-    up = torch.cat([u.up * strength for u, strength in updates], dim=1)
-    return LowRank(down, up)
-
-
-def _spellings(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """Every way to write a linear's name -> the name with dots, split ones included."""
-    names = []
-    for module in shapes:
-        names.append((module, module))
-        if module.endswith(".qkv"):
-            names += [(split := module.removesuffix("qkv") + part, split) for part in _SPLIT]
-        if module.endswith("attention.o"):
-            names += [(module.removesuffix("o") + part, module) for part in ("to_out.0", "to_out")]
-    return {written: module for name, module in names for written in (name, name.replace(".", "_"))}
-
-
-def _locate(name: str, known: Mapping[str, str]) -> tuple[str | None, str, str] | None:
-    """A tensor's name -> (copy, linear, which part), or None."""
-    ending = next((s for s in _SUFFIXES if name.endswith("." + s)), None)
-    if ending is None:
-        return None
-    module, copy = name.removesuffix("." + ending), None
-    while (prefix := next((p for p in _PREFIXES if module.startswith(p[0])), None)) is not None:
-        module = module.removeprefix(prefix[0])
-        copy = prefix[1] or copy
-    module = known.get(module)
-    return None if module is None else (copy, module, _SUFFIXES[ending])
-
-
-def _fused(module: str) -> tuple[str, int | None]:
-    stem, _, last = module.rpartition(".")
-    if last in _SPLIT:
-        fused, third = _SPLIT[last]
-        return f"{stem}.{fused}", third
-    return module, None
-
-
-def _low_rank(
-    found: Mapping[str, Tensor], module: str, shape: tuple[int, int], file: str
-) -> LowRank:
-    for half in ("down", "up"):
-        if half not in found:
-            raise CorruptFileError(
-                "one half of a LoRA pair is missing", file=file, tensor=module, needed=half
-            )
-    down, up = found["down"].float(), found["up"].float()
-    rank = len(down) if down.ndim else 0
-    if down.ndim and rank == 0:
-        raise CorruptFileError(
-            "the LoRA has rank 0 here, so it changes nothing",
-            file=file,
-            tensor=module,
-            found=tuple(down.shape),
-            needed="rank 1 or more",
-        )
-    for half, tensor, needed in (("down", down, (rank, shape[1])), ("up", up, (shape[0], rank))):
-        if tuple(tensor.shape) != needed or rank == 0:
-            raise CorruptFileError(
-                f"the LoRA does not fit this model: its {half} half has another shape",
-                file=file,
-                tensor=module,
-                found=tuple(tensor.shape),
-                needed=needed,
-                hint="It was trained for a model of another size.",
-            )
-    alpha = found.get("alpha", torch.tensor(float(rank))).float()
-    up = up * (alpha / rank) if alpha.numel() == 1 else alpha
-    if up.shape != found["up"].shape or not (up.isfinite().all() and down.isfinite().all()):
-        raise CorruptFileError(
-            "the LoRA holds NaN or infinity, or an alpha that is no number",
-            file=file,
-            tensor=module,
-            found=f"alpha {alpha.tolist() if alpha.numel() < 2 else list(alpha.shape)}",
-        )
-    return LowRank(down, up)
-
-
-def _fuse(found: Mapping[int | None, LowRank], rows: int) -> LowRank:
-    """Thirds on their own rows of the fused linear, side by side in rank."""
-    updates = []
-    for third, update in sorted(found.items(), key=lambda item: -1 if item[0] is None else item[0]):
-        if third is None:
-            updates.append((update, 1.0))
-            continue
-        up = update.up.new_zeros(rows, update.rank)
-        start = rows // _THIRDS * third
-        up[start : start + rows // _THIRDS] = update.up
-        updates.append((LowRank(update.down, up), 1.0))
-    return stack(updates)
 
 
 def describe(file: LoraFile) -> str:
     """What was understood, for the report."""
     lines = []
-    for copy, updates in file.updates.items():
-        ranks = sorted({u.rank for u in updates.values()})
-        said = copy or "copy not named"
-        shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        lines.append(f"{said}: {len(updates)} linears, rank {shown}")
+    for copy in dict.fromkeys((*file.updates, *file.changes)):
+        said, told = copy or "copy not named", []
+        updates, changes = file.updates.get(copy), file.changes.get(copy)
+        if updates:
+            ranks = sorted({u.rank for u in updates.values()})
+            shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+            told.append(f"{len(updates)} linears, rank {shown}")
+        if changes:
+            told.append(f"baked into the weights, {_counted(changes)}")
+        lines.append(f"{said}: {'; '.join(told)}")
     if file.unknown:
         kinds = sorted({re.sub(r"\d+", "N", name) for name in file.unknown})
         lines.append(f"not loaded: {len(file.unknown)} tensors, such as {printable(kinds[0])}")
     return "\n".join(lines)
+
+
+def _counted(changes: Changes) -> str:
+    """How many weights of which kind are changed."""
+    linears, others = Counter(), Counter()
+    for name, found in changes.items():
+        if name.endswith(".bias"):
+            others["biases"] += 1
+        elif "norm" in name:
+            others["norms"] += 1
+        else:
+            linears[" and ".join(dict.fromkeys(change.name for change in found))] += 1
+    told = [f"{sum(linears.values())} linears ({', '.join(linears)})"] if linears else []
+    return ", ".join((*told, *(f"{count} {kind}" for kind, count in others.items())))
