@@ -16,14 +16,14 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..checkpoint.copies import CONDITIONAL
 from ..errors import OpError
 from . import injected
-from .lora_files import parse_lora
-from .lora_loading import in_its_basis, linear_shapes
+from .lora_files import describe, parse_lora
+from .lora_loading import in_its_basis, linear_shapes, other_shapes
 from .low_rank import LowRank
 from .low_rank_model import load_low_rank, unload_with
 from .model_source import source_of
 
 KEY = "ideogram4_quant_hooks"
-_HINT = "Take the hook off this conditioning, and use Load LoRA for Ideogram 4 for a plain LoRA."
+_HINT = "Take the hook off this conditioning, and use Load LoRA for Ideogram 4 for the LoRA."
 
 
 def take_hooks(patcher: comfy.model_patcher.ModelPatcher) -> None:
@@ -100,7 +100,16 @@ def _updates(
             needed="a LoRA of two halves (lora_A and lora_B, or lora_down and lora_up)",
             hint=_HINT,
         )
-    file = parse_lora(hook.weights, linear_shapes(patcher), "the LoRA of a hook")
+    file = parse_lora(
+        hook.weights, linear_shapes(patcher), "the LoRA of a hook", others=other_shapes(patcher)
+    )
+    if file.changes:
+        raise OpError(
+            "the LoRA of a hook is of a kind that changes the weights themselves",
+            found=describe(file),
+            needed="a LoRA, or a small LoKr or LoHa, which act beside the weights",
+            hint=_HINT,
+        )
     source = source_of(patcher)
     copy = CONDITIONAL if source is None else source.copy
     updates = file.for_copy(copy, copy)
