@@ -48,7 +48,7 @@ _OTHERS = {
     r"(down|up|mid)_block|input_blocks|output_blocks": "Stable Diffusion 1, 2 or XL",
     r"(^|_)transformer_blocks_\d+_(attn_add|img_m|txt_m)": "Qwen-Image",
     r"(^|_)blocks_\d+_(cross|self)_attn": "Wan",
-    r"(text_model|lora_te|text_encoder|language_model|(^|_)model_layers)": "a text encoder",
+    r"text_model|lora_te|text_encoder|language_model|self_attn_[qkvo]_proj": "a text encoder",
 }
 
 
