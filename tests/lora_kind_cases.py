@@ -249,6 +249,14 @@ def _boft_of_inputs(random: _Random, n: int, k: int) -> Made:
     return {"boft_R": blocks, "boft_s": factors}, lambda w: (rotation @ w.T).T * factors
 
 
+def _dora_scale(random: _Random, n: int, k: int) -> Made:
+    """kohya's and LyCORIS' names of `_dora`."""
+    tensors, formula = _dora(random, n, k)
+    names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
+    renamed = {new: tensors[old] for new, old in names.items()}
+    return renamed | {"dora_scale": tensors["lora_magnitude_vector"][:, None]}, formula
+
+
 def _diff(random: _Random, n: int, k: int) -> Made:
     diff = random(n, k, std=0.3 / k**0.5)
     return {"diff": diff}, lambda w: w + diff
@@ -265,6 +273,11 @@ def _with_biases_and_norms(case: Case, spell, norm: str) -> Case:
 def _lora(random: _Random, n: int, k: int) -> Made:
     down, up = _halves(random, n, k)
     return {"lora_A.my_own.weight": down, "lora_B.my_own.weight": up}, lambda w: w + up @ down
+
+
+def _lora_plain(random: _Random, n: int, k: int) -> Made:
+    down, up = _halves(random, n, k)
+    return {"lora_A.weight": down, "lora_B.weight": up}, lambda w: w + up @ down
 
 
 def _lora_with_bias() -> Case:
@@ -309,4 +322,37 @@ CASES = {
     "BOFT of inputs, split": _case(_boft_of_inputs, True, peft, 4),
     "diff": _with_biases_and_norms(_case(_diff, False, ai_toolkit, 4), ai_toolkit, "diff"),
     "diff, split": _with_biases_and_norms(_case(_diff, True, kohya, 4), kohya, "w_norm"),
+}
+
+#: one of each kind under the names that stock ComfyUI reads, for the table in docs/ground.md
+KINDS = {
+    name: _case(make, False, ai_toolkit, 4)
+    for name, make in {
+        "lora_A, lora_B": _lora_plain,
+        "lora_A, lora_B, lora_magnitude_vector": _dora,
+        "dora_scale [N, 1]": _dora_scale,
+        "dora_scale [1, K]": _dora_of_inputs,
+        "hada_*": _loha(16),
+        "lokr_*": _lokr,
+        "oft_blocks [n, b, b]": _oft(0.0, False),
+        "oft_blocks, alpha > 0": _oft(1e-3, False),
+        "oft_blocks, rescale": _oft(0.0, True),
+        "oft_blocks [m, n, b, b]": _boft,
+        "oft_R": _oft_of_inputs(False),
+        "boft_R, boft_s": _boft_of_inputs,
+        "diff": _diff,
+    }.items()
+}
+KINDS["diff_b, w_norm"] = _with_biases_and_norms(Case({}, {}, 0), ai_toolkit, "w_norm")
+#: what stock ComfyUI 0.33 makes of them at the strengths 1 and -0.5
+_RIGHT, _OTHER, _NOTHING = "right", "**other weights**", "**nothing**"
+STOCK = dict.fromkeys(KINDS, (_RIGHT, _RIGHT)) | {
+    "lora_A, lora_B, lora_magnitude_vector": (_OTHER, _OTHER),
+    "dora_scale [N, 1]": (_OTHER, _OTHER),
+    "oft_blocks [n, b, b]": (_RIGHT, _OTHER),
+    "oft_blocks, alpha > 0": (_OTHER, _OTHER),
+    "oft_blocks, rescale": (_OTHER, _OTHER),
+    "oft_blocks [m, n, b, b]": (_RIGHT, _OTHER),
+    "oft_R": (_NOTHING, _NOTHING),
+    "boft_R, boft_s": (_NOTHING, _NOTHING),
 }

@@ -1,7 +1,8 @@
-"""LoRA files of every kind in the host: FILES, CASES (JSON).
+"""LoRA files of every kind in the host: FILES, CASES, STOCK (JSON).
 
 FILES: level -> copy -> model. CASES: name -> {"file": LoRA in models/loras, "merged": strength ->
-file of dense weights}. Reports relative errors of one pass against the BF16 model with the dense
+file of dense weights}. STOCK: files for the host's own node by name, and their dense weights by
+strength. Reports relative errors of one pass against the BF16 model with the dense
 weights, and whether the models are exact afterwards, stream their weights, and add up two files.
 """
 
@@ -17,7 +18,7 @@ TWO = ("DoRA, fused", "LoHa, rank 4, split")
 
 
 def main() -> None:
-    pack, (files, cases) = inside.start()
+    pack, (files, cases, stock) = inside.start()
     import torch
 
     files, cases, found = json.loads(files), json.loads(cases), {}
@@ -30,9 +31,23 @@ def main() -> None:
             for name, case in cases.items()
             for strength, file in case["merged"].items()
         }
+        found["stock"] = by_stock(dense, *json.loads(stock), inputs, before)
         for level, paths in files.items():
             found[level] = measure(pack, paths, cases, inputs, merged, before)
     inside.report(found)
+
+
+def by_stock(dense, files: dict, merged: dict, inputs, before) -> dict:
+    """What Load LoRA of the host makes of each: how far from the dense weights, and from none."""
+    found = {}
+    for name, file in files.items():
+        for strength, weights in merged[name].items():
+            output = lora.run(lora.stock(dense, "", file, float(strength)), inputs)
+            wanted = lora.run(with_weights(dense, weights), inputs)
+            errors = {"error": inside.relative(output, wanted)}
+            errors["effect"] = inside.relative(output, before)
+            found.setdefault(name, []).append(errors)
+    return found
 
 
 def with_weights(patcher, file: str):
@@ -46,9 +61,11 @@ def with_weights(patcher, file: str):
 
 
 def node(pack: str, conditional, file: str, strength: float, **more) -> tuple:
-    return inside.load(pack, "nodes.node_lora").LoadLora.execute(
-        conditional, file, strength, **more
-    ).args
+    return (
+        inside.load(pack, "nodes.node_lora")
+        .LoadLora.execute(conditional, file, strength, **more)
+        .args
+    )
 
 
 def measure(pack: str, paths: dict, cases: dict, inputs, merged: dict, before) -> dict:
@@ -70,8 +87,27 @@ def measure(pack: str, paths: dict, cases: dict, inputs, merged: dict, before) -
     found["exact afterwards"] = torch.equal(lora.run(plain, inputs), own)
     found["two"] = two(pack, plain, cases, inputs)
     model = node(pack, plain, cases["DoRA, fused"]["file"], 1.0)[0]
-    found["by budget"] = lowvram.by_budget(model)
+    found["streamed"] = streamed(model, inputs, merged["DoRA, fused", "1.0"])
     found["unconditional"] = other_copy(pack, plain, paths, cases, inputs)
+    return found
+
+
+def streamed(model, inputs, wanted) -> list[dict]:
+    """A loaded model of which parts are unloaded and loaded again: what is left, and the error."""
+    import comfy.model_management as management
+    import torch
+
+    management.load_models_gpu([model])
+    cpu, size, found = torch.device("cpu"), model.model_size(), []
+    x, t, context = inputs
+    for change in (
+        lambda: model.partially_unload(cpu, size // 2),
+        lambda: model.partially_unload(cpu, size),
+        lambda: model.partially_load(cpu, 10 * size),
+    ):
+        change()
+        error = inside.relative(model.model.diffusion_model(x, t, context=context), wanted)
+        found.append({"left": lowvram.left_behind(model), "error": error})
     return found
 
 
