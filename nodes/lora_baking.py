@@ -14,9 +14,9 @@ import comfy.model_patcher
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
+from ..checkpoint.loras import WeightChange, changed
 from ..errors import OpError
 from .lora_loading import remaining_folding
-from .weight_changes import WeightChange, changed
 
 KEY = "ideogram4_quant_lora_baked"
 _PREFIX = "diffusion_model."

@@ -18,7 +18,7 @@ from ..checkpoint.folding import Folding
 from ..errors import Ideogram4QuantError
 from . import injected
 from .headers import open_header
-from .low_rank import LowRank
+from .lora_files import LowRank
 from .low_rank_model import load_low_rank, unload_with
 from .model_source import source_of
 

@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from .low_rank import LowRank, stack
+from .lora_files import LowRank, stack
 
 
 class SidePath(nn.Module):

@@ -9,8 +9,8 @@ import torch
 
 from ideogram4_quant.checkpoint import files as checkpoint_files
 from ideogram4_quant.checkpoint import write_safetensors
+from ideogram4_quant.checkpoint.loras import parse_lora, read_lora
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
-from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
 from ideogram4_quant.tests.fuzz import seeds, targets
 
 _DOWN = "diffusion_model.layers.0.attention.qkv.lora_A.weight"

@@ -8,10 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ideogram4_quant.checkpoint.loras import (
+    changed,
+    describe,
+    parse_lora,
+    read_lora,
+    read_strength,
+    stack,
+)
+from ideogram4_quant.checkpoint.loras.updates import LARGEST_SIDE_PATH
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
-from ideogram4_quant.nodes.lora_files import describe, parse_lora, read_lora, read_strength, stack
-from ideogram4_quant.nodes.lora_updates import LARGEST_SIDE_PATH
-from ideogram4_quant.nodes.weight_changes import changed
 from ideogram4_quant.tests.lora_kind_cases import ADALN, CASES, OTHERS, OUT, QKV, SHAPES
 
 NAME = f"diffusion_model.{OUT}"

@@ -8,9 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ideogram4_quant.checkpoint.loras import (
+    parse_lora,
+    read_lora,
+    read_strength,
+    stack,
+    strength_of,
+)
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
-from ideogram4_quant.nodes.lora_files import parse_lora, read_lora, read_strength, stack
-from ideogram4_quant.nodes.lora_kinds import strength_of
 
 SHAPES = {"layers.0.attention.qkv": (12, 4), "layers.0.attention.o": (4, 4), "input_proj": (4, 6)}
 

@@ -116,7 +116,7 @@ def baked(pack: str, patcher) -> str:
     """What a LoRA that changes weights comes to: "taken", or the error's words."""
     import torch
 
-    kinds = inside.load(pack, "nodes.weight_changes")
+    kinds = inside.load(pack, "checkpoint.loras")
     name = "layers.0.attention_norm1.weight"
     shape = patcher.model.get_parameter(f"diffusion_model.{name}").shape
     changes = {name: [kinds.WeightChange("diff", {"diff": torch.ones(shape)})]}

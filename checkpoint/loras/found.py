@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import CorruptFileError
-from .lora_kinds import Strength
+from ...errors import CorruptFileError
+from .kinds import Strength
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
+from ..copies import CONDITIONAL, UNCONDITIONAL
 
 # prefix -> the copy that it names; None: the file does not say
 _PREFIXES: tuple[tuple[str, str | None], ...] = (

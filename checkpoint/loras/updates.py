@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, CorruptFileError
-from .lora_found import Found
+from ...errors import CheckpointError, CorruptFileError
+from .changes import WeightChange, block_size
+from .found import Found
 from .low_rank import LowRank
-from .weight_changes import WeightChange, block_size
 
 LARGEST_SIDE_PATH = 128  # rank up to which a LoHa or LoKr is a side path: 0.7 GB on the real model
 _ALONE = ("oft_blocks", "oft_R", "boft_R", "diff", "w_norm", "set_weight")
