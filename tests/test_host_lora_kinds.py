@@ -82,6 +82,13 @@ def test_streamed_weights_are_changed_alike(found, level):
     assert all(step["error"] < 1.1 * max(whole["error"], 1e-4) for step in (half, none))
 
 
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_fused_blocks_take_the_changed_weights_norms_and_biases(found, level):
+    for name, error in found[level]["fused"].items():
+        assert error < 2**0.5 * found[level]["none"], name
+        assert error < 0.8 * found[level]["cases"][name]["effect"], name
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_unconditional_copy_alone(found, level):
     other = found[level]["unconditional"]

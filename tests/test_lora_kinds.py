@@ -19,6 +19,7 @@ from ideogram4_quant.checkpoint.loras import (
 from ideogram4_quant.checkpoint.loras.updates import LARGEST_SIDE_PATH
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.tests.lora_kind_cases import ADALN, CASES, OTHERS, OUT, QKV, SHAPES
+from ideogram4_quant.tests.lora_kind_cases import peft as peft_name
 
 NAME = f"diffusion_model.{OUT}"
 
@@ -105,6 +106,46 @@ def test_dora_scales_that_are_promised_have_to_be_there(tmp_path):
         parsed(state, strength=strength)
     state[f"{NAME}.lora_magnitude_vector"] = torch.ones(256)
     assert parsed(state, strength=strength).changes
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "scale"),
+    [
+        ({"peft_type": "LORA", "r": 2, "lora_alpha": 8}, ("lora_A.weight", "lora_B.weight"), 4.0),
+        ({"peft_type": "LOKR", "r": 8, "alpha": 4}, ("lokr_w1", "lokr_w2"), 0.5),
+        ({"peft_type": "LOKR", "r": None}, ("lokr_w1", "lokr_w2"), 1.0),
+    ],
+)
+def test_the_config_beside_pefts_file_states_its_strength(tmp_path, config, tensors, scale):
+    """PEFT divides a LoKr's alpha by its r even where the matrices are whole."""
+    shapes = {"lora_A.weight": (2, 256), "lora_B.weight": (256, 2)}
+    shapes |= {"lokr_w1": (2, 2), "lokr_w2": (128, 128)}
+    state = {f"{peft_name(OUT)}.{tail}": torch.ones(shapes[tail]) for tail in tensors}
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(state, file)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    found = parsed(read_lora(file), strength=read_strength(file))
+    weight = torch.zeros(256, 256)
+    after = applied({f"{OUT}.weight": weight}, (found, 1.0))[f"{OUT}.weight"]
+    per_entry = 2.0 if "lora_A.weight" in tensors else 1.0
+    torch.testing.assert_close(after, torch.full((256, 256), scale * per_entry))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('{"peft_type": "OFT", "use_cayley_neumann": false}', "another map of its rotations"),
+        ('{"peft_type": "OFT", "num_cayley_neumann_terms": 3}', "another map of its rotations"),
+        ("{", "no JSON object"),
+        (" " * (1 << 20) + "{}", "too large"),
+    ],
+)
+def test_a_config_that_says_something_else_is_refused(tmp_path, config, words):
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"{peft_name(OUT)}.oft_R.weight": torch.zeros(16, 120)}, file)
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=words):
+        read_strength(file)
 
 
 def lora(**more) -> dict[str, torch.Tensor]:

@@ -18,11 +18,13 @@ from . import names as lora_names
 from . import updates as lora_updates
 from .changes import WeightChange
 from .found import Found
-from .kinds import AS_STORED, Strength, refuse_other_kinds, strength_of
+from .kinds import ADAPTER, AS_STORED, Strength, refuse_other_kinds, strength_of
 from .low_rank import LowRank, in_rows, stack
 
 Shapes = Mapping[str, tuple[int, ...]]
 Changes = Mapping[str, Sequence[WeightChange]]
+_PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_LARGEST_CONFIG = 1 << 20
 _NONE: Shapes = MappingProxyType({})
 
 
@@ -74,8 +76,22 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 
 
 def read_strength(path: Path) -> Strength:
-    """The strength that the metadata of a LoRA file states, for linears without alpha tensors."""
-    return strength_of(open_tensor_files(path).metadata, path.name)
+    """The strength that a LoRA file's metadata states, for linears without alpha tensors.
+
+    PEFT's own folders state it in ``adapter_config.json`` beside ``adapter_model.safetensors``.
+    """
+    metadata = dict(open_tensor_files(path).metadata)
+    config = path.with_name(_PEFT_CONFIG)
+    if path.name == _PEFT_FILE and ADAPTER not in metadata and config.is_file():
+        if config.stat().st_size > _LARGEST_CONFIG:
+            raise CorruptFileError(
+                "it is too large for a LoRA's configuration",
+                file=config,
+                found=f"{config.stat().st_size} bytes",
+                needed=f"at most {_LARGEST_CONFIG}",
+            )
+        metadata[ADAPTER] = config.read_text(encoding="utf-8", errors="replace")
+    return strength_of(metadata, path.name)
 
 
 def parse_lora(

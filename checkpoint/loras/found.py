@@ -78,10 +78,11 @@ class Found:
         return alpha.item()
 
     def scale(self, rank: int | None) -> float:
-        """alpha / rank, as a tensor or the file's metadata states it; 1 for whole matrices."""
+        """alpha / rank, as a tensor or the file's metadata states it.
+
+        rank None: of whole matrices, for which an alpha tensor says nothing.
+        """
         alpha = self.alpha()
-        if rank is None:
-            return 1.0
         if alpha is not None:
-            return alpha / rank
+            return 1.0 if rank is None else alpha / rank
         return self.strength.scale((self.module, self.spelled), rank)

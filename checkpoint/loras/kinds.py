@@ -21,7 +21,7 @@ _KINDS = {
 }
 _TAILS = [(re.compile(rf"(^|\.)(?:{tail})$"), kind) for tail, kind in _KINDS.items()]
 _TAIL = 96  # characters: more than any of these tails has
-_ADAPTER, _KOHYA = "lora_adapter_metadata", "ss_network_alpha"
+ADAPTER, _KOHYA = "lora_adapter_metadata", "ss_network_alpha"
 
 
 def kind_of(name: str) -> str | None:
@@ -51,22 +51,25 @@ class Strength:
 
     A linear's scale is ``alpha / rank``; with ``rslora`` ``alpha / sqrt(rank)``. Without a
     statement alpha is the rank, so that the scale is 1. dora: the file says that it is a DoRA.
+    rank: PEFT's r, by which it divides alpha of a LoKr of whole matrices too.
     """
 
     alpha: float | None = None
     rslora: bool = False
     dora: bool = False
+    rank: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
 
-    def scale(self, modules: Iterable[str], rank: int) -> float:
-        """The scale of one linear; modules: the spellings of its name."""
+    def scale(self, modules: Iterable[str], rank: int | None) -> float:
+        """The scale of one linear; modules: the spellings of its name. rank None: of no halves."""
         alpha = self.alpha
         for pattern, value in self.patterns.items():
             # as PEFT matches: the whole name, or its end after a dot
             if any(re.search(rf"(?:^|\.)(?:{pattern})$", module) for module in modules):
                 alpha = value
                 break
-        if alpha is None:
+        rank = self.rank if rank is None else rank
+        if alpha is None or rank is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
@@ -79,7 +82,7 @@ def strength_of(metadata: Mapping[str, Any], file: str) -> Strength:
 
     CorruptFileError for statements that are no numbers, CheckpointError for two that disagree.
     """
-    text = metadata.get(_ADAPTER)
+    text = metadata.get(ADAPTER)
     if text is not None:
         return _peft(text, file)
     stated = metadata.get(_KOHYA)
@@ -92,7 +95,7 @@ def _peft(text: Any, file: str) -> Strength:
     except (TypeError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise CorruptFileError("its metadata is no JSON object", file=file, tensor=_ADAPTER)
+        raise CorruptFileError("its metadata is no JSON object", file=file, tensor=ADAPTER)
     own: dict[str, Any] = {}
     for key, value in config.items():  # transformer.lora_alpha; a text encoder's is not ours
         short = key.rpartition(".")[2]
@@ -105,15 +108,28 @@ def _peft(text: Any, file: str) -> Strength:
                 found=f"{own[short]} and {value}",
                 hint=_STOCK,
             )
-    alpha = own.get("lora_alpha")
+    if own.get("peft_type") == "OFT" and (
+        not own.get("use_cayley_neumann", True) or own.get("num_cayley_neumann_terms", 5) != 5
+    ):
+        raise CheckpointError(
+            "this OFT was trained with another map of its rotations than PEFT's default",
+            file=file,
+            found=f"num_cayley_neumann_terms {own.get('num_cayley_neumann_terms')}, "
+            f"use_cayley_neumann {own.get('use_cayley_neumann')}",
+            needed="5 and true",
+        )
+    alpha = own.get("lora_alpha", own.get("alpha"))
     patterns = own.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise CorruptFileError("its alpha_pattern is no object", file=file, tensor=_ADAPTER)
+        raise CorruptFileError("its alpha_pattern is no object", file=file, tensor=ADAPTER)
     return Strength(
         None if alpha is None else _number(alpha, "lora_alpha", file),
         bool(own.get("use_rslora")),
         bool(own.get("use_dora")),
-        {_checked(k, file): _number(v, f"alpha_pattern {k}", file) for k, v in patterns.items()},
+        rank=None if own.get("r") is None else _number(own["r"], "r", file) or None,
+        patterns={
+            _checked(k, file): _number(v, f"alpha_pattern {k}", file) for k, v in patterns.items()
+        },
     )
 
 

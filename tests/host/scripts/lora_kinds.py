@@ -88,6 +88,7 @@ def measure(pack: str, paths: dict, cases: dict, inputs, merged: dict, before) -
     found["two"] = two(pack, plain, cases, inputs)
     model = node(pack, plain, cases["DoRA, fused"]["file"], 1.0)[0]
     found["streamed"] = streamed(model, inputs, merged["DoRA, fused", "1.0"])
+    found["fused"] = in_fused_blocks(pack, paths["conditional"], cases, inputs, merged)
     found["unconditional"] = other_copy(pack, plain, paths, cases, inputs)
     return found
 
@@ -108,6 +109,19 @@ def streamed(model, inputs, wanted) -> list[dict]:
         change()
         error = inside.relative(model.model.diffusion_model(x, t, context=context), wanted)
         found.append({"left": lowvram.left_behind(model), "error": error})
+    return found
+
+
+def in_fused_blocks(pack: str, path: str, cases: dict, inputs, merged: dict) -> dict:
+    """Errors where the blocks' norms and SwiGLU run inside the kernels: linears, norms, biases."""
+    from pathlib import Path
+
+    loading = inside.load(pack, "nodes.model_loading")
+    fused = loading.load_model(loading.ModelSource(Path(path), "conditional", fused=True))
+    found = {}
+    for name in ("diff", "DoRA, fused"):
+        model = node(pack, fused, cases[name]["file"], 1.0)[0]
+        found[name] = inside.relative(lora.run(model, inputs), merged[name, "1.0"])
     return found
 
 
