@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -12,9 +13,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Ideogram4Pipeline
 from torch import Tensor, nn
 from transformers import Qwen3VLTextModel
 
+from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..errors import OpError
 from ..ops.attention import SDPA
 from ..ops.tuning.autotune import Measure
+from . import loras
 from .encoder import TextEncoder, load_encoder
 from .linear import LinearOptions
 from .loading import load_pair, open_pair
@@ -58,12 +61,35 @@ class PackPipeline(Ideogram4Pipeline):
         self._refuse_by_weight("enable_group_offload")
         super().enable_group_offload(*args, **kwargs)
 
-    def load_lora_weights(self, *_args: object, **_kwargs: object) -> NoReturn:
-        """OpError: diffusers' LoRAs want separate q, k and v linears of torch's own class."""
+    def load_lora_weights(
+        self, file: PathArg, *, strength: float = 1.0, apply_to: str = loras.APPLY_TO[0]
+    ) -> list[str]:
+        """A LoRA file beside the linears of either copy, on top of those that are loaded.
+
+        Reads every trainer's names. apply_to: "as in the file" (one that does not say: the
+        conditional copy), "conditional", "unconditional" or "both". Returns what was understood.
+        CheckpointError for a file that does not fit, or that changes the weights themselves.
+        """
+        copies = {CONDITIONAL: self.transformer, UNCONDITIONAL: self.unconditional_transformer}
+        return loras.add(copies, Path(file), strength, apply_to)
+
+    def unload_lora_weights(self) -> None:
+        """Takes every LoRA off; the models are as they were, to the bit."""
+        loras.remove(self.transformer)
+        loras.remove(self.unconditional_transformer)
+
+    def fuse_lora(self, *_args: object, **_kwargs: object) -> NoReturn:
+        """OpError: a fused LoRA would have to be quantized with the weights."""
         raise OpError(
-            "load_lora_weights needs separate q, k and v linears of torch's own class",
-            found="fused, quantized linears",
-            hint="Use this pack's LoRA node in ComfyUI.",
+            "fuse_lora would quantize the weights again",
+            hint="A LoRA beside them, as load_lora_weights adds it, costs a few per cent.",
+        )
+
+    def set_adapters(self, *_args: object, **_kwargs: object) -> NoReturn:
+        """OpError: LoRAs have no names here."""
+        raise OpError(
+            "set_adapters needs adapters with names",
+            hint="Use unload_lora_weights, and load_lora_weights with another strength.",
         )
 
     def save_pretrained(self, *_args: object, **_kwargs: object) -> NoReturn:
@@ -74,7 +100,12 @@ class PackPipeline(Ideogram4Pipeline):
         )
 
     def _refuse_by_weight(self, method: str) -> None:
-        """OpError where a weight of any model is quantized."""
+        """OpError where a weight of any model is quantized, or has a LoRA beside it."""
+        if any(map(loras.has_loras, (self.transformer, self.unconditional_transformer))):
+            raise OpError(
+                f"{method} moves each layer alone, and a LoRA is beside them",
+                hint="Use enable_model_cpu_offload(), or unload_lora_weights() first.",
+            )
         for name, part in self.components.items():
             weights = part.parameters() if isinstance(part, nn.Module) else ()
             if any(isinstance(weight, QuantizedTensor) for weight in weights):

@@ -16,20 +16,20 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..checkpoint.copies import CONDITIONAL
 from ..errors import OpError
 from . import injected
-from .lora_files import LowRank, parse_lora
-from .lora_loading import in_its_basis, linear_shapes
+from .lora_files import LowRank, parse_lora, refuse_changes
+from .lora_loading import in_its_basis, linear_shapes, other_shapes
 from .low_rank_model import load_low_rank, unload_with
 from .model_source import source_of
 
 KEY = "ideogram4_quant_hooks"
-_HINT = "Take the hook off this conditioning, and use Load LoRA for Ideogram 4 for a plain LoRA."
+_HINT = "Take the hook off this conditioning, and use Load LoRA for Ideogram 4 for the LoRA."
 
 
 def take_hooks(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """Have hook LoRAs act beside this model's weights, where the host could not patch them.
 
-    Sampling then raises OpError for a hook that is no plain LoRA, and CheckpointError and its kinds
-    for a LoRA that does not fit.
+    Sampling then raises OpError for a hook that is no LoRA, and CheckpointError and its kinds for a
+    LoRA that does not fit, or cannot act beside the weights.
     """
     for kind, callback in (
         (CallbacksMP.ON_REGISTER_ALL_HOOK_PATCHES, _register),
@@ -99,7 +99,10 @@ def _updates(
             needed="a LoRA of two halves (lora_A and lora_B, or lora_down and lora_up)",
             hint=_HINT,
         )
-    file = parse_lora(hook.weights, linear_shapes(patcher), "the LoRA of a hook")
+    file = parse_lora(
+        hook.weights, linear_shapes(patcher), "the LoRA of a hook", others=other_shapes(patcher)
+    )
+    refuse_changes(file, "the LoRA of a hook", "which a hook cannot do", _HINT)
     source = source_of(patcher)
     copy = CONDITIONAL if source is None else source.copy
     updates = file.for_copy(copy, copy)

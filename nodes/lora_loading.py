@@ -36,6 +36,13 @@ def linear_shapes(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[
     }
 
 
+def other_shapes(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[int, ...]]:
+    """Every parameter that is no linear's weight, such as biases and norms: name -> shape."""
+    model = patcher.model.diffusion_model
+    linears = {f"{name}.weight" for name in linear_shapes(patcher)}
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if n not in linears}
+
+
 def add_lora(
     patcher: comfy.model_patcher.ModelPatcher, updates: Mapping[str, LowRank], strength: float
 ) -> comfy.model_patcher.ModelPatcher:

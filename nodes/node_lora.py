@@ -7,8 +7,9 @@ import logging
 from comfy_api.latest import io
 
 from ..checkpoint.copies import COPIES
+from .lora_baking import bake
 from .lora_files import describe, parse_lora, read_lora, read_strength
-from .lora_loading import add_lora, linear_shapes, remaining_folding
+from .lora_loading import add_lora, linear_shapes, other_shapes, remaining_folding
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 
@@ -34,7 +35,8 @@ class LoadLora(io.ComfyNode):
             description=(
                 "Applies a LoRA beside the quantized weights: nothing is quantized again, and "
                 "taking it out leaves no trace. Reads the names of every trainer, to_q, to_k and "
-                "to_v included. Chain the node for more than one LoRA."
+                "to_v included. DoRA, OFT, diffs and large LoKr and LoHa are baked into the "
+                "weights instead, as the report says. Chain the node for more than one LoRA."
             ),
             search_aliases=["lora", "lora loader", "lora int8", "lora gguf", "turbotime"],
             inputs=[
@@ -99,13 +101,22 @@ class LoadLora(io.ComfyNode):
         if lora == NONE:
             return io.NodeOutput(conditional, unconditional, _NOTHING_PICKED)
         path = host_listing(FOLDERS).path(lora)
-        found = parse_lora(read_lora(path), linear_shapes(conditional), lora, read_strength(path))
+        found = parse_lora(
+            read_lora(path),
+            linear_shapes(conditional),
+            lora,
+            read_strength(path),
+            other_shapes(conditional),
+        )
         if found.unknown:
             logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
         outputs, notes = [], [describe(found)]
         for copy, model in zip(COPIES, (conditional, unconditional), strict=True):
             updates = found.for_copy(copy, apply_to)
-            outputs.append(None if model is None else add_lora(model, updates, strength))
+            if model is not None:
+                model = bake(model, found.changes_for_copy(copy, apply_to), strength)
+                model = add_lora(model, updates, strength)
+            outputs.append(model)
             if model is not None and updates and remaining_folding(model) is not None:
                 notes.append(f"{copy}: mapped to the folded weights that a stock loader has loaded")
         return io.NodeOutput(*outputs, "\n".join(notes))

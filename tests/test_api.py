@@ -177,7 +177,8 @@ def test_what_cannot_work_is_refused(gguf, tmp_path):
     for refused in (
         lambda: pipe.enable_sequential_cpu_offload(device="cpu"),
         lambda: pipe.enable_group_offload(torch.device("cpu")),
-        lambda: pipe.load_lora_weights("x"),
+        lambda: pipe.fuse_lora(),
+        lambda: pipe.set_adapters("x"),
         lambda: pipe.save_pretrained(tmp_path),
         lambda: pipe.to(torch.float16),
         lambda: pipe.to("cpu", torch.bfloat16),

@@ -85,6 +85,13 @@ def test_patches_of_dynamic_memory_are_of_the_original_weights(found, level):
         assert error < 0.02, key
 
 
+@pytest.mark.parametrize("level", NATIVE)
+def test_a_lora_of_weights_is_refused_behind_the_stock_loader_alone(found, level):
+    assert found[f"{level}, folded"]["baked"] == "taken"
+    assert "in another basis" in found[f"{level}, folded"]["stock loader, baked"]
+    assert found[level]["stock loader, baked"] == "taken"
+
+
 @pytest.mark.parametrize("level", FOLDED)
 def test_removal_leaves_no_trace(found, level):
     assert found[level]["removed"]

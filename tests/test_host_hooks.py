@@ -60,12 +60,16 @@ def test_a_compiled_model_follows_hooks_and_loras_that_come_and_go(found):
     ("kind", "words"),
     [
         ("whole", "(found a model as a LoRA, needed a LoRA of two halves"),
-        ("lokr", "the LoRA of a hook: tensor diffusion_model.layers.0.attention.qkv.lokr_w1:"),
+        ("lokr", "the LoRA of a hook: tensor diffusion_model.layers.0.attention.qkv.lokr_w2:"),
+        (
+            "diff",
+            "changes the weights themselves, which a hook cannot do (found copy not named: baked",
+        ),
         ("foreign", "the LoRA of a hook: this file holds no LoRA for Ideogram 4"),
         ("encoder", "Set the strength_clip of Create Hook LoRA to 0."),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_in_words(found, kind, words):
+def test_what_cannot_act_beside_the_weights_is_refused_in_words(found, kind, words):
     assert words in found["others"][kind]
 
 

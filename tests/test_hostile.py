@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
+from ideogram4_quant.checkpoint.loras import parse_lora, read_lora
 from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.engine.compare.cases import read_cases
 from ideogram4_quant.errors import CheckpointError, CorruptFileError, Ideogram4QuantError
 from ideogram4_quant.gguf_loader import read_header
-from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
 from ideogram4_quant.ops.tuning import choice_files
 from ideogram4_quant.quant import Calibration
 from ideogram4_quant.tests import hostile_files as hostile

@@ -10,9 +10,9 @@ import pytest
 
 from ideogram4_quant.checkpoint import files as checkpoint_files
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder, write_safetensors
+from ideogram4_quant.checkpoint.loras import parse_lora, read_lora
 from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
-from ideogram4_quant.nodes.lora_files import parse_lora, read_lora
 from ideogram4_quant.tests import hostile_files as hostile
 from ideogram4_quant.tests.fuzz import seeds
 from ideogram4_quant.tests.fuzz.targets import SECONDS

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from ideogram4_quant.nodes.lora_files import parse_lora
+from ideogram4_quant.checkpoint.loras import parse_lora
 from ideogram4_quant.tests.lora_forms import FORMS, REFUSED, SHAPES
 
 TABLE = Path(__file__).parents[1] / "docs" / "ground.md"

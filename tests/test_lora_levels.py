@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ideogram4_quant.nodes.lora_files import parse_lora
+from ideogram4_quant.checkpoint.loras import parse_lora
 from ideogram4_quant.ops import layouts
 from ideogram4_quant.ops.fold import Fold
 from ideogram4_quant.ops.linear import linear

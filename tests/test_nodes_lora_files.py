@@ -8,9 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ideogram4_quant.checkpoint.loras import (
+    parse_lora,
+    read_lora,
+    read_strength,
+    stack,
+    strength_of,
+)
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
-from ideogram4_quant.nodes.lora_files import parse_lora, read_lora, read_strength, stack
-from ideogram4_quant.nodes.lora_kinds import strength_of
 
 SHAPES = {"layers.0.attention.qkv": (12, 4), "layers.0.attention.o": (4, 4), "input_proj": (4, 6)}
 
@@ -108,21 +113,15 @@ def test_other_tensors_are_counted_not_dropped_silently():
 @pytest.mark.parametrize(
     ("tail", "kind"),
     [
-        ("lora_magnitude_vector", "a DoRA"),
-        ("lora_magnitude_vector.default.weight", "a DoRA"),
-        ("dora_scale", "a DoRA"),
-        ("diff", "whole changes"),
-        ("diff_b", "whole changes"),
-        ("lokr_w1", "a LoKr"),
-        ("lokr_w2_a", "a LoKr"),
-        ("hada_w1_a", "a LoHa"),
-        ("oft_blocks", "an OFT"),
-        ("oft_R.weight", "an OFT"),
-        ("oft_diag", "an OFT"),
-        ("lora_B.bias", "a bias"),
+        ("lora_mid.weight", "a LoCon"),
+        ("hada_t1", "a LoCon"),
+        ("lokr_t2", "a LoCon"),
+        ("oft_diag", "an OFT of another form"),
+        ("a1.weight", "a GLoRA"),
+        ("lora_embedding_A", "a LoRA of an embedding"),
     ],
 )
-def test_kinds_that_a_side_path_cannot_apply_are_named(tmp_path, tail, kind):
+def test_kinds_that_are_not_supported_are_named(tmp_path, tail, kind):
     name = f"diffusion_model.layers.0.attention.o.{tail}"
     for state in ({name: torch.ones(4)}, pair("input_proj", 2) | {name: torch.ones(4)}):
         save_file(state, tmp_path / "f.safetensors")
@@ -170,7 +169,6 @@ def test_metadata_gives_the_strength_where_no_alpha_tensor_does(tmp_path, metada
     [
         ({"lora_adapter_metadata": "["}, "no JSON object"),
         (adapter(lora_alpha="much"), "lora_alpha is no number"),
-        (adapter(lora_alpha=1, use_dora=True), "this is a DoRA"),
         (adapter(lora_alpha=1, alpha_pattern={"(a+)+b": 2}), "not supported"),
         ({"ss_network_alpha": "nan"}, "ss_network_alpha is no number"),
     ],
@@ -195,7 +193,7 @@ def test_rank_0_and_fused_with_split_rows_are_told_in_words():
         ({"text_model.q.lora_A.weight": torch.zeros(2, 4)}, CheckpointError),
         ({"input_proj.lora_A.weight": torch.zeros(2, 6)}, CorruptFileError),
         (pair("input_proj", 2) | {"input_proj.lora_B.weight": torch.zeros(5, 2)}, CorruptFileError),
-        (pair("input_proj", 2) | {"input_proj.dora_scale": torch.zeros(4)}, CheckpointError),
+        (pair("input_proj", 2) | {"input_proj.dora_scale": torch.zeros(9)}, CheckpointError),
     ],
 )
 def test_unusable_loras_are_refused(state, error):

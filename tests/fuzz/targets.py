@@ -191,10 +191,10 @@ def read_prompts(path: Path) -> None:
 
 
 def read_lora(path: Path) -> None:
-    from ideogram4_quant.nodes import lora_files
+    from ideogram4_quant.checkpoint import loras
 
-    state = lora_files.read_lora(path)
-    lora_files.describe(lora_files.parse_lora(state, LORA_SHAPES, str(path)))
+    state = loras.read_lora(path)
+    loras.describe(loras.parse_lora(state, LORA_SHAPES, str(path)))
 
 
 def read_calibration(path: Path) -> None:

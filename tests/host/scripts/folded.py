@@ -101,6 +101,7 @@ def with_lora(pack: str, patcher, folder: str, inputs, wanted) -> dict:
     ours = side.add_lora(patcher, updates.for_copy("conditional", "as in the file"), 1.0)
     patched = stock(patcher, folder, LORA, 1.0)
     errors = {
+        "baked": baked(pack, patcher),
         "side path": inside.relative(run(ours, inputs), wanted),
         "patched": inside.relative(run(patched, inputs), wanted),
     }
@@ -109,6 +110,21 @@ def with_lora(pack: str, patcher, folder: str, inputs, wanted) -> dict:
     if side.source_of(patcher) is not None:
         errors["dynamic"] = dynamic_resolve(patcher, patched)
     return errors | {"removed": torch.equal(run(patcher, inputs), before)}
+
+
+def baked(pack: str, patcher) -> str:
+    """What a LoRA that changes weights comes to: "taken", or the error's words."""
+    import torch
+
+    kinds = inside.load(pack, "checkpoint.loras")
+    name = "layers.0.attention_norm1.weight"
+    shape = patcher.model.get_parameter(f"diffusion_model.{name}").shape
+    changes = {name: [kinds.WeightChange("diff", {"diff": torch.ones(shape)})]}
+    try:
+        inside.load(pack, "nodes.lora_baking").bake(patcher, changes, 1.0)
+    except inside.load(pack, "errors").OpError as error:
+        return str(error)
+    return "taken"
 
 
 if __name__ == "__main__":

@@ -90,6 +90,9 @@ def others(world: World, paths: dict) -> dict:
     lokr = {"diffusion_model.layers.0.attention.qkv.lokr_w1": torch.ones(2, 2)}
     kinds = {"whole": whole, "lokr": comfy.hooks.create_hook_lora(lokr, 1.0, 0.0)}
     foreign = {"diffusion_model.blocks.0.lora_A.weight": torch.ones(1, 2)}
+    norm = plain[0].model.diffusion_model.layers[0].attention_norm1.weight
+    diff = {"diffusion_model.layers.0.attention_norm1.diff": torch.ones(norm.shape)}
+    kinds["diff"] = comfy.hooks.create_hook_lora(diff, 1.0, 0.0)
     kinds["foreign"] = comfy.hooks.create_hook_lora(foreign, 1.0, 0.0)
     found = {}
     for name, hook in kinds.items():

@@ -43,9 +43,9 @@ def run(patcher, inputs):
     return patcher.model.diffusion_model(x, t, context=context).clone()
 
 
-def load(pack: str, path: str):
+def load(pack: str, path: str, copy: str = "conditional"):
     loading = inside.load(pack, "nodes.model_loading")
-    return loading.load_model(loading.ModelSource(Path(path), "conditional"))
+    return loading.load_model(loading.ModelSource(Path(path), copy))
 
 
 def stock(patcher, loras: str, name: str, strength: float):

@@ -1,4 +1,4 @@
-"""What a LoRA file says beside its two halves: kinds that no side path can be, and its strength."""
+"""What a LoRA file says beside its tensors: kinds that do not fit this model, and its strength."""
 
 from __future__ import annotations
 
@@ -9,44 +9,38 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import CheckpointError, CorruptFileError
+from ...errors import CheckpointError, CorruptFileError
 
 _STOCK = "Load it with the stock Load LoRA node, which patches the weights."
 # the tail of a tensor's name -> what the file is
 _KINDS = {
-    r"dora_scale|lora_magnitude_vector(\.\w+)*": "a DoRA, which rescales the weights",
-    r"diff|diff_b|set_weight": "a file with whole changes of weights or biases (.diff, .diff_b)",
-    r"lokr_\w+": "a LoKr",
-    r"hada_\w+": "a LoHa",
-    r"oft_\w+(\.\w+)*|oft_blocks|boft_\w+(\.\w+)*": "an OFT",
-    r"lora_mid\.weight": "a LoCon with a middle factor",
+    r"lora_mid\.weight|hada_t[12](\.\w+)?|lokr_t2(\.\w+)?": "a LoCon with a factor of convolutions",
     r"lora_embedding_[AB](\.\w+)*": "a LoRA of an embedding",
-    r"lora_[AB](\.\w+)*\.bias|lora_(up|down)\.bias": "a LoRA with a bias of its own",
-    r"w_norm|b_norm": "a LyCORIS Norm",
     r"glora_\w+|[ab][12]\.weight": "a GLoRA",
+    r"oft_[^\WbR]\w*(\.\w+)?": "an OFT of another form",
 }
 _TAILS = [(re.compile(rf"(^|\.)(?:{tail})$"), kind) for tail, kind in _KINDS.items()]
 _TAIL = 96  # characters: more than any of these tails has
-_ADAPTER, _KOHYA = "lora_adapter_metadata", "ss_network_alpha"
+ADAPTER, _KOHYA = "lora_adapter_metadata", "ss_network_alpha"
 
 
 def kind_of(name: str) -> str | None:
-    """What a file with a tensor of this name is, if it is more than a plain LoRA."""
+    """What a file with a tensor of this name is, if it is of a kind that is not supported."""
     # a stranger's thousands of long names would take a second
     end = name if len(name) <= _TAIL else name[-_TAIL:].partition(".")[2]
     return next((kind for tail, kind in _TAILS if tail.search(end)), None)
 
 
 def refuse_other_kinds(names: Iterable[str], file: str) -> None:
-    """CheckpointError that names the kind, for files that up @ down alone would apply wrongly."""
+    """CheckpointError that names the kind, for files of a kind that is not supported."""
     for name in names:
         kind = kind_of(name)
         if kind is not None:
             raise CheckpointError(
-                f"this is {kind}: a side path cannot apply it",
+                f"this is {kind}, which is not supported",
                 file=file,
                 tensor=name,
-                needed="a plain LoRA: pairs of lora_A and lora_B, or lora_down and lora_up",
+                needed="LoRA, DoRA, LoKr, LoHa, OFT, BOFT or diffs of linears",
                 hint=_STOCK,
             )
 
@@ -56,22 +50,26 @@ class Strength:
     """alpha where a linear has no alpha tensor, as the file's metadata states it.
 
     A linear's scale is ``alpha / rank``; with ``rslora`` ``alpha / sqrt(rank)``. Without a
-    statement alpha is the rank, so that the scale is 1.
+    statement alpha is the rank, so that the scale is 1. dora: the file says that it is a DoRA.
+    rank: PEFT's r, by which it divides alpha of a LoKr of whole matrices too.
     """
 
     alpha: float | None = None
     rslora: bool = False
+    dora: bool = False
+    rank: float | None = None
     patterns: Mapping[str, float] = field(default_factory=dict)
 
-    def scale(self, modules: Iterable[str], rank: int) -> float:
-        """The scale of one linear; modules: the spellings of its name."""
+    def scale(self, modules: Iterable[str], rank: int | None) -> float:
+        """The scale of one linear; modules: the spellings of its name. rank None: of no halves."""
         alpha = self.alpha
         for pattern, value in self.patterns.items():
             # as PEFT matches: the whole name, or its end after a dot
             if any(re.search(rf"(?:^|\.)(?:{pattern})$", module) for module in modules):
                 alpha = value
                 break
-        if alpha is None:
+        rank = self.rank if rank is None else rank
+        if alpha is None or rank is None:
             return 1.0
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
@@ -82,9 +80,9 @@ AS_STORED = Strength()
 def strength_of(metadata: Mapping[str, Any], file: str) -> Strength:
     """What ``lora_adapter_metadata`` (PEFT through diffusers) or ``ss_network_alpha`` (kohya) say.
 
-    CorruptFileError for statements that are no numbers; CheckpointError for a DoRA.
+    CorruptFileError for statements that are no numbers, CheckpointError for two that disagree.
     """
-    text = metadata.get(_ADAPTER)
+    text = metadata.get(ADAPTER)
     if text is not None:
         return _peft(text, file)
     stated = metadata.get(_KOHYA)
@@ -97,7 +95,7 @@ def _peft(text: Any, file: str) -> Strength:
     except (TypeError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise CorruptFileError("its metadata is no JSON object", file=file, tensor=_ADAPTER)
+        raise CorruptFileError("its metadata is no JSON object", file=file, tensor=ADAPTER)
     own: dict[str, Any] = {}
     for key, value in config.items():  # transformer.lora_alpha; a text encoder's is not ours
         short = key.rpartition(".")[2]
@@ -110,21 +108,28 @@ def _peft(text: Any, file: str) -> Strength:
                 found=f"{own[short]} and {value}",
                 hint=_STOCK,
             )
-    if own.get("use_dora"):
+    if own.get("peft_type") == "OFT" and (
+        not own.get("use_cayley_neumann", True) or own.get("num_cayley_neumann_terms", 5) != 5
+    ):
         raise CheckpointError(
-            "this is a DoRA, which rescales the weights: a side path cannot apply it",
+            "this OFT was trained with another map of its rotations than PEFT's default",
             file=file,
-            found="use_dora in its metadata",
-            hint=_STOCK,
+            found=f"num_cayley_neumann_terms {own.get('num_cayley_neumann_terms')}, "
+            f"use_cayley_neumann {own.get('use_cayley_neumann')}",
+            needed="5 and true",
         )
-    alpha = own.get("lora_alpha")
+    alpha = own.get("lora_alpha", own.get("alpha"))
     patterns = own.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise CorruptFileError("its alpha_pattern is no object", file=file, tensor=_ADAPTER)
+        raise CorruptFileError("its alpha_pattern is no object", file=file, tensor=ADAPTER)
     return Strength(
         None if alpha is None else _number(alpha, "lora_alpha", file),
         bool(own.get("use_rslora")),
-        {_checked(k, file): _number(v, f"alpha_pattern {k}", file) for k, v in patterns.items()},
+        bool(own.get("use_dora")),
+        rank=None if own.get("r") is None else _number(own["r"], "r", file) or None,
+        patterns={
+            _checked(k, file): _number(v, f"alpha_pattern {k}", file) for k, v in patterns.items()
+        },
     )
 
 
