@@ -22,6 +22,7 @@ from ..sampling import StepPlan, step_at
 from . import residency
 from .guidance import Guidance
 from .hook_loras import take_hooks
+from .one_branch import one_branch_of, settle
 from .pairing import check_conditioning, check_pair
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,15 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         keep: str = residency.AUTO,
     ):
         check_pair(conditional, unconditional)
+        guidance, self.said = settle(conditional, unconditional, guidance)
+        for line in self.said:
+            logger.info(line)
         check_conditioning(conditional, positive)
         conditional = conditional.clone()
         take_hooks(conditional)
         super().__init__(conditional)
         self.unconditional = unconditional
+        self.one_branch = one_branch_of(conditional)
         self.guidance = guidance
         self.keep = keep
         self.kept = keep  # what the last run made of it

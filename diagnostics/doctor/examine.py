@@ -164,6 +164,7 @@ def _level(level: str, pair: Pair | None, device: Device, encoder: int, memory: 
         "fits_ram": None if memory is None else needed.loaded <= memory,
         "conditional": pair and pair.conditional.name,
         "unconditional": pair and pair.unconditional and pair.unconditional.name,
+        "one_branch": pair and pair.one_branch and pair.one_branch.reason,
     }
 
 
@@ -211,7 +212,7 @@ def _missing(pairs: dict[str, Pair | None], encoders: list, vaes: list, folders:
     lines = []
     if not found:
         lines.append(f"no Ideogram 4 model: put both copies into {folders['diffusion_models'][-1]}")
-    elif all(pair.unconditional is None for pair in found):
+    elif not any(pair.complete for pair in found):
         levels = ", ".join(pair.level for pair in found)
         lines.append(f"no unconditional copy beside the conditional one ({levels}): no guidance")
     elif all(pair.conditional.header.linears_only for pair in found):
