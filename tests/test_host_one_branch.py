@@ -70,6 +70,20 @@ def test_preset_without_its_model_is_said_in_the_report(found):
     assert "set branches to one in the loader" in found["plain instant"]
 
 
+def test_values_of_older_workflows_keep_their_places(found):
+    """A workflow's file holds a node's values by their order alone."""
+    inputs = found["inputs"]
+    assert inputs["load"] == [
+        "level", "conditional_file", "unconditional_file", "base_file", "trust_files", "backend",
+        "gguf_compute", "attention", "fused_blocks", "branches",
+    ]  # fmt: skip
+    assert inputs["sampler"][-4:] == ["residency", "sigmas", "schedule_mu", "last_sigma"]
+    assert inputs["preset"] == [
+        "preset", "width", "height", "steps", "denoise", "schedule_mu", "last_sigma",
+    ]  # fmt: skip
+    assert inputs["presets"] == ["quality", "default", "turbo", "instant", "fast", "turbotime"]
+
+
 def test_models_of_the_stock_loader_are_known_by_name(found):
     assert found["stock"] == [f"the name {NAME} says so", None]
 

@@ -135,3 +135,19 @@ def test_writers_keep_the_mark(instant, tmp_path, level):
     quantize_checkpoint(dit_path("cond"), level, pair)
     assert open_checkpoint(pair).one_branch is None
     assert inspect_file(pair).one_branch is None
+
+
+def test_compare_takes_levels_of_one_branch(instant, tmp_path, capsys):
+    q8 = tmp_path / "ideogram4-instant-Q8_0.gguf"
+    quantize_checkpoint(instant, "Q8_0", q8)
+    (tmp_path / "p.txt").write_text(CAPTION + "\n")
+    words = [
+        "compare", "--out", str(tmp_path / "out"), "--system", f"bf16={instant}", "--system",
+        f"q8={q8}", "--encoder", str(encoder_dir()), "--vae", str(vae_dir()), "--prompts",
+        str(tmp_path / "p.txt"), "--width", "64", "--height", "32", "--preset", "instant",
+    ]  # fmt: skip
+    assert cli.main(words) == 0
+    assert "q8" in capsys.readouterr().out
+    words[words.index(f"q8={q8}")] = f"q8={q8},{dit_path('uncond')}"
+    assert cli.main(words) == 1
+    assert "the preset instant runs without guidance" in capsys.readouterr().err

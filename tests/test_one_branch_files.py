@@ -11,10 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from ideogram4_quant.checkpoint import check_pair, open_checkpoint
 from ideogram4_quant.checkpoint.branches import named_one_branch
-from ideogram4_quant.checkpoint.levels import AUTO, AUTO_ORDER, read_catalogue, resolve
+from ideogram4_quant.checkpoint.level_order import AUTO, AUTO_ORDER
+from ideogram4_quant.checkpoint.levels import read_catalogue, resolve
 from ideogram4_quant.checkpoint.listing import list_files
 from ideogram4_quant.errors import PairMismatchError
+from ideogram4_quant.pocket.export import from_canonical
 from ideogram4_quant.pocket.paths import dit_path
+from ideogram4_quant.pocket.transformer import CONFIG
 
 ORDER = AUTO_ORDER["neither"]
 PLENTY = 1 << 40
@@ -142,3 +145,18 @@ def test_both_copies_go_before_one_branch_and_that_before_half_a_pair(tmp_path):
         "ideogram4_unconditional_bf16.safetensors",
     )
     assert "ideogram4-instant.safetensors" in pair.notes[0]
+
+
+def test_diffusers_names_in_a_folder_of_that_name(tmp_path):
+    """As fal publishes it: q, k and v apart, the transformer alone."""
+    folder = tmp_path / "ideogram-v4-fast" / "transformer"
+    folder.mkdir(parents=True)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    save_file(from_canonical(load_file(dit_path("cond"))), path)
+    config = {"_class_name": "Ideogram4Transformer2DModel", **CONFIG}
+    (folder / "config.json").write_text(json.dumps(config))
+    for opened in (path, folder, folder.parent):
+        header = open_checkpoint(opened)
+        assert header.origin == "diffusers"
+        assert header.one_branch.reason == "the name ideogram-v4-fast says so"
+        assert header.copies == ("conditional",)

@@ -41,6 +41,7 @@ def main() -> None:
             "guidance 1": runs.refused(branch, None, "default", guidance="1*20"),
             "own guidance": runs.refused(plain, other, "turbotime", guidance="2"),
             "stock": stock(pack, plain, one, files["conditional"]),
+            "inputs": inputs(pack),
             "saved": saved(pack, branch, Path(folder_paths.get_output_directory())),
         }
     inside.report(found)
@@ -77,6 +78,19 @@ class Runs:
         except self.error as error:
             return str(error)
         return "taken"
+
+
+def inputs(pack: str) -> dict:
+    """Names of each node's widgets in their order, and the presets there are."""
+    nodes = {
+        "load": inside.load(pack, "nodes.node_model").LoadIdeogram4,
+        "sampler": inside.load(pack, "nodes.node_sampler").Sampler,
+        "preset": inside.load(pack, "nodes.node_guider").SamplingPreset,
+    }
+    schemas = {name: node.define_schema().inputs for name, node in nodes.items()}
+    found = {name: [i.id for i in schema] for name, schema in schemas.items()}
+    (preset,) = [i for i in schemas["sampler"] if i.id == "preset"]
+    return found | {"presets": list(preset.options)}
 
 
 def chosen(pack: str, one: str) -> dict:
