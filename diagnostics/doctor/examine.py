@@ -188,9 +188,10 @@ def _short_of_memory(levels: list[dict], auto: str | None, memory: int | None) -
     if row is None or row["fits_ram"] is not False:
         return []
     fitting = [r["level"] for r in levels if r["fits_ram"]]
+    copies = "the model" if row["one_branch"] else "both copies"
     way = f"take {fitting[-1]}" if fitting else "use one copy alone (no guidance)"
     return [
-        f"{auto} needs {gigabytes(row['ram_loaded'])} of main memory (both copies, the encoder, "
+        f"{auto} needs {gigabytes(row['ram_loaded'])} of main memory ({copies}, the encoder, "
         f"{gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it will swap "
         f"or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or enlarge the "
         "swap file."
