@@ -52,14 +52,14 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
     ):
         check_pair(conditional, unconditional)
         guidance, self.said = settle(conditional, unconditional, guidance)
+        self.one_branch = one_branch_of(conditional)
         for line in self.said:
-            logger.info(line)
+            logger.log(logging.WARNING if self.one_branch is None else logging.INFO, "%s", line)
         check_conditioning(conditional, positive)
         conditional = conditional.clone()
         take_hooks(conditional)
         super().__init__(conditional)
         self.unconditional = unconditional
-        self.one_branch = one_branch_of(conditional)
         self.guidance = guidance
         self.keep = keep
         self.kept = keep  # what the last run made of it
