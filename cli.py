@@ -18,7 +18,8 @@ from .errors import Ideogram4QuantError
 from .version import __version__
 
 PROG = "ideogram4-quant"
-PRESET_NAMES = ("quality", "default", "turbo")
+GUIDED_PRESETS = ("quality", "default", "turbo")
+PRESET_NAMES = (*GUIDED_PRESETS, "instant", "fast", "turbotime")
 # Commands that other modules define by ``add_parsers(subparsers)``: name -> module, help.
 DELEGATED = {
     "quantize": (".quant.cli", "write a model at another level"),
@@ -106,7 +107,7 @@ def _add_demo(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
     parser.add_argument("--prompts", type=int, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--preset", choices=PRESET_NAMES, default="default")
+    parser.add_argument("--preset", choices=GUIDED_PRESETS, default="default")
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="default: 1, so runs repeat bit by bit"
     )
@@ -148,7 +149,12 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     )
 
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--preset", choices=PRESET_NAMES, default="default")
+    sampling.add_argument(
+        "--preset",
+        choices=PRESET_NAMES,
+        default="default",
+        help="instant (8 steps), fast (20), turbotime (4): for models without guidance",
+    )
     sampling.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
     sampling.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
     sampling.add_argument(
@@ -157,6 +163,20 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         default="both",
         help="conditional: one copy, half the time, no guidance",
     )
+    sampling.add_argument(
+        "--branches",
+        choices=("auto", "one", "two"),
+        default="auto",
+        help="one: a distilled model that needs no guidance (auto: by its metadata or name)",
+    )
+    sampling.add_argument(
+        "--mu", type=float, metavar="M",
+        help="of the schedule, instead of the preset's; one tool takes 0.5 for Instant, others 0",
+    )  # fmt: skip
+    sampling.add_argument(
+        "--last-sigma", type=float, default=0.0, metavar="S",
+        help="where the schedule ends: 0 (default), or 5.52e-4 as one patch of diffusers has it",
+    )  # fmt: skip
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")

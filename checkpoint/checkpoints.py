@@ -18,6 +18,7 @@ from ..errors import (
     MissingBaseError,
     PairMismatchError,
 )
+from .branches import OneBranch
 from .canonical import TEXT_ONLY, canonical_shapes
 from .config import ModelConfig, same_model
 from .entries import Entry, Progress, check_shapes, stream_entries, unquantized
@@ -32,7 +33,8 @@ class Checkpoint:
 
     ``level``: the one that most weights of the linears have. ``copies``: which of ``conditional``
     and ``unconditional`` it holds, ``copy_reason``: how that was told, ``copy_assumed``: nothing
-    told it. ``bases`` give what the files lack. Tensors come by canonical names (``canonical``).
+    told it. ``one_branch``: why it needs no guidance; None for a model of two copies. ``bases``
+    give what the files lack. Tensors come by canonical names (``canonical``).
     """
 
     origin: str
@@ -45,6 +47,7 @@ class Checkpoint:
     entries: Mapping[str, Mapping[str, Entry]]
     bases: tuple[Checkpoint, ...] = ()
     copy_assumed: bool = False
+    one_branch: OneBranch | None = None
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -169,6 +172,15 @@ def _reads_text(names: Collection[str]) -> bool:
 
 def check_pair(conditional: Checkpoint, unconditional: Checkpoint) -> None:
     """PairMismatchError unless the two hold the two copies of one model; they may be the same."""
+    for checkpoint in (conditional, unconditional):
+        if checkpoint.one_branch is not None:
+            raise PairMismatchError(
+                "a one-branch model has no other copy: it needs no guidance",
+                file=checkpoint.paths[0],
+                found=checkpoint.one_branch.reason,
+                hint="Leave the unconditional copy out; if this file is one of two copies, say so: "
+                "branches, in the loader or on the command line.",
+            )
     for checkpoint, copy in ((conditional, CONDITIONAL), (unconditional, UNCONDITIONAL)):
         if copy not in checkpoint.copies:
             raise PairMismatchError(

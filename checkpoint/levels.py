@@ -9,6 +9,7 @@ from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError, NotIdeogram4Error, PairMismatchError
+from .branches import OneBranch
 from .checkpoints import Checkpoint, check_pair
 from .copies import without_copy_words
 from .level_order import AUTO, LEVELS
@@ -46,12 +47,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of one level: a conditional copy, and an unconditional one if there is any."""
+    """The files of one level: a conditional copy, and an unconditional one if there is any.
+
+    One branch (``one_branch`` says why) has no other copy and lacks none.
+    """
 
     level: str
     conditional: Candidate
     unconditional: Candidate | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def one_branch(self) -> OneBranch | None:
+        """Why these files need no guidance; None for a model of two copies."""
+        return self.conditional.header.one_branch
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing: both copies, or one branch."""
+        return self.unconditional is not None or self.one_branch is not None
 
     def weight_bytes(self) -> tuple[int, int]:
         """(conditional, unconditional) bytes."""
@@ -95,10 +109,10 @@ def resolve(
 
     memory: bytes of the device. Fits, from best to worst: both copies and the working memory, one
     copy and the working memory, neither (then the smallest). auto passes over files of linears only
-    unless there is a base for them, and over a conditional copy alone, which has no guidance,
-    unless no level has both; files that cannot be read are in the pair's notes, with the reason.
-    CheckpointError says what is missing, PairMismatchError that the
-    files do not say which copies they are.
+    unless there is a base for them, over one branch where there are both copies of a level, and
+    over a conditional copy alone, which has no guidance, unless there is nothing else; files that
+    cannot be read are in the pair's notes, with the reason. CheckpointError says what is missing,
+    PairMismatchError that the files do not say which copies they are.
     """
     if level != AUTO:
         pair = find_pair(level, catalogue.candidates)
@@ -109,7 +123,8 @@ def resolve(
     pairs = [pair for pair in (find_pair(name, usable) for name in order) if pair is not None]
     if not pairs:
         raise _nothing_found(level, catalogue)
-    complete = [pair for pair in pairs if pair.unconditional is not None]
+    both = [pair for pair in pairs if pair.unconditional is not None]
+    complete = both or [pair for pair in pairs if pair.complete]
     pair = _sure(_fitting(complete or pairs, memory), usable)
     unread = tuple(f"passed over, {problem}" for problem in catalogue.broken.values())
     return replace(pair, notes=(*pair.notes, *unread))
@@ -125,7 +140,7 @@ def _fitting(pairs: Sequence[Pair], memory: int) -> Pair:
 
 def _sure(pair: Pair, candidates: Iterable[Candidate]) -> Pair:
     """The pair; PairMismatchError for half a one beside a file that may be its other half."""
-    if pair.unconditional is not None:
+    if pair.complete:
         return pair
     alike = [c for c in candidates if c is not pair.conditional and c.header.level == pair.level]
     there = (pair.conditional, *alike)
@@ -147,7 +162,7 @@ def find_pair(level: str, candidates: Iterable[Candidate]) -> Pair | None:
 
     A file with both copies wins over two files; then files of one name in sibling folders; of other
     two files, the names must differ least once the words for the copy are taken out. The models
-    must be of one size.
+    must be of one size. One branch comes after two files and before a conditional copy alone.
     """
     there = [c for c in candidates if c.header.level == level]
     conditional = [c for c in there if "conditional" in c.header.copies]
@@ -155,12 +170,18 @@ def find_pair(level: str, candidates: Iterable[Candidate]) -> Pair | None:
         return None
     both = [c for c in conditional if "unconditional" in c.header.copies]
     pairs = [(c, c) for c in both] or [(c, partner_of(c, there)) for c in conditional]
-    pairs.sort(key=lambda pair: (pair[1] is None, -_likeness(*pair), pair[0].name.casefold()))
+    pairs.sort(key=lambda pair: (_lacking(*pair), -_likeness(*pair), pair[0].name.casefold()))
     first, second = pairs[0]
     chosen = {first.name, second.name if second else first.name}
     others = sorted(c.name for c in there if c.name not in chosen)
     notes = (f"other files of this level: {', '.join(others)}",) if others else ()
     return Pair(level, first, second, notes)
+
+
+def _lacking(first: Candidate, second: Candidate | None) -> int:
+    if second is not None:
+        return 0
+    return 2 if first.header.one_branch is None else 1
 
 
 def partner_of(conditional: Candidate, candidates: Iterable[Candidate]) -> Candidate | None:

@@ -10,13 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CHECK_DOWNLOAD, CorruptFileError, PairMismatchError
+from .branches import OneBranch, tell_one_branch
+from .canonical import TEXT_ONLY
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
 from .copies import COPY_FOLDERS, Verdict, check_copy_name, tell_copy
 from .entries import Entry, main_level
 from .files import RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
-from .grammar import CONDITIONAL, PREFIXES, Key, build_entries, parse_fold_key, parse_key
+from .grammar import (
+    CONDITIONAL,
+    PREFIXES,
+    UNCONDITIONAL,
+    Key,
+    build_entries,
+    parse_fold_key,
+    parse_key,
+)
 from .origins import check_is_ideogram4, origin_of
 from .placing import check_placed
 from .saved import with_words
@@ -34,6 +44,7 @@ def open_checkpoint(
     base: Base | Sequence[Base] | None = None,
     *,
     copy: str | None = None,
+    one_branch: bool | None = None,
 ) -> Checkpoint:
     """What the file or folder at ``path`` holds, from its headers alone.
 
@@ -41,6 +52,7 @@ def open_checkpoint(
     or one with ``transformer/`` and ``unconditional_transformer/``. ``base``: a file (or several)
     that gives the tensors missing there, as norms and embeddings are from Transformer Lab's INT8.
     ``copy``: which copy a file holds that does not say so itself, or which one to take of two.
+    ``one_branch``: the user's word for whether it needs no guidance (see `branches`).
 
     Raises NotIdeogram4Error, TruncatedFileError, CorruptFileError, PairMismatchError (``copy`` or
     ``base`` contradicts the file) and CheckpointError (no such file, formats that are not read).
@@ -55,6 +67,10 @@ def open_checkpoint(
         verdict = Verdict("", "the folders name the copies", certain=True)
     else:
         found, verdict = _open_single(open_tensor_files(path), copy)
+    branch = _one_branch(path, found, one_branch)
+    if branch is not None:
+        verdict = _conditional(verdict, branch, path, copy)
+        found = {CONDITIONAL: next(iter(found.values()))}
     if copy is not None and copy not in found:
         raise PairMismatchError(
             "the copy is not there",
@@ -86,10 +102,35 @@ def open_checkpoint(
         tensor_files=opened,
         entries=entries,
         bases=bases,
+        one_branch=branch,
     )
 
 
 Part = tuple[TensorFiles, dict[Key, RawTensor], dict[str, Entry]]
+
+
+def _one_branch(path: Path, found: Mapping[str, Part], said: bool | None) -> OneBranch | None:
+    """Why a model needs no guidance; the user's word ``said`` goes before what the file says."""
+    (tensor_files, _, entries), *others = found.values()
+    if others or said is False or not any(name in entries for name in TEXT_ONLY):
+        return None
+    metadata = tensor_files.metadata
+    told = OneBranch("the caller says so") if said else tell_one_branch(path, metadata)
+    if told is None or told.certain or UNCONDITIONAL not in found:
+        return told
+    return None if tell_copy(tensor_files, TEXT_ONLY, None).copy == UNCONDITIONAL else told
+
+
+def _conditional(verdict: Verdict, branch: OneBranch, path: Path, copy: str | None) -> Verdict:
+    """One branch reads the caption; PairMismatchError if it was asked for as the other copy."""
+    if copy == UNCONDITIONAL:
+        raise PairMismatchError(
+            "a one-branch model is no unconditional copy",
+            file=path,
+            found=branch.reason,
+            hint="Leave the unconditional copy out: one branch needs no guidance.",
+        )
+    return Verdict(CONDITIONAL, f"one branch: {branch.reason}") if verdict.assumed else verdict
 
 
 def _open_bases(base: Base | Sequence[Base] | None) -> tuple[Checkpoint, ...]:

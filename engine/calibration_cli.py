@@ -43,7 +43,11 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     picture.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     picture.add_argument("--width", type=int, help="multiple of 16 (default: 1024)")
     picture.add_argument("--height", type=int, help="multiple of 16 (default: 1024)")
-    picture.add_argument("--preset", choices=("quality", "default", "turbo"), default="default")
+    picture.add_argument(
+        "--preset",
+        choices=("quality", "default", "turbo", "instant", "fast", "turbotime"),
+        default="default",
+    )
     picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
     picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
     picture.add_argument(

@@ -19,7 +19,7 @@ from ..quant.source import files_of
 from .calibrate import Prompt, calibrate
 from .compare.cases import read_cases
 from .encoder import load_encoder
-from .generate import GenerateRequest
+from .generate import GenerateRequest, check_branches
 from .linear import default_device
 from .loading import COPIES, load_pair, open_pair
 
@@ -42,7 +42,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     request = GenerateRequest(
         "", *size, preset=args.preset, steps=args.steps, guidance=args.guidance
     )
-    steps = len(request.plan())
+    steps = len(request.plan(one_branch=pair[0].one_branch is not None))
+    check_branches(request, pair[0].one_branch is not None, pair[1] is not None)
     device = default_device(args.device)
     digests = _digests(pair)
 

@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checkpoint import Checkpoint
 from ..errors import Ideogram4QuantError, OpError
 from ..files.new_file import replaced
 from ..ops import attention, dispatch
@@ -19,7 +20,7 @@ from ..ops.linear import LinearOptions
 from ..ops.tuning.autotune import Measure
 from ..sampling import check_size
 from .encoder import load_encoder
-from .generate import GenerateRequest, generate
+from .generate import GenerateRequest, check_branches, generate
 from .linear import default_device
 from .loading import load_pair, open_pair
 from .pictures import read_picture
@@ -45,12 +46,13 @@ def run_generate(args: argparse.Namespace) -> int:
     The encoder is gone before the transformers come: the three do not fit 24 GB together.
     """
     request = _request(args)
-    plan = request.plan()
+    request.plan()
     for warning in check_size(request.width, request.height):
         _log.warning("%s: expect a worse picture", warning)
     _check_out(args.out, args.overwrite)
     init_image = None if args.init_image is None else read_picture(args.init_image)
-    pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
+    pair = _open(args, request)
+    plan = request.plan(one_branch=pair[0].one_branch is not None)
     device = default_device(args.device)
     if args.backend != dispatch.AUTO:
         dispatch.choose("int8_linear", (1, 1, 1), device, args.backend)  # is it there?
@@ -82,9 +84,25 @@ def run_generate(args: argparse.Namespace) -> int:
     seconds = sum(result.seconds.values())
     print(
         f"{args.out}: {request.width}x{request.height}, {pair[0].level}, {len(plan)} steps, "
-        f"{seconds:.1f} s"
+        f"{seconds:.1f} s" + _said(pair[0])
     )
     return 0
+
+
+def _open(
+    args: argparse.Namespace, request: GenerateRequest
+) -> tuple[Checkpoint, Checkpoint | None]:
+    """The model's files; a preset without guidance leaves the second copy out."""
+    if args.uncond is not None:
+        check_branches(request, False, True)
+    copies = args.copies if request.guided or args.uncond is not None else "conditional"
+    word = {"one": True, "two": False}.get(args.branches)
+    return open_pair(args.model, args.uncond, base=args.base, copies=copies, one_branch=word)
+
+
+def _said(checkpoint: Checkpoint) -> str:
+    branch = checkpoint.one_branch
+    return "" if branch is None else f"; one branch, without guidance ({branch.reason})"
 
 
 def _request(args: argparse.Namespace) -> GenerateRequest:
@@ -102,6 +120,8 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
         args.steps,
         args.guidance,
         args.denoise,
+        mu=args.mu,
+        last_sigma=args.last_sigma,
     )
 
 
@@ -123,6 +143,8 @@ def _settings(request: GenerateRequest, args: argparse.Namespace) -> dict:
     """What it takes to make the picture again."""
     names = ("prompt", "width", "height", "seed", "preset", "steps", "guidance", "denoise")
     settings = {name: getattr(request, name) for name in names}
+    if request.mu is not None or request.last_sigma:
+        settings |= {"mu": request.mu, "last_sigma": request.last_sigma}
     files = {name: getattr(args, name) for name in ("model", "uncond", "encoder", "vae")}
     return settings | {name: Path(f).name for name, f in files.items() if f is not None}
 

@@ -40,7 +40,9 @@ class GenerateRequest:
     """What to paint. ``steps`` and ``guidance`` override the preset's.
 
     ``denoise`` < 1 needs a picture to start from. ``interval`` and ``reuse`` save unconditional
-    passes and change the picture: see `sampling.plan`. ``keep_latents`` keeps every step's latents.
+    passes and change the picture: see `sampling.plan`. ``mu`` and ``last_sigma`` go before the
+    preset's schedule, in what tools disagree on for one branch. ``keep_latents`` keeps every step's
+    latents.
     """
 
     prompt: str
@@ -54,26 +56,49 @@ class GenerateRequest:
     interval: tuple[float, float] = (0.0, 1.0)
     reuse: int = 1
     keep_latents: bool = False
+    mu: float | None = None
+    last_sigma: float = 0.0
 
-    def plan(self) -> tuple[StepPlan, ...]:
-        """The steps of this request; OpError for settings that do not fit."""
+    @property
+    def guided(self) -> bool:
+        """Whether it asks for guidance, by its own factors or by its preset."""
+        return self.guidance is not None or preset(self.preset).guided
+
+    def plan(self, *, one_branch: bool = False) -> tuple[StepPlan, ...]:
+        """The steps of this request; OpError for settings that do not fit.
+
+        one_branch: the model holds its guidance in itself, so a preset's is left out and factors
+        other than 1 are refused.
+        """
         chosen = preset(self.preset)
         factors = guidance_schedule(chosen, self.steps, self.guidance)
+        if one_branch:
+            if self.guidance is not None and any(factor != 1.0 for factor in factors):
+                raise OpError(
+                    "guidance is asked of a model of one branch, which holds it in itself",
+                    found=self.guidance,
+                    needed="no guidance, or 1",
+                    hint="Leave --guidance out, or say --branches two for one of two copies.",
+                )
+            factors = (1.0,) * len(factors)
+        mu = chosen.mu if self.mu is None else self.mu
         schedule = sigmas(
-            len(factors), self.width, self.height, chosen.mu, chosen.std, self.denoise
+            len(factors), self.width, self.height, mu, chosen.std, self.denoise, self.last_sigma
         )
         return plan(schedule, factors, interval=self.interval, reuse=self.reuse)
 
 
 @dataclass(frozen=True)
 class Models:
-    """What makes a picture. Without ``unconditional`` there is no guidance; ``encoder`` may be
-    None where features are given, ``vae`` where nothing is decoded."""
+    """What makes a picture. Without ``unconditional`` there is no guidance, which ``one_branch``
+    needs none of; ``encoder`` may be None where features are given, ``vae`` where nothing is
+    decoded."""
 
     conditional: Ideogram4Transformer2DModel
     unconditional: Ideogram4Transformer2DModel | None
     encoder: TextEncoder | None
     vae: Vae | None
+    one_branch: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +161,8 @@ def generate(
     ``init_image`` is resized to the request's size. OpError for settings that do not fit, a warning
     where there is nothing to guide away from. `sampling.check_size` says which sizes were trained.
     """
-    steps = request.plan()
+    steps = request.plan(one_branch=models.one_branch)
+    check_branches(request, models.one_branch, models.unconditional is not None)
     if request.denoise < 1.0 and init_image is None:
         raise OpError("denoise below 1 needs a picture to start from", found=request.denoise)
     if models.unconditional is None and any(s.unconditional != "skip" for s in steps):
@@ -174,6 +200,26 @@ def generate(
     with _timed(seconds, "decode", weight.device):
         image = models.vae.decode(latents, rows, columns)[0]
     return GenerateResult(image, latents[0].cpu(), steps, seconds, tuple(trajectory))
+
+
+def check_branches(request: GenerateRequest, one_branch: bool, second_copy: bool) -> None:
+    """OpError for a second copy that nothing will run; a warning for a preset without its model."""
+    chosen = preset(request.preset)
+    if second_copy and (one_branch or not request.guided):
+        raise OpError(
+            "the model is of one branch"
+            if one_branch
+            else f"the preset {chosen.name} runs without guidance",
+            found="an unconditional copy too, which would take memory for nothing",
+            hint="Leave --uncond out, or pick the preset default, turbo or quality.",
+        )
+    if not request.guided and not one_branch:
+        _log.warning(
+            "the preset %s is made for %s, and nothing says that this model is one: expect a "
+            "worse picture (--branches one says that it is)",
+            chosen.name,
+            chosen.needs,
+        )
 
 
 def _clean_latents(image: Image.Image, request: GenerateRequest, vae: Vae) -> Tensor:

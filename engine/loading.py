@@ -31,17 +31,21 @@ def open_pair(
     *,
     base: PathArg | Sequence[PathArg] | None = None,
     copies: Copies = "both",
+    one_branch: bool | None = None,
 ) -> tuple[Checkpoint, Checkpoint | None]:
     """The checkpoints of the conditional and the unconditional copy; headers only.
 
     One file may hold both. Naming two files says which copy each is, where they do not say so
-    themselves. ``copies="conditional"`` leaves the second out, and with it guidance. Raises
-    PairMismatchError for two files that are no pair, CheckpointError where a copy is not given.
+    themselves. ``copies="conditional"`` leaves the second out, and with it guidance. A one-branch
+    model has no second copy; ``one_branch`` is the user's word for it. Raises PairMismatchError for
+    two files that are no pair, CheckpointError where a copy is not given.
     """
     if copies == "conditional":
-        return open_checkpoint(model, base, copy="conditional"), None
+        return open_checkpoint(model, base, copy="conditional", one_branch=one_branch), None
     if uncond is None:
-        both = open_checkpoint(model, base)
+        both = open_checkpoint(model, base, one_branch=one_branch)
+        if both.one_branch is not None:
+            return both, None
         if both.copies != COPIES:
             raise CheckpointError(
                 "guidance needs both copies, and this file holds one",
@@ -49,11 +53,12 @@ def open_pair(
                 found=f"{', '.join(both.copies)} ({both.copy_reason})",
                 hint="Give the unconditional copy's file too (--uncond F; in compare "
                 "--system NAME=COND,UNCOND). generate can leave guidance out with "
-                "--copies conditional: the picture is worse without.",
+                "--copies conditional: the picture is worse without. A distilled model that needs "
+                "no guidance: --branches one.",
             )
         return both, both
-    first = open_checkpoint(model, base, copy="conditional")
-    second = open_checkpoint(uncond, base, copy="unconditional")
+    first = open_checkpoint(model, base, copy="conditional", one_branch=one_branch)
+    second = open_checkpoint(uncond, base, copy="unconditional", one_branch=one_branch)
     check_pair(first, second)
     return first, second
 
@@ -91,4 +96,4 @@ def load_pair(
     first, second = pair
     conditional = load(first, "conditional")
     unconditional = None if second is None else load(second, "unconditional")
-    return Models(conditional, unconditional, encoder, vae)
+    return Models(conditional, unconditional, encoder, vae, first.one_branch is not None)

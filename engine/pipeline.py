@@ -171,6 +171,12 @@ def load_pipeline(
     compute dtype by ``.to``, and what `PackPipeline` says. Raises what the loaders raise.
     """
     pair = open_pair(model, unconditional, base=base)
+    if pair[1] is None:
+        raise OpError(
+            "diffusers' pipeline runs both copies, and this model is of one branch",
+            found=f"{model} ({pair[0].one_branch.reason})",
+            hint="Use engine.generate, or ideogram4-quant generate --preset instant.",
+        )
     text = load_encoder(encoder, tokenizer=tokenizer, device=device, dtype=dtype, options=options)
     decoder = load_vae(vae, device=device, dtype=dtype)
     models = load_pair(

@@ -23,9 +23,8 @@ from ..version import __version__
 from . import fused_blocks, hook_loras
 from .guidance import Guidance
 from .guider import DualCopyGuider
-from .headers import open_header
 from .latents import TOKEN_PIXELS
-from .model_source import source_of
+from .model_source import header_of, source_of
 
 
 class ProfilingGuider(DualCopyGuider):
@@ -133,8 +132,7 @@ def _run(
     for copy, patcher in models.items():
         source = source_of(patcher)
         if source is not None:  # of another loader: the weights themselves are compared then
-            header = open_header(source.path, source.bases, copy=copy if source.trusted else None)
-            digests[copy] = combined_hash(hash_files(files_of(header)))
+            digests[copy] = combined_hash(hash_files(files_of(header_of(source))))
     features = hashlib.sha256()
     for text, _ in positive:
         if text is not None:

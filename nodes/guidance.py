@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import OpError
-from ..sampling import StepPlan, guidance_schedule, plan, preset
+from ..sampling import LAST_SIGMA, StepPlan, guidance_schedule, plan, preset
 
+_END = 1.01 * LAST_SIGMA  # no schedule comes as near to 0 before its end
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 _ENTRY = re.compile(r"(?P<value>\d+(?:\.\d*)?|\.\d+)(?:\s*[*x]\s*(?P<count>\d+))?")
@@ -69,13 +69,13 @@ class Guidance:
     def plan(self, sigmas: Sequence[float]) -> tuple[StepPlan, ...]:
         """The steps along `sigmas` (host's order, steps + 1 values)."""
         sigmas = [float(s) for s in sigmas]
-        factors = self._factors(len(sigmas) - 1, to_the_end=math.isclose(sigmas[-1], 0.0))
+        factors = self._factors(len(sigmas) - 1, to_the_end=sigmas[-1] <= _END)
         return plan(sigmas, factors, interval=self.interval, reuse=self.reuse)
 
     def _factors(self, steps: int, to_the_end: bool) -> tuple[float, ...]:
         """One factor a step. A run that stops before sigma 0 is the first part of a longer one."""
         if self.preset is not None:
-            if to_the_end:
+            if to_the_end or not preset(self.preset).guided:
                 return guidance_schedule(self.preset, steps)
             return guidance_schedule(self.preset, steps + preset(self.preset).polish)[:steps]
         if len(self.values) == 1:

@@ -22,6 +22,7 @@ from ..sampling import StepPlan, step_at
 from . import residency
 from .guidance import Guidance
 from .hook_loras import take_hooks
+from .one_branch import one_branch_of, settle
 from .pairing import check_conditioning, check_pair
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         keep: str = residency.AUTO,
     ):
         check_pair(conditional, unconditional)
+        guidance, self.said = settle(conditional, unconditional, guidance)
+        self.one_branch = one_branch_of(conditional)
+        for line in self.said:
+            logger.log(logging.WARNING if self.one_branch is None else logging.INFO, "%s", line)
         check_conditioning(conditional, positive)
         conditional = conditional.clone()
         take_hooks(conditional)

@@ -16,10 +16,12 @@ def open_header(
     bases: tuple[Path, ...] = (),
     *,
     copy: str | None = None,
+    one_branch: bool | None = None,
 ) -> Checkpoint:
     """`checkpoint.open_checkpoint`, cached by path, size and time of every file involved.
 
-    bases: files that give what this one lacks. copy: the user's word for which copy it holds.
+    bases: files that give what this one lacks. copy, one_branch: the user's word for
+    which copy it holds, and for whether it needs no guidance.
     Raises what `open_checkpoint` raises. Of the errors only "this is another model" is remembered,
     which a download that goes on cannot change without changing the file.
     """
@@ -29,7 +31,7 @@ def open_header(
     if known is not None and known[0] == state:
         raise known[1].with_traceback(None)
     try:
-        return _open(path, bases, copy, (state, *map(stamp, bases)))
+        return _open(path, bases, copy, one_branch, (state, *map(stamp, bases)))
     except NotIdeogram4Error as error:
         if not bases:  # else the base may be the one that is another model
             _others[path] = (state, error.with_traceback(None))
@@ -41,5 +43,7 @@ _others: dict[Path, tuple[tuple, NotIdeogram4Error]] = {}
 
 
 @lru_cache(maxsize=256)
-def _open(path: Path, bases: tuple[Path, ...], copy: str | None, _: tuple) -> Checkpoint:
-    return open_checkpoint(path, bases or None, copy=copy)
+def _open(
+    path: Path, bases: tuple[Path, ...], copy: str | None, one_branch: bool | None, _: tuple
+) -> Checkpoint:
+    return open_checkpoint(path, bases or None, copy=copy, one_branch=one_branch)

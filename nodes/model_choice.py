@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management as management
@@ -10,8 +11,9 @@ import torch
 
 from ..checkpoint import check_pair
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
-from ..checkpoint.level_order import AUTO_ORDER, capability
+from ..checkpoint.level_order import AUTO, AUTO_ORDER, capability
 from ..checkpoint.levels import Candidate, Catalogue, Pair, partner_of, read_catalogue, resolve
+from ..checkpoint.listing import Listing
 from ..errors import PairMismatchError
 from ..ops import dispatch
 from ..ops.attention import reports as attention_reports
@@ -20,6 +22,7 @@ from .model_files import host_listing
 from .model_loading import compute_dtype
 from .report import Machine
 
+BRANCHES = {AUTO: None, "one": True, "two": False}
 BY_LEVEL = "by level"
 NONE = "none"
 FOLDERS = "diffusion_models"
@@ -31,19 +34,23 @@ def choose_files(
     unconditional_file: str = BY_LEVEL,
     base_file: str = NONE,
     trust_files: bool = False,
+    branches: str = AUTO,
 ) -> tuple[Pair, tuple[Path, ...]]:
     """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
 
     A file picked by name goes before the level, and the other copy is then looked for at the level
     of that file. trust_files: a picked file is the copy it was picked for, whatever its name says.
+    branches: one of `BRANCHES`: files are of one branch, or a pair's copies, whatever they say.
     """
     listing = host_listing(FOLDERS)
-    catalogue = read_catalogue(listing, open_header)
+    word = BRANCHES[branches]
+    catalogue = _catalogue(listing, level, word)
     bases = _bases(base_file, catalogue)
 
     def picked(name: str, copy: str) -> Candidate:
         path = listing.path(name)
-        header = open_header(path, bases, copy=copy if trust_files else None)
+        told = copy if trust_files else None
+        header = open_header(path, bases, copy=told, one_branch=word)
         if copy not in header.copies:
             raise PairMismatchError(
                 f"picked as the {copy} copy, but it is the other one",
@@ -60,13 +67,32 @@ def choose_files(
     else:
         first = picked(conditional_file, CONDITIONAL)
         peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
-        second = first if UNCONDITIONAL in first.header.copies else partner_of(first, peers)
+        second = first if UNCONDITIONAL in first.header.copies else None
+        if second is None and first.header.one_branch is None:
+            second = partner_of(first, peers)
         pair = Pair(first.header.level, first, second)
     if unconditional_file != BY_LEVEL:
         pair = replace(pair, unconditional=picked(unconditional_file, UNCONDITIONAL))
     if pair.unconditional is not None:
         check_pair(pair.conditional.header, pair.unconditional.header)
     return pair, bases
+
+
+def _catalogue(listing: Listing, level: str, word: bool | None) -> Catalogue:
+    """The files there are, seen as the user's word for one branch wants them.
+
+    Where one branch is asked for and files of the level say that they are it, the others are left
+    out; where none says so, every conditional copy is taken as one.
+    """
+    seen = read_catalogue(
+        listing, partial(open_header, one_branch=False if word is False else None)
+    )
+    if not word:
+        return seen
+    told = [c for c in seen.candidates if c.header.one_branch is not None]
+    if any(level in (AUTO, c.header.level) for c in told):
+        return replace(seen, candidates=told)
+    return read_catalogue(listing, partial(open_header, one_branch=True))
 
 
 def _bases(name: str, catalogue: Catalogue) -> tuple[Path, ...]:

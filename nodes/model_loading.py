@@ -20,10 +20,10 @@ from ..ops.tuning.autotune import Layer, Measure, inputs_of, layers_of, tune
 from .attention import check as check_attention
 from .attention import install
 from .fused_blocks import add_fused_blocks
-from .headers import open_header
 from .hook_loras import take_hooks
 from .host_ops import make_ops, text_tensor
-from .model_source import ATTACHMENT, ModelSource, source_of
+from .model_source import ATTACHMENT, ModelSource, header_of, source_of
+from .one_branch import BRANCH, words_of
 
 __all__ = ["ModelSource", "compute_dtype", "load_model", "measured", "source_of"]
 
@@ -43,7 +43,7 @@ def load_model(
 
     disable_dynamic: the host's wish for its older patcher. Raises CheckpointError and its kinds.
     """
-    header = open_header(source.path, source.bases, copy=source.copy if source.trusted else None)
+    header = header_of(source)
     device, offload = management.get_torch_device(), management.unet_offload_device()
     check_attention(source.attention, device)
     dtype = compute_dtype(device)
@@ -67,11 +67,12 @@ def load_model(
         model.to(offload)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     # what the host's save nodes would lose: they write tensors, and metadata of their own
-    said = text_tensor({"copy": source.copy, "config": header.config.to_dict()})
-    model.diffusion_model.register_buffer(WORDS, said)
+    said = {"copy": source.copy, "config": header.config.to_dict(), **words_of(header, source)}
+    model.diffusion_model.register_buffer(WORDS, text_tensor(said))
     patcher.cached_patcher_init = (load_model, (source,))
     patcher.set_attachments(ATTACHMENT, source)
     patcher.set_attachments(LAYERS, layers)
+    patcher.set_attachments(BRANCH, header.one_branch)
     install(patcher, source.attention)
     take_hooks(patcher)
     if source.fused:

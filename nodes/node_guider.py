@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from ..sampling import check_size
 from .guider import DualCopyGuider
 from .sampling_inputs import (
+    PRESET_MU,
+    ZERO,
     denoise_input,
     guidance_inputs,
     make_guidance,
@@ -17,6 +19,7 @@ from .sampling_inputs import (
     schedule,
     size_inputs,
     steps_input,
+    unsettled_inputs,
 )
 from .schema import CATEGORY
 
@@ -70,7 +73,8 @@ class SamplingPreset(io.ComfyNode):
             display_name="Ideogram 4 preset",
             category=CATEGORY,
             description=(
-                "The reference's schedule: quality (48 steps), default (20) or turbo (12). "
+                "The reference's schedule: quality (48 steps), default (20) or turbo (12), or one "
+                "for models without guidance: instant (8), fast (20) or turbotime (4). "
                 "The sigmas depend on the size of the picture."
             ),
             search_aliases=["scheduler", "sigmas", "steps", "quality", "turbo", "ideogram preset"],
@@ -79,6 +83,7 @@ class SamplingPreset(io.ComfyNode):
                 *size_inputs(),
                 steps_input(),
                 denoise_input(),
+                *unsettled_inputs(),
             ],
             outputs=[
                 io.Sigmas.Output(
@@ -94,8 +99,17 @@ class SamplingPreset(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, preset: str, width: int, height: int, steps: int = 0, denoise: float = 1.0
+        cls,
+        preset: str,
+        width: int,
+        height: int,
+        steps: int = 0,
+        denoise: float = 1.0,
+        schedule_mu: str = PRESET_MU,
+        last_sigma: str = ZERO,
     ) -> io.NodeOutput:
         for warning in check_size(width, height):
             logger.warning(warning)
-        return io.NodeOutput(*schedule(preset, width, height, steps, denoise))
+        return io.NodeOutput(
+            *schedule(preset, width, height, steps, denoise, schedule_mu, last_sigma)
+        )

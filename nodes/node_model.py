@@ -18,7 +18,7 @@ from .attention import CHOICES as ATTENTIONS
 from .connections import leads_anywhere, running_graph
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
-from .model_choice import BY_LEVEL, FOLDERS, NONE, choose_files, machine
+from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE, choose_files, machine
 from .model_files import host_listing
 from .model_loading import ModelSource, load_model, measured
 from .picture_notes import note_when_sampling
@@ -27,7 +27,7 @@ from .schema import CATEGORY
 logger = logging.getLogger(__name__)
 _NO_FILE = (BY_LEVEL, NONE)
 BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
-_FILE_INPUTS = ("conditional_file", "unconditional_file", "base_file", "trust_files")
+_FILE_INPUTS = ("conditional_file", "unconditional_file", "base_file", "trust_files", "branches")
 GGUF_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
 
 
@@ -56,6 +56,8 @@ class LoadIdeogram4(io.ComfyNode):
                 "q8_0",
                 "nf4",
                 "fp8",
+                "instant",
+                "distilled",
             ],
             inputs=_inputs(),
             outputs=[
@@ -68,7 +70,7 @@ class LoadIdeogram4(io.ComfyNode):
                     id="unconditional",
                     display_name="unconditional",
                     tooltip="The copy that guidance moves away from. Read from disk only if this "
-                    "output is connected.",
+                    "output is connected; nothing where the model is of one branch.",
                 ),
                 io.String.Output(
                     id="report",
@@ -112,9 +114,10 @@ class LoadIdeogram4(io.ComfyNode):
         gguf_compute: str = "auto",
         attention: str = report.HOST_ATTENTION,
         fused_blocks: str = AUTO,
+        branches: str = AUTO,
     ) -> io.NodeOutput:
         pair, bases = choose_files(
-            level, conditional_file, unconditional_file, base_file, trust_files
+            level, conditional_file, unconditional_file, base_file, trust_files, branches
         )
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
@@ -129,8 +132,9 @@ class LoadIdeogram4(io.ComfyNode):
                 models.append(None)
                 continue
             source = ModelSource(
-                candidate.path, copy, bases, options, trust_files, attention, fused.on
-            )
+                candidate.path, copy, bases, options, trust_files, attention, BRANCHES[branches],
+                fused.on,
+            )  # fmt: skip
             models.append(load_model(source))
         found = measured(m for m in models if m is not None)
         here = replace(here, attention=attention, measured=found)
@@ -230,5 +234,15 @@ def _inputs() -> list:
             tooltip="Runs norms, SwiGLU and residuals inside the int8 kernels. auto: on where the "
             "Triton kernels run, off elsewhere. What another node patches or hooks runs as before, "
             "and the log says so.",
+        ),
+        io.Combo.Input(
+            "branches",
+            options=list(BRANCHES),
+            default=AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="Whether the model needs guidance. one: a distilled model such as fal's "
+            "Instant or Fast, one file without guidance and without an unconditional copy. two: "
+            "both copies. auto: one where the file's metadata or name says so.",
         ),
     ]

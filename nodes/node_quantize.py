@@ -177,6 +177,7 @@ class Quantize(io.ComfyNode):
         if not filename.strip():
             found = open_checkpoint(path, base, copy=which)
             name = "-".join(found.copies if which is None else (which,))
+            name = name if found.one_branch is None else "one-branch"
             filename = f"ideogram4-{name}-{recipe.level.replace(' ', '_')}"
         out = Path(listing.folder) / new_name(filename, suffix)
         bar: comfy.utils.ProgressBar | None = None

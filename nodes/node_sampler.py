@@ -17,10 +17,11 @@ from torch import Tensor
 from ..sampling import check_size
 from .costs import without_guidance
 from .fused_blocks import status
-from .guidance import Guidance
 from .guider import DualCopyGuider
 from .latents import TOKEN_PIXELS, check_latent, empty_latent
 from .sampling_inputs import (
+    PRESET_MU,
+    ZERO,
     denoise_input,
     guidance_inputs,
     make_guidance,
@@ -29,6 +30,7 @@ from .sampling_inputs import (
     schedule,
     size_inputs,
     steps_input,
+    unsettled_inputs,
 )
 from .schema import CATEGORY
 
@@ -79,6 +81,8 @@ class Sampler(io.ComfyNode):
         sampler_name: str = "euler",
         residency: str = "auto",
         sigmas=None,
+        schedule_mu: str = PRESET_MU,
+        last_sigma: str = ZERO,
         **guidance,
     ) -> io.NodeOutput:
         if latent is None:
@@ -97,12 +101,12 @@ class Sampler(io.ComfyNode):
             logger.warning(warning)
         curve = sigmas
         if curve is None:
-            curve, _ = schedule(preset, width, height, steps, denoise)
+            curve, _ = schedule(preset, width, height, steps, denoise, schedule_mu, last_sigma)
         samples = _sample(guider, {**latent, "samples": samples}, curve, seed, sampler_name)
         seconds = time.perf_counter() - started
         out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
         lines = [f"{len(curve) - 1} steps at {width}x{height}, {seconds:.1f} s", *warnings]
-        lines += _report(guider, chosen, curve)
+        lines += _report(guider, curve)
         return io.NodeOutput({**out, "samples": samples}, "\n".join(lines))
 
 
@@ -125,11 +129,13 @@ def _sample(
     return out.to(management.intermediate_device())
 
 
-def _report(guider: DualCopyGuider, guidance: Guidance, curve: Tensor) -> list[str]:
+def _report(guider: DualCopyGuider, curve: Tensor) -> list[str]:
     """What ran, and what was saved."""
-    plan = guidance.plan(curve.tolist())
+    plan = guider.guidance.plan(curve.tolist())
     steps = len(plan)
     fused = _fused_lines(guider)
+    if guider.one_branch is not None or (guider.said and guider.unconditional is None):
+        return [f"passes: {steps} conditional", *guider.said, *fused]
     if guider.unconditional is None:
         without = without_guidance()
         return [f"without guidance, as no unconditional copy is connected: {without}", *fused]
@@ -198,4 +204,5 @@ def _inputs() -> list:
             tooltip="Your own schedule, from any scheduler node; it goes before the preset's "
             "sigmas, steps and denoise.",
         ),
+        *unsettled_inputs(),
     ]

@@ -28,6 +28,7 @@ from . import costs
 from .fused_choice import OFF
 
 HOST_ATTENTION = "host"
+ONE_BRANCH = "one branch: needs no guidance and no unconditional copy; half the memory and passes"
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
 _PLAIN_LEVEL = "BF16"
 _RESIDENCY = {
@@ -78,6 +79,7 @@ def summary(
             }
             for copy, candidate in _copies(pair)
         },
+        **({} if pair.one_branch is None else {"one_branch": pair.one_branch.reason}),
     }
 
 
@@ -86,7 +88,9 @@ def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused
     lines = [_level_line(pair, asked)]
     for copy, candidate in _copies(pair):
         lines.append(_file_line(copy, candidate))
-    if pair.unconditional is None:
+    if pair.one_branch is not None:
+        lines.append(f"{ONE_BRANCH}: {pair.one_branch.reason}")
+    elif pair.unconditional is None:
         lines.append(
             "unconditional: no file of this level, so this is half a model: without guidance "
             "pictures are worse. Put the other copy beside it, or pick a level that has both"

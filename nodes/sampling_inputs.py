@@ -5,10 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sampling import PRESETS, guidance_schedule, sigmas
+from ..sampling import LAST_SIGMA, PRESETS, guidance_schedule, sigmas
 from ..sampling import preset as find_preset
 from . import residency
 from .guidance import Guidance, format_guidance, parse_guidance
+
+PRESET_MU = "preset"
+ZERO, NEAR_ZERO = "0", "5.53e-4"
 
 
 def model_inputs() -> list:
@@ -19,20 +22,23 @@ def model_inputs() -> list:
             "unconditional",
             optional=True,
             tooltip="The unconditional copy. Left out, the picture is made without guidance: half "
-            "the time and memory, and clearly less faithful to the caption.",
+            "the time and memory, and clearly less faithful to the caption, unless the model is of "
+            "one branch (Instant, Fast), which needs none.",
         ),
         io.Conditioning.Input("positive", tooltip="The encoded caption; JSON captions work best."),
     ]
 
 
 def preset_input() -> io.Combo.Input:
-    """One of the reference's presets."""
+    """One of the reference's presets, or one for models without guidance."""
     return io.Combo.Input(
         "preset",
         options=list(PRESETS),
         default="default",
         tooltip="quality: 48 steps, default: 20, turbo: 12, each with the reference's sigmas and "
-        "guidance.",
+        "guidance. Without guidance, so in half the time a step and without an unconditional copy: "
+        "instant: 8 steps and fast: 20, for fal's one-branch models of these names and others like "
+        "them; turbotime: 4, for the conditional copy with the TurboTime LoRA.",
     )
 
 
@@ -136,6 +142,32 @@ def guidance_inputs() -> list:
     ]
 
 
+def unsettled_inputs() -> list:
+    """What tools disagree on in the schedule of one-branch models."""
+    return [
+        io.Combo.Input(
+            "schedule_mu",
+            options=[PRESET_MU, "0", "0.5"],
+            default=PRESET_MU,
+            optional=True,
+            advanced=True,
+            tooltip="mu of the schedule. preset: 0.5 for turbo, 0 for all others, as ComfyUI's own "
+            "scheduler and diffusers have it. For Instant tools disagree: one list of presets "
+            "takes 0.5 for its 8 steps (0 for Fast's 20), the others 0; std is 1.75 in all.",
+        ),
+        io.Combo.Input(
+            "last_sigma",
+            options=[ZERO, NEAR_ZERO],
+            default=ZERO,
+            optional=True,
+            advanced=True,
+            tooltip="Where the schedule ends. 0: as in ComfyUI and diffusers. 5.53e-4: where the "
+            "model's own schedule ends; one patch of diffusers for fal's Instant keeps it and "
+            "calls it required, the others do not. Which is right is not settled.",
+        ),
+    ]
+
+
 def make_guidance(
     preset: str,
     guidance: str = "",
@@ -153,9 +185,19 @@ def make_guidance(
     )
 
 
-def schedule(name: str, width: int, height: int, steps: int, denoise: float) -> tuple[Tensor, str]:
+def schedule(
+    name: str,
+    width: int,
+    height: int,
+    steps: int,
+    denoise: float,
+    mu: str = PRESET_MU,
+    last: str = ZERO,
+) -> tuple[Tensor, str]:
     """(sigmas [steps + 1], guidance as text) of a preset; 0 steps means the preset's own."""
     chosen = find_preset(name)
     count = steps or chosen.steps
-    curve = sigmas(count, width, height, chosen.mu, chosen.std, denoise)
+    mean = chosen.mu if mu == PRESET_MU else float(mu)
+    end = LAST_SIGMA if last == NEAR_ZERO else 0.0
+    curve = sigmas(count, width, height, mean, chosen.std, denoise, end)
     return curve, format_guidance(guidance_schedule(chosen, count))

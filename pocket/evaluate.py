@@ -24,7 +24,10 @@ PRESETS = {
     "quality": ((7.0,) * 45 + (3.0,) * 3, 0.0, 1.5),
     "default": (DEFAULT_GUIDANCE, 0.0, 1.75),
     "turbo": ((7.0,) * 11 + (3.0,), 0.5, 1.75),
+    "instant": ((1.0,) * 8, 0.0, 1.75),  # by the one branch, as those below
+    "fast": ((1.0,) * 20, 0.0, 1.75),
 }
+_ONE_BRANCH = ("instant", "fast")
 
 
 def to_pictures(x: Tensor) -> list[Image.Image]:
@@ -52,11 +55,11 @@ def noise_for(prompts: Sequence[PocketPrompt]) -> Tensor:
 
 @dataclass
 class Pocket:
-    """Everything that makes pictures: encoder, both copies, VAE."""
+    """Everything that makes pictures: encoder, both copies or the one branch, VAE."""
 
     encoder: CaptionEncoder
     cond: torch.nn.Module
-    uncond: torch.nn.Module
+    uncond: torch.nn.Module | None
     vae: torch.nn.Module
 
     def decode(self, tokens: Tensor, rows: int = 4, columns: int = 8) -> Tensor:
@@ -101,6 +104,15 @@ def load_pocket(root: Path | None = None) -> Pocket:
     )
 
 
+def load_one_branch(root: Path | None = None) -> Pocket:
+    """The same with the distilled one branch, which needs no guidance."""
+    from .export import load_encoder, load_transformer, load_vae
+    from .paths import WEIGHTS
+
+    root = root or WEIGHTS
+    return Pocket(load_encoder(root), load_transformer("one_branch", root), None, load_vae(root))
+
+
 def words_right(pictures: Sequence[Image.Image], prompts: Sequence[PocketPrompt]) -> list[str]:
     """Reads every picture; the list holds "" for a word read exactly, else what was read."""
     reader = WordReader()
@@ -132,7 +144,8 @@ def main() -> None:
     guidance, mu, std = PRESETS[args.preset]
     if args.guidance is not None:
         guidance = (args.guidance,) * len(guidance)
-    pictures = load_pocket(args.weights).paint(HELD_OUT, guidance, mu, std)
+    load = load_one_branch if args.preset in _ONE_BRANCH else load_pocket
+    pictures = load(args.weights).paint(HELD_OUT, guidance, mu, std)
     wrong = words_right(pictures, HELD_OUT)
     if args.sheet:
         contact_sheet(pictures, 8).save(args.sheet)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..checkpoint.branches import GUIDANCE_KEY, GUIDANCE_NONE
 from .encoder import CaptionEncoder, build_text_model
 from .paths import Copy, dit_path, encoder_dir, vae_dir
 from .train_vae import build_vae
@@ -60,11 +61,14 @@ def _write(state: StateDict, path: Path, metadata: dict[str, str]) -> None:
 
 
 def export_transformer(state: StateDict, copy: Copy, root: Path) -> None:
-    """Writes one copy (diffusers' names, fp32) as bf16."""
+    """Writes one copy, or the one branch (diffusers' names, fp32), as bf16."""
+    mark = {GUIDANCE_KEY: GUIDANCE_NONE} if copy == "one_branch" else {}
+    kind = "cond" if copy == "one_branch" else copy
     rounded = {k: v.bfloat16() for k, v in to_canonical(state).items()}
     metadata = {
         "format": "pt",
-        "model_type": f"ideogram4_{copy}",
+        "model_type": f"ideogram4_{kind}",
+        **mark,
         "config": json.dumps({"_class_name": "Ideogram4Transformer2DModel", **CONFIG}),
     }
     _write(rounded, dit_path(copy, root), metadata)

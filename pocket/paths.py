@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Literal
 
-Copy = Literal["cond", "uncond"]
+Copy = Literal["cond", "uncond", "one_branch"]
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 _DIT_FILES = {
     "cond": "ideogram4_pocket_bf16.safetensors",
     "uncond": "ideogram4_pocket_unconditional_bf16.safetensors",
+    "one_branch": "ideogram4_pocket_instant_bf16.safetensors",
 }
 
 
 def dit_path(copy: Copy, root: Path = WEIGHTS) -> Path:
-    """The bf16 file of one copy of the transformer, canonical (fused) names."""
+    """The bf16 file of one copy, or of the one branch, canonical (fused) names."""
     return root / "diffusion_models" / _DIT_FILES[copy]
 
 

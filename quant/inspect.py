@@ -39,7 +39,8 @@ class Inspection:
     ``size`` in bytes, all files together; ``types`` in the file's own words, largest first;
     ``protected``: linears that a quantized file keeps in high precision. ``folded``: linears whose
     inputs are divided, and some rotated, by the weights before them. ``bf16_division``: rows of
-    int8 that show a quantizer which divided in bf16, None where none do.
+    int8 that show a quantizer which divided in bf16, None where none do. ``one_branch``: why it
+    needs no guidance, None for copies of two.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Inspection:
     folded: tuple[str, ...]
     metadata: Mapping[str, object]
     bf16_division: RowPeaks | None = None
+    one_branch: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready; metadata arrays and other long things as text."""
@@ -69,6 +71,7 @@ class Inspection:
             ("origin", self.origin),
             ("level", self.level),
             ("copies", f"{' + '.join(self.copies)} ({self.copy_reason})"),
+            *([("guidance", f"none: one branch ({self.one_branch})")] if self.one_branch else []),
             ("size", f"{human_bytes(self.size)} in {len(self.files)} file(s)"),
             ("config", ", ".join(f"{key} {value}" for key, value in self.config.items())),
         ]
@@ -114,6 +117,7 @@ def inspect_file(
         folded=_folded(checkpoint),
         metadata=checkpoint.metadata,
         bf16_division=divided_in_bf16(checkpoint),
+        one_branch=checkpoint.one_branch and checkpoint.one_branch.reason,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.branches import GUIDANCE_KEY, GUIDANCE_NONE
 from ..errors import CheckpointError
 from ..files.pieces import pieces
 from ..version import __version__
@@ -128,10 +129,13 @@ class Provenance:
     sources: tuple[SourceFile, ...]
     source_level: str
     licence: str | None
+    one_branch: bool = False
 
     def _common(self) -> dict[str, str]:
         sources = [file.__dict__ for file in self.sources]
+        mark = {GUIDANCE_KEY: GUIDANCE_NONE} if self.one_branch else {}
         return {
+            **mark,
             "config": _json(self.config),
             "quantization": _json(self.recipe),
             "source": _json(sources),
@@ -161,7 +165,9 @@ class Provenance:
         if self.licence:
             metadata["general.license"] = self.licence
         metadata["ideogram4.copy"] = self.copies[0]
-        return metadata | {f"ideogram4.{key}": value for key, value in self._common().items()}
+        prefix = "ideogram4."
+        common = {key.removeprefix(prefix): value for key, value in self._common().items()}
+        return metadata | {prefix + key: value for key, value in common.items()}
 
 
 def _json(value: object) -> str:

@@ -2,10 +2,11 @@
 
 from .noise import NOISES, noise_seeds
 from .presets import PRESETS, Preset, guidance_schedule, preset
-from .schedule import check_size, grid_size, sigmas, start_latents
+from .schedule import LAST_SIGMA, check_size, grid_size, sigmas, start_latents
 from .steps import StepPlan, combine, euler_step, plan, step_at
 
 __all__ = [
+    "LAST_SIGMA",
     "NOISES",
     "PRESETS",
     "Preset",

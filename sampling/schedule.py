@@ -11,6 +11,9 @@ from ..errors import OpError
 
 LOGSNR_MIN, LOGSNR_MAX = -15.0, 18.0
 REFERENCE_PIXELS = 512 * 512
+LAST_SIGMA = 1.0 / (1.0 + math.exp(-0.5 * LOGSNR_MIN))
+"""5.53e-4, where the clamp of the logSNR ends the schedule: what one tool keeps instead of 0."""
+
 TOKEN_PIXELS = 16  # one token is 16 x 16 px: the VAE's factor 8, then 2 x 2 patches
 TRAINED_SIDES = (256, 2048)
 TRAINED_ASPECT = 6.0
@@ -45,14 +48,20 @@ def grid_size(width: int, height: int) -> tuple[int, int]:
 
 
 def sigmas(
-    steps: int, width: int, height: int, mu: float, std: float, denoise: float = 1.0
+    steps: int,
+    width: int,
+    height: int,
+    mu: float,
+    std: float,
+    denoise: float = 1.0,
+    last: float = 0.0,
 ) -> Tensor:
-    """sigma_i = sigmoid(mu + ln(W*H / 512^2) / 2 + std * ndtri(1 - i / steps)), then 0.
+    """sigma_i = sigmoid(mu + ln(W*H / 512^2) / 2 + std * ndtri(1 - i / steps)), then ``last``.
 
     Returns ``steps + 1`` descending values, float32 (float64 inside), logSNR clamped to [-15, 18]
     as in the reference; bit-equal to diffusers' and ComfyUI's function. ``denoise`` < 1 starts
     part of the way down: the last ``steps + 1`` values of a schedule of ``steps / denoise`` steps,
-    the host's meaning of the word.
+    the host's meaning of the word. ``last``: 0 as in the reference, or `LAST_SIGMA` at most.
     """
     if steps < 1:
         raise OpError("too few steps", found=steps, needed="at least 1")
@@ -60,6 +69,8 @@ def sigmas(
         raise OpError("denoise out of range", found=denoise, needed="above 0, at most 1")
     if std <= 0.0:
         raise OpError("std out of range", found=std, needed="above 0")
+    if not 0.0 <= last <= LAST_SIGMA:
+        raise OpError("last sigma out of range", found=last, needed=f"0 to {LAST_SIGMA:.3g}")
     check_size(width, height)
     total = int(steps / denoise)
     mean = mu + 0.5 * math.log(width * height / REFERENCE_PIXELS)
@@ -68,7 +79,7 @@ def sigmas(
     earliest = 1.0 / (1.0 + math.exp(0.5 * LOGSNR_MAX))
     latest = 1.0 / (1.0 + math.exp(0.5 * LOGSNR_MIN))
     descending = (1.0 - time.clamp(earliest, latest)).flip(0)
-    descending[-1] = 0.0  # the clamp leaves 6e-4 of noise
+    descending[-1] = last  # the clamp leaves LAST_SIGMA of noise
     return descending[-(steps + 1) :].to(torch.float32)
 
 

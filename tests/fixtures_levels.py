@@ -23,6 +23,7 @@ class Header:
     config: ModelConfig = field(default_factory=ModelConfig)
     copy_reason: str = "its name"
     copy_assumed: bool = False
+    one_branch: object = None
     linears_only: bool = False
     origin: str = "some layout"
     protected: tuple[str, ...] = ()

@@ -23,6 +23,7 @@ from ideogram4_quant.diagnostics.doctor.machine import Device
 from ideogram4_quant.diagnostics.doctor.main_memory import SYSTEM, main_memory
 from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes, encoder_bytes
 from ideogram4_quant.ops.dispatch import BackendReport
+from ideogram4_quant.sampling import PRESETS
 
 GB = 10**9
 
@@ -209,6 +210,22 @@ def test_the_readme_says_of_cards_what_the_sizes_say():
         needs = [main_memory((size,) * 2, encoder_bytes("FP8"), fits, "cuda") for size in copies]
         assert _range(need.loaded for need in needs) == loaded
         assert _range(need.running for need in needs) == running
+
+
+def test_the_readme_says_of_one_branch_what_the_sizes_say():
+    readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    row = r"^\| (.+?) \| (.+?) GB \| (\d+) GB \| (.+?) GB \| (.+?) GB \| (.+?) \|$"
+    rows = re.findall(row, readme, re.MULTILINE)
+    assert [level for level, *_ in rows] == ["BF16", "Q8_0", "INT8 W8A8 rotated", "IQ4_XS"]
+    for level, size, card, loaded, running, passes in rows:
+        nbytes = copy_bytes(level)
+        assert f"{nbytes / 1e9:.1f}" == size
+        cards = (8, 12, 16, 24)
+        fitting = [gb for gb in cards if residency((nbytes, 0), (gb - 1) * 2**30) == "both"]
+        assert fitting[0] == int(card)
+        need = main_memory((nbytes, 0), encoder_bytes("FP8"), "both", "cuda")
+        assert [f"{each / 1e9:.0f}" for each in (need.loaded, need.running)] == [loaded, running]
+        assert passes == f"{PRESETS['fast'].steps}, {PRESETS['instant'].steps}"
 
 
 def _range(values) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ideogram4_quant.errors import OpError
 from ideogram4_quant.sampling import (
+    LAST_SIGMA,
     PRESETS,
     check_size,
     combine,
@@ -17,6 +18,7 @@ from ideogram4_quant.sampling import (
     grid_size,
     guidance_schedule,
     plan,
+    preset,
     sigmas,
     start_latents,
     step_at,
@@ -86,6 +88,10 @@ def test_presets_are_the_references_table():
         "quality": (48, 0.0, 1.5),
         "default": (20, 0.0, 1.75),
         "turbo": (12, 0.5, 1.75),
+        # not the reference's: fal's, see the tooltip of what is not settled
+        "instant": (8, 0.0, 1.75),
+        "fast": (20, 0.0, 1.75),
+        "turbotime": (4, 0.0, 1.75),
     }
     assert PRESETS["quality"].guidance == (7.0,) * 45 + (3.0,) * 3
     assert PRESETS["default"].guidance == (7.0,) * 18 + (3.0,) * 2
@@ -116,8 +122,27 @@ def test_constant_and_given_guidance():
     assert guidance_schedule("default", steps=3, guidance=[5, 4, 3]) == (5.0, 4.0, 3.0)
     with pytest.raises(OpError, match="found 2, needed 3"):
         guidance_schedule("default", steps=3, guidance=[5, 4])
-    with pytest.raises(OpError, match="needed quality, default, turbo"):
-        guidance_schedule("fast")
+    with pytest.raises(OpError, match="needed quality, default, turbo, instant"):
+        guidance_schedule("swift")
+
+
+def test_presets_of_one_branch_never_guide():
+    for name, steps in (("instant", 8), ("fast", 20), ("turbotime", 4)):
+        assert guidance_schedule(name) == (1.0,) * steps == PRESETS[name].guidance
+        assert guidance_schedule(name, steps=3) == (1.0,) * 3
+        curve = sigmas(steps, 512, 512, 0.0, 1.75)
+        assert {s.unconditional for s in plan(curve, PRESETS[name].guidance)} == {"skip"}
+    assert preset("Instant 8") is PRESETS["instant"]
+    assert preset("turbotime 4 (with its lora)") is PRESETS["turbotime"]
+
+
+def test_schedule_may_end_where_the_clamp_does():
+    # 1 - 1 / (1 + exp(-7.5)) in fp64, as the reference's clamp of the logSNR leaves it
+    kept = sigmas(8, 1024, 1024, 0.0, 1.75, last=LAST_SIGMA)
+    assert kept[-1] == torch.tensor(1.0 - 1.0 / (1.0 + math.exp(-7.5)), dtype=torch.float32)
+    assert torch.equal(kept[:-1], sigmas(8, 1024, 1024, 0.0, 1.75)[:-1])
+    with pytest.raises(OpError, match="last sigma"):
+        sigmas(8, 1024, 1024, 0.0, 1.75, last=0.1)
 
 
 def test_plan_runs_both_copies_at_every_step_by_default():

@@ -34,8 +34,18 @@ def inside(a: tuple, b: tuple) -> bool:
 
 def test_every_workflow_is_here():
     stems = " ".join(file.stem for file in FILES)
-    assert len(FILES) >= 8
-    for words in ("INT8", "Q8_0", "Q4_K", "low VRAM", "LoRA", "image to image", "compare", "own"):
+    assert len(FILES) >= 9
+    for words in (
+        "one branch",
+        "INT8",
+        "Q8_0",
+        "Q4_K",
+        "low VRAM",
+        "LoRA",
+        "image to image",
+        "compare",
+        "own",
+    ):
         assert words in stems
     assert len({load(file)["id"] for file in FILES}) == len(FILES)
 

@@ -130,7 +130,9 @@ def _levels(found: dict) -> Iterator[str]:
     yield "both copies, the encoder and 4 GB for all else, loaded and, modelled, while running):"
     for row in found["levels"]:
         have = "" if row["conditional"] is None else "  you have it"
-        if have and row["unconditional"] is None:
+        if have and row["one_branch"]:
+            have += ", one branch: needs no other copy"
+        elif have and row["unconditional"] is None:
             have += ", without the unconditional copy"
         size = f"{_size(row['copy_bytes'])} a copy"
         needs = f"RAM {row['ram_loaded'] / 1e9:.0f}, {row['ram_running'] / 1e9:.0f} GB"

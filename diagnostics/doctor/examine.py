@@ -164,6 +164,7 @@ def _level(level: str, pair: Pair | None, device: Device, encoder: int, memory: 
         "fits_ram": None if memory is None else needed.loaded <= memory,
         "conditional": pair and pair.conditional.name,
         "unconditional": pair and pair.unconditional and pair.unconditional.name,
+        "one_branch": pair and pair.one_branch and pair.one_branch.reason,
     }
 
 
@@ -187,9 +188,10 @@ def _short_of_memory(levels: list[dict], auto: str | None, memory: int | None) -
     if row is None or row["fits_ram"] is not False:
         return []
     fitting = [r["level"] for r in levels if r["fits_ram"]]
+    copies = "the model" if row["one_branch"] else "both copies"
     way = f"take {fitting[-1]}" if fitting else "use one copy alone (no guidance)"
     return [
-        f"{auto} needs {gigabytes(row['ram_loaded'])} of main memory (both copies, the encoder, "
+        f"{auto} needs {gigabytes(row['ram_loaded'])} of main memory ({copies}, the encoder, "
         f"{gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it will swap "
         f"or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or enlarge the "
         "swap file."
@@ -211,7 +213,7 @@ def _missing(pairs: dict[str, Pair | None], encoders: list, vaes: list, folders:
     lines = []
     if not found:
         lines.append(f"no Ideogram 4 model: put both copies into {folders['diffusion_models'][-1]}")
-    elif all(pair.unconditional is None for pair in found):
+    elif not any(pair.complete for pair in found):
         levels = ", ".join(pair.level for pair in found)
         lines.append(f"no unconditional copy beside the conditional one ({levels}): no guidance")
     elif all(pair.conditional.header.linears_only for pair in found):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ...version import __version__
 
+_PRESETS = ("quality", "default", "turbo", "instant", "fast", "turbotime")
+
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Register both commands; nothing heavy is imported until one runs."""
@@ -45,7 +47,7 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
     files.add_argument("--seeds", type=int, nargs="+", default=[0])
     files.add_argument("--width", type=int, default=1024)
     files.add_argument("--height", type=int, default=1024)
-    files.add_argument("--preset", choices=("quality", "default", "turbo"), default="default")
+    files.add_argument("--preset", choices=_PRESETS, default="default")
     files.add_argument("--steps", type=int)
     files.add_argument("--guidance", type=float)
     files.add_argument("--device")
@@ -97,6 +99,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
+    from ...sampling import preset
     from .cases import CompareError, System, check_reference, check_systems, read_cases
 
     for name in ("encoder", "vae", "prompts"):
@@ -111,6 +114,14 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
 
     systems = [System(name, *_pair(value), args.base) for name, value in map(_named, args.system)]
     check_systems(systems)
+    if args.guidance is None and not preset(args.preset).guided:
+        pairs = [system.name for system in systems if system.unconditional is not None]
+        if pairs:
+            raise CompareError(
+                f"the preset {args.preset} runs without guidance, so no system takes a second file",
+                found=", ".join(pairs),
+                needed="NAME=COND",
+            )
     check_reference(args.reference, [system.name for system in systems])
     shard = _shard(args.shard)
     if args.jobs < 1:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...checkpoint import open_checkpoint
 from ...ops.linear import LinearOptions
+from ...sampling import preset
 from ..encoder import load_encoder
 from ..generate import GenerateRequest, Models, generate
 from ..linear import default_device
@@ -179,7 +180,8 @@ def _encoded(cases: Sequence[Case], settings: Settings, place: dict) -> dict[str
 
 def _load(system: System, settings: Settings, place: dict) -> Models:
     """Both copies of a system (one, where one file holds only the conditional) and the VAE."""
-    copies = "both" if system.guided else "conditional"
+    guided = settings.guidance is not None or preset(settings.preset).guided
+    copies = "both" if system.guided and guided else "conditional"
     pair = open_pair(system.conditional, system.unconditional, base=system.base, copies=copies)
     vae = load_vae(settings.vae, **place)
     return load_pair(pair, None, vae, options=LinearOptions(**system.options), **place)

@@ -41,6 +41,16 @@ FP8 = [
     )
 ]
 MODEL_NOTES = {
+    "auto": f"""**A distilled Ideogram 4: one file, no guidance**, one of:
+
+- [Hippotes]({HF}/Hippotes/Ideogram4-Fal-ComfyUI): **Ideogram4-instant_int8-convrot-simple**, INT8
+- [fal Instant]({HF}/fal/ideogram-v4-instant): 8 steps, BF16 (18.6 GB)
+- [fal Fast]({HF}/fal/ideogram-v4-fast): 20 steps, BF16; pick the preset *fast*
+
+in **models/diffusion_models**, with *instant* or *fast* in the name of the file or its folder.
+*Quantize Ideogram 4* makes INT8 and GGUF files of them. Nothing goes on the sampler's
+*unconditional* input. *branches: one* in the loader passes over files of two copies.
+""",
     "INT8 W8A8 rotated": f"""**Ideogram 4, INT8 (2 x 9.6 GB)**
 
 {download_list(INT8)}

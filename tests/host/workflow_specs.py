@@ -177,6 +177,16 @@ The two copies take turns on the card (*residency: alternating*); turbo has the 
     return Workflow("Ideogram 4 low VRAM", _id(4), columns, links)
 
 
+def _one_branch() -> Workflow:
+    """Eight steps of one file, without guidance and without an unconditional copy."""
+    column = _loaders("auto", height=360)
+    loader = replace(column.nodes[1], widgets={"level": "auto", "branches": "one"})
+    column = replace(column, nodes=[column.nodes[0], loader, *column.nodes[2:]])
+    columns = [column, _BOXES, _CAPTIONS, _sample("4. Sample", preset="instant"), _PICTURE]
+    links = [link for link in _sample_links() if link[1] != "unconditional"]
+    return Workflow("Ideogram 4 one branch", _id(9), columns, _CAPTION_LINKS + links)
+
+
 def _lora() -> Workflow:
     text = """Put LoRAs for Ideogram 4 into **models/loras**. Any trainer's names will do, and any
 quantization level: the weights stay as they are.
@@ -371,4 +381,5 @@ WORKFLOWS = (
     _image_to_image(),
     _compare(),
     _quantize(),
+    _one_branch(),
 )
