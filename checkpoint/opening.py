@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from .copies import COPY_FOLDERS, Verdict, check_copy_name, tell_copy
 from .entries import Entry, main_level
 from .files import RawTensor
 from .folding import FOLDED, LORA_BASIS_KEYS, StoredFolding
-from .grammar import CONDITIONAL, PREFIXES, Key, build_entries, parse_fold_key, parse_key
+from .grammar import (
+    CONDITIONAL,
+    PREFIXES,
+    Key,
+    build_entries,
+    parse_fold_key,
+    parse_key,
+    stored_twice,
+)
 from .origins import check_is_ideogram4, origin_of
 from .placing import check_placed
 from .saved import with_words
@@ -24,6 +33,8 @@ from .statements import check_heeded, matched, stated_quantization
 from .tensor_files import TensorFiles, json_object, open_tensor_files, read_json
 
 logger = logging.getLogger(__name__)
+
+_DIFFUSERS = re.compile(r"diffusion_pytorch_model[.-]")  # one file, the first of many, an index
 
 PathLike = str | os.PathLike[str]
 Base = PathLike | Checkpoint
@@ -70,7 +81,7 @@ def open_checkpoint(
         own = [
             e for files, _, part in chosen.values() if files is tensor_files for e in part.values()
         ]
-        check_heeded(tensor_files, own, _config_beside(tensor_files))
+        check_heeded(tensor_files, own, _told_beside(tensor_files))
     check_placed(opened, entries, config)
     keys = {key: raw for _, part, _ in found.values() for key, raw in part.items()}
     stated = bool(stated_quantization(opened[0]))
@@ -141,9 +152,16 @@ def _open_single(tensor_files: TensorFiles, copy: str | None) -> tuple[dict[str,
 
 
 def _parse(tensor_files: TensorFiles) -> dict[Key, RawTensor]:
-    """The tensors of Ideogram 4 among those of the files."""
-    parsed = ((parse_key(name), raw) for name, raw in tensor_files.tensors.items())
-    return {key: raw for key, raw in parsed if key is not None}
+    """The tensors of Ideogram 4 among those of the files.
+
+    Raises CorruptFileError for one that is there under both of its module's names.
+    """
+    found: dict[Key, RawTensor] = {}
+    for name, raw in tensor_files.tensors.items():
+        key = parse_key(name)
+        if key is not None and found.setdefault(key, raw) is not raw:
+            raise stored_twice(raw, found[key])
+    return found
 
 
 def _folds(tensor_files: TensorFiles) -> dict[str | None, dict[tuple[str, str], RawTensor]]:
@@ -246,3 +264,16 @@ def _config_beside(tensor_files: TensorFiles) -> dict[str, Any] | None:
         return None
     values = read_json(beside)
     return values if "Ideogram4" in str(values.get("_class_name")) else None
+
+
+def _told_beside(tensor_files: TensorFiles) -> dict[str, Any] | None:
+    """What lies beside the weights to tell of them: their config, or one that names no class.
+
+    Only where the weights have diffusers' name is a folder their own.
+    """
+    config = _config_beside(tensor_files)
+    if config is not None or not _DIFFUSERS.match(tensor_files.path.name):
+        return config
+    beside = tensor_files.path.parent / "config.json"
+    values = read_json(beside) if beside.is_file() else {}
+    return None if "_class_name" in values else values
