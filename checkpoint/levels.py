@@ -110,7 +110,9 @@ def resolve(
     if not pairs:
         raise _nothing_found(level, catalogue)
     complete = [pair for pair in pairs if pair.unconditional is not None]
-    pair = _sure(_fitting(complete or pairs, memory), usable)
+    if not complete:  # a level further down may be a whole model whose files do not say so
+        pairs = [_sure(pair, usable) for pair in pairs]
+    pair = _fitting(complete or pairs, memory)
     unread = tuple(f"passed over, {problem}" for problem in catalogue.broken.values())
     return replace(pair, notes=(*pair.notes, *unread))
 
