@@ -14,6 +14,7 @@ from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import CheckpointError, CorruptFileError, printable
 from .lora_kinds import AS_STORED, Strength, refuse_other_kinds, strength_of
+from .lora_passed_over import refuse_passed_over, told_beside
 
 # prefix -> the copy that it names; None: the file does not say
 _PREFIXES: tuple[tuple[str, str | None], ...] = (
@@ -92,8 +93,11 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 
 
 def read_strength(path: Path) -> Strength:
-    """The strength that the metadata of a LoRA file states, for linears without alpha tensors."""
-    return strength_of(open_tensor_files(path).metadata, path.name)
+    """The strength that a LoRA file's metadata, or PEFT's config beside it, states.
+
+    It is that of linears without alpha tensors.
+    """
+    return strength_of(open_tensor_files(path).metadata, path.name, told_beside(path))
 
 
 def parse_lora(
@@ -127,6 +131,7 @@ def parse_lora(
             )
         found[kind] = tensor
         names[copy, module] = name
+    refuse_passed_over(state, result.unknown, known, file)
     pieces: dict[tuple[str | None, str], dict[int | None, LowRank]] = {}
     for (copy, module), found in parts.items():
         fused, third = _fused(module)

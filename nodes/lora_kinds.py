@@ -7,9 +7,11 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, CorruptFileError
+from .lora_passed_over import refuse_statements
 
 _STOCK = "Load it with the stock Load LoRA node, which patches the weights."
 # the tail of a tensor's name -> what the file is
@@ -79,15 +81,20 @@ class Strength:
 AS_STORED = Strength()
 
 
-def strength_of(metadata: Mapping[str, Any], file: str) -> Strength:
+def strength_of(
+    metadata: Mapping[str, Any], file: str, beside: Mapping[str, Any] = MappingProxyType({})
+) -> Strength:
     """What ``lora_adapter_metadata`` (PEFT through diffusers) or ``ss_network_alpha`` (kohya) say.
 
+    Else what ``beside`` says, PEFT's config that lies by the file.
     CorruptFileError for statements that are no numbers; CheckpointError for a DoRA.
     """
     text = metadata.get(_ADAPTER)
     if text is not None:
         return _peft(text, file)
     stated = metadata.get(_KOHYA)
+    if stated in (None, "None", "") and beside:
+        return _stated(beside, file)
     return Strength() if stated in (None, "None", "") else Strength(_number(stated, _KOHYA, file))
 
 
@@ -98,6 +105,10 @@ def _peft(text: Any, file: str) -> Strength:
         config = None
     if not isinstance(config, dict):
         raise CorruptFileError("its metadata is no JSON object", file=file, tensor=_ADAPTER)
+    return _stated(config, file)
+
+
+def _stated(config: Mapping[str, Any], file: str) -> Strength:
     own: dict[str, Any] = {}
     for key, value in config.items():  # transformer.lora_alpha; a text encoder's is not ours
         short = key.rpartition(".")[2]
@@ -110,6 +121,7 @@ def _peft(text: Any, file: str) -> Strength:
                 found=f"{own[short]} and {value}",
                 hint=_STOCK,
             )
+    refuse_statements(own, file)
     if own.get("use_dora"):
         raise CheckpointError(
             "this is a DoRA, which rescales the weights: a side path cannot apply it",
