@@ -165,9 +165,9 @@ def check_heeded(
 
     ``config``: that of the model, beside the weights, if it is this model's.
     """
-    pieces = [parts for entry in entries for parts in entry.pieces if entry.linear]
     # Where the tensors tell of a rotation, what the file says of one is a summary.
-    rotated = any(parts.rotation() for parts in pieces if parts.weight.dtype == "I8")
+    linears = [entry for entry in entries if entry.linear]
+    rotated = any(c.rotated(p) for e in linears for c, p in zip(e.codecs, e.pieces, strict=True))
     mark = next((key for key in tensor_files.tensors if _marks(key)), None)
     if mark is not None and not rotated:
         raise _not_undone(tensor_files, "tensor", mark)
