@@ -44,6 +44,11 @@ class Stored(ABC):
     ROLES: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
+    def rotated(cls, parts: Parts) -> bool:
+        """Whether the weight is stored rotated, and :meth:`read` undoes it."""
+        return False
+
+    @classmethod
     @abstractmethod
     def claims(cls, parts: Parts) -> bool:
         """Whether ``parts`` is of this format."""
@@ -127,6 +132,10 @@ class Int8(Stored):
     scale: Tensor
     smooth: Tensor | None
     rotation: int | None
+
+    @classmethod
+    def rotated(cls, parts: Parts) -> bool:
+        return parts.rotation() is not None
 
     @classmethod
     def claims(cls, parts: Parts) -> bool:

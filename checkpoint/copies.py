@@ -20,7 +20,8 @@ _METADATA_KEYS = ("ideogram4.copy", "model_type", "copy")
 _FOLDERS_ABOVE = 2  # whose names count where the file's own says nothing: cond/Q8_0/x.gguf
 # words of their own ("second" is no copy); what stands before "cond" may turn it around
 _NEGATED = re.compile(
-    r"uncond|(?<![a-z])(?:un|non|not?|neg(?:ative)?)[-_. ]*cond(?:itional)?(?![a-z])"
+    r"uncond|(?<![a-z])(?:un?|non|not?|neg(?:ative)?|without|null|empty|zero|minus)[-_. ]*"
+    r"cond(?:itional)?(?![a-z])"
 )
 _PLAIN = re.compile(r"(?<![a-z])cond(?:itional)?(?![a-z])")
 _WORD_INSIDE = re.compile(r"(?<=[a-z])(?=[A-Z])")

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..errors import NotIdeogram4Error
+from ..errors import CheckpointError, NotIdeogram4Error
 from .files import RawTensor
 from .grammar import Built, Key, build_entries, parameter_of
+from .parts import NOT_SUPPORTED, USE_INSTEAD
 from .statements import matched
 from .tensor_files import TensorFiles
 
@@ -68,6 +69,14 @@ NAMINGS = (
     ),
 )
 
+# A linear of a layer anywhere in a name, with dots or as LoRA files write it
+_MODULE = re.compile(
+    r"(?:layers[._]\d{1,4}[._](?:self_attn[._][qkvo]_proj|mlp[._](?:gate|up|down)_proj)"
+    r"|blk[._]\d{1,4}[._](?:attn_(?:q|k|v|output)|ffn_(?:gate|up|down)))(?![A-Za-z0-9_]*norm)"
+    r"(?![A-Za-z0-9])"
+)
+_LONG = 400  # characters of a name that are looked at; ours have 60
+
 # Not a weight: older transformers stored the frequencies of the rotary embedding in every layer.
 _IN_LAYERS_TOO = re.compile(r"self_attn\.rotary_emb\.inv_freq")
 
@@ -76,7 +85,8 @@ def parse_encoder_keys(tensor_files: TensorFiles) -> tuple[Naming | None, Built]
     """(the naming in use, the entries); None and no entries if the file is no such encoder.
 
     Tensors outside the language model (vision, ``lm_head``) are left out without a word. Raises
-    NotIdeogram4Error for a layer with a module that Qwen3 has not, CheckpointError for what
+    NotIdeogram4Error for a layer with a module that Qwen3 has not, CheckpointError for a
+    tensor that names a linear here and stands under no weight of that name, and for what
     ``statements.matched`` and ``build_entries`` refuse.
     """
     for naming in NAMINGS:
@@ -91,6 +101,7 @@ def parse_encoder_keys(tensor_files: TensorFiles) -> tuple[Naming | None, Built]
                 tensors.append((_key(match, naming, prefix), raw))
             else:
                 _refuse_other_module(name, naming, prefix, tensor_files)
+                _refuse_other_prefix(name, raw, tensor_files)
         stated = matched(tensor_files, tensors, _parser(naming))
         return naming, build_entries(tensors, stated, _is_linear)
     return None, Built({})
@@ -118,6 +129,19 @@ def _refuse_other_module(name: str, naming: Naming, prefix: str, tensor_files: T
         tensor=name,
         hint="Pick a file of Qwen3-VL-8B.",
     )
+
+
+def _refuse_other_prefix(name: str, raw: RawTensor, tensor_files: TensorFiles) -> None:
+    """CheckpointError for what a tool keeps of a weight here under a prefix of its own."""
+    module = _MODULE.search(name[:_LONG])
+    if module is not None and f"{name[: module.end()]}.weight" not in tensor_files.tensors:
+        raise CheckpointError(
+            NOT_SUPPORTED,
+            file=raw.file.path,
+            tensor=name,
+            found="a tensor of a linear, under a prefix that its weight has not",
+            hint=USE_INSTEAD,
+        )
 
 
 def _prefix(tensor_files: TensorFiles, anchor: str) -> str | None:

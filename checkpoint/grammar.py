@@ -145,12 +145,7 @@ def build_entries(
             continue
         found = roles.setdefault(key.name, {}).setdefault(key.piece, {})
         if key.role in found:
-            raise CorruptFileError(
-                "the tensor is stored twice",
-                file=raw.file.path,
-                tensor=raw.key,
-                found=f"{found[key.role].key} too",
-            )
+            raise stored_twice(raw, found[key.role])
         found[key.role] = raw
     orphans = _take_orphans(roles, others)
     entries = {}
@@ -217,6 +212,17 @@ def not_supported(key: Key, raw: RawTensor) -> CheckpointError:
     found = told(raw, key.suffix)
     return CheckpointError(
         NOT_SUPPORTED, file=raw.file.path, tensor=raw.key, found=found, hint=USE_INSTEAD
+    )
+
+
+def stored_twice(raw: RawTensor, other: RawTensor) -> CorruptFileError:
+    """The error for two tensors of one place in the model."""
+    return CorruptFileError(
+        "the tensor is stored twice",
+        file=raw.file.path,
+        tensor=raw.key,
+        found=f"{other.key} too",
+        hint="Which one the model was made with is unknown: use the file as its tool wrote it.",
     )
 
 

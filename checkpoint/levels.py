@@ -125,6 +125,8 @@ def resolve(
         raise _nothing_found(level, catalogue)
     both = [pair for pair in pairs if pair.unconditional is not None]
     complete = both or [pair for pair in pairs if pair.complete]
+    if not complete:  # a level further down may be a whole model whose files do not say so
+        pairs = [_sure(pair, usable) for pair in pairs]
     pair = _sure(_fitting(complete or pairs, memory), usable)
     unread = tuple(f"passed over, {problem}" for problem in catalogue.broken.values())
     return replace(pair, notes=(*pair.notes, *unread))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CHECK_DOWNLOAD, CorruptFileError, PairMismatchError
+from .beside import config_beside, told_beside
 from .branches import OneBranch, tell_one_branch
 from .canonical import TEXT_ONLY
 from .checkpoints import Checkpoint
@@ -26,12 +27,13 @@ from .grammar import (
     build_entries,
     parse_fold_key,
     parse_key,
+    stored_twice,
 )
 from .origins import check_is_ideogram4, origin_of
 from .placing import check_placed
 from .saved import with_words
 from .statements import check_heeded, matched, stated_quantization
-from .tensor_files import TensorFiles, json_object, open_tensor_files, read_json
+from .tensor_files import TensorFiles, json_object, open_tensor_files
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def open_checkpoint(
         own = [
             e for files, _, part in chosen.values() if files is tensor_files for e in part.values()
         ]
-        check_heeded(tensor_files, own, _config_beside(tensor_files))
+        check_heeded(tensor_files, own, told_beside(tensor_files))
     check_placed(opened, entries, config)
     keys = {key: raw for _, part, _ in found.values() for key, raw in part.items()}
     stated = bool(stated_quantization(opened[0]))
@@ -182,9 +184,16 @@ def _open_single(tensor_files: TensorFiles, copy: str | None) -> tuple[dict[str,
 
 
 def _parse(tensor_files: TensorFiles) -> dict[Key, RawTensor]:
-    """The tensors of Ideogram 4 among those of the files."""
-    parsed = ((parse_key(name), raw) for name, raw in tensor_files.tensors.items())
-    return {key: raw for key, raw in parsed if key is not None}
+    """The tensors of Ideogram 4 among those of the files.
+
+    Raises CorruptFileError for one that is there under both of its module's names.
+    """
+    found: dict[Key, RawTensor] = {}
+    for name, raw in tensor_files.tensors.items():
+        key = parse_key(name)
+        if key is not None and found.setdefault(key, raw) is not raw:
+            raise stored_twice(raw, found[key])
+    return found
 
 
 def _folds(tensor_files: TensorFiles) -> dict[str | None, dict[tuple[str, str], RawTensor]]:
@@ -274,16 +283,7 @@ def _stated_config(opened: Sequence[TensorFiles]) -> dict[str, Any] | None:
             text = tensor_files.metadata.get(key)
             if isinstance(text, str):
                 return json_object(text, key, tensor_files.path)
-        beside = _config_beside(tensor_files)
+        beside = config_beside(tensor_files)
         if beside is not None:
             return beside
     return None
-
-
-def _config_beside(tensor_files: TensorFiles) -> dict[str, Any] | None:
-    """``config.json`` in the folder of a safetensors file, if it is of such a model."""
-    beside = tensor_files.path.parent / "config.json"
-    if tensor_files.kind != "safetensors" or not beside.is_file():
-        return None
-    values = read_json(beside)
-    return values if "Ideogram4" in str(values.get("_class_name")) else None

@@ -67,6 +67,14 @@ def read_safetensors_header(
         head = stream.read(8)
         if len(head) < 8:
             raise _truncated(file, "the length of the header", 8)
+        if head.startswith(b"GGUF"):
+            raise CorruptFileError(
+                "this is no safetensors file",
+                file=path,
+                found="a GGUF file",
+                needed="safetensors",
+                hint="Pick the safetensors file.",
+            )
         (length,) = struct.unpack("<Q", head)
         first = stream.read(1)
         stream.seek(8)

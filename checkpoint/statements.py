@@ -39,14 +39,22 @@ _TOLD_BY_TENSORS = re.compile(r"bitsandbytes|compressed.tensors|.*(?:fp8|float8)
 
 
 def stated_quantization(tensor_files: TensorFiles) -> dict[str, Any]:
-    """Module -> description, from the metadata in which ComfyUI may keep it instead of tensors."""
-    text = tensor_files.metadata.get(METADATA)
-    if not isinstance(text, str):
-        return {}
-    layers = json_object(text, METADATA, tensor_files.path).get("layers")
-    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
-        raise CorruptFileError(f"metadata {METADATA} has no layers", file=tensor_files.path)
-    return layers
+    """Module -> description, from the metadata in which ComfyUI may keep it instead of tensors.
+
+    Of shards each may describe its own; CheckpointError if two say different things of one weight.
+    """
+    result: dict[str, Any] = {}
+    for metadata in tensor_files.stated():
+        text = metadata.get(METADATA)
+        if not isinstance(text, str):
+            continue
+        layers = json_object(text, METADATA, tensor_files.path).get("layers")
+        if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+            raise CorruptFileError(f"metadata {METADATA} has no layers", file=tensor_files.path)
+        for module, description in layers.items():
+            if result.setdefault(module, description) != description:
+                raise _two_things(tensor_files, module, description, result[module])
+    return result
 
 
 def matched(
@@ -75,18 +83,25 @@ def matched(
         key = _parsed(name, parse)
         modules = [name] if name in exact else _meant(key, weights, copy_of)
         if not modules:
-            tails = _tails(tensor_files.tensors) if tails is None else tails
+            if tails is None:  # those of this model's own names would excuse any description
+                tails = _tails(tensor_files.tensors.keys() - {raw.key for _, raw in tensors})
             if not _belongs_elsewhere(name, key, tails):
                 raise _unmatched(tensor_files, name)
         for module in modules:
             if result.setdefault(module, description) != description:
-                raise CheckpointError(
-                    f"metadata {METADATA} says two things of one weight",
-                    file=tensor_files.path,
-                    tensor=module,
-                    found=f"{description} and {result[module]}",
-                )
+                raise _two_things(tensor_files, module, description, result[module])
     return result
+
+
+def _two_things(
+    tensor_files: TensorFiles, module: str, first: object, second: object
+) -> CheckpointError:
+    return CheckpointError(
+        f"metadata {METADATA} says two things of one weight",
+        file=tensor_files.path,
+        tensor=module,
+        found=f"{first} and {second}",
+    )
 
 
 def _meant(
@@ -114,7 +129,7 @@ def _parsed(name: str, parse: Callable[[str], Key | None]) -> Key | None:
 
 
 def _tails(names: Iterable[str]) -> set[str]:
-    """Every module of the file, and what is left of its name without its first components."""
+    """Each module among ``names``, and what is left of it without its first components."""
     found = set()
     for name in names:
         if len(name) > _LONG:
@@ -150,18 +165,20 @@ def check_heeded(
 
     ``config``: that of the model, beside the weights, if it is this model's.
     """
-    pieces = [parts for entry in entries for parts in entry.pieces if entry.linear]
     # Where the tensors tell of a rotation, what the file says of one is a summary.
-    rotated = any(parts.rotation() for parts in pieces if parts.weight.dtype == "I8")
-    metadata = tensor_files.metadata
+    linears = [entry for entry in entries if entry.linear]
+    rotated = any(c.rotated(p) for e in linears for c, p in zip(e.codecs, e.pieces, strict=True))
     mark = next((key for key in tensor_files.tensors if _marks(key)), None)
     if mark is not None and not rotated:
         raise _not_undone(tensor_files, "tensor", mark)
-    own = str(metadata.get("software", metadata.get("ideogram4.software", "")))
-    for key, value in metadata.items():
-        said = _unheeded(key, value, rotated, inside="quant" in key.lower())
-        if said and key != METADATA and not own.startswith("ideogram4-quant"):
-            raise _not_undone(tensor_files, f"metadata {printable(key)}", said)
+    for metadata in tensor_files.stated():
+        own = str(metadata.get("software", metadata.get("ideogram4.software", "")))
+        for key, value in metadata.items() if not own.startswith("ideogram4-quant") else ():
+            if key == METADATA and isinstance(value, str):  # its layers are matched, see above
+                value = json_object(value, METADATA, tensor_files.path) | {"layers": {}}
+            said = _unheeded(key, value, rotated, inside="quant" in key.lower())
+            if said:
+                raise _not_undone(tensor_files, f"metadata {printable(key)}", said)
     quantized = [entry for entry in entries if entry.linear and entry.level != "BF16"]
     described = all(parts.quantization() for entry in quantized for parts in entry.pieces)
     if quantized and described:
@@ -202,9 +219,12 @@ def _configs(
 ) -> list[tuple[str, Mapping[str, Any]]]:
     """(where it stands, the description) of one method for the whole file."""
     found = []
-    text = tensor_files.metadata.get(_CONFIG)
-    if isinstance(text, str):
-        found.append((f"metadata {_CONFIG}", json_object(text, _CONFIG, tensor_files.path)))
+    for metadata in tensor_files.stated():
+        value = metadata.get(_CONFIG)
+        if isinstance(value, str):
+            value = json_object(value, _CONFIG, tensor_files.path)
+        if isinstance(value, dict):  # the metadata of an index are no strings
+            found.append((f"metadata {_CONFIG}", value))
     if config is None:
         return found
     if isinstance(config.get(_CONFIG), dict):

@@ -30,6 +30,10 @@ class StockStored(Stored):
     PER_BYTE: ClassVar[int] = 2  # weights
 
     @classmethod
+    def rotated(cls, parts: Parts) -> bool:
+        return "convrot_groupsize" in cls.SETTINGS  # it says only in which groups
+
+    @classmethod
     def claims(cls, parts: Parts) -> bool:
         return parts.quantization().get("format") == cls.FORMAT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Sequence
@@ -34,7 +35,11 @@ _NOT_A_MODEL = (
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of a file, or of all shards of a model. ``kind``: ``safetensors`` or ``gguf``."""
+    """The tensors of a file, or of all shards of a model. ``kind``: ``safetensors`` or ``gguf``.
+
+    ``metadata`` of shards: the first value of each key. ``said``: all of it, shard by shard, and
+    last what the index says.
+    """
 
     path: Path
     kind: str
@@ -42,6 +47,11 @@ class TensorFiles:
     tensors: dict[str, RawTensor]
     metadata: dict[str, Any]
     header: GGUFHeader | None = None
+    said: tuple[dict[str, Any], ...] = ()
+
+    def stated(self) -> tuple[dict[str, Any], ...]:
+        """The metadata, apart where several files or the index have their own."""
+        return self.said or (self.metadata,)
 
     def array(self, key: str) -> list[Any]:
         """The elements of a metadata array of a GGUF file, which ``metadata`` only refers to."""
@@ -170,7 +180,8 @@ def _open_folder(folder: Path) -> TensorFiles:
 
 def _open_index(path: Path) -> TensorFiles:
     """All shards that an index names, each tensor in the shard that the index says."""
-    weight_map = _read_json(path, MAX_HEADER).get("weight_map")
+    index = _read_json(path, MAX_HEADER)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptFileError("the index has no weight_map", file=path, hint=DOWNLOAD_AGAIN)
     names = set()
@@ -188,7 +199,10 @@ def _open_index(path: Path) -> TensorFiles:
             raise CorruptFileError(
                 f"the tensor is not in {name}", file=path, tensor=key, hint=DOWNLOAD_AGAIN
             )
-    return tensor_files
+    about = {key: value for key, value in index.items() if key not in ("weight_map", "metadata")}
+    if isinstance(index.get("metadata"), dict):
+        about = index["metadata"] | about
+    return dataclasses.replace(tensor_files, said=(*tensor_files.said, about))
 
 
 def _open_shards(path: Path, shard: re.Match[str]) -> TensorFiles:
@@ -218,15 +232,17 @@ def _merge(path: Path, names: Sequence[str]) -> TensorFiles:
     tensors: dict[str, RawTensor] = {}
     metadata: dict[str, Any] = {}
     files = []
-    said = 0  # characters of metadata, those that a later shard repeats too
+    said: list[dict[str, Any]] = []
+    spoken = 0  # characters of metadata, those that a later shard repeats too
     for shard in shards:
         part = _open_file(shard)
-        said += sum(len(key) + len(str(value)) for key, value in part.metadata.items())
-        if len(tensors) + len(part.tensors) > MAX_TENSORS or said > MAX_HEADER:
+        said.append(part.metadata)
+        spoken += sum(len(key) + len(str(value)) for key, value in part.metadata.items())
+        if len(tensors) + len(part.tensors) > MAX_TENSORS or spoken > MAX_HEADER:
             raise CorruptFileError(
                 "the shards together hold too many tensors or too much metadata",
                 file=shard,
-                found=f"{len(tensors) + len(part.tensors):,} tensors, {said:,} characters",
+                found=f"{len(tensors) + len(part.tensors):,} tensors, {spoken:,} characters",
                 needed=f"at most {MAX_TENSORS:,} and {MAX_HEADER:,}",
             )
         twice = tensors.keys() & part.tensors.keys()
@@ -235,4 +251,4 @@ def _merge(path: Path, names: Sequence[str]) -> TensorFiles:
         tensors |= part.tensors
         metadata = part.metadata | metadata
         files += part.files
-    return TensorFiles(path, "safetensors", tuple(files), tensors, metadata)
+    return TensorFiles(path, "safetensors", tuple(files), tensors, metadata, said=tuple(said))

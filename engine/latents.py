@@ -28,10 +28,3 @@ def unpack(tokens: Tensor, rows: int, columns: int) -> Tensor:
 def to_token_order(statistics: Tensor) -> Tensor:
     """Per-channel values [4 * C] from the order (c, pi, pj) to (pi, pj, c)."""
     return statistics.reshape(-1, PATCH * PATCH).t().reshape(-1)
-
-
-def from_comfyui(latent: Tensor) -> Tensor:
-    """ComfyUI's latent or noise [B, 4 * C, rows, columns] -> tokens [B, rows * columns, 4 * C]."""
-    b, c, rows, columns = latent.shape
-    split = latent.reshape(b, c // PATCH**2, PATCH**2, rows, columns).permute(0, 3, 4, 2, 1)
-    return split.reshape(b, rows * columns, c)

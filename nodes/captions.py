@@ -43,6 +43,8 @@ STRIPPED = (
     "and what stood behind // too. Type the caption into Check caption (Ideogram 4), or make it "
     "with Build JSON Prompt (Ideogram), and connect that to the text of CLIP Text Encode."
 )
+# What chat programs put around JSON
+_FENCE = re.compile(r"```\w*\s*([\[{].*[\]}])\s*```", re.DOTALL)
 _KEY = re.compile(r'"?\b(?:' + "|".join(_TOP[1:]) + r')\b"?\s*:')
 
 
@@ -66,8 +68,8 @@ def is_plain(text: str) -> bool:
 
 
 def is_stripped(text: str) -> bool:
-    """Whether a caption is JSON that lost its braces: none first, but a key of the top level."""
-    return is_plain(text) and _KEY.search(text) is not None
+    """Whether a caption is JSON that lost its braces: none left, but a key of the top level."""
+    return is_plain(text) and "{" not in text and _KEY.search(text) is not None
 
 
 def check_caption(text: str) -> Verdict:
@@ -77,7 +79,11 @@ def check_caption(text: str) -> Verdict:
     JSON come back unchanged.
     """
     verdict = Verdict(text)
-    stripped = text.strip()
+    stripped = text.strip().removeprefix("\ufeff")  # a byte order mark
+    fenced = _FENCE.fullmatch(stripped)
+    if fenced is not None:
+        stripped = fenced[1]
+        verdict.warnings.append("It stood in a code fence, which is taken off.")
     if not stripped:
         verdict.errors.append("The caption is empty.")
         return verdict

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 
+import comfy.model_base
 import comfy.model_management as management
 import comfy.model_patcher
 import comfy.patcher_extension as extension
@@ -185,10 +186,8 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
     def _predict_conditional(self, x: Tensor, timestep: Tensor, model_options: dict) -> Tensor:
         """The conditional copy's denoised latents [B, C, H, W]."""
         self._take_turn(self.model_patcher)
-        conds = [self.conds["positive"]]
-        return comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, model_options)[
-            0
-        ]
+        conds = [self.conds["positive"], None]
+        return _predictions(self.inner_model, conds, x, timestep, model_options)[0]
 
     def _predict_unconditional(self, x: Tensor, timestep: Tensor) -> Tensor:
         """The unconditional copy's denoised latents [B, C, H, W]; a velocity is kept for reuse."""
@@ -198,7 +197,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
             return x - sigma * self._last_velocity
         self._take_turn(self.unconditional)
         # second in the list, so that patches that ask see it marked as the unconditional one
-        denoised = comfy.samplers.calc_cond_batch(
+        denoised = _predictions(
             self.unconditional.model,
             [None, self._negative],
             x,
@@ -266,6 +265,19 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         )
         options["transformer_options"]["sample_sigmas"] = sigmas
         return options
+
+
+def _predictions(
+    model: comfy.model_base.BaseModel, conds: list, x: Tensor, timestep: Tensor, options: dict
+) -> list[Tensor]:
+    """One of [conditional, unconditional], the other None, by the host or the function that a node
+    put in its place, as SkipLayerGuidanceDiTSimple does."""
+    function = options.get("sampler_calc_cond_batch_function")
+    if function is None:
+        return comfy.samplers.calc_cond_batch(model, conds, x, timestep, options)
+    return function(
+        {"conds": conds, "input": x, "sigma": timestep, "model": model, "model_options": options}
+    )
 
 
 def _whole(patcher: comfy.model_patcher.ModelPatcher) -> list[comfy.model_patcher.ModelPatcher]:

@@ -52,6 +52,9 @@ def linear(
     own = getattr(getattr(weight, "layout_cls", None), "linear", None)
     if own is not None and not (x.requires_grad and torch.is_grad_enabled()):
         return own(x, weight, bias, options)
+    _check_activations(x, weight, (*ACTIVATION_DTYPES, torch.float64))
+    _check_in_features(x, weight.shape[1])
+    _check_vector("bias", bias, weight.shape[0], x)
     if own is None and not hasattr(weight, "layout_cls"):
         weight = weight.to(x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -158,9 +161,11 @@ def gguf_linear(
 # ---- checks
 
 
-def _check_activations(x: Tensor, weight: Tensor) -> None:
-    if x.dtype not in ACTIVATION_DTYPES:
-        raise OpError("x has a dtype that is not computed", found=x.dtype, needed=ACTIVATION_DTYPES)
+def _check_activations(
+    x: Tensor, weight: Tensor, dtypes: tuple[torch.dtype, ...] = ACTIVATION_DTYPES
+) -> None:
+    if x.dtype not in dtypes:
+        raise OpError("x has a dtype that is not computed", found=x.dtype, needed=dtypes)
     if x.dim() == 0 or x.shape[-1] == 0 or weight.dim() != 2:
         raise OpError(
             "a linear layer needs x [..., K] and a weight [N, K], K > 0",

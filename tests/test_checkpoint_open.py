@@ -104,6 +104,11 @@ def test_config_that_is_no_json(tmp_path: Path, state, text: str):
         ("ideogram4-no-cond-Q8_0.safetensors", "unconditional"),
         ("ideogram4 neg cond.safetensors", "unconditional"),
         ("Ideogram4UnConditional.safetensors", "unconditional"),
+        ("ideogram4-without-cond.safetensors", "unconditional"),
+        ("Ideogram4 Null Conditional.safetensors", "unconditional"),
+        ("ideogram4_empty_cond.safetensors", "unconditional"),
+        ("ideogram4-ucond.safetensors", "unconditional"),
+        ("fun-cond.safetensors", "conditional"),
     ],
 )
 def test_copy_by_name(tmp_path: Path, state, name: str, copy: str):

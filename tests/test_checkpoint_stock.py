@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ideogram4_quant.checkpoint.grammar import build_entries, parse_key
+from ideogram4_quant.checkpoint.statements import check_heeded
 from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.errors import CheckpointError, CorruptFileError
 from ideogram4_quant.ops.layouts import Weight, packed
@@ -91,6 +94,20 @@ def test_asymmetric_w4a8(tmp_path):
         beside(parts | {"weight_zeros": zeros, "comfy_quant": storage.as_json(said)}),
     )
     assert torch.equal(found.read(torch.float32).dequantize(), values)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("said", [{"convrot": "true"}, {"quantization": '{"convrot": true}'}])
+def test_metadata_that_sum_up_a_rotation(level, said, tmp_path):
+    """W4A8, W6A8 and W4A4 are rotated by their format; no other container is."""
+    parts, _ = storage.pack_stock(randn(128, 4608) * 0.02, level)
+    found = entry(tmp_path / "m.safetensors", beside(parts))
+    files = dataclasses.replace(open_tensor_files(tmp_path / "m.safetensors"), metadata=said)
+    if level in ("W4A8", "W6A8", "INT4 W4A4"):
+        check_heeded(files, [found], None)
+    else:
+        with pytest.raises(CheckpointError, match="convrot"):
+            check_heeded(files, [found], None)
 
 
 def test_awq(tmp_path):

@@ -206,3 +206,23 @@ def test_other_language_models_are_not_called_damaged(tmp_path, state, change, w
     change(state)
     with pytest.raises(NotIdeogram4Error, match=word):
         open_encoder(files.save(tmp_path / "te.safetensors", state))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"quant.{MODULE}.svd_up",
+        f"language_model.{MODULE}.weight_zero_point",
+        f"lora_te_{MODULE.replace('.', '_')}.lora_up.weight",
+    ],
+)
+def test_a_tensor_of_a_weight_under_another_prefix(tmp_path, state, key):
+    stored, _ = pack_all(state, storage.pack_fp8)
+    stored[key] = torch.rand(96, 4)
+    refused(files.save(tmp_path / "te.safetensors", stored), key, "not supported")
+
+
+def test_another_model_with_the_same_modules(tmp_path, state):
+    stored, _ = pack_all(state, storage.pack_fp8)
+    others, _ = pack_all(state, storage.pack_fp8, "other.model.")
+    assert open_encoder(files.save(tmp_path / "te.safetensors", stored | others)).level == "FP8"

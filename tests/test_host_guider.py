@@ -110,6 +110,13 @@ def test_pre_cfg_functions_run_as_in_the_hosts_cfg(found):
     assert pre["error"] < 1e-6 < 1e-2 < pre["effect"]
 
 
+def test_functions_in_place_of_the_hosts_predictions_run(found):
+    """They did nothing in this sampler (SkipLayerGuidanceDiTSimple)."""
+    batch = found["batch"]
+    assert batch["asked"] == [["conditional", [True, False]], ["unconditional", [False, True]]] * 4
+    assert batch["error"] < 1e-5
+
+
 def test_functions_run_where_guidance_is_off(found):
     one = found["one copy"]
     assert one["before"] == [[1.0, 0.0]] * 4

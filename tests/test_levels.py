@@ -147,6 +147,14 @@ def test_auto_takes_half_a_model_only_where_no_level_has_both(memory):
     assert resolve(AUTO, catalogue(a=half), order, memory).level == "INT8 W8A8"
 
 
+def test_half_a_model_is_not_taken_before_asking_about_what_may_be_a_whole_one():
+    unsure = Header("Q8_0", COND, copy_assumed=True)
+    files = catalogue(a_cond=Header("INT8 W8A8", COND), b=unsure, c=unsure)
+    with pytest.raises(PairMismatchError, match="several files of Q8_0"):
+        resolve(AUTO, files, AUTO_ORDER["int8 and bfloat16"], 10**12)
+    assert resolve("INT8 W8A8", files, LEVELS, 0).unconditional is None  # as asked
+
+
 def test_files_of_another_size_are_no_partners():
     small = ModelConfig(num_layers=4)
     files = catalogue(a=Header("Q4_0", COND), b=Header("Q4_0", UNCOND, config=small))

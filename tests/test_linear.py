@@ -115,6 +115,11 @@ BAD = {
     "gguf in_features": (lambda: gguf_linear(X[:, :32], PACKED, "Q8_0", (4, 64)), "in_features"),
     "compute": (lambda: gguf_linear(X, PACKED, "Q8_0", (4, 64), compute="int4"), "'int4'"),
     "dense": (lambda: linear(X, make("fp8", torch.ones(4, 63))), "in_features"),
+    "plain in_features": (lambda: linear(X, torch.ones(4, 63)), "in_features"),
+    "plain bias": (lambda: linear(X, torch.ones(4, 64), S[:3]), "bias does not fit"),
+    # the weight was cast to whole numbers: 0.3 is 0
+    "plain x int": (lambda: linear(X.int(), torch.full((4, 64), 0.3)), "x has a dtype"),
+    "plain 1-D": (lambda: linear(X, torch.ones(64)), r"weight \[N, K\]"),
 }
 
 

@@ -125,3 +125,20 @@ def test_json_that_lost_its_braces_to_the_page_is_an_error_that_says_where_to_ty
 @pytest.mark.parametrize("text", ["A sign: OPEN", json.dumps(GOOD), "a high_level_description"])
 def test_other_captions_have_their_braces(text):
     assert not is_stripped(text)
+
+
+@pytest.mark.parametrize("around", ["```json\n%s\n```", "```%s```", "\ufeff%s"])
+def test_what_programs_put_around_json_is_taken_off(around):
+    """It was said to have lost its braces to ComfyUI's page."""
+    text = around % json.dumps(GOOD)
+    assert not is_stripped(text)
+    verdict = check_caption(text)
+    assert verdict.errors == []
+    assert json.loads(verdict.caption) == GOOD
+    assert ("fence" in verdict.text()) == around.startswith("`")
+
+
+def test_json_behind_other_text_has_its_braces():
+    text = "Here is the caption: " + json.dumps(GOOD)
+    assert not is_stripped(text)
+    assert "plain text" in check_caption(text).text()

@@ -106,8 +106,8 @@ def test_unnamed_updates_go_to_the_conditional_copy_unless_told():
 
 
 def test_other_tensors_are_counted_not_dropped_silently():
-    state = pair("input_proj", 2) | {"layers.0.attention.o.other": torch.zeros(2, 2)}
-    assert parse_lora(state, SHAPES, "f").unknown == ["layers.0.attention.o.other"]
+    state = pair("input_proj", 2) | {"text_model.layers.0.q.lora_A.weight": torch.zeros(2, 2)}
+    assert parse_lora(state, SHAPES, "f").unknown == ["text_model.layers.0.q.lora_A.weight"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,70 @@ def test_metadata_gives_the_strength_where_no_alpha_tensor_does(tmp_path, metada
 def test_strengths_that_cannot_be_understood_are_refused(metadata, words):
     with pytest.raises(CheckpointError, match=words):
         strength_of(metadata, "f")
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "lora_E",  # AdaLoRA
+        "lora_latent_mapping.default.weight",  # LoRA-XS
+        "lora_A.comfy_quant",
+        "lora_A.weight_scale",
+        "lora_gate.weight",
+        "bias",  # PEFT's bias="lora_only"
+        "modules_to_save.weight",
+    ],
+)
+@pytest.mark.parametrize("prefix", ["transformer.", "lora_unet_", "other."])
+def test_a_tensor_of_a_linear_that_is_not_understood(prefix, tail):
+    """One line said that it was not loaded, and the LoRA acted otherwise than trained."""
+    name = f"{prefix}input_proj.{tail}"
+    state = pair("input_proj", 4) | {name: torch.rand(4, 4)}
+    with pytest.raises(CheckpointError, match="not understood") as caught:
+        parse_lora(state, SHAPES, "f")
+    assert caught.value.tensor == name
+
+
+def test_codes_are_no_values():
+    state = {name: half.to(torch.int8) for name, half in pair("input_proj", 4).items()}
+    with pytest.raises(CheckpointError, match=r"quantized LoRA is not supported.*int8"):
+        parse_lora(state, SHAPES, "f")
+    whole = pair("input_proj", 4)
+    whole["input_proj.alpha"] = torch.tensor(2)  # kohya's may be a whole number
+    assert parse_lora(whole, SHAPES, "f").updates
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_16"},
+        {"init_lora_weights": "olora"},
+        {"peft_type": "ADALORA"},
+        {"alora_invocation_tokens": [1, 2]},
+    ],
+)
+def test_an_adapter_of_other_weights_is_refused(config):
+    with pytest.raises(CheckpointError, match=next(iter(config))):
+        strength_of(adapter(r=4, lora_alpha=4, **config), "f")
+    strength_of(adapter(r=4, lora_alpha=4, init_lora_weights="gaussian", peft_type="LORA"), "f")
+
+
+def test_pefts_config_beside_its_file(tmp_path):
+    """``save_pretrained`` of PEFT writes alpha there and no metadata."""
+    state, path = pair("input_proj", 4, prefix="base_model.model."), "adapter_model.safetensors"
+    save_file(state, tmp_path / path, {"format": "pt"})
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 1, "use_rslora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    strength = read_strength(tmp_path / path)
+    down, up = state.values()
+    found = parse_lora(read_lora(tmp_path / path), SHAPES, "f", strength).updates[None]
+    torch.testing.assert_close(delta(found["input_proj"]), up @ down * 0.5)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    with pytest.raises(CheckpointError, match="DoRA"):
+        parse_lora(read_lora(tmp_path / path), SHAPES, "f", read_strength(tmp_path / path))
+    save_file(state, tmp_path / "other.safetensors")
+    assert read_strength(tmp_path / "other.safetensors").alpha is None
 
 
 def test_rank_0_and_fused_with_split_rows_are_told_in_words():

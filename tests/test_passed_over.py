@@ -491,3 +491,124 @@ def test_auto_tells_of_a_file_that_it_cannot_read(tmp_path):
         "uncond.safetensors",
     )
     assert any(said in note for note in pair.notes)
+
+
+# ---- the same, said elsewhere
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda module: module.replace("layers.", "transformer_blocks."),
+        lambda module: ".".join(module.split(".")[-2:]),
+        lambda module: module.rpartition(".")[2],
+        lambda module: "re:.*" + module,
+    ],
+)
+def test_the_end_of_a_modules_name_alone_is_no_other_model(tmp_path, rename):
+    """It was taken for a description of another model in the file, and the rotation was lost."""
+    stored, _ = storage.packed(files.model(), lambda w: rotated(w, 64), skip=STEM)
+    modules = [key.removesuffix(".weight_scale") for key in stored if key.endswith("_scale")]
+    layers = {rename(module): conf(64) for module in modules}
+    metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+    path = files.save(tmp_path / "m.safetensors", stored, metadata)
+    refused(path, next(iter(layers)), "describes a weight that is not in the file")
+
+
+@pytest.mark.parametrize("more", [{"default": conf(64)}, {"convrot": True}])
+def test_a_description_for_all_beside_that_of_modules(tmp_path, more):
+    metadata = {"_quantization_metadata": json.dumps({"layers": {}, **more})}
+    refused(int8_file(tmp_path / "m.safetensors", metadata=metadata), "convrot")
+
+
+def shards(folder: Path, said: list[dict | None], index: dict | None = None) -> tuple:
+    """A model of two shards, rotated int8, each with its own metadata."""
+    stored, truth = storage.packed(files.model(), lambda w: rotated(w, 64), skip=STEM)
+    keys = sorted(stored)
+    names = [f"m-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    halves = dict(zip(names, (keys[: len(keys) // 2], keys[len(keys) // 2 :]), strict=True))
+    for (name, half), metadata in zip(halves.items(), said, strict=True):
+        files.save(folder / name, {key: stored[key] for key in half}, metadata)
+    weight_map = {key: name for name, half in halves.items() for key in half}
+    text = json.dumps({"weight_map": weight_map, **(index or {})})
+    (folder / "m.safetensors.index.json").write_text(text)
+    return folder / names[0], truth, [list(half) for half in halves.values()]
+
+
+def described(keys: list[str], group: int = 64) -> dict[str, str]:
+    modules = [key.removesuffix(".weight_scale") for key in keys if key.endswith("_scale")]
+    layers = {module: conf(group) for module in modules}
+    return {"_quantization_metadata": json.dumps({"layers": layers})}
+
+
+def test_each_shard_describes_its_own(tmp_path):
+    """The second one's description was dropped, and half of the weights stayed rotated."""
+    _, _, halves = shards(tmp_path, [None, None])
+    path, truth, _ = shards(tmp_path, [described(half) for half in halves])
+    check_weights(open_checkpoint(path), "conditional", truth, ulps=16)
+    of_all = {"metadata": described([*halves[0], *halves[1]])}
+    path, truth, _ = shards(tmp_path, [None, None], of_all)
+    check_weights(open_checkpoint(path), "conditional", truth, ulps=16)
+    path, _, _ = shards(tmp_path, [described(halves[0]), described(halves[0], 16)])
+    refused(path, "two things of one weight")
+
+
+@pytest.mark.parametrize(
+    ("said", "index"),
+    [
+        ([{"rotation": "none"}, {"rotation": "64"}], None),
+        ([None, None], {"metadata": {"hadamard": True}}),
+        ([None, None], {"metadata": {"quantization_config": {"use_hadamard": True}}}),
+        ([None, None], {"quantization_config": {"quant_method": "sdnq"}}),
+    ],
+)
+def test_what_a_later_shard_or_the_index_tells(tmp_path, said, index):
+    path, _, _ = shards(tmp_path, said, index)
+    refused(path)
+
+
+def test_one_linear_under_both_of_its_names(tmp_path):
+    """The later one won, without a word."""
+    state = files.model()
+    both = state | {"layers.0.attention.to_out.0.weight": state["layers.0.attention.o.weight"] + 1}
+    refused(files.save(tmp_path / "m.safetensors", both), "attention.o.weight", "stored twice")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"model.{MODULE}.weight_zero_point",
+        f"quant.{MODULE}.svd_up",
+        f"smooth.{MODULE}",
+        f"base_model.model.{MODULE}.lora_A.weight",
+        f"lora_unet_{MODULE.replace('.', '_')}.lora_up.weight",
+        "final_layer.smooth",
+        "input_proj_smooth",
+        "smoothquant_factors",
+    ],
+)
+def test_a_tensor_of_a_weight_under_another_prefix(tmp_path, key):
+    """A line in the log said that it was ignored, and the picture was wrong."""
+    stored, _ = storage.packed(files.model(), storage.pack_fp8, skip=STEM)
+    stored[key] = torch.rand(128, 4)
+    refused(files.save(tmp_path / "m.safetensors", stored), key, "it is not understood")
+
+
+def test_other_weights_in_the_file_are_none_of_ours(tmp_path, caplog):
+    stored, truth = storage.packed(files.model(), storage.pack_fp8, PREFIX, skip=STEM)
+    others, _ = storage.packed(files.model(), storage.pack_fp8, "average.", skip=STEM)
+    with caplog.at_level(logging.WARNING):
+        ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored | others))
+    check_weights(ck, "conditional", truth)
+    assert "ignored" in caplog.text
+
+
+def test_a_config_without_a_class_is_of_its_folder(tmp_path):
+    folder = tmp_path / "transformer"
+    stored, _ = storage.packed(files.split_model(), storage.pack_fp8, skip=["adaln"])
+    files.save(folder / "diffusion_pytorch_model.safetensors", stored)
+    (folder / "quantization_config.json").write_text('{"quant_method": "sdnq"}')
+    refused(folder, "sdnq")
+    (folder / "quantization_config.json").unlink()
+    (folder / "config.json").write_text('{"quantization_config": {"use_hadamard": true}}')
+    refused(folder, "use_hadamard")

@@ -256,3 +256,10 @@ def test_the_file_says_what_it_is(tmp_path):
     with safe_open(path, "pt") as file:
         assert file.metadata()["format"] == "ideogram4-quant calibration"
         assert json.loads(file.metadata()["provenance"])[0]["models"] == {"conditional": "aa"}
+
+
+def test_a_gguf_file_is_no_broken_download(tmp_path):
+    (tmp_path / "c.safetensors").write_bytes(b"GGUF\x03\0\0\0" + bytes(64))
+    with pytest.raises(CheckpointError, match="a GGUF file") as caught:
+        Calibration.load(tmp_path / "c.safetensors")
+    assert "damaged" not in str(caught.value)

@@ -20,6 +20,7 @@ from .changes import WeightChange
 from .found import Found
 from .kinds import ADAPTER, AS_STORED, Strength, refuse_other_kinds, strength_of
 from .low_rank import LowRank, in_rows, stack
+from .passed_over import refuse_passed_over
 
 Shapes = Mapping[str, tuple[int, ...]]
 Changes = Mapping[str, Sequence[WeightChange]]
@@ -116,6 +117,7 @@ def parse_lora(
     thirds: dict[tuple[str | None, str], set[int | None]] = {}
     low_rank: dict[tuple[str | None, str], list[LowRank]] = {}
     modules = _modules(state, known, file, strength, result.unknown)
+    refuse_passed_over(state, result.unknown, known, file)
     for (copy, module), found in modules.items():
         linear, third = lora_names.fused(module)
         changes = result.changes.setdefault(copy, {})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import CheckpointError, CorruptFileError
+from .passed_over import refuse_statements
 
 _STOCK = "Load it with the stock Load LoRA node, which patches the weights."
 # the tail of a tensor's name -> what the file is
@@ -108,6 +109,7 @@ def _peft(text: Any, file: str) -> Strength:
                 found=f"{own[short]} and {value}",
                 hint=_STOCK,
             )
+    refuse_statements(own, file)
     if own.get("peft_type") == "OFT" and (
         not own.get("use_cayley_neumann", True) or own.get("num_cayley_neumann_terms", 5) != 5
     ):

@@ -32,6 +32,7 @@ def main() -> None:
             "clean after failure": clean_after_failure(world),
             "post cfg": post_cfg_hooks_run(world),
             "pre cfg": pre_cfg_functions_run(world),
+            "batch": batch_functions_run(world),
             "one copy": functions_run_without_a_second_copy(world),
             "second order": second_order_sampler_follows_the_schedule(world),
         }
@@ -343,6 +344,37 @@ def pre_cfg_functions_run(world: World) -> dict:
         "error": inside.relative(found, alone),
         "effect": inside.relative(world.sample(), alone),
     }
+
+
+def batch_functions_run(world: World) -> dict:
+    """A function in place of the host's predictions: each copy's own, for its own conditioning."""
+    import comfy.samplers
+
+    asked = []
+
+    def twice(copy: str):
+        def function(a):
+            asked.append([copy, [cond is not None for cond in a["conds"]]])
+            found = comfy.samplers.calc_cond_batch(
+                a["model"], a["conds"], a["input"], a["sigma"], a["model_options"]
+            )
+            return [2 * each for each in found] if copy == "conditional" else found
+
+        return function
+
+    patchers = {c: getattr(world, c).clone() for c in ("conditional", "unconditional")}
+    for copy, patcher in patchers.items():
+        patcher.set_model_sampler_calc_cond_batch_function(twice(copy))
+    found = world.sample(**patchers)
+
+    def post(a):
+        return 2 * a["cond_denoised"] * a["cond_scale"] + a["uncond_denoised"] * (
+            1 - a["cond_scale"]
+        )
+
+    same = world.conditional.clone()
+    same.set_model_sampler_post_cfg_function(post)
+    return {"asked": asked, "error": inside.relative(found, world.sample(same))}
 
 
 def functions_run_without_a_second_copy(world: World) -> dict:
