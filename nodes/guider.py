@@ -235,7 +235,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
             streamed = self.keep == residency.STREAMED
             self.kept = residency.STREAMED if streamed else residency.BOTH
         else:
-            sizes = (_size(patcher), _size(self.unconditional))
+            sizes = tuple(residency.size(p, _ADDITIONAL) for p in (patcher, self.unconditional))
             memory = management.get_total_memory(patcher.load_device)
             self.kept = residency.choose(self.keep, sizes, int(least), memory)
         if self.kept == residency.ALTERNATING:
@@ -261,7 +261,9 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
     def _take_turn(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         if self.kept != residency.ALTERNATING or self._turn is patcher:
             return
-        management.load_models_gpu(_whole(patcher), memory_required=self._working_memory)
+        management.load_models_gpu(
+            residency.whole(patcher, _ADDITIONAL), memory_required=self._working_memory
+        )
         self._turn = patcher
 
     def _make_room(self, reason: Exception) -> None:
@@ -282,10 +284,12 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         management.free_memory(_ALL, device)
         management.soft_empty_cache()
         if smaller == residency.STREAMED:
-            models = _whole(self.model_patcher)
+            models = residency.whole(self.model_patcher, _ADDITIONAL)
             if self.unconditional is not None:
                 others = self._loaded_with(self.model_patcher)
-                models += [model for other in others for model in _whole(other)]
+                models += [
+                    model for other in others for model in residency.whole(other, _ADDITIONAL)
+                ]
             management.load_models_gpu(models, memory_required=_ALL)
 
     def _own_options(self, sigmas: Tensor) -> dict:
@@ -296,21 +300,6 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         )
         options["transformer_options"]["sample_sigmas"] = sigmas
         return options
-
-
-def _whole(patcher: comfy.model_patcher.ModelPatcher) -> list[comfy.model_patcher.ModelPatcher]:
-    """A copy with what is beside it on its device, such as LoRAs; without the other copy."""
-    beside = (
-        model
-        for key, models in patcher.additional_models.items()
-        if key != _ADDITIONAL
-        for model in models
-    )
-    return [patcher, *(model for model in beside if model.load_device == patcher.load_device)]
-
-
-def _size(patcher: comfy.model_patcher.ModelPatcher) -> int:
-    return sum(model.model_size() for model in _whole(patcher))
 
 
 def _keep_in_ram(prepare, *args, **kwargs):

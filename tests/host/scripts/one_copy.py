@@ -6,7 +6,6 @@ What is wanted comes from two models that are loaded apart, with the dense formu
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import inside
 from clones import World, bypass, left
@@ -92,7 +91,9 @@ def runs(world: World, files: dict) -> dict:
                         errors[state] = inside.relative(sample(world, copies), right)
                     errors[f"{state}, left"] = left_behind(plain)
                 errors["left"] = left(plain)
-            found[f"{level}, {fused}, without"] = bool((sample(world, [plain, None]) == alone).all())
+            found[f"{level}, {fused}, without"] = bool(
+                (sample(world, [plain, None]) == alone).all()
+            )
     return found
 
 
