@@ -25,6 +25,7 @@ DELEGATED = {
     "quantize": (".quant.cli", "write a model at another level"),
     "inspect": (".quant.cli", "say what a model file is"),
     "verify": (".quant.cli", "compare the weights of two files"),
+    "delta": (".quant.delta_cli", "make an unconditional LoRA of two copies"),
     "calibrate": (".engine.calibration_cli", "watch every linear while captions are sampled"),
     "fragility": (".engine.calibration_cli", "rank the linears of a calibration"),
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
