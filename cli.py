@@ -125,7 +125,18 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     files.add_argument(
         "--model", required=True, metavar="F", help="the conditional copy, or a file with both"
     )
-    files.add_argument("--uncond", metavar="F", help="the unconditional copy")
+    files.add_argument(
+        "--uncond",
+        metavar="F|self|none",
+        help="the unconditional copy; self: the conditional copy without text in its place; none: "
+        "no guidance",
+    )
+    files.add_argument(
+        "--uncond-lora",
+        type=Path,
+        metavar="F",
+        help="a LoRA with which the conditional copy stands for the unconditional one",
+    )
     files.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
     )
