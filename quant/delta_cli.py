@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
 from .calibration import Calibration
 from .cli import progress_bar
 from .delta import DTYPES, LINEARS, DeltaOptions, make_delta
+from .encode import encoding_device
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -55,9 +54,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 def _delta(args: argparse.Namespace) -> int:
     calibration = None if args.calibration is None else Calibration.load(args.calibration)
-    options = DeltaOptions(
-        args.rank, args.dtype, args.linears, calibration, torch.device(args.device)
-    )
+    device = encoding_device(args.device)
+    options = DeltaOptions(args.rank, args.dtype, args.linears, calibration, device)
     with progress_bar(f"rank {args.rank}", " weights") as progress:
         report = make_delta(
             args.conditional,
