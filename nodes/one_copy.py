@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
+import comfy.patcher_extension as extension
 from comfy.model_patcher import ModelPatcher
 
-from ..errors import PairMismatchError
+from ..errors import OpError, PairMismatchError
 
 INPUT, CONDITIONAL_COPY = "unconditional input", "conditional copy"
 CHOICES = (INPUT, CONDITIONAL_COPY)
@@ -28,9 +30,18 @@ _HINT = (
 def stand_in(patcher: ModelPatcher, how: str) -> ModelPatcher:
     """A clone of a conditional copy that may be connected as the unconditional one.
 
-    how: what it is, for reports.
+    how: what it is, for reports. Sampling it by itself, as the host's guiders do, is an OpError:
+    they would run it with the changes of the conditional copy.
     """
     clone = patcher.clone()
+    if stands_in(patcher) is None:
+        extension.add_wrapper_with_key(
+            extension.WrappersMP.PREPARE_SAMPLING,
+            _STANDS_IN,
+            _refuse_elsewhere,
+            clone.model_options,
+            is_model_options=True,
+        )
     clone.set_attachments(_STANDS_IN, how)
     return clone
 
@@ -114,6 +125,15 @@ def beside(resident: ModelPatcher, other: ModelPatcher) -> list[ModelPatcher]:
         for small in other.get_additional_models()
         if small.load_device == other.load_device and id(small.model) not in there
     ]
+
+
+def _refuse_elsewhere(*_args: object, **_kwargs: object) -> NoReturn:
+    raise OpError(
+        "this model stands for the unconditional copy on weights that the conditional one has in "
+        "memory, and this sampler or guider would run both passes alike",
+        needed="Ideogram 4 Sampler, or Dual-copy CFG (Ideogram 4)",
+        hint="Connect it to the unconditional input of one of these.",
+    )
 
 
 def _refuse_by_accident(unconditional: ModelPatcher) -> None:

@@ -83,6 +83,10 @@ def test_what_one_copy_cannot_do_is_refused_with_the_reason(others, case, words)
     assert words in others["refused"][case]
 
 
+def test_a_stand_in_is_refused_where_its_lora_would_be_lost(others):
+    assert "would run both passes alike" in others["stock guider"]
+
+
 def test_a_failure_within_the_unconditional_pass_leaves_nothing(others):
     found = others["interrupted"]
     assert found["raised"]

@@ -147,6 +147,7 @@ def others(world: World, files: dict) -> dict:
     found["weights alike"] = inside.relative(sample(world, copies), right["one on both"])
     found["interrupted"] = interrupted(world, plain, right["unconditional LoRA"])
     found["asked"] = asked(world, plain)
+    found["stock guider"] = in_the_stock_guider(world, plain)
     return found
 
 
@@ -178,6 +179,25 @@ def refused(world: World, plain) -> dict[str, str]:
         except inside.load(world.pack, "errors").Ideogram4QuantError as error:
             found[name] = str(error)
     return found
+
+
+def in_the_stock_guider(world: World, plain) -> str:
+    """What the host's own guider over two models says of a stand-in."""
+    import comfy.samplers
+    import torch
+    from comfy_extras.nodes_custom_sampler import DualModelGuider
+
+    make = inside.load(world.pack, "nodes.one_copy").stand_in
+    second = make(world.add(plain, (OTHER,)), "a stand-in").clone()
+    positive = [[torch.zeros(1, 20, 832), {}]]
+    guider = DualModelGuider.execute(plain, positive, 7.0, second).args[0]
+    noise = torch.zeros(1, 128, 4, 8)
+    euler = comfy.samplers.sampler_object("euler")
+    try:
+        guider.sample(noise, noise, euler, torch.tensor([1.0, 0.0]), seed=0)
+    except inside.load(world.pack, "errors").Ideogram4QuantError as error:
+        return str(error)
+    return "taken"
 
 
 def interrupted(world: World, plain, right) -> dict:
