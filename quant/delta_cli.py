@@ -26,7 +26,13 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         nargs="?",
         help="the unconditional copy, where the first file does not hold both",
     )
-    parser.add_argument("--rank", type=int, required=True, metavar="R", help="of every linear")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        required=True,
+        metavar="R",
+        help="of the linears in the blocks; those few outside get 128 where that is more",
+    )
     parser.add_argument("--out", required=True, metavar="F", help="lora.safetensors")
     parser.add_argument(
         "--calibration",

@@ -16,13 +16,15 @@ _SHOWN = 5
 class LinearDelta:
     """One linear [N, K]: mean squares of its output, summed over channels.
 
-    width: N + K; signal: of the unconditional copy's output; total: of the difference's; energies:
+    width: N + K; stem: whether it lies outside the blocks, and has all its energies at every rank
+    but 0; signal: of the unconditional copy's output; total: of the difference's; energies:
     what each rank takes of it, the first one first; written: what is left with the halves as they
     were stored.
     """
 
     module: str
     width: int
+    stem: bool
     signal: float
     total: float
     energies: tuple[float, ...]
@@ -30,7 +32,12 @@ class LinearDelta:
 
     def error(self, rank: int) -> float:
         """``|(D - up down) x| / |W x|`` at a rank; 0 leaves the conditional copy's own weight."""
-        return _relative(max(self.total - math.fsum(self.energies[:rank]), 0.0), self.signal)
+        taken = math.fsum(self.energies[: self.rank_at(rank)])
+        return _relative(max(self.total - taken, 0.0), self.signal)
+
+    def rank_at(self, rank: int) -> int:
+        """Its own rank where that of the blocks' linears is ``rank``."""
+        return len(self.energies) if self.stem and rank else min(rank, len(self.energies))
 
     @property
     def written_error(self) -> float:
@@ -60,7 +67,7 @@ class DeltaReport:
     def bytes_at(self, rank: int) -> float:
         """Of the tensors at another rank, in the dtype of the file."""
         counts = [
-            sum(linear.width * min(r, len(linear.energies)) for linear in self.linears)
+            sum(linear.width * linear.rank_at(r) for linear in self.linears)
             for r in (rank, self.rank)
         ]
         return self.size * counts[0] / counts[1]
