@@ -7,7 +7,7 @@ from comfy.model_patcher import ModelPatcher
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..errors import CheckpointError
 from .lora_files import LoraFile, describe, parse_lora, read_lora, read_strength
-from .lora_loading import add_lora, linear_shapes
+from .lora_loading import add_lora, linear_shapes, other_shapes
 from .model_files import host_listing
 from .model_source import source_of
 from .one_copy import stand_in
@@ -22,7 +22,20 @@ def unconditional_of(conditional: ModelPatcher, name: str) -> tuple[ModelPatcher
     is for the other copy, or does not fit.
     """
     path = host_listing(FOLDERS).path(name)
-    found = parse_lora(read_lora(path), linear_shapes(conditional), name, read_strength(path))
+    found = parse_lora(
+        read_lora(path),
+        linear_shapes(conditional),
+        name,
+        read_strength(path),
+        other_shapes(conditional),
+    )
+    if found.changes_for_copy(UNCONDITIONAL, UNCONDITIONAL):
+        raise CheckpointError(
+            "this unconditional LoRA changes weights in a way that no side path can, and weights "
+            "that both passes share cannot be changed for one",
+            file=name,
+            needed="a plain LoRA: pairs of lora_A and lora_B",
+        )
     updates = found.for_copy(UNCONDITIONAL, UNCONDITIONAL)
     if not updates:
         raise CheckpointError(
