@@ -25,6 +25,7 @@ DELEGATED = {
     "quantize": (".quant.cli", "write a model at another level"),
     "inspect": (".quant.cli", "say what a model file is"),
     "verify": (".quant.cli", "compare the weights of two files"),
+    "delta": (".quant.delta_cli", "make an unconditional LoRA of two copies"),
     "calibrate": (".engine.calibration_cli", "watch every linear while captions are sampled"),
     "fragility": (".engine.calibration_cli", "rank the linears of a calibration"),
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
@@ -124,7 +125,18 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     files.add_argument(
         "--model", required=True, metavar="F", help="the conditional copy, or a file with both"
     )
-    files.add_argument("--uncond", metavar="F", help="the unconditional copy")
+    files.add_argument(
+        "--uncond",
+        metavar="F|self|none",
+        help="the unconditional copy; self: the conditional copy without text in its place; none: "
+        "no guidance",
+    )
+    files.add_argument(
+        "--uncond-lora",
+        type=Path,
+        metavar="F",
+        help="a LoRA with which the conditional copy stands for the unconditional one",
+    )
     files.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
     )

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..errors import CHECK_DOWNLOAD, CorruptFileError, OpError
 from ..ops.fold import Fold
 from ..ops.linear import ACTIVATION_DTYPES
-from .codecs import Blocks, Fp8, Int8, Int8Blocks, Stored, Unquantized
+from .codecs import Blocks, Int8, Stored, Unquantized
+from .float8 import Fp8, Int8Blocks
 from .folding import StoredFolding
 from .nf4 import Nf4
 from .parts import Parts

@@ -104,6 +104,7 @@ def resolve(
     memory: int,
     *,
     with_base: bool = False,
+    one_copy: bool = False,
 ) -> Pair:
     """The files of `level`; for ``auto`` the first level of `order` that is there and fits.
 
@@ -111,33 +112,44 @@ def resolve(
     copy and the working memory, neither (then the smallest). auto passes over files of linears only
     unless there is a base for them, over one branch where there are both copies of a level, and
     over a conditional copy alone, which has no guidance, unless there is nothing else; files that
-    cannot be read are in the pair's notes, with the reason. CheckpointError says what is missing,
-    PairMismatchError that the files do not say which copies they are.
+    cannot be read are in the pair's notes, with the reason. one_copy: the conditional copy alone is
+    wanted, and is all that has to fit. CheckpointError says what is missing, PairMismatchError that
+    the files do not say which copies they are.
     """
     if level != AUTO:
         pair = find_pair(level, catalogue.candidates)
         if pair is None:
             raise _nothing_found(level, catalogue)
-        return _sure(pair, catalogue.candidates)
+        return _wanted(_sure(pair, catalogue.candidates), one_copy)
     usable = [c for c in catalogue.candidates if with_base or not c.header.linears_only]
     pairs = [pair for pair in (find_pair(name, usable) for name in order) if pair is not None]
     if not pairs:
         raise _nothing_found(level, catalogue)
+    if one_copy:
+        pairs = [pair for pair in pairs if pair.one_branch is None] or pairs
     both = [pair for pair in pairs if pair.unconditional is not None]
     complete = both or [pair for pair in pairs if pair.complete]
-    if not complete:  # a level further down may be a whole model whose files do not say so
+    if not complete and not one_copy:  # a level further down may be a whole model that says nothing
         pairs = [_sure(pair, usable) for pair in pairs]
-    pair = _sure(_fitting(complete or pairs, memory), usable)
+    fitting = _fitting(pairs if one_copy else complete or pairs, memory, one_copy)
+    pair = _wanted(_sure(fitting, usable), one_copy)
     unread = tuple(f"passed over, {problem}" for problem in catalogue.broken.values())
     return replace(pair, notes=(*pair.notes, *unread))
 
 
-def _fitting(pairs: Sequence[Pair], memory: int) -> Pair:
+def _wanted(pair: Pair, one_copy: bool) -> Pair:
+    return replace(pair, unconditional=None) if one_copy else pair
+
+
+def _fitting(pairs: Sequence[Pair], memory: int, one_copy: bool) -> Pair:
+    def sizes(pair: Pair) -> tuple[int, int]:
+        return _wanted(pair, one_copy).weight_bytes()
+
     for wanted in (BOTH, ALTERNATING):
         for pair in pairs:
-            if residency(pair.weight_bytes(), memory) == wanted:
+            if residency(sizes(pair), memory) == wanted:
                 return pair
-    return min(pairs, key=lambda pair: sum(pair.weight_bytes()))
+    return min(pairs, key=lambda pair: sum(sizes(pair)))
 
 
 def _sure(pair: Pair, candidates: Iterable[Candidate]) -> Pair:

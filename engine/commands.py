@@ -22,10 +22,12 @@ from ..sampling import check_size
 from .encoder import load_encoder
 from .generate import GenerateRequest, check_branches, generate
 from .linear import default_device
-from .loading import load_pair, open_pair
+from .loading import Copies, load_pair, open_pair
+from .one_copy import SELF, StandIn
 from .pictures import read_picture
 from .vae import load_vae
 
+NONE = "none"
 _log = logging.getLogger(__name__)
 
 
@@ -51,7 +53,7 @@ def run_generate(args: argparse.Namespace) -> int:
         _log.warning("%s: expect a worse picture", warning)
     _check_out(args.out, args.overwrite)
     init_image = None if args.init_image is None else read_picture(args.init_image)
-    pair = _open(args, request)
+    pair, stand_in = _open(args, request)
     plan = request.plan(one_branch=pair[0].one_branch is not None)
     device = default_device(args.device)
     if args.backend != dispatch.AUTO:
@@ -70,7 +72,7 @@ def run_generate(args: argparse.Namespace) -> int:
             bar.update(done - bar.n)
 
         how = {"attention": args.attention, "measure": Measure()}
-        models = load_pair(pair, None, vae, progress=loaded, **how, **place)
+        models = load_pair(pair, None, vae, progress=loaded, stand_in=stand_in, **how, **place)
     with tqdm(desc=pair[0].level, total=len(plan), unit="step", dynamic_ncols=True) as bar:
         result = generate(
             request,
@@ -91,18 +93,37 @@ def run_generate(args: argparse.Namespace) -> int:
 
 def _open(
     args: argparse.Namespace, request: GenerateRequest
-) -> tuple[Checkpoint, Checkpoint | None]:
-    """The model's files; a preset without guidance leaves the second copy out."""
-    if args.uncond is not None:
+) -> tuple[tuple[Checkpoint, Checkpoint | None], StandIn | None]:
+    """(The model's files, what stands in); a preset without guidance leaves the second copy out."""
+    uncond, copies, stand_in = _unconditional(args)
+    if uncond is not None or stand_in is not None:
         check_branches(request, False, True)
-    copies = args.copies if request.guided or args.uncond is not None else "conditional"
+    elif not request.guided:
+        copies = "conditional"
     word = {"one": True, "two": False}.get(args.branches)
-    return open_pair(args.model, args.uncond, base=args.base, copies=copies, one_branch=word)
+    return open_pair(args.model, uncond, base=args.base, copies=copies, one_branch=word), stand_in
 
 
 def _said(checkpoint: Checkpoint) -> str:
     branch = checkpoint.one_branch
     return "" if branch is None else f"; one branch, without guidance ({branch.reason})"
+
+
+def _unconditional(args: argparse.Namespace) -> tuple[str | None, Copies, StandIn | None]:
+    """(file, copies to load, what stands in) of ``--uncond``, ``--uncond-lora``, ``--copies``."""
+    alone = args.uncond in (NONE, SELF) or args.copies == "conditional"
+    if args.uncond_lora is not None and (args.uncond is not None or alone):
+        raise OpError(
+            "--uncond-lora stands for the unconditional copy, so nothing else can",
+            found="--copies conditional" if args.uncond is None else f"--uncond {args.uncond}",
+            needed="one of the two",
+        )
+    if args.uncond == SELF and args.copies == "conditional":
+        raise OpError("--copies conditional is without guidance", found="--uncond self")
+    if args.uncond_lora is not None:
+        return None, "conditional", args.uncond_lora
+    stand_in = SELF if args.uncond == SELF else None
+    return (None, "conditional", stand_in) if alone else (args.uncond, "both", None)
 
 
 def _request(args: argparse.Namespace) -> GenerateRequest:
@@ -145,7 +166,8 @@ def _settings(request: GenerateRequest, args: argparse.Namespace) -> dict:
     settings = {name: getattr(request, name) for name in names}
     if request.mu is not None or request.last_sigma:
         settings |= {"mu": request.mu, "last_sigma": request.last_sigma}
-    files = {name: getattr(args, name) for name in ("model", "uncond", "encoder", "vae")}
+    names = ("model", "uncond", "uncond_lora", "encoder", "vae")
+    files = {name: getattr(args, name) for name in names}
     return settings | {name: Path(f).name for name, f in files.items() if f is not None}
 
 

@@ -11,12 +11,13 @@ import torch
 from diffusers import Ideogram4Transformer2DModel
 
 from ..checkpoint import Checkpoint, check_pair, open_checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PairMismatchError
 from ..ops.attention import SDPA
 from ..ops.tuning.autotune import Measure
 from .encoder import TextEncoder
 from .generate import Models
 from .linear import LinearOptions
+from .one_copy import StandIn, unconditional_from
 from .transformer import load_transformer
 from .vae import Vae
 
@@ -52,9 +53,9 @@ def open_pair(
                 file=model,
                 found=f"{', '.join(both.copies)} ({both.copy_reason})",
                 hint="Give the unconditional copy's file too (--uncond F; in compare "
-                "--system NAME=COND,UNCOND). generate can leave guidance out with "
-                "--copies conditional: the picture is worse without. A distilled model that needs "
-                "no guidance: --branches one.",
+                "--system NAME=COND,UNCOND), or an unconditional LoRA (--uncond-lora F). generate "
+                "can leave guidance out with --copies conditional: the picture is worse without. A "
+                "distilled model that needs no guidance: --branches one.",
             )
         return both, both
     first = open_checkpoint(model, base, copy="conditional", one_branch=one_branch)
@@ -74,10 +75,12 @@ def load_pair(
     attention: str = SDPA,
     measure: Measure | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    stand_in: StandIn | None = None,
 ) -> Models:
     """`Models` from opened checkpoints; ``progress(copy, done, total)`` counts as loading does.
 
-    The rest is as in `transformer.load_transformer`.
+    stand_in: what runs the unconditional pass where the pair has no second copy, as in
+    `one_copy.unconditional_from`. The rest is as in `transformer.load_transformer`.
     """
 
     def load(ck: Checkpoint, copy: str) -> Ideogram4Transformer2DModel:
@@ -96,4 +99,13 @@ def load_pair(
     first, second = pair
     conditional = load(first, "conditional")
     unconditional = None if second is None else load(second, "unconditional")
+    if stand_in is not None:
+        if second is not None:
+            raise PairMismatchError(
+                "an unconditional copy and a stand-in for it are given",
+                file=second.paths[0],
+                found=stand_in,
+                needed="one of the two",
+            )
+        unconditional = unconditional_from(conditional, stand_in)
     return Models(conditional, unconditional, encoder, vae, first.one_branch is not None)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 
-import comfy.model_base
 import comfy.model_management as management
 import comfy.model_patcher
 import comfy.patcher_extension as extension
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from ..sampling import StepPlan, step_at
-from . import residency
+from . import one_copy, residency
 from .guidance import Guidance
 from .hook_loras import take_hooks
 from .one_branch import one_branch_of, settle
 from .pairing import check_conditioning, check_pair
+from .predictions import predict
 
 logger = logging.getLogger(__name__)
 _ADDITIONAL = "ideogram4_quant_unconditional"
@@ -40,7 +41,8 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
     unconditional model there is nothing to guide away from: the conditional prediction is the
     result. keep: which copies stay on the device, one of `residency.CHOICES`. A pass that runs out
     of memory is made again, once in a run, with the next smaller residency: the step's inputs are
-    as they were, so the picture is the same.
+    as they were, so the picture is the same. unconditional_from: one of `one_copy.CHOICES`; two
+    patchers of one model are one resident copy for both passes.
     """
 
     def __init__(
@@ -50,13 +52,20 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         positive: list,
         guidance: Guidance,
         keep: str = residency.AUTO,
+        unconditional_from: str = one_copy.INPUT,
     ):
+        unconditional = one_copy.chosen(conditional, unconditional, unconditional_from)
         check_pair(conditional, unconditional)
         guidance, self.said = settle(conditional, unconditional, guidance)
         self.one_branch = one_branch_of(conditional)
         for line in self.said:
             logger.log(logging.WARNING if self.one_branch is None else logging.INFO, "%s", line)
         check_conditioning(conditional, positive)
+        self.one_copy = unconditional is not None and unconditional.is_clone(conditional)
+        if self.one_copy:
+            one_copy.check_shared(conditional, unconditional)
+            unconditional = unconditional.clone()
+            unconditional.is_injected = False  # the host copies the mark, but it is not loaded
         conditional = conditional.clone()
         take_hooks(conditional)
         super().__init__(conditional)
@@ -86,8 +95,8 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         try:
             return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         finally:
-            # the host cleans additional models up after a good run only
-            if self.unconditional.model.current_patcher is not None:
+            # the host cleans additional models up after a good run only, and this clone never
+            if self.one_copy or self.unconditional.model.current_patcher is not None:
                 self.unconditional.cleanup()
             self._last_velocity = self._turn = None
 
@@ -95,18 +104,19 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs
     ):
         if self.unconditional is not None:
-            self.unconditional.pre_run()
-            model = self.unconditional.model
-            model.latent_shapes = kwargs.get("latent_shapes")
-            self._negative = comfy.samplers.process_conds(
-                model,
-                noise,
-                {"negative": self._negative},
-                device,
-                latent_image,
-                denoise_mask,
-                latent_shapes=kwargs.get("latent_shapes"),
-            )["negative"]
+            with self._as_unconditional():
+                self.unconditional.pre_run()
+                model = self.unconditional.model
+                model.latent_shapes = kwargs.get("latent_shapes")
+                self._negative = comfy.samplers.process_conds(
+                    model,
+                    noise,
+                    {"negative": self._negative},
+                    device,
+                    latent_image,
+                    denoise_mask,
+                    latent_shapes=kwargs.get("latent_shapes"),
+                )["negative"]
         return super().inner_sample(
             noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs
         )
@@ -187,7 +197,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         """The conditional copy's denoised latents [B, C, H, W]."""
         self._take_turn(self.model_patcher)
         conds = [self.conds["positive"], None]
-        return _predictions(self.inner_model, conds, x, timestep, model_options)[0]
+        return predict(self.inner_model, conds, x, timestep, model_options)[0]
 
     def _predict_unconditional(self, x: Tensor, timestep: Tensor) -> Tensor:
         """The unconditional copy's denoised latents [B, C, H, W]; a velocity is kept for reuse."""
@@ -197,30 +207,41 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
             return x - sigma * self._last_velocity
         self._take_turn(self.unconditional)
         # second in the list, so that patches that ask see it marked as the unconditional one
-        denoised = _predictions(
-            self.unconditional.model,
-            [None, self._negative],
-            x,
-            timestep,
-            self._unconditional_options,
-        )[1]
+        with self._as_unconditional():
+            denoised = predict(
+                self.unconditional.model,
+                [None, self._negative],
+                x,
+                timestep,
+                self._unconditional_options,
+            )[1]
         if self.guidance.reuse > 1:
             self._last_velocity = (x - denoised) / sigma
         return denoised
+
+    def _as_unconditional(self) -> AbstractContextManager:
+        """What an unconditional pass runs within."""
+        if not self.one_copy:
+            return nullcontext()
+        return one_copy.turn(self.model_patcher, self.unconditional)
 
     def _settle_residency(self, noise: Tensor) -> None:
         """Asks for both copies by one request, has them take turns, or keeps them in RAM."""
         patcher = self.model_patcher
         need, least = comfy.sampler_helpers.estimate_memory(patcher, noise.shape, self.conds)
-        sizes = (_size(patcher), _size(self.unconditional))
-        memory = management.get_total_memory(patcher.load_device)
-        self.kept = residency.choose(self.keep, sizes, int(least), memory)
         self._working_memory = need
+        if self.one_copy:  # nothing to take turns with; the host streams what does not fit
+            streamed = self.keep == residency.STREAMED
+            self.kept = residency.STREAMED if streamed else residency.BOTH
+        else:
+            sizes = tuple(residency.size(p, _ADDITIONAL) for p in (patcher, self.unconditional))
+            memory = management.get_total_memory(patcher.load_device)
+            self.kept = residency.choose(self.keep, sizes, int(least), memory)
         if self.kept == residency.ALTERNATING:
             patcher.remove_additional_models(_ADDITIONAL)
             self._turn = patcher
         else:
-            patcher.set_additional_models(_ADDITIONAL, [self.unconditional])
+            patcher.set_additional_models(_ADDITIONAL, self._loaded_with(patcher))
         if self.kept == residency.STREAMED:
             extension.add_wrapper_with_key(
                 extension.WrappersMP.PREPARE_SAMPLING,
@@ -230,16 +251,25 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
                 is_model_options=True,
             )
 
+    def _loaded_with(self, patcher: comfy.model_patcher.ModelPatcher) -> list:
+        """What the unconditional pass needs on the device beside the conditional copy."""
+        if self.one_copy:
+            return one_copy.beside(patcher, self.unconditional)
+        return [self.unconditional]
+
     def _take_turn(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         if self.kept != residency.ALTERNATING or self._turn is patcher:
             return
-        management.load_models_gpu(_whole(patcher), memory_required=self._working_memory)
+        management.load_models_gpu(
+            residency.whole(patcher, _ADDITIONAL), memory_required=self._working_memory
+        )
         self._turn = patcher
 
     def _make_room(self, reason: Exception) -> None:
         """Go on with the next smaller residency; OutOfDeviceMemoryError if this helped already."""
         device = self.model_patcher.load_device
-        smaller = residency.smaller(self.kept, copies=1 if self.unconditional is None else 2)
+        alone = self.unconditional is None or self.one_copy
+        smaller = residency.smaller(self.kept, copies=1 if alone else 2)
         if self._shrunk or smaller is None:
             free = management.get_free_memory(device)
             raise residency.out_of_memory(self.kept, free) from reason
@@ -253,8 +283,12 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         management.free_memory(_ALL, device)
         management.soft_empty_cache()
         if smaller == residency.STREAMED:
-            copies = [p for p in (self.model_patcher, self.unconditional) if p is not None]
-            models = [model for copy in copies for model in _whole(copy)]
+            models = residency.whole(self.model_patcher, _ADDITIONAL)
+            if self.unconditional is not None:
+                others = self._loaded_with(self.model_patcher)
+                models += [
+                    model for other in others for model in residency.whole(other, _ADDITIONAL)
+                ]
             management.load_models_gpu(models, memory_required=_ALL)
 
     def _own_options(self, sigmas: Tensor) -> dict:
@@ -265,34 +299,6 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         )
         options["transformer_options"]["sample_sigmas"] = sigmas
         return options
-
-
-def _predictions(
-    model: comfy.model_base.BaseModel, conds: list, x: Tensor, timestep: Tensor, options: dict
-) -> list[Tensor]:
-    """One of [conditional, unconditional], the other None, by the host or the function that a node
-    put in its place, as SkipLayerGuidanceDiTSimple does."""
-    function = options.get("sampler_calc_cond_batch_function")
-    if function is None:
-        return comfy.samplers.calc_cond_batch(model, conds, x, timestep, options)
-    return function(
-        {"conds": conds, "input": x, "sigma": timestep, "model": model, "model_options": options}
-    )
-
-
-def _whole(patcher: comfy.model_patcher.ModelPatcher) -> list[comfy.model_patcher.ModelPatcher]:
-    """A copy with what is beside it on its device, such as LoRAs; without the other copy."""
-    beside = (
-        model
-        for key, models in patcher.additional_models.items()
-        if key != _ADDITIONAL
-        for model in models
-    )
-    return [patcher, *(model for model in beside if model.load_device == patcher.load_device)]
-
-
-def _size(patcher: comfy.model_patcher.ModelPatcher) -> int:
-    return sum(model.model_size() for model in _whole(patcher))
 
 
 def _keep_in_ram(prepare, *args, **kwargs):

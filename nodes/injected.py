@@ -8,6 +8,7 @@ patcher has, and what was put in is written down on that model.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,9 @@ from ..errors import OpError
 _RECORD = "ideogram4_quant_injected"  # on every model: key -> what is in now
 _COVERED = "ideogram4_quant_covered"  # on every model: marks under forwards of other nodes
 _MADE = "ideogram4_quant_made"  # on every model: (key, name) -> (module, what was made for it)
-HOOKS = "ideogram4_quant_side_paths"  # on every module that had a hook: how many there are
+HOOKS = "ideogram4_quant_side_paths"  # on every module that had a hook: the tags of those there
+_TAG = "ideogram4_quant_tag"  # on whatever hooks belong to
+_TAGS = map(str, itertools.count())  # never used again, as an id would be
 
 T = TypeVar("T")
 TakeOut = Callable[[], None]
@@ -92,22 +95,26 @@ class Modules(Mapping[str, nn.Module]):
         return self._found[name]
 
     def hook(self, name: str, function: Callable) -> TakeOut:
-        """A forward hook on a module, so that a compiled model sees it come and go.
+        """A forward hook on a module, so that a compiled model sees it come, go and be another.
 
-        ``function`` has to read ``module.ideogram4_quant_side_paths``, how many such hooks there
-        are. torch.compile does not watch a module's hooks, and would go on with what it compiled
-        without them; it does watch attributes, such as this count, and whether ``forward`` is one.
+        ``function``, a method, has to look for the `tag` of its object in
+        ``module.ideogram4_quant_side_paths``. torch.compile does not watch a module's hooks, and
+        would go on with what it compiled without them, or with others; it does watch attributes,
+        such as these tags, and whether ``forward`` is one.
         """
         module = self[name]
         handle = module.register_forward_hook(function)
-        setattr(module, HOOKS, getattr(module, HOOKS, 0) + 1)
+        here = tag(function.__self__)
+        setattr(module, HOOKS, (*getattr(module, HOOKS, ()), here))
         mark = None
         if "forward" not in vars(module):
             mark = module.forward = MethodType(type(module).forward, module)
 
         def take_out() -> None:
             handle.remove()
-            setattr(module, HOOKS, getattr(module, HOOKS) - 1)
+            left = list(getattr(module, HOOKS))
+            left.remove(here)
+            setattr(module, HOOKS, tuple(left))
             if mark is not None and not _unmark(module, mark):
                 self._covered.append((module, mark))
 
@@ -118,6 +125,13 @@ class Modules(Mapping[str, nn.Module]):
 
     def __len__(self) -> int:
         return len(self._found)
+
+
+def tag(owner: object) -> str:
+    """What tells an object whose methods are hooks from any other, as long as the process runs."""
+    if _TAG not in vars(owner):
+        setattr(owner, _TAG, next(_TAGS))
+    return getattr(owner, _TAG)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from . import injected
 from .lora_files import LowRank, stack
 
 
@@ -23,6 +24,7 @@ class SidePath(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.scale = 1.0
+        self.tag = injected.tag(self)
         self.down = _linear(update.down, dtype)
         self.up = _linear(update.up, dtype)
 
@@ -32,8 +34,8 @@ class SidePath(nn.Module):
 
     def hook(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """The linear's output [..., N] with ``scale`` times the update, in the output's dtype."""
-        if self.scale == 0.0 or not module.ideogram4_quant_side_paths:  # see injected.Modules.hook
-            return output
+        if self.scale == 0.0 or self.tag not in module.ideogram4_quant_side_paths:
+            return output  # the tag: see injected.Modules.hook
         side = self(inputs[0])
         return output + (side if self.scale == 1.0 else side * self.scale).to(output.dtype)
 

@@ -35,12 +35,14 @@ def choose_files(
     base_file: str = NONE,
     trust_files: bool = False,
     branches: str = AUTO,
+    one_copy: bool = False,
 ) -> tuple[Pair, tuple[Path, ...]]:
     """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
 
     A file picked by name goes before the level, and the other copy is then looked for at the level
     of that file. trust_files: a picked file is the copy it was picked for, whatever its name says.
     branches: one of `BRANCHES`: files are of one branch, or a pair's copies, whatever they say.
+    one_copy: the conditional copy alone, which runs both passes.
     """
     listing = host_listing(FOLDERS)
     word = BRANCHES[branches]
@@ -63,15 +65,29 @@ def choose_files(
 
     if conditional_file == BY_LEVEL:
         here = machine()
-        pair = resolve(level, catalogue, _order(here), here.memory, with_base=bool(bases))
+        how = {"with_base": bool(bases), "one_copy": one_copy}
+        pair = resolve(level, catalogue, _order(here), here.memory, **how)
     else:
         first = picked(conditional_file, CONDITIONAL)
         peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
         second = first if UNCONDITIONAL in first.header.copies else None
         if second is None and first.header.one_branch is None:
             second = partner_of(first, peers)
-        pair = Pair(first.header.level, first, second)
+        pair = Pair(first.header.level, first, None if one_copy else second)
+    if one_copy and pair.one_branch is not None:
+        raise PairMismatchError(
+            "this model needs no guidance, so an unconditional LoRA has nothing to stand for",
+            file=pair.conditional.name,
+            hint="Set unconditional_lora to 'none', or pick another file.",
+        )
     if unconditional_file != BY_LEVEL:
+        if one_copy:
+            raise PairMismatchError(
+                "an unconditional file and an unconditional LoRA are picked, and each stands for "
+                "the unconditional copy",
+                file=unconditional_file,
+                hint="Set unconditional_file to 'by level', or unconditional_lora to 'none'.",
+            )
         pair = replace(pair, unconditional=picked(unconditional_file, UNCONDITIONAL))
     if pair.unconditional is not None:
         check_pair(pair.conditional.header, pair.unconditional.header)

@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import io
 
 from ..sampling import check_size
+from . import one_copy
 from .guider import DualCopyGuider
 from .sampling_inputs import (
     PRESET_MU,
@@ -56,10 +57,18 @@ class DualCopyCFG(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, conditional, positive, unconditional=None, residency="auto", **settings
+        cls,
+        conditional,
+        positive,
+        unconditional=None,
+        residency="auto",
+        unconditional_from=one_copy.INPUT,
+        **settings,
     ) -> io.NodeOutput:
         chosen = make_guidance(**settings)
-        guider = DualCopyGuider(conditional, unconditional, positive, chosen, residency)
+        guider = DualCopyGuider(
+            conditional, unconditional, positive, chosen, residency, unconditional_from
+        )
         return io.NodeOutput(guider)
 
 

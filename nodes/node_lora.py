@@ -6,12 +6,13 @@ import logging
 
 from comfy_api.latest import io
 
-from ..checkpoint.copies import COPIES
+from ..checkpoint.copies import COPIES, UNCONDITIONAL
 from .lora_baking import bake
 from .lora_files import describe, parse_lora, read_lora, read_strength
 from .lora_loading import add_lora, linear_shapes, other_shapes, remaining_folding
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
+from .unconditional_lora import marked
 
 logger = logging.getLogger(__name__)
 FOLDERS = "loras"
@@ -66,7 +67,8 @@ class LoadLora(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Which copy the LoRA acts on. Most files do not say and were trained "
-                    "on the conditional copy; those that say are obeyed.",
+                    "on the conditional copy; those that say are obeyed. For an unconditional "
+                    "LoRA connect the conditional copy to both inputs, and pick unconditional.",
                 ),
             ],
             outputs=[
@@ -113,10 +115,15 @@ class LoadLora(io.ComfyNode):
         outputs, notes = [], [describe(found)]
         for copy, model in zip(COPIES, (conditional, unconditional), strict=True):
             updates = found.for_copy(copy, apply_to)
-            if model is not None:
-                model = bake(model, found.changes_for_copy(copy, apply_to), strength)
-                model = add_lora(model, updates, strength)
-            outputs.append(model)
-            if model is not None and updates and remaining_folding(model) is not None:
+            if model is None:
+                outputs.append(None)
+                continue
+            patched = bake(model, found.changes_for_copy(copy, apply_to), strength)
+            patched = add_lora(patched, updates, strength)
+            if copy == UNCONDITIONAL:
+                how = f"{lora} at {strength:g}"
+                patched = marked(patched, conditional, found, apply_to, how)
+            outputs.append(patched)
+            if updates and remaining_folding(model) is not None:
                 notes.append(f"{copy}: mapped to the folded weights that a stock loader has loaded")
         return io.NodeOutput(*outputs, "\n".join(notes))

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from ..checkpoint.copies import COPIES
+from ..checkpoint.copies import CONDITIONAL, COPIES
 from ..checkpoint.level_order import AUTO, LEVELS
 from ..checkpoint.listing import stamp
 from ..errors import Ideogram4QuantError
@@ -19,10 +19,12 @@ from .connections import leads_anywhere, running_graph
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
 from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE, choose_files, machine
-from .model_files import host_listing
+from .model_files import host_listing, host_stamp
 from .model_loading import ModelSource, load_model, measured
 from .picture_notes import note_when_sampling
 from .schema import CATEGORY
+from .unconditional_lora import FOLDERS as LORA_FOLDERS
+from .unconditional_lora import unconditional_of
 
 logger = logging.getLogger(__name__)
 _NO_FILE = (BY_LEVEL, NONE)
@@ -83,22 +85,30 @@ class LoadIdeogram4(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, conditional_file=BY_LEVEL, unconditional_file=BY_LEVEL, base_file=NONE
+        cls,
+        conditional_file=BY_LEVEL,
+        unconditional_file=BY_LEVEL,
+        base_file=NONE,
+        unconditional_lora=NONE,
     ) -> bool | str:
         # Named here, these inputs skip the host's own check, whose message lists every file.
         listing = host_listing(FOLDERS)
         names = [n for n in (conditional_file, unconditional_file, base_file) if n not in _NO_FILE]
-        problems = (listing.problem(name) for name in names)
+        problems = [listing.problem(name) for name in names]
+        if unconditional_lora != NONE:
+            problems.append(host_listing(LORA_FOLDERS).problem(unconditional_lora))
         return next((problem for problem in problems if problem is not True), True)
 
     @classmethod
     def fingerprint_inputs(cls, **inputs) -> str:
         connected = _connected(running_graph(cls.hidden.unique_id), cls.hidden.unique_id)
         chosen = {k: inputs[k] for k in ("level", *_FILE_INPUTS) if k in inputs}
+        lora = inputs.get("unconditional_lora", NONE)
         try:
-            pair, bases = choose_files(**chosen)
+            pair, bases = choose_files(**chosen, one_copy=lora != NONE)
             files = [c.path for c in (pair.conditional, pair.unconditional) if c]
-            return repr((connected, [stamp(path) for path in (*files, *bases)]))
+            beside = None if lora == NONE else host_stamp(LORA_FOLDERS, lora)
+            return repr((connected, [stamp(path) for path in (*files, *bases)], beside))
         except (Ideogram4QuantError, OSError) as error:
             return repr(error)  # execute raises it again, where the host shows it
 
@@ -115,9 +125,17 @@ class LoadIdeogram4(io.ComfyNode):
         attention: str = report.HOST_ATTENTION,
         fused_blocks: str = AUTO,
         branches: str = AUTO,
+        unconditional_lora: str = NONE,
     ) -> io.NodeOutput:
+        one_copy = unconditional_lora != NONE
         pair, bases = choose_files(
-            level, conditional_file, unconditional_file, base_file, trust_files, branches
+            level,
+            conditional_file,
+            unconditional_file,
+            base_file,
+            trust_files,
+            branches,
+            one_copy,
         )
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
@@ -128,7 +146,8 @@ class LoadIdeogram4(io.ComfyNode):
         models = []
         for copy, connected in zip(COPIES, wanted, strict=True):
             candidate = getattr(pair, copy)
-            if candidate is None or not connected:
+            needed = connected or (one_copy and copy == CONDITIONAL and any(wanted))
+            if candidate is None or not needed:
                 models.append(None)
                 continue
             source = ModelSource(
@@ -138,11 +157,15 @@ class LoadIdeogram4(io.ComfyNode):
             models.append(load_model(source))
         found = measured(m for m in models if m is not None)
         here = replace(here, attention=attention, measured=found)
-        note = report.summary(pair, level, options, here, fused.why)
+        stands_in = f"the conditional copy with {unconditional_lora}" if one_copy else None
+        if one_copy and models[0] is not None:
+            models[1], stands_in = unconditional_of(models[0], unconditional_lora)
+        about = (pair, level, options, here, fused.why, stands_in)
+        note = report.summary(*about)
         for model in models:
             if model is not None:
                 note_when_sampling(model, note)
-        return io.NodeOutput(*models, report.text(pair, level, options, here, fused.why))
+        return io.NodeOutput(*models, report.text(*about))
 
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
@@ -244,5 +267,16 @@ def _inputs() -> list:
             tooltip="Whether the model needs guidance. one: a distilled model such as fal's "
             "Instant or Fast, one file without guidance and without an unconditional copy. two: "
             "both copies. auto: one where the file's metadata or name says so.",
+        ),
+        io.Combo.Input(
+            "unconditional_lora",
+            options=[NONE, *host_listing(LORA_FOLDERS).names],
+            default=NONE,
+            optional=True,
+            advanced=True,
+            tooltip="A LoRA in models/loras that makes the conditional copy stand for the "
+            "unconditional one (ostris' ideogram_4_unconditional_lora, or one made by "
+            "ideogram4-quant delta): guidance with one copy in memory. No unconditional file is "
+            "read then.",
         ),
     ]

@@ -15,6 +15,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sampling import check_size
+from . import one_copy
+from . import residency as residency_kinds
 from .costs import without_guidance
 from .fused_blocks import status
 from .guider import DualCopyGuider
@@ -80,6 +82,7 @@ class Sampler(io.ComfyNode):
         steps: int = 0,
         sampler_name: str = "euler",
         residency: str = "auto",
+        unconditional_from: str = one_copy.INPUT,
         sigmas=None,
         schedule_mu: str = PRESET_MU,
         last_sigma: str = ZERO,
@@ -89,7 +92,9 @@ class Sampler(io.ComfyNode):
             check_size(width, height)
             latent = {"samples": empty_latent(width, height, batch_size)}
         chosen = make_guidance(preset, **guidance)
-        guider = DualCopyGuider(conditional, unconditional, positive, chosen, residency)
+        guider = DualCopyGuider(
+            conditional, unconditional, positive, chosen, residency, unconditional_from
+        )
         started = time.perf_counter()
         samples = comfy.sample.fix_empty_latent_channels(
             guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
@@ -145,7 +150,15 @@ def _report(guider: DualCopyGuider, curve: Tensor) -> list[str]:
     if saved:
         reasons = [f"{count[k]} {word}" for k, word in _SAVINGS.items() if count[k]]
         lines.append(f"saved {saved / (2 * steps):.0%} of the passes: {', '.join(reasons)}")
-    return [*lines, f"copies on the device: {guider.kept}", *fused]
+    how = one_copy.stands_in(guider.unconditional)
+    lines += [] if how is None else [f"unconditional: {how}"]
+    return [*lines, f"copies on the device: {_kept(guider)}", *fused]
+
+
+def _kept(guider: DualCopyGuider) -> str:
+    if not guider.one_copy:
+        return guider.kept
+    return "one, for both passes" if guider.kept == residency_kinds.BOTH else guider.kept
 
 
 def _fused_lines(guider: DualCopyGuider) -> list[str]:

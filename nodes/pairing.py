@@ -5,9 +5,11 @@ from __future__ import annotations
 import comfy.model_base
 import comfy.model_patcher
 
+from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..errors import NotIdeogram4Error, OpError, PairMismatchError
 from .encoder_loading import MAX_TOKENS
 from .model_source import source_of
+from .one_copy import stands_in
 
 
 def check_pair(
@@ -25,11 +27,18 @@ def check_pair(
                 hint="Connect a model from a loader of Ideogram 4.",
             )
         source = source_of(patcher)
-        if source is not None and source.copy != role:
+        as_if = role == UNCONDITIONAL and stands_in(patcher) is not None
+        if source is not None and source.copy != role and not as_if:
             raise PairMismatchError(
                 f"the model on the {role} input is the {source.copy} copy",
                 file=source.path,
                 hint="Swap the two connections, or pick the other file in the loader.",
+            )
+        if role == CONDITIONAL and stands_in(patcher) is not None:
+            raise PairMismatchError(
+                "the model on the conditional input stands for the unconditional copy",
+                found=stands_in(patcher),
+                hint="Swap the two connections.",
             )
     if unconditional is None:
         return

@@ -61,10 +61,19 @@ class Machine:
 
 
 def summary(
-    pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused: str = OFF
+    pair: Pair,
+    asked: str,
+    options: LinearOptions,
+    machine: Machine,
+    fused: str = OFF,
+    stands_in: str | None = None,
 ) -> dict:
-    """The choice as plain data; goes into the PNG of a picture made with it."""
-    return {
+    """The choice as plain data; goes into the PNG of a picture made with it.
+
+    stands_in: what the unconditional copy is where no file of it is loaded.
+    """
+    beside = {} if stands_in is None else {"unconditional": stands_in}
+    return beside | {
         "level": pair.level,
         "asked": asked,
         "backend": _backend(pair.level, options, machine),
@@ -83,12 +92,21 @@ def summary(
     }
 
 
-def text(pair: Pair, asked: str, options: LinearOptions, machine: Machine, fused: str = OFF) -> str:
+def text(
+    pair: Pair,
+    asked: str,
+    options: LinearOptions,
+    machine: Machine,
+    fused: str = OFF,
+    stands_in: str | None = None,
+) -> str:
     """The same for people, one fact a line."""
     lines = [_level_line(pair, asked)]
     for copy, candidate in _copies(pair):
         lines.append(_file_line(copy, candidate))
-    if pair.one_branch is not None:
+    if stands_in is not None:
+        lines.append(f"unconditional: {stands_in}")
+    elif pair.one_branch is not None:
         lines.append(f"{ONE_BRANCH}: {pair.one_branch.reason}")
     elif pair.unconditional is None:
         lines.append(

@@ -8,11 +8,16 @@ their weights layer by layer. The order of loads is tested; what each costs on a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..checkpoint.level_order import AUTO
 from ..checkpoint.levels import ALTERNATING, BOTH, STREAMED, residency
 from ..errors import Ideogram4QuantError
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 CHOICES = (AUTO, BOTH, ALTERNATING, STREAMED)
 
@@ -31,6 +36,19 @@ def smaller(kept: str, copies: int = 2) -> str | None:
     if kept == STREAMED:
         return None
     return ALTERNATING if kept == BOTH and copies > 1 else STREAMED
+
+
+def whole(patcher: ModelPatcher, but: str) -> list[ModelPatcher]:
+    """A copy with what is beside it on its device, such as LoRAs; without those under ``but``."""
+    beside = (
+        model for key, models in patcher.additional_models.items() if key != but for model in models
+    )
+    return [patcher, *(model for model in beside if model.load_device == patcher.load_device)]
+
+
+def size(patcher: ModelPatcher, but: str) -> int:
+    """Bytes of `whole`."""
+    return sum(model.model_size() for model in whole(patcher, but))
 
 
 class OutOfDeviceMemoryError(Ideogram4QuantError, torch.cuda.OutOfMemoryError):

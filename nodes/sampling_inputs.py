@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..sampling import LAST_SIGMA, PRESETS, guidance_schedule, sigmas
 from ..sampling import preset as find_preset
-from . import residency
+from . import one_copy, residency
 from .guidance import Guidance, format_guidance, parse_guidance
 
 PRESET_MU = "preset"
@@ -87,7 +87,7 @@ def denoise_input() -> io.Float.Input:
 
 
 def guidance_inputs() -> list:
-    """What changes the preset's guidance, and which copies stay on the device."""
+    """What changes the preset's guidance, and which copies run it and stay on the device."""
     return [
         io.String.Input(
             "guidance",
@@ -138,6 +138,18 @@ def guidance_inputs() -> list:
             tooltip="Which copies stay on the device. both: both at once. alternating: one at a "
             "time, in turns, for cards that hold only one. streamed: neither, their weights come "
             "from RAM layer by layer. auto: by the memory there is. The picture is the same.",
+        ),
+        io.Combo.Input(
+            "unconditional_from",
+            options=list(one_copy.CHOICES),
+            default=one_copy.INPUT,
+            optional=True,
+            advanced=True,
+            tooltip="Which model runs the unconditional pass. unconditional input: what is "
+            "connected there; nothing means no guidance. conditional copy: the conditional copy "
+            "runs both passes and is in memory once. With nothing connected its second pass sees "
+            "image tokens alone, which was not trained and makes another picture; or connect the "
+            "same model with a bypass LoRA.",
         ),
     ]
 

@@ -172,7 +172,7 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
 
 
 @contextmanager
-def _bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A progress callback ``(done, total)`` that draws a bar with rate and time left on stderr.
 
     The bar appears with the first call, so that an error before the work stands alone.
@@ -255,7 +255,7 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan_quantization(args.source, args.level, args.out, **choice).table())
         return 0
-    with _bar(args.level, "B") as progress, _saying_what_is_left(Path(args.out)):
+    with progress_bar(args.level, "B") as progress, _saying_what_is_left(Path(args.out)):
         report = quantize_checkpoint(
             args.source,
             args.level,
@@ -277,7 +277,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with _bar("verify", " values") as progress:
+    with progress_bar("verify", " values") as progress:
         found = verify_file(
             args.file,
             args.against,

@@ -204,3 +204,31 @@ def test_a_folder_of_any_name_runs_without_being_installed(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ideogram4-quant ")
+
+
+@pytest.fixture
+def one_copy(arguments):
+    """The arguments without the second file."""
+    place = arguments.index("--uncond")
+    return [*arguments[:place], *arguments[place + 2 :]]
+
+
+@pytest.mark.parametrize(("word", "guided"), [("self", True), ("none", False)])
+def test_generate_from_one_copy(one_copy, tmp_path, word, guided, caplog):
+    assert cli.main([*one_copy, "--uncond", word]) == 0
+    assert ("without guidance" in caplog.text) != guided
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert json.loads(picture.info["ideogram4_quant"])["uncond"] == word
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--uncond", "self"], "--uncond self"),
+        (["--uncond", "none"], "--uncond none"),
+        (["--copies", "conditional"], "--copies conditional"),
+    ],
+)
+def test_two_stand_ins_at_once_are_refused(one_copy, capsys, words, said):
+    assert cli.main([*one_copy, *words, "--uncond-lora", "f.safetensors"]) == 1
+    assert said in capsys.readouterr().err

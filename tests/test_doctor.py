@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ideogram4_quant import cli
+from ideogram4_quant.checkpoint import ModelConfig
+from ideogram4_quant.checkpoint.canonical import canonical_shapes, is_linear
 from ideogram4_quant.checkpoint.level_order import LEVELS
 from ideogram4_quant.checkpoint.levels import WORKING_MEMORY, residency
 from ideogram4_quant.checkpoint.published import PUBLISHED
@@ -226,6 +228,27 @@ def test_the_readme_says_of_one_branch_what_the_sizes_say():
         need = main_memory((nbytes, 0), encoder_bytes("FP8"), "both", "cuda")
         assert [f"{each / 1e9:.0f}" for each in (need.loaded, need.running)] == [loaded, running]
         assert passes == f"{PRESETS['fast'].steps}, {PRESETS['instant'].steps}"
+
+
+def test_the_readme_says_of_one_copy_what_the_sizes_say():
+    """Beside it a LoRA of rank 16 in 16 bits, on every linear that an unconditional pass runs."""
+    shapes = canonical_shapes(ModelConfig())
+    linears = [s for n, s in shapes.items() if is_linear(n) and not n.startswith("llm_cond")]
+    lora = sum(2 * 16 * (n + k) for n, k in linears)
+    readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"with {lora / 1e6:.0f} MB for a LoRA of rank 16" in readme.replace("\n", " ")
+    row = r"^\| (\d+) GB, one copy \| (.+?) \| (.+?) GB \| resident \| (.+?) GB \| (.+?) GB \|$"
+    rows = re.findall(row, readme, re.MULTILINE)
+    assert [int(memory) for memory, *_ in rows] == [12, 8]
+    for memory, levels, sizes, loaded, running in rows:
+        copies = sorted(copy_bytes(level) + lora for level in levels.split(", "))
+        ends = sorted({copies[0], copies[-1]})
+        assert [f"{size / 1e9:.1f}" for size in ends] == sizes.split(" to ")
+        free = (int(memory) - 1) * 2**30
+        assert {residency((size, 0), free) for size in copies} == {"both"}
+        needs = [main_memory((size, 0), encoder_bytes("FP8"), "both", "cuda") for size in copies]
+        assert _range(need.loaded for need in needs) == loaded
+        assert _range(need.running for need in needs) == running
 
 
 def _range(values) -> str:

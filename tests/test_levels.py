@@ -246,3 +246,21 @@ def test_auto_without_any_file_says_what_most_people_want():
         resolve(AUTO, catalogue(), LEVELS, 0)
     for words in ("ideogram4_int8_convrot", "for a 24 GB card, or ideogram4-q4_k.gguf"):
         assert words in str(caught.value)
+
+
+def test_one_copy_is_chosen_by_what_one_copy_takes():
+    size = 10 * 10**9
+    files = {
+        "c8": Header("INT8 W8A8", COND, size=size),
+        "u8": Header("INT8 W8A8", UNCOND, size=size),
+        "c4": Header("Q4_K", COND, size=size // 2),
+        "u4": Header("Q4_K", UNCOND, size=size // 2),
+    }
+    memory = size + WORKING_MEMORY
+    order = ("INT8 W8A8", "Q4_K")
+    found = resolve(AUTO, catalogue(**files), order, memory, one_copy=True)
+    assert (found.conditional.name, found.unconditional) == ("c8", None)
+    two = resolve(AUTO, catalogue(**files), order, memory)
+    assert (two.conditional.name, two.unconditional.name) != ("c8", None)
+    alone = {"c4": files["c4"]}
+    assert resolve("Q4_K", catalogue(**alone), order, memory, one_copy=True).unconditional is None

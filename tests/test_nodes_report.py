@@ -172,3 +172,16 @@ def test_expected_memory_is_compared_with_what_is_free(model_file, ram, short):
     assert f"loading takes 10.00 GB of RAM, {ram}.00 GB are free" in line
     assert too_much == short
     assert ("pick a smaller level" in line) == short
+
+
+def test_one_copy_with_a_lora_is_no_half_model_and_counts_once(model_file):
+    pair = replace(
+        find_pair("INT8 W8A8", catalogue(f=Header("INT8 W8A8", BOTH)).candidates),
+        unconditional=None,
+    )
+    about = (pair, "auto", LinearOptions(), machine(10**12), "off", "the conditional copy with x")
+    text = report.text(*about)
+    assert "unconditional: the conditional copy with x" in text.splitlines()
+    assert "half a model" not in text
+    assert report.summary(*about)["unconditional"] == "the conditional copy with x"
+    assert "unconditional" not in report.summary(*about[:5])

@@ -52,7 +52,9 @@ class System:
     """One row of the table: a label and the files it loads.
 
     One file may hold both copies. ``guided`` False leaves the unconditional copy out, and guidance
-    with it. ``options`` are keyword arguments of ``ops.linear.LinearOptions``.
+    with it. ``stand_in`` is what runs the unconditional pass on the conditional copy's weights:
+    ``"self"`` or the file of a LoRA. ``options`` are keyword arguments of
+    ``ops.linear.LinearOptions``.
     """
 
     name: str
@@ -61,11 +63,18 @@ class System:
     base: Path | None = None
     guided: bool = True
     options: Mapping[str, str] = field(default_factory=dict)
+    stand_in: Path | str | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files whose content makes the pictures."""
-        return tuple(p for p in (self.conditional, self.unconditional, self.base) if p is not None)
+        found = (self.conditional, self.unconditional, self.base, self.lora)
+        return tuple(p for p in found if p is not None)
+
+    @property
+    def lora(self) -> Path | None:
+        """The file of the LoRA that stands in, if one does."""
+        return self.stand_in if isinstance(self.stand_in, Path) else None
 
 
 def read_cases(

@@ -9,6 +9,8 @@ from pathlib import Path
 from ...version import __version__
 
 _PRESETS = ("quality", "default", "turbo", "instant", "fast", "turbotime")
+# in the place of the second file of --system
+_NONE, _SELF, _LORA = "none", "self", "lora:"
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -34,7 +36,8 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
     files = parser.add_argument_group("rendering files")
     files.add_argument(
         "--system", action="append", default=[], metavar="NAME=COND[,UNCOND]",
-        help="a row of the table; repeat",
+        help="a row of the table; repeat. UNCOND: a file; self: the conditional copy without text; "
+        "lora:F: the conditional copy with an unconditional LoRA; none: no guidance",
     )  # fmt: skip
     files.add_argument("--base", type=Path, help="rest of the weights for files of linears only")
     files.add_argument("--encoder", type=Path, metavar="DIR|F")
@@ -112,7 +115,9 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     from .store import Store
     from .workers import render
 
-    systems = [System(name, *_pair(value), args.base) for name, value in map(_named, args.system)]
+    systems = [
+        System(name, base=args.base, **_pair(value)) for name, value in map(_named, args.system)
+    ]
     check_systems(systems)
     if args.guidance is None and not preset(args.preset).guided:
         pairs = [system.name for system in systems if system.unconditional is not None]
@@ -205,13 +210,22 @@ def _named(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _pair(text: str) -> tuple[Path, Path | None]:
+def _pair(text: str) -> dict[str, object]:
+    """The fields of a System that ``COND``, ``COND,UNCOND`` and the words for one copy mean."""
     from .cases import CompareError
 
-    paths = [Path(path) for path in text.split(",")]
-    if len(paths) > 2:
+    parts = text.split(",")
+    if len(parts) > 2:
         raise CompareError("more than two files", found=text, needed="COND or COND,UNCOND")
-    return paths[0], paths[1] if len(paths) == 2 else None
+    found: dict[str, object] = {"conditional": Path(parts[0])}
+    second = parts[1] if len(parts) == 2 else None
+    if second == _NONE:
+        return found | {"guided": False}
+    if second == _SELF:
+        return found | {"stand_in": _SELF}
+    if second is not None and second.startswith(_LORA):
+        return found | {"stand_in": Path(second.removeprefix(_LORA))}
+    return found | ({} if second is None else {"unconditional": Path(second)})
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -108,6 +108,9 @@ class Plan:
                 "guided": system.guided,
                 "options": asdict(LinearOptions(**system.options)),
             }  # fmt: skip
+            if system.stand_in is not None:  # only then, so that older pictures keep their keys
+                lora = system.lora
+                identity["stand_in"] = system.stand_in if lora is None else prints.of(lora)
             for case in cases:
                 self._keys[system.name, case.key] = picture_key(identity, shared, case)
         prints.keep()
@@ -181,10 +184,12 @@ def _encoded(cases: Sequence[Case], settings: Settings, place: dict) -> dict[str
 def _load(system: System, settings: Settings, place: dict) -> Models:
     """Both copies of a system (one, where one file holds only the conditional) and the VAE."""
     guided = settings.guidance is not None or preset(settings.preset).guided
-    copies = "both" if system.guided and guided else "conditional"
+    both = system.guided and guided and system.stand_in is None
+    copies = "both" if both else "conditional"
     pair = open_pair(system.conditional, system.unconditional, base=system.base, copies=copies)
     vae = load_vae(settings.vae, **place)
-    return load_pair(pair, None, vae, options=LinearOptions(**system.options), **place)
+    options = LinearOptions(**system.options)
+    return load_pair(pair, None, vae, options=options, stand_in=system.stand_in, **place)
 
 
 def render_unit(

@@ -8,21 +8,16 @@ coordinates; ``w[a:b]`` and ``split`` over rows stay quantized; ``F.linear(x, w)
 from comfy_kitchen.tensor.base import QuantizedTensor, register_layout_class
 
 from .aten import register_handlers
+from .awq import AWQLayout, awq_tensor
 from .base import Layout
 from .folded import FoldedGGUFLayout, FoldedInt8Layout, folded_tensor
 from .fp8 import FP8Layout, fp8_tensor
 from .gguf import GGUFLayout, gguf_tensor
 from .int8 import Int8Layout, int8_tensor
-from .microscaled import (
-    AWQLayout,
-    MXFP8Layout,
-    NVFP4Layout,
-    awq_tensor,
-    mxfp8_tensor,
-    nvfp4_tensor,
-)
+from .microscaled import MXFP8Layout, NVFP4Layout, mxfp8_tensor, nvfp4_tensor
 from .nf4 import NF4Layout, nf4_tensor
-from .packed import W4A4Layout, W4A8Layout, w4a4_tensor, w4a8_tensor
+from .packed import W4A4Layout, W4A8Layout
+from .packed_tensors import w4a4_tensor, w4a8_tensor
 from .weight import Weight
 
 LAYOUTS: dict[str, type[Layout]] = {

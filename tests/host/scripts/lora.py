@@ -89,7 +89,7 @@ def work_added(pack: str) -> dict[str, float]:
                 if rank:
                     halves = (torch.empty(shape, device="meta") for shape in ((rank, k), (n, rank)))
                     path = low_rank.SidePath(names.LowRank(*halves), torch.float32)
-                    linear.ideogram4_quant_side_paths = 1
+                    linear.ideogram4_quant_side_paths = (path.tag,)
                     linear.register_forward_hook(path.hook)
                 linear(torch.empty(16, k, device="meta"))
         return counter.get_total_flops()

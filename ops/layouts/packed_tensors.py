@@ -1,0 +1,130 @@
+"""Weights of W4A8, W6A8 and W4A4 from their stored parts, every part checked."""
+
+from __future__ import annotations
+
+import torch
+from comfy_kitchen.tensor.base import QuantizedTensor
+from torch import Tensor
+
+from ...errors import OpError
+from ..grouped import LEVELS, bits_of
+from ..rotation import GROUPS
+from .base import check_dtype, check_same_device
+from .packed import W4A4Layout, W4A8Layout
+from .weight import Weight
+
+
+def w4a8_tensor(
+    packed: Tensor,
+    s_rel: Tensor,
+    s_channel: Tensor,
+    *,
+    dtype: torch.dtype,
+    group_size: int = 16,
+    rotation: int = 256,
+    codebook: Tensor | None = None,
+    correction: Tensor | None = None,
+) -> QuantizedTensor:
+    """A weight of ``asym_w4a8_int8``: ``packed int8 [N, K * bits / 8]``, ``s_rel [N, K / group]``
+    e4m3 or fp32, ``s_channel [N]``, ``codebook [16]``, ``correction [K / group, N]``.
+
+    ``dtype`` is what it dequantizes to. Raises OpError for what does not fit, and for scales that
+    are not finite.
+    """
+    check_dtype(dtype)
+    n, k = _packed_shape(packed, s_rel, group_size)
+    bits = bits_of(packed.shape[1], k)
+    check_same_device(packed, s_rel=s_rel, s_channel=s_channel, codebook=codebook)
+    _check_size("s_channel", s_channel, (n,))
+    if bits == 6 and (codebook is not None or correction is not None):
+        raise OpError("6-bit codes have neither codebook nor zeros", found="one of them")
+    if codebook is not None:
+        _check_size("codebook", codebook, (LEVELS,))
+    if correction is not None:
+        _check_size("zeros", correction, (k // group_size, n))
+    if rotation not in GROUPS or k % rotation:
+        raise OpError(
+            "unusable rotation group", found=rotation, needed=f"one of {GROUPS} that divides {k}"
+        )
+    params = W4A8Layout.Params(
+        orig_dtype=dtype,
+        orig_shape=(n, k),
+        scale=s_rel.contiguous(),
+        s_channel=s_channel.reshape(n).float().contiguous(),
+        codebook=None if codebook is None else codebook.float().reshape(-1).contiguous(),
+        correction=correction,
+        group_size=group_size,
+        convrot_groupsize=rotation,
+        bits=bits,
+    )
+    _check_finite(scale=s_rel.float(), s_channel=params.s_channel, codebook=params.codebook)
+    return Weight(packed.contiguous(), W4A8Layout.NAME, params)
+
+
+def w4a4_tensor(
+    packed: Tensor,
+    scale: Tensor,
+    *,
+    dtype: torch.dtype,
+    rotation: int = 256,
+    linear_dtype: str = "int4",
+) -> QuantizedTensor:
+    """A weight of ``convrot_w4a4``: ``packed int8 [N, K / 2]``, ``scale [N]``.
+
+    ``dtype`` is what it dequantizes to. Raises OpError for what does not fit.
+    """
+    check_dtype(dtype)
+    if packed.dtype != torch.int8 or packed.dim() != 2:
+        raise OpError("packed int4 is an int8 matrix", found=f"{packed.dtype} {packed.dim()}-D")
+    n, k = packed.shape[0], packed.shape[1] * 2
+    check_same_device(packed, scale=scale)
+    _check_size("scale", scale, (n,))
+    if rotation not in GROUPS or k % rotation:
+        raise OpError(
+            "unusable rotation group", found=rotation, needed=f"one of {GROUPS} that divides {k}"
+        )
+    if linear_dtype not in ("int4", "int8"):
+        raise OpError("unknown linear_dtype", found=repr(linear_dtype), needed="int4 or int8")
+    params = W4A4Layout.Params(
+        orig_dtype=dtype,
+        orig_shape=(n, k),
+        scale=scale.reshape(n).float().contiguous(),
+        convrot_groupsize=rotation,
+        linear_dtype=linear_dtype,
+    )
+    _check_finite(scale=params.scale)
+    return Weight(packed.contiguous(), W4A4Layout.NAME, params)
+
+
+def _packed_shape(packed: Tensor, s_rel: Tensor, group: int) -> tuple[int, int]:
+    if packed.dtype != torch.int8 or packed.dim() != 2 or s_rel.dim() != 2:
+        raise OpError(
+            "a packed weight is an int8 matrix with a matrix of group scales",
+            found=f"{packed.dtype} {list(packed.shape)}, scales {list(s_rel.shape)}",
+        )
+    if s_rel.dtype not in (torch.float8_e4m3fn, torch.float32) or len(s_rel) != len(packed):
+        raise OpError(
+            "the group scales do not fit the packed weight",
+            found=f"{s_rel.dtype} {list(s_rel.shape)}",
+            needed=f"float8_e4m3fn or float32 [{len(packed)}, groups]",
+        )
+    if group < 4 or (16 % group and group % 16):
+        raise OpError("unusable group of a packed weight", found=group, needed="4, 8 or 16 times n")
+    return len(packed), s_rel.shape[1] * group
+
+
+def _check_size(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    wanted = torch.Size(shape)
+    fits = tensor.shape == wanted or (len(shape) == 1 and tensor.numel() == shape[0])
+    if not fits or not tensor.is_floating_point():
+        raise OpError(
+            f"{name} does not fit the packed weight",
+            found=f"{tensor.dtype} {list(tensor.shape)}",
+            needed=f"floating point {list(shape)}",
+        )
+
+
+def _check_finite(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise OpError(f"{name} holds NaN or infinity", found="no numbers", needed="numbers")

@@ -1,0 +1,76 @@
+"""``ideogram4-quant delta``: two copies in, a LoRA that stands for the second one out."""
+
+from __future__ import annotations
+
+import argparse
+
+from .calibration import Calibration
+from .cli import progress_bar
+from .delta import DTYPES, LINEARS, DeltaOptions, make_delta
+from .encode import encoding_device
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command; it sets ``func``, a handler ``(args) -> exit code``."""
+    parser = subparsers.add_parser(
+        "delta",
+        help="make an unconditional LoRA of two copies",
+        description="Write the low-rank difference of the two copies as a LoRA: with it the "
+        "conditional copy runs both passes of guidance, and is in memory once. Prints the error "
+        "that each rank leaves.",
+    )
+    parser.add_argument("conditional", metavar="CONDITIONAL", help="the conditional copy")
+    parser.add_argument(
+        "unconditional",
+        metavar="UNCONDITIONAL",
+        nargs="?",
+        help="the unconditional copy, where the first file does not hold both",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        required=True,
+        metavar="R",
+        help="of the linears in the blocks; those few outside get 128 where that is more",
+    )
+    parser.add_argument("--out", required=True, metavar="F", help="lora.safetensors")
+    parser.add_argument(
+        "--calibration",
+        metavar="CAL",
+        help="what calibrate wrote of this model: weighs the difference by the inputs",
+    )
+    parser.add_argument(
+        "--linears",
+        choices=LINEARS,
+        default="all",
+        help="blocks: those in the transformer blocks alone, which diffusers loads too",
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="bf16", help="as stored (default: bf16)"
+    )
+    parser.add_argument(
+        "--base", nargs="+", metavar="F", help="gives linears-only files their other tensors"
+    )
+    parser.add_argument(
+        "--device", default="cpu", metavar="D", help="where to compute: cpu (default), cuda"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace F if it exists")
+    parser.set_defaults(func=_delta)
+
+
+def _delta(args: argparse.Namespace) -> int:
+    calibration = None if args.calibration is None else Calibration.load(args.calibration)
+    device = encoding_device(args.device)
+    options = DeltaOptions(args.rank, args.dtype, args.linears, calibration, device)
+    with progress_bar(f"rank {args.rank}", " weights") as progress:
+        report = make_delta(
+            args.conditional,
+            args.unconditional,
+            args.out,
+            options,
+            base=args.base,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    print(report.table())
+    return 0
