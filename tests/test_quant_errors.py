@@ -81,7 +81,7 @@ def test_rows_are_encoded_alike_in_chunks_and_at_once(monkeypatch):
     weight = torch.randn(63, 256, generator=generator)
     plan = TensorPlan("conditional", "layers.0.x.weight", (63, 256), NativeInt8(256), True)
     whole, meter = encode_tensor(plan, weight)
-    monkeypatch.setattr("ideogram4_quant.quant.encode.CHUNK", 1000)
+    monkeypatch.setattr("ideogram4_quant.quant.encode.CACHED", 1000)
     parts, chunked = encode_tensor(plan, weight)
     assert all(torch.equal(whole[suffix], parts[suffix]) for suffix in whole)
     assert chunked.sqnr_db == pytest.approx(meter.sqnr_db, abs=1e-9)
