@@ -53,23 +53,22 @@ def int8_grid_kernel(
     code = tl.load(row_ptr + cols // 2, mask=mask, other=0).to(tl.int32)
     code = (code >> (4 * (cols % 2))) & 15
     if GROUP == 0:
-        value = (code << 28) >> 28
-        tl.store(out_ptr + row * K + cols, value.to(tl.int8), mask=mask)
-        return
-    if SIX_BITS:
-        high = tl.load(row_ptr + K // 2 + cols // 4, mask=mask, other=0).to(tl.int32)
-        code |= ((high >> (2 * (cols % 4))) & 3) << 4
-    if HAS_CODEBOOK:
-        level = tl.load(codebook_ptr + code)
+        grid = ((code << 28) >> 28).to(tl.int8)
     else:
-        CENTRE: tl.constexpr = 32 if SIX_BITS else 8
-        level = (code - CENTRE).to(tl.float32)
-    at = row * (K // GROUP) + cols // GROUP
-    scale = tl.load(s_rel_ptr + at, mask=mask, other=0)
-    scale = _e4m3(scale.to(tl.int32)) if E4M3_SCALES else scale.to(tl.float32)
-    grid = tl.minimum(tl.maximum(level * scale, -127.0), 127.0)
-    bits = (grid + ROUND_MAGIC).to(tl.int32, bitcast=True)
-    tl.store(out_ptr + row * K + cols, bits.to(tl.int8), mask=mask)
+        if SIX_BITS:
+            high = tl.load(row_ptr + K // 2 + cols // 4, mask=mask, other=0).to(tl.int32)
+            code |= ((high >> (2 * (cols % 4))) & 3) << 4
+        if HAS_CODEBOOK:
+            level = tl.load(codebook_ptr + code)
+        else:
+            CENTRE: tl.constexpr = 32 if SIX_BITS else 8
+            level = (code - CENTRE).to(tl.float32)
+        at = row * (K // GROUP) + cols // GROUP
+        scale = tl.load(s_rel_ptr + at, mask=mask, other=0)
+        scale = _e4m3(scale.to(tl.int32)) if E4M3_SCALES else scale.to(tl.float32)
+        value = tl.minimum(tl.maximum(level * scale, -127.0), 127.0)
+        grid = (value + ROUND_MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    tl.store(out_ptr + row * K + cols, grid, mask=mask)
 
 
 def int8_grid(packed: Tensor, s_rel: Tensor | None, codebook: Tensor | None, group: int) -> Tensor:
