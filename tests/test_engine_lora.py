@@ -108,7 +108,7 @@ def test_small_loha_acts_and_a_kind_that_changes_weights_is_refused(pipe, tmp_pa
     [
         ("unconditional_transformer.", "conditional", "changes none of the copies"),
         ("", "all", "apply_to is none of its values"),
-        ("blocks.", "both", "no LoRA for Ideogram 4"),
+        ("blocks.", "both", "tensor of a linear is not understood"),
     ],
 )
 def test_what_does_not_fit_is_told(pipe, tmp_path, name, apply_to, error):

@@ -7,7 +7,7 @@ means, as AdaLoRA's ``lora_E`` or PiSSA's start from other weights than the mode
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +31,9 @@ def refuse_passed_over(
     model's linears. Codes of a quantized LoRA are refused too.
     """
     left_out = set(unknown)
+    first = {module.partition(".")[0] for module in known}
     for name in left_out:
-        module = _module(name, known)
+        module = _module(name, known, first)
         if module is not None:
             raise CheckpointError(
                 "this tensor of a linear is not understood",
@@ -53,11 +54,16 @@ def refuse_passed_over(
             )
 
 
-def _module(name: str, known: Mapping[str, str]) -> str | None:
-    """The linear that a name begins with, behind any prefix, as the name spells it."""
+def _module(name: str, known: Mapping[str, str], first: Collection[str]) -> str | None:
+    """The linear that a name begins with, behind any prefix, as the name spells it.
+
+    first: what the names of linears begin with, up to a dot.
+    """
     parts = name[-400:].split(".")[-_PARTS:]
     parts = [_UNDERSCORED.sub("", parts[0], count=1), *parts[1:]]
     for start in range(len(parts) - 1):
+        if parts[start] not in first:
+            continue
         for end in range(len(parts) - 1, start, -1):
             module = ".".join(parts[start:end])
             if module in known:
