@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -34,6 +35,7 @@ _PARTS = {
     r"(?P<plain>alpha|oft_blocks|rescale|diff|diff_b|set_weight|w_norm|b_norm)": "",
 }
 _TAILS = [(re.compile(rf"(?:^|\.)(?:{tail})$"), part) for tail, part in _PARTS.items()]
+_ENOUGH = 4000  # names that are looked at to tell another model: more than any LoRA of one has
 _LONGEST = 96  # characters: more than any of these tails has
 # a split name -> (the fused linear, which third of its rows)
 _SPLIT = {"to_q": ("qkv", 0), "to_k": ("qkv", 1), "to_v": ("qkv", 2)}
@@ -114,7 +116,7 @@ def fused(module: str) -> tuple[str, int | None]:
 
 def other_model(names: Iterable[str]) -> str | None:
     """Which model a file that fits nothing of this one is for, where its names tell."""
-    for name in names:
+    for name in itertools.islice(names, _ENOUGH):
         written = name[:300].replace(".", "_")
         for pattern, model in _OTHERS.items():
             if re.search(pattern, written):
