@@ -18,6 +18,7 @@ from ..errors import (
     MissingBaseError,
     PairMismatchError,
 )
+from .attention_wish import attention_wish
 from .branches import OneBranch
 from .canonical import TEXT_ONLY, canonical_shapes
 from .config import ModelConfig, same_model
@@ -77,6 +78,11 @@ class Checkpoint:
             for copy in self.copies
             for module in unquantized(self.entries[copy])
         )
+
+    @cached_property
+    def attention_wish(self) -> str | None:
+        """The attention that the files ask for, by this pack's name; see ``attention_wish``."""
+        return attention_wish(self.tensor_files)
 
     def folding(self, copy: str) -> Folding | None:
         """What was folded into a copy of these files; None for a file in original coordinates.

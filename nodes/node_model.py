@@ -15,6 +15,7 @@ from ..errors import Ideogram4QuantError
 from ..ops.linear import LinearOptions
 from . import report
 from .attention import CHOICES as ATTENTIONS
+from .attention_choice import followed
 from .connections import leads_anywhere, running_graph
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
@@ -141,6 +142,8 @@ class LoadIdeogram4(io.ComfyNode):
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
         here = machine()  # before loading, so that it tells what is free now
         fused = decide(fused_blocks, backend, here.backends)
+        wish = pair.conditional.header.attention_wish
+        attention, by_file = followed(attention, wish, here.attention_backends)
         expected, too_much = report.expected_memory(pair, here)
         logger.log(logging.WARNING if too_much else logging.INFO, "%s", expected)
         models = []
@@ -156,7 +159,7 @@ class LoadIdeogram4(io.ComfyNode):
             )  # fmt: skip
             models.append(load_model(source))
         found = measured(m for m in models if m is not None)
-        here = replace(here, attention=attention, measured=found)
+        here = replace(here, attention=attention, attention_by_file=by_file, measured=found)
         stands_in = f"the conditional copy with {unconditional_lora}" if one_copy else None
         if one_copy and models[0] is not None:
             models[1], stands_in = unconditional_of(models[0], unconditional_lora)

@@ -54,6 +54,7 @@ class Machine:
     dtype: str
     backends: tuple[BackendReport, ...]
     attention: str = HOST_ATTENTION
+    attention_by_file: bool = False
     attention_backends: tuple[BackendReport, ...] = ()
     measured: Table = field(default_factory=Table)
     free: int | None = None  # bytes of the device and of RAM, before anything is loaded
@@ -244,7 +245,9 @@ def _attention(machine: Machine) -> str:
     if machine.attention == HOST_ATTENTION:
         return "the host's own setting"
     if machine.attention != AUTO:
-        return f"{machine.attention}, as asked"
+        return (
+            f"{machine.attention}, as {'the file asks' if machine.attention_by_file else 'asked'}"
+        )
     found = _shown(machine.measured, ATTENTION)
     if found:
         return f"{found[0].ranking[0]}, the fastest measured here"

@@ -24,6 +24,7 @@ class Header:
     copy_reason: str = "its name"
     copy_assumed: bool = False
     one_branch: object = None
+    attention_wish: str | None = None
     linears_only: bool = False
     origin: str = "some layout"
     protected: tuple[str, ...] = ()
