@@ -58,7 +58,7 @@ def test_swapped_and_doubled_connections_are_refused(server):
     swapped = graphs.with_sampler(models=(("model", 1), ("model", 0)))
     fails_with(server, swapped, "unconditional copy", "Swap")
     doubled = graphs.with_sampler(models=(("model", 0), ("model", 0)))
-    fails_with(server, doubled, "unconditional input is the conditional copy", "Swap")
+    fails_with(server, doubled, "one model is connected as both copies", "unconditional_from")
 
 
 def test_copies_of_two_models_are_refused(server, models):

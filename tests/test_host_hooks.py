@@ -52,7 +52,8 @@ def test_what_the_hosts_own_loader_quantized_has_hooks_in_our_sampler(found):
 def test_a_compiled_model_follows_hooks_and_loras_that_come_and_go(found):
     compiled = found["others"]["compiled"]
     assert max(compiled["errors"]) < WITHIN["INT8 W8A8 rotated"]
-    assert compiled["frames"] == [4, 4]  # each of four cases is compiled once
+    # each of four cases is compiled once; the two hooks that are made anew are other ones
+    assert compiled["frames"] == [4, 6]
     assert not compiled["breaks"]
 
 

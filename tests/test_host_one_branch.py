@@ -76,8 +76,11 @@ def test_values_of_older_workflows_keep_their_places(found):
     assert inputs["load"] == [
         "level", "conditional_file", "unconditional_file", "base_file", "trust_files", "backend",
         "gguf_compute", "attention", "fused_blocks", "branches",
+        "unconditional_lora",
     ]  # fmt: skip
-    assert inputs["sampler"][-4:] == ["residency", "sigmas", "schedule_mu", "last_sigma"]
+    assert inputs["sampler"][-5:] == [
+        "residency", "unconditional_from", "sigmas", "schedule_mu", "last_sigma",
+    ]  # fmt: skip
     assert inputs["preset"] == [
         "preset", "width", "height", "steps", "denoise", "schedule_mu", "last_sigma",
     ]  # fmt: skip
