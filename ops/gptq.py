@@ -9,8 +9,8 @@ QuIP, arXiv 2307.13304, section 3.
 C has K^2 values and M too: 1.2 GB for the widest linears here. ``ops.feedback`` does the same for a
 C of a few directions in K * r values.
 
-Everything is fp64, where the order of a product's sums, which differs with threads and machines,
-moves no target by as much as a code is wide but for one weight in some thousand billions.
+Everything is fp64: the order of a product's sums, which differs with threads and machines, changes
+the last of 53 bits of a target, and a code only where the target lies that near a middle.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ def int8_grid(packed: Tensor, s_rel: Tensor | None, codebook: Tensor | None, gro
 SIX_BIT_LIMIT = 31
 """Largest magnitude of a 6-bit level; its code is the level plus 32."""
 
-_FLOOR = 1e-8  # of a scale, as in comfy-kitchen
+SCALE_FLOOR = 1e-8
+"""Smallest scale of a group and of a row, as in comfy-kitchen."""
 
 
 def encode_six_bits(
@@ -129,10 +130,10 @@ def encode_six_bits(
     if k % 32 or group % 16 or k % group:
         raise OpError("6-bit codes do not fill the rows", found=f"{k} in groups of {group}")
     grouped = values.float().view(n, k // group, group)
-    scale = (grouped.abs().amax(2) / SIX_BIT_LIMIT).clamp_min(_FLOOR)
-    channel = (scale.amax(1) * (SIX_BIT_LIMIT / 127)).clamp_min(_FLOOR)
+    scale = (grouped.abs().amax(2) / SIX_BIT_LIMIT).clamp_min(SCALE_FLOOR)
+    channel = (scale.amax(1) * (SIX_BIT_LIMIT / 127)).clamp_min(SCALE_FLOOR)
     relative = (scale / channel[:, None]).to(torch.float8_e4m3fn)
-    step = (relative.float() * channel[:, None])[..., None].clamp_min(_FLOOR * _FLOOR)
+    step = (relative.float() * channel[:, None])[..., None].clamp_min(SCALE_FLOOR**2)
     level = grouped / step
     if generator is None:
         level = level.round()

@@ -27,8 +27,9 @@ DIRECTIONS = 16
 
 BLOCK = 512
 """Inputs of a block of the moments: 25 MB a linear for w2, 9 MB for the others, 2 GB a copy. On the
-pocket model's 256 and 768 inputs blocks of 64 gain 1 to 4 dB at W4A8 over the sketch alone, and all
-pairs another 0.5 to 1."""
+pocket model's 256 and 768 inputs (W4A8, 16 captions, latent SQNR as trained, loud channels, loud
+tokens) a sketch of 64 columns alone gives 28.8, 24.7, 28.4 dB, with blocks of 64 beside one of 16
+columns 29.0, 27.6, 29.1, and all pairs 29.8, 28.4, 29.8."""
 
 # Energy of a direction, as a share of the strongest, below which it is rounding of the sums.
 _NOISE = 1e-6
@@ -44,7 +45,7 @@ _IMPOSSIBLE = 1.01
 # inputs that were silent (channels of w2 that only some words wake), for hardly any gain: pictures
 # of the pocket model at Q4_K lose 3 dB of latent SQNR without it.
 _DAMPING = 0.3
-_BLOCK_DAMPING = 0.1  # with blocks: 0.03 and 0.3 give the same to 0.3 dB
+_BLOCK_DAMPING = 0.1  # with blocks: 0.03 and 0.3 are within 0.4 dB of it, no worse
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import grouped, kitchen_ops
 from ideogram4_quant.ops.layouts import (
+    Weight,
     awq_tensor,
     mxfp8_tensor,
     nvfp4_tensor,
@@ -25,6 +26,7 @@ from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.tests.tensors import randn, relative
 
 torch.set_num_threads(1)
+CODEBOOK = torch.linspace(-1, 1, 16)
 N, K = 48, 768
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 W4A8 = {
@@ -202,14 +204,25 @@ def test_awq_is_its_formula():
     assert torch.equal(ours.dequantize(), stock.dequantize())
 
 
-def test_the_host_packs_w4a8_for_few_tokens():
-    """What ``optimize_for_gemv`` leaves on a card: decoded by comfy-kitchen, run by its kernel."""
-    pytest.importorskip("comfy_kitchen.tensor.w4a8_packed")
-    _, ours = w4a8(randn(64, 768), torch.float32)
-    params = dataclasses.replace(ours._params, mma_packed=True)
-    layout = ours.layout_cls
-    assert not layout.through_int8(params)
-    assert not layout.can_slice_rows(params)
+@pytest.mark.parametrize("bits", [4, 6])
+def test_the_host_packs_w4a8_for_few_tokens(bits):
+    """What ``optimize_for_gemv`` leaves on a card: codes and scales in the order of its kernel."""
+    codec = pytest.importorskip("comfy_kitchen.tensor.w4a8_packed")
+    n, k = 32, 512
+    generator = torch.Generator().manual_seed(0)
+    size = n * k * codec.w4a8_mma_record_bytes(bits) // 512
+    records = torch.randint(0, 120, (size,), generator=generator).to(torch.int8)  # no NaN scales
+    data, s_rel = codec.unpack_w4a8_mma_weight(records, n, k)
+    parts = (torch.rand(n, generator=generator) + 0.5, CODEBOOK if bits == 4 else None)
+    canonical = w4a8_tensor(data, s_rel, parts[0], dtype=torch.float32, codebook=parts[1])
+    params = dataclasses.replace(canonical._params, scale=s_rel.new_empty(0), mma_packed=True)
+    weight = Weight(records, canonical._layout_cls, params)
+    assert torch.equal(weight.dequantize(), canonical.dequantize())
+    assert type(weight[:8]) is torch.Tensor  # not cut out of the records, and right all the same
+    assert torch.equal(weight[:8], canonical.dequantize()[:8])
+    x = randn(3, k, seed=1)
+    wanted = x @ canonical.dequantize().t()
+    assert relative(linear(x, weight), wanted) < 0.012
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,14 @@ class PackedLayout(InputHooks, Layout):
     """What the packed int8 layouts share: a product through int8 rows, or comfy-kitchen's own."""
 
     @classmethod
+    @abstractmethod
     def grid_parts(cls, weight: QuantizedTensor) -> tuple[Any, ...]:
         """``packed, s_rel, s_channel, codebook, group`` as ``ops.packed_int8`` takes them."""
-        raise NotImplementedError
+
+    @classmethod
+    @abstractmethod
+    def kitchen_linear(cls, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` by comfy-kitchen's own op."""
 
     @classmethod
     def through_int8(cls, params: Any) -> bool:
