@@ -14,9 +14,9 @@ import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..checkpoint.copies import CONDITIONAL
+from ..checkpoint.loras import LowRank, parse_lora, refuse_changes
 from ..errors import OpError
 from . import injected
-from .lora_files import LowRank, parse_lora, refuse_changes
 from .lora_loading import in_its_basis, linear_shapes, other_shapes
 from .low_rank_model import load_low_rank, unload_with
 from .model_source import source_of

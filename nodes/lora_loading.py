@@ -15,10 +15,10 @@ import comfy.model_patcher
 from comfy.patcher_extension import CallbacksMP
 
 from ..checkpoint.folding import Folding
+from ..checkpoint.loras import LowRank
 from ..errors import Ideogram4QuantError
 from . import injected
 from .headers import open_header
-from .lora_files import LowRank
 from .low_rank_model import load_low_rank, unload_with
 from .model_source import source_of
 

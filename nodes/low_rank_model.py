@@ -13,8 +13,8 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.loras import LowRank, stack
 from . import injected
-from .lora_files import LowRank, stack
 
 
 class SidePath(nn.Module):

@@ -7,8 +7,8 @@ import logging
 from comfy_api.latest import io
 
 from ..checkpoint.copies import COPIES, UNCONDITIONAL
+from ..checkpoint.loras import describe, parse_lora, read_lora, read_strength
 from .lora_baking import bake
-from .lora_files import describe, parse_lora, read_lora, read_strength
 from .lora_loading import add_lora, linear_shapes, other_shapes, remaining_folding
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY

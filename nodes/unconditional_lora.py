@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
+from ..checkpoint.loras import LoraFile, describe, parse_lora, read_lora, read_strength
 from ..errors import CheckpointError
-from .lora_files import LoraFile, describe, parse_lora, read_lora, read_strength
 from .lora_loading import add_lora, linear_shapes, other_shapes
 from .model_files import host_listing
 from .model_source import source_of

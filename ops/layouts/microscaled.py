@@ -37,7 +37,12 @@ _TILE_ROWS = 128  # cuBLAS keeps block scales in tiles of 128 rows x 4 columns
 
 
 class MicroscaledLayout(Layout):
-    """What NVFP4 and MXFP8 share: padded storage, block scales in cuBLAS's tile order."""
+    """What NVFP4 and MXFP8 share: padded storage, block scales in cuBLAS's tile order.
+
+    ``STOCK`` is comfy-kitchen's layout, whose tensors its product takes.
+    """
+
+    STOCK: type
 
     @classmethod
     def quantize(cls, tensor: Tensor, **_: object) -> tuple[Tensor, Any]:
@@ -72,9 +77,9 @@ class MicroscaledLayout(Layout):
     def native_linear(cls, x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
         """``x``, quantized to the format, times the weight by comfy-kitchen's product."""
         rows = x.reshape(-1, x.shape[-1])
-        stock = cls.stock_name()
+        stock = cls.STOCK.__name__
         fields = {f.name: getattr(weight._params, f.name) for f in dataclasses.fields(cls.Params)}
-        own = cls.stock_params()(**{**fields, "orig_dtype": x.dtype})
+        own = cls.STOCK.Params(**{**fields, "orig_dtype": x.dtype})
         matrix = QuantizedTensor(weight._qdata, stock, own)
         out = F.linear(QuantizedTensor.from_float(rows, stock), matrix)
         if bias is not None:  # comfy-kitchen wants one as long as the padded weight
@@ -91,6 +96,7 @@ class NVFP4Layout(MicroscaledLayout, TensorCoreNVFP4Layout):
     """``W = e2m1 * block_scale * scale``: blocks of 16, uint8 ``[N, K / 2]``, padded to 16."""
 
     NAME = "Ideogram4QuantNVFP4"
+    STOCK = TensorCoreNVFP4Layout
 
     @dataclass(frozen=True, eq=False, kw_only=True)
     class Params(BaseParams):
@@ -109,14 +115,6 @@ class NVFP4Layout(MicroscaledLayout, TensorCoreNVFP4Layout):
         return {"scale": (values.abs().amax() / (E4M3_MAX * E2M1_MAX)).clamp_min(SCALE_FLOOR)}
 
     @classmethod
-    def stock_name(cls) -> str:
-        return "TensorCoreNVFP4Layout"
-
-    @classmethod
-    def stock_params(cls) -> Any:
-        return TensorCoreNVFP4Layout.Params
-
-    @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
         """comfy-kitchen's names."""
         return TensorCoreNVFP4Layout.state_dict_tensors(qdata, params)
@@ -131,6 +129,7 @@ class MXFP8Layout(MicroscaledLayout, TensorCoreMXFP8Layout):
     """``W = e4m3 * 2^e``: blocks of 32, ``[N, K]`` padded to 32."""
 
     NAME = "Ideogram4QuantMXFP8"
+    STOCK = TensorCoreMXFP8Layout
 
     @dataclass(frozen=True, eq=False, kw_only=True)
     class Params(BaseParams):
@@ -141,14 +140,6 @@ class MXFP8Layout(MicroscaledLayout, TensorCoreMXFP8Layout):
         @property
         def label(self) -> str:
             return "MXFP8"
-
-    @classmethod
-    def stock_name(cls) -> str:
-        return "TensorCoreMXFP8Layout"
-
-    @classmethod
-    def stock_params(cls) -> Any:
-        return TensorCoreMXFP8Layout.Params
 
     @classmethod
     def description(cls, params: Any) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def host_lora(patcher) -> dict:
 def side_path(pack: str, patcher):
     """As Load LoRA for Ideogram 4 does."""
     loading = inside.load(pack, "nodes.lora_loading")
-    names = inside.load(pack, "nodes.lora_files")
+    names = inside.load(pack, "checkpoint.loras")
     updates = names.parse_lora(lora(patcher), loading.linear_shapes(patcher), "lora").updates[None]
     return loading.add_lora(patcher, updates, 1.0)
 

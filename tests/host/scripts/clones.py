@@ -38,7 +38,7 @@ class World:
             path.name: safetensors.torch.load_file(path)
             for path in Path(loras).glob("*.safetensors")
         }
-        self.names = inside.load(pack, "nodes.lora_files")
+        self.names = inside.load(pack, "checkpoint.loras")
         self.ours = inside.load(pack, "nodes.lora_loading")
         self.loading = inside.load(pack, "nodes.model_loading")
         self.inputs = make_inputs()

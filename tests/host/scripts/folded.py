@@ -93,7 +93,7 @@ def with_lora(pack: str, patcher, folder: str, inputs, wanted) -> dict:
     import safetensors.torch
     import torch
 
-    names = inside.load(pack, "nodes.lora_files")
+    names = inside.load(pack, "checkpoint.loras")
     side = inside.load(pack, "nodes.lora_loading")
     before = run(patcher, inputs)
     state = safetensors.torch.load_file(Path(folder) / LORA)

@@ -187,7 +187,7 @@ CHANGES = {
 def side_path(pack: str, model, loras: str):
     import safetensors.torch
 
-    names, ours = (inside.load(pack, f"nodes.{name}") for name in ("lora_files", "lora_loading"))
+    names, ours = (inside.load(pack, name) for name in ("checkpoint.loras", "nodes.lora_loading"))
     state = safetensors.torch.load_file(Path(loras) / "fused.safetensors")
     found = names.parse_lora(state, ours.linear_shapes(model), "fused.safetensors")
     return ours.add_lora(model, found.for_copy("conditional", "as in the file"), 1.0)

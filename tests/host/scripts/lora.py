@@ -72,7 +72,7 @@ def work_added(pack: str) -> dict[str, float]:
 
     config = inside.load(pack, "checkpoint").ModelConfig()
     canonical = inside.load(pack, "checkpoint.canonical").canonical_shapes(config)
-    names = inside.load(pack, "nodes.lora_files")
+    names = inside.load(pack, "checkpoint.loras")
     low_rank = inside.load(pack, "nodes.low_rank_model")
     shapes = {
         name.removesuffix(".weight"): shape
@@ -135,7 +135,7 @@ def measure(pack: str, path: str, loras: str, inputs, merged: dict) -> dict:
     import safetensors.torch
     import torch
 
-    names = inside.load(pack, "nodes.lora_files")
+    names = inside.load(pack, "checkpoint.loras")
     ours = inside.load(pack, "nodes.lora_loading")
     plain = load(pack, path)
 

@@ -115,7 +115,7 @@ def out_of_memory_alone(world: World) -> list:
 
 
 def with_lora(world: World, lora: Path):
-    names = inside.load(world.pack, "nodes.lora_files")
+    names = inside.load(world.pack, "checkpoint.loras")
     loading = inside.load(world.pack, "nodes.lora_loading")
     shapes = loading.linear_shapes(world.conditional)
     found = names.parse_lora(names.read_lora(lora), shapes, lora.name)
