@@ -26,8 +26,8 @@ STAGES = (
 """What is asked most comes first, what may hang in a foreign compiler last."""
 
 SHARE = (
-    "To share it: add the file to docs/cards/ in a pull request, or attach it to an issue. It holds "
-    "no host name, no user name and no paths; look into it, it is plain text."
+    "To share it: add the file to docs/cards/ in a pull request, or attach it to an issue. It "
+    "holds no host name, no user name and no paths; look into it, it is plain text."
 )
 
 
@@ -72,28 +72,16 @@ def measure(
 ) -> int:
     """Run ``stages`` into ``out``; ``limits`` are the supervisor's."""
     target = check_output(out, overwrite=overwrite)
-    small = reduced or _is_cpu(device)
-    document = documents.new([stage.name for stage in stages], reduced=small)
+    document = documents.new([stage.name for stage in stages], reduced=reduced)
     say = lambda text: print(text, flush=True)
     save = lambda: documents.save(target, document)
     Supervisor(document, save, device, say=say, **limits).run(stages)
     failed = [s["name"] for s in document["stages"] if s["status"] != documents.OK]
     say(f"{out}: {len(stages) - len(failed)} of {len(stages)} parts are whole")
-    if not small:
+    if not document["reduced"]:
         say(SHARE)
     broken = (documents.FAILED, documents.STOPPED)
     return 1 if any(s["status"] in broken for s in document["stages"]) else 0
-
-
-def _is_cpu(device: str | None) -> bool:
-    """Without a GPU the real sizes would take hours."""
-    if device is not None:
-        return device.startswith("cpu")
-    try:
-        import torch
-    except ImportError:
-        return True
-    return not torch.cuda.is_available()
 
 
 def _render(files: list[Path], markdown: Path | None) -> int:

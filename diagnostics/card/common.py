@@ -1,4 +1,4 @@
-"""What the stages share: the sizes of the real model, the device, timing that survives a failure."""
+"""What the stages share: sizes of the real model, the device, timing that survives a failure."""
 
 from __future__ import annotations
 
@@ -44,8 +44,13 @@ REDUCED = Sizes(512, 1024, (48, 32), (48, 96), 2, 128, 1 << 20)
 
 
 def sizes(context: Context) -> Sizes:
-    """Which of the two."""
-    return REDUCED if context.reduced else REAL
+    """Which of the two; on a CPU the real ones would take hours."""
+    return REDUCED if is_reduced(context) else REAL
+
+
+def is_reduced(context: Context) -> bool:
+    """Whether the small sizes were asked for, or nothing else can be run."""
+    return context.reduced or device_of(context).type == "cpu"
 
 
 def device_of(context: Context) -> torch.device:

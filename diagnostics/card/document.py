@@ -8,6 +8,7 @@ and types are checked before a value is used.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import getpass
 import json
@@ -32,6 +33,7 @@ STATUSES = (OK, PARTLY, FAILED, STOPPED, NOT_RUN, RUNNING)
 _MOST_BYTES = 4 << 20
 _MOST_ROWS = 2000
 _MOST_TEXT = 500
+_HOME = re.compile(r"(?:[A-Za-z]:)?[\\/]+(?:Users|home)[\\/]+[^\\/:'\"]+(?=[\\/])")
 _PATH = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[\\/]+[^\s\\/:'\"<>|,;()]+)+[\\/]+(?=[^\s\\/])")
 
 
@@ -70,19 +72,16 @@ def cleaned(value: Any) -> Any:
 
 def clean(text: str) -> str:
     """``text`` with the last part of each path alone, without the user's and machine's names."""
-    text = _PATH.sub("", text)
-    for name in _names():
+    for name in _names():  # first: a name may hold blanks, which end a path
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "...", text)
-    return text[:_MOST_TEXT]
+    return _PATH.sub("", _HOME.sub("", text))[:_MOST_TEXT]
 
 
 def _names() -> list[str]:
     """What may not be in a file. A name of one or two letters would eat words."""
     found = {platform.node(), platform.node().partition(".")[0], Path.home().name}
-    try:
+    with contextlib.suppress(OSError, KeyError, ImportError):  # systems that know no user
         found.add(getpass.getuser())
-    except (OSError, KeyError, ImportError):  # a system that does not know its user
-        pass
     return [name for name in found - {"root", "localhost"} if len(name) > 2]
 
 

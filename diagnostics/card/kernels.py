@@ -48,7 +48,8 @@ def _products(there: torch.device, shape: tuple[int, int, int]) -> dict[str, Cal
     m, _, k = shape
     ways: dict[str, Callable[..., Tensor]] = {}
     for report in dispatch.reports(there):
-        if not report.available or report.name == dispatch.REFERENCE.name and there.type != "cpu":
+        formula = report.name == dispatch.REFERENCE.name and there.type != "cpu"
+        if formula or not report.available:
             continue
         backend = dispatch.choose("int8_gemm", shape, there, report.name)
         if "int8_gemm" not in backend.ops:
@@ -87,12 +88,12 @@ def rows(context: Context) -> Iterator[Row]:
                 continue
             x, y = (random((m, k), there, dtype, seed) for seed in range(2))
             one = torch.ones(k, device=there, dtype=dtype)
-            functions = {}
+            arguments, functions = make(x, y, one), {}
             for name in names:
                 backend = dispatch.choose(op, (m, k, k), there, name)
                 if op in backend.ops:
                     run = backend.get(op)
-                    functions[name] = lambda run=run, a=make(x, y, one): run(*a)
+                    functions[name] = lambda run=run, a=arguments: run(*a)
             times, failed = measured(functions, context, there)
             about = {"what": what, "m": m, "k": k}
             yield from timed_rows(
@@ -118,7 +119,7 @@ def _row_cases(size, dtype: torch.dtype):
 
 
 def decode(context: Context) -> Iterator[Row]:
-    """GGUF blocks to rotated int8 and to floats; ``least``: bytes moved at the memory's own rate."""
+    """GGUF blocks to rotated int8 and to floats, beside their bytes at the memory's own rate."""
     there, size = device_of(context), sizes(context)
     dtype = dtype_of(there)
     n, k = size.linears["w1"]

@@ -10,15 +10,16 @@ import torch
 from ...ops import attention, dispatch
 from .. import selftest as selftests
 from ..health import examine
-from .common import device_of, measured, peak_gb, random, sizes
+from .common import device_of, is_reduced, measured, peak_gb, random, sizes
 from .worker import Context, Row
 
 
 def device(context: Context) -> Iterator[Row]:
-    """What it is, what is there, and the ceilings: products of the vendor's library, memory, bus."""
+    """What it is, what is there, its ceilings: products of the vendor's library, memory, bus."""
     there = device_of(context)
     health = examine(there)
-    yield {"what": "about", **health["about"], "cuda": str(torch.version.cuda)}
+    about = health["about"] | {"cuda": str(torch.version.cuda)}
+    yield {"what": "about", **about, "reduced": is_reduced(context)}
     yield {"what": "state", **health["state"]["before"], "drift": health["state"]["drift"]}
     for warning in health["warnings"]:
         yield {"what": "warning", "text": warning}
@@ -85,7 +86,7 @@ def selftest(context: Context) -> Iterator[Row]:
             share = result.error / result.allowed if result.allowed else 0.0
             worst[result.backend] = max(share, worst.get(result.backend, 0.0))
         elif result.status == selftests.NOT_RUN:
-            context.missing.append(f"{result.check} ({result.backend})")
+            context.missing.append(f"{result.check} ({result.backend}: {result.note})")
         else:
             yield {
                 "backend": result.backend,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...ops import attention, fused
 from ...ops.tuning import autotune
 from ...sampling import combine, euler_step
-from .common import device_of, dtype_of, measured, peak_gb, random, sizes
+from .common import device_of, dtype_of, is_reduced, measured, peak_gb, random, sizes
 from .weights import LEVELS, ROTATION, Linear, linear
 from .worker import Context, Row, describe
 
@@ -115,7 +115,7 @@ def _tuned(context: Context, there: torch.device) -> tuple[str, ...]:
             module = f"{'attention' if name in ('qkv', 'o') else 'feed_forward'}.{name}"
             if kind == "int8" and module in fused.INPUTS:
                 inputs.append((fused.INPUTS[module], layers[-1]))
-    left = max(0.0, context.deadline - time.perf_counter())
+    left = max(0.0, context.deadline - time.perf_counter()) if not is_reduced(context) else 0.5
     folder = Path(context.folder) if context.folder else None
     measure = autotune.Measure(folder, left, _TUNING if there.type == "cuda" else autotune.MEMORY)
     heads = (size.heads, 256)
@@ -227,7 +227,7 @@ def compiled(context: Context) -> Iterator[Row]:
     there, size = device_of(context), sizes(context)
     dtype = dtype_of(there)
     # tests have no C++ compiler to wait for: there the graph alone is traced
-    backend = "eager" if context.reduced else "inductor"
+    backend = "eager" if is_reduced(context) else "inductor"
     with torch.inference_mode():
         inputs = _inputs(size.tokens[0], size, there, dtype)
         own = Block(_COMPILED, size, there, dtype)

@@ -61,6 +61,7 @@ class Supervisor:
         """All stages within the time; ``finished`` is set when none is left to begin."""
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             try:
+                self._write()
                 for stage, entry in zip(stages, self._document["stages"], strict=True):
                     self._one(stage, entry, folder)
                     self._write()
@@ -109,6 +110,7 @@ class Supervisor:
             if kind == worker.ENDED:
                 return value
             entry["rows"].append(value)
+            self._document["reduced"] |= bool(value.get("reduced"))
             if "ceiling" in value:
                 self._ceilings[value["ceiling"]] = value["per_second"]
             if time.monotonic() - self._written > _SAVED:
@@ -146,7 +148,7 @@ class Supervisor:
             return
         self._connection.close()
         self._process.kill()
-        self._process.join()
+        self._process.join(5)  # one that a driver holds cannot be waited for
         self._process = self._connection = None
 
     def _write(self) -> None:

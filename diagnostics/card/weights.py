@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ops import blocks, dispatch, packed_int8, prequantized
 from ...ops.fused import Activation, dense
-from ...ops.gguf_compute import W8A8_FORMATS
+from ...ops.gguf_compute import compute_here
 from ...ops.linear import gguf_linear, int8_linear
 from .common import random
 
@@ -96,7 +96,10 @@ def _gguf(qtype: str, n: int, k: int, device: torch.device) -> Linear:
     packed = gguf_blocks(qtype, n, k, device)
 
     def multiply(x: Inputs) -> Tensor:
-        if not isinstance(x, Activation) or qtype not in W8A8_FORMATS:
+        shape = (x.shape[:-1].numel(), n, k)
+        way = compute_here("auto", qtype, shape, x.device, x.dtype, dispatch.AUTO)
+        rows = isinstance(x, Activation) and way != "dense" and x.rows_pay(n, None, ROTATION)
+        if not rows:
             return gguf_linear(dense(x), packed, qtype, (n, k))
         q, scales = x.rows(None, ROTATION, dispatch.AUTO)
         out = prequantized.gguf_product(

@@ -76,7 +76,7 @@ def serve(connection: Connection, device: str | None) -> None:
         try:
             for row in _rows(request, context):
                 connection.send((ROW, row))
-            over = f"not measured in time: {', '.join(context.missing)}" if context.missing else ""
+            over = f"not measured: {', '.join(context.missing)}" if context.missing else ""
             connection.send((ENDED, (PARTLY if over else OK, over)))
         except Exception as error:  # whatever compilers, drivers and extensions come up with
             connection.send((ENDED, (FAILED, describe(error))))
