@@ -23,7 +23,7 @@ from ideogram4_quant.diagnostics.doctor import examine
 from ideogram4_quant.diagnostics.doctor.comfyui import find_host, model_folders
 from ideogram4_quant.diagnostics.doctor.machine import Device
 from ideogram4_quant.diagnostics.doctor.main_memory import SYSTEM, main_memory
-from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes, encoder_bytes
+from ideogram4_quant.cards.sizes import copy_bytes, encoder_bytes
 from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.sampling import PRESETS
 

@@ -98,6 +98,7 @@ ORDER = (
     {"pocket", "engine"},
     {"diagnostics"},
     {"quant"},
+    {"cards"},
     {"checkpoint"},
     {"sampling", "gguf_loader"},
     {"ops"},

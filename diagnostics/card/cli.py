@@ -38,13 +38,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="measure this card in under six minutes, or make the table of such files",
         description="Measure what this pack computes on this card, each part within a time of its "
         "own, into a JSON file that is whole after every part. Needs torch and Triton alone. Or "
-        "make the table of any number of such files, or print what a card is modelled to take.",
+        "make the table of any number of such files, beside what known cards are modelled to take.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, metavar="FILE.json", help="measure, and write this file")
     what.add_argument(
-        "--render", type=Path, nargs="*", metavar="FILE.json", help="the table of these files"
-    )
+        "--render", type=Path, nargs="+", metavar="F",
+        help="the table of these files, or of all in a folder, and what is modelled",
+    )  # fmt: skip
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table there")
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
     parser.add_argument(
@@ -87,7 +88,8 @@ def measure(
 def _render(files: list[Path], markdown: Path | None) -> int:
     from .render import page
 
-    text = page({path.name: documents.load(path) for path in sorted(files)})
+    paths = [p for f in files for p in (sorted(f.glob("*.json")) if f.is_dir() else [f])]
+    text = page({path.name: documents.load(path) for path in paths})
     if markdown is None:
         sys.stdout.write(text)
         return 0

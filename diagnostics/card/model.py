@@ -19,6 +19,8 @@ from .weights import LEVELS, ROTATION, Linear, linear
 from .worker import Context, Row, describe
 
 EPS = 1e-5
+HEADS = "eager"
+"""How norm and rotary embedding of q and k run: what the model of cards has to know."""
 _ADALN = 512
 _COMPILED = "INT8 W8A8 rotated"
 _STEP_LEVELS = ("Q4_K", "INT8 W8A8 rotated")
@@ -142,7 +144,7 @@ def block(context: Context) -> Iterator[Row]:
             ways = {"fused": own.fused, "plain": own.plain}
             functions = {name: lambda run=run: run(*inputs) for name, run in ways.items()}
             times, failed = measured(functions, context, there)
-            about = {"level": level, "tokens": tokens, "mb": own.nbytes / 1e6}
+            about = {"level": level, "tokens": tokens, "mb": own.nbytes / 1e6, "heads": HEADS}
             memory = {"peak_gb": peak_gb(there)}
             for way, seconds in times.items():
                 yield {**about, "way": way, "ms": 1e3 * seconds, **memory}
@@ -195,6 +197,7 @@ def _step_rows(
 
     nbytes = sum(layer.nbytes for own in copies for layer in own)
     about = {"level": level, "layers": layers, "of": size.layers, "gb": nbytes / 1e9}
+    about["heads"] = HEADS
     about |= {"conditional_tokens": size.tokens[0], "unconditional_tokens": size.tokens[1]}
     for name in attention.candidates(there):
         times, failed = measured({name: partial(run, name)}, context, there, rounds=3)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from ...cards.sizes import copy_bytes, encoder_bytes
 from ...checkpoint import Checkpoint, open_checkpoint, open_encoder
 from ...checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
 from ...checkpoint.levels import (
@@ -27,7 +28,6 @@ from ...quant.tables import gigabytes
 from .comfyui import Host, model_folders
 from .machine import Device, find_device, ram, version_notes, versions
 from .main_memory import SYSTEM, bytes_in_memory, main_memory
-from .sizes import copy_bytes, encoder_bytes
 
 _LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
 _SIZE_TOLERANCE = 0.02  # published sizes are rounded

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from functools import cache
 
-from ...checkpoint import ModelConfig
-from ...checkpoint.canonical import canonical_shapes
-from ...checkpoint.encoders import encoder_shapes
-from ...ops.blocks import FORMATS
+from ..checkpoint import ModelConfig
+from ..checkpoint.canonical import canonical_shapes
+from ..checkpoint.encoders import encoder_shapes
+from ..ops.blocks import FORMATS
 
 _BITS = {
     "FP8": 8.0,
@@ -45,6 +45,28 @@ def copy_bytes(level: str, itemsize: int = 2) -> int:
 def encoder_bytes(level: str) -> int:
     """Bytes of the encoder's language model: linears at the level, its embedding in 16 bits."""
     return _nbytes(encoder_shapes(_QWEN3_VL_8B), level, 2)
+
+
+@cache
+def block_bytes(level: str, itemsize: int = 2) -> int:
+    """Bytes of one transformer block of a copy, its norms and its modulation too."""
+    shapes = canonical_shapes(ModelConfig())
+    first = {name: shape for name, shape in shapes.items() if name.startswith("layers.0.")}
+    return _nbytes(first, level, itemsize)
+
+
+@cache
+def encoder_weights() -> int:
+    """Weights of the encoder's linears: what every text token is multiplied by."""
+    shapes = encoder_shapes(_QWEN3_VL_8B)
+    return sum(
+        math.prod(s) for name, s in shapes.items() if name.startswith("layers.") and len(s) == 2
+    )
+
+
+def bits(level: str) -> float:
+    """Bits of a weight at ``level``, its scales too. Raises KeyError for a level that has none."""
+    return 16.0 if level == "BF16" else _bits(level)
 
 
 def _nbytes(shapes: Mapping[str, tuple[int, ...]], level: str, itemsize: int) -> int:

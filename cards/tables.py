@@ -1,0 +1,164 @@
+"""The model's tables: seconds a picture by card and level, and what was asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..checkpoint.levels import ALTERNATING, STREAMED
+from .block import FUSED, How
+from .known import ASSUMED, CARDS, Card, Efficiency, card
+from .picture import QUALITY, Job, Picture, picture_seconds
+
+LEVELS = ("INT8 W8A8 rotated", "Q4_K", "W4A8", "Q8_0")
+INSTANT = Job(preset="instant")
+INT8_ATTENTION = How(attention="int8")
+
+_HELD = {ALTERNATING: "take turns", STREAMED: "streamed"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Seconds asked of a picture at 1024 px, all told."""
+
+    text: str
+    seconds: float
+    level: str = "INT8 W8A8 rotated"
+    job: Job = QUALITY
+    how: How = FUSED
+    card: str = "RTX 3090"
+
+    def modelled(self, efficiency: Efficiency = ASSUMED) -> float:
+        """Seconds by the model."""
+        how = replace(self.how, efficiency=efficiency)
+        return picture_seconds(card(self.card), self.level, self.job, how).total
+
+    def efficiency_needed(self, name: str) -> float | None:
+        """The share of one bound, alone, that reaches it; None where all of the bound does not."""
+
+        def at(share: float) -> float:
+            return self.modelled(replace(ASSUMED, **{name: share}))
+
+        low, high = getattr(ASSUMED, name), 1.0
+        if at(high) > self.seconds:
+            return None
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if at(middle) <= self.seconds else (middle, high)
+        return high
+
+
+TARGETS = (
+    Target("INT8 rotated, 48 steps of both copies", 66.0),
+    Target("the same with INT8 attention", 50.0, how=INT8_ATTENTION),
+    Target("Instant: 8 steps of one branch, INT8 rotated", 6.5, job=INSTANT),
+)
+NEAR = 0.05
+"""By how much Q4_K and W4A8 may take longer than INT8 rotated."""
+
+
+def pictures(cards: Sequence[Card] = CARDS, levels: Sequence[str] = LEVELS) -> Iterator[str]:
+    """Lines of the Markdown table of whole pictures."""
+    yield (
+        "| card | level | copies | products | attention | q, k | rows | decoding | moves | "
+        "encoder, VAE, PNG, else | **48 steps** | INT8 attention | q, k eager | Instant, 8 steps |"
+    )
+    yield "| --- | --- | --- |" + " ---: |" * 12
+    for one in cards:
+        for level in levels:
+            yield _row(one, level)
+
+
+def _row(one: Card, level: str) -> str:
+    picture = picture_seconds(one, level)
+    b = picture.blocks
+    rest = picture.total - picture.moves - b.total + b.gaps + b.host
+    others = (
+        picture_seconds(one, level, how=INT8_ATTENTION).total,
+        picture_seconds(one, level, how=How(heads_fused=False)).total,
+        picture_seconds(one, level, INSTANT).total,
+    )
+    parts = (b.gemm, b.attention, b.heads, b.rows, b.decode)
+    cells = [one.name, level, _HELD.get(picture.residency, "both there")]
+    cells += [f"{seconds:.1f}" for seconds in parts]
+    cells += [_moves(one, level, picture), f"{rest:.1f}"]
+    cells += [f"**{picture.total:.1f}**", *(f"{seconds:.1f}" for seconds in others)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _moves(one: Card, level: str, picture: Picture) -> str:
+    """What is waited for; in brackets without look-ahead, where that is more."""
+    blind = picture_seconds(one, level, Job(looks_ahead=False)).moves
+    more = f" ({blind:.1f})" if blind > picture.moves + 0.05 else ""
+    return f"{picture.moves:.1f}{more}"
+
+
+def targets() -> Iterator[str]:
+    """Lines: what was asked, what the model says, and what would reach it."""
+    yield "| asked, RTX 3090, 1024 px | seconds | modelled | |"
+    yield "| --- | ---: | ---: | --- |"
+    for target in TARGETS:
+        found = target.modelled()
+        yield f"| {target.text} | {target.seconds:g} | {found:.1f} | {_verdict(target, found)} |"
+    base = TARGETS[0].modelled()
+    for level in ("Q4_K", "W4A8"):
+        found = replace(TARGETS[0], level=level).modelled()
+        more = found / base - 1
+        said = "reached" if more <= NEAR else "not reached"
+        figures = f"{base * (1 + NEAR):.1f} | {found:.1f} | {said}: {more:+.1%}"
+        yield f"| {level} within {NEAR:.0%} of INT8 rotated | {figures} |"
+
+
+def _verdict(target: Target, found: float) -> str:
+    if found <= target.seconds:
+        return "reached"
+    needed = {
+        "of the GEMM peak": (target.efficiency_needed("gemm"), ASSUMED.gemm),
+        "of the attention peak": (target.efficiency_needed("attention"), ASSUMED.attention),
+    }
+    ways = [
+        f"{share:.0%} {name} (assumed {assumed:.0%})"
+        for name, (share, assumed) in needed.items()
+        if share is not None
+    ]
+    over = f"not reached, {found / target.seconds - 1:.0%} over"
+    return f"{over}; it takes {' or '.join(ways)}" if ways else over
+
+
+def launch_lines(cards: Sequence[Card] = CARDS) -> Iterator[str]:
+    """Lines: seconds of 48 steps at 512 px, launched op by op and as graphs, fused and not."""
+    job = Job(512, 512)
+    yield "| 48 steps at 512 px, INT8 rotated | fused | fused, as graphs | not fused | as graphs |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for one in cards:
+        found = []
+        for fused in (True, False):
+            for graphs in (False, True):
+                how = How(fused=fused, heads_fused=fused, graphs=graphs)
+                found.append(picture_seconds(one, LEVELS[0], job, how).denoising)
+        yield f"| {one.name} | " + " | ".join(f"{seconds:.1f}" for seconds in found) + " |"
+
+
+def assumptions() -> Iterator[str]:
+    """What the figures rest on, as list items."""
+    e = ASSUMED
+    yield (
+        "- Shares of the published peaks, the same for every card, none of them measured by us: "
+        f"products {e.gemm:.0%}, attention {e.attention:.0%} (H200: 35%), memory "
+        f"{e.bandwidth:.0%}, PCIe {e.bus:.0%} from pinned memory, the VAE's convolutions "
+        f"{e.convolution:.0%}."
+    )
+    for one in CARDS:
+        yield (
+            f"- {one.name}: {one.int8 / 1e12:g} TOPS int8 and {one.bf16 / 1e12:g} TFLOPS bf16, "
+            f"dense, {one.bandwidth / 1e9:g} GB/s, PCIe {one.bus / 1e9:g} GB/s. {one.source}."
+        )
+    yield (
+        "- 12 us of the host a launch, 1.5 us between two kernels, 4 ms of the host a step, 0.12 s "
+        "a megapixel of PNG, 1 GB of the card for its screens: assumed. Memory for activations: "
+        "the pack's own 1.9 GB."
+    )
+    yield (
+        "- 512 tokens of text, a new prompt, models in RAM; the encoder at FP8, multiplied in 16 "
+        "bits. The first picture after a start reads the files besides: 9 s for INT8 at 3 GB/s."
+    )
