@@ -61,7 +61,7 @@ bench: setup
 	$(RUN) benchmarks/bench_linear.py
 	$(RUN) benchmarks/bench_blocks.py
 	$(RUN) benchmarks/bench_encode.py
-	$(RUN) benchmarks/model_3090.py
+	$(RUN) -m ideogram4_quant card --render docs/cards
 
 # pip-audit says "no known vulnerabilities" of packages that it could not look up; --strict does not.
 audit: setup

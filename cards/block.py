@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from ..errors import OpError
+from ..ops.blocks import FORMATS
 from ..ops.gguf_compute import W8A8_FORMATS
 from ..ops.kernels import configs
 from .known import ASSUMED, Card, Efficiency
@@ -45,7 +46,9 @@ _HEADS_EAGER = (
 _NORM_EAGER = (4 + 4, 20)  # norm, times 1 + scale
 _SWIGLU_EAGER = (4 + 6, 15)
 _RESIDUAL_EAGER = (4 + 4 + 6, 20)
-_DECODE_INSTRUCTIONS = 50
+# A weight: to rotated int8 of GGUF blocks (the mean of both widths), to the grid of packed codes.
+_DECODE = {"Q8_0": 34, "Q4_K": 43, "Q5_K": 50, "Q6_K": 48, "Q3_K": 51, "W4A8": 13, "W6A8": 16}
+_DECODE_OTHER = 45
 _EPILOGUE = 1200  # instructions around the loop of a product, every warp
 
 GAP = 1.5e-6
@@ -53,7 +56,7 @@ GAP = 1.5e-6
 LAUNCH = 12e-6
 """Seconds of the host to launch a kernel through torch's dispatcher: assumed."""
 
-_COPIED = ("BF16", "FP8", "NF4", "Q8_0", "Q6_K")
+_DECODED = ("FP8", "NF4", "Q8_0", "Q6_K")
 _INT8 = ("INT8 W8A8", "INT8 W8A8 rotated")
 _ON_GRID = ("W4A8", "W6A8")
 
@@ -64,12 +67,14 @@ class How:
 
     ``fused``: norms, SwiGLU and residuals in the kernels around the products; ``heads_fused``: norm
     and rotary embedding of q and k in one pass; ``graphs``: the host launches a block as one.
+    ``gguf_compute``: as ``LinearOptions`` has it.
     """
 
     fused: bool = True
     heads_fused: bool = True
     attention: Literal["flash", "int8"] = "flash"
     graphs: bool = False
+    gguf_compute: Literal["auto", "w8a8"] = "auto"
     efficiency: Efficiency = ASSUMED
 
 
@@ -101,12 +106,12 @@ class Parts:
         return Parts(*(getattr(self, f.name) * factor for f in fields(self)))
 
 
-def through_int8(level: str) -> bool:
-    """Whether ``level`` runs on the INT8 units, by what ``"auto"`` takes. OpError if unknown."""
+def through_int8(level: str, how: How = FUSED) -> bool:
+    """Whether ``level`` runs on the INT8 units; OpError for one that the model does not know."""
     if level in _INT8 or level in _ON_GRID or level in W8A8_FORMATS:
         return True
-    if level in _COPIED:
-        return False
+    if level in _DECODED or level == "BF16":
+        return level in FORMATS and how.gguf_compute == "w8a8"
     raise OpError("the model knows no such level", found=repr(level))
 
 
@@ -135,10 +140,10 @@ def launches(level: str, how: How) -> int:
     packed = level not in ("BF16", *_INT8)
     products = len(LINEARS) * (2 if packed else 1)
     if how.fused:
-        quantized = 4 if through_int8(level) else 0  # norm twice, o's input, SwiGLU
-        values = 0 if through_int8(level) else 5
+        quantized = 4 if through_int8(level, how) else 0  # norm twice, o's input, SwiGLU
+        values = 0 if through_int8(level, how) else 5
         return modulation + heads + attention + products + quantized + values + 2
-    quantized = len(LINEARS) if through_int8(level) else 0
+    quantized = len(LINEARS) if through_int8(level, how) else 0
     return modulation + heads + attention + products + quantized + 2 * 2 + 2 + 2 * 3
 
 
@@ -192,14 +197,14 @@ def _linears(card: Card, level: str, tokens: int, how: How) -> tuple[float, floa
     """(decoding, products) of the five linears."""
     decode = products = 0.0
     for n, k in LINEARS.values():
-        if through_int8(level):
+        if through_int8(level, how):
             products += gemm_seconds(card, tokens, n, k, how)
             written = 1.0
         else:
             products += 2 * tokens * n * k / (card.bf16 * how.efficiency.gemm)
             written = 2.0
         if level not in ("BF16", *_INT8):
-            cost = (bits(level) / 8 + written, _DECODE_INSTRUCTIONS)
+            cost = (bits(level) / 8 + written, _DECODE.get(level, _DECODE_OTHER))
             decode += row_seconds(card, n, k, cost, how)
     return decode, products
 
@@ -207,7 +212,7 @@ def _linears(card: Card, level: str, tokens: int, how: How) -> tuple[float, floa
 def _rows(card: Card, level: str, tokens: int, how: How) -> float:
     """Norms, SwiGLU, quantization and residuals."""
     h, f = HIDDEN, FEED_FORWARD
-    int8 = through_int8(level)
+    int8 = through_int8(level, how)
     if how.fused and int8:
         passes = [(h, _NORM_TO_INT8)] * 2 + [(h, _ROTATE_TO_INT8), (f, _SWIGLU_TO_INT8)]
     else:

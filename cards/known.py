@@ -104,7 +104,7 @@ def card(name: str) -> Card:
 def find(name: str, cards: Sequence[Card] = CARDS) -> Card | None:
     """As ``card``; None where there is none."""
     words = name.casefold().replace("-", " ").split()
-    if {"ti", "super", "laptop", "mobile", "max", "nvl"} & set(words):
+    if {"ti", "super", "laptop", "mobile", "max", "nvl", "d"} & set(words):
         return None
     for known in cards:
         wanted = known.name.casefold().split()

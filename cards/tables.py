@@ -11,6 +11,8 @@ from .known import ASSUMED, CARDS, Card, Efficiency, card
 from .picture import QUALITY, Job, Picture, picture_seconds
 
 LEVELS = ("INT8 W8A8 rotated", "Q4_K", "W4A8", "Q8_0")
+AS_INT8 = ", as int8"
+"""Ends the name of a GGUF level that is computed as ``w8a8`` although ``auto`` would not."""
 INSTANT = Job(preset="instant")
 INT8_ATTENTION = How(attention="int8")
 
@@ -57,7 +59,9 @@ NEAR = 0.05
 """By how much Q4_K and W4A8 may take longer than INT8 rotated."""
 
 
-def pictures(cards: Sequence[Card] = CARDS, levels: Sequence[str] = LEVELS) -> Iterator[str]:
+def pictures(
+    cards: Sequence[Card] = CARDS, levels: Sequence[str] = (*LEVELS, f"Q8_0{AS_INT8}")
+) -> Iterator[str]:
     """Lines of the Markdown table of whole pictures."""
     yield (
         "| card | level | copies | products | attention | q, k | rows | decoding | moves | "
@@ -69,26 +73,28 @@ def pictures(cards: Sequence[Card] = CARDS, levels: Sequence[str] = LEVELS) -> I
             yield _row(one, level)
 
 
-def _row(one: Card, level: str) -> str:
-    picture = picture_seconds(one, level)
+def _row(one: Card, name: str) -> str:
+    level = name.removesuffix(AS_INT8)
+    how = FUSED if level == name else How(gguf_compute="w8a8")
+    picture = picture_seconds(one, level, how=how)
     b = picture.blocks
     rest = picture.total - picture.moves - b.total + b.gaps + b.host
     others = (
-        picture_seconds(one, level, how=INT8_ATTENTION).total,
-        picture_seconds(one, level, how=How(heads_fused=False)).total,
-        picture_seconds(one, level, INSTANT).total,
+        picture_seconds(one, level, how=replace(how, attention="int8")).total,
+        picture_seconds(one, level, how=replace(how, heads_fused=False)).total,
+        picture_seconds(one, level, INSTANT, how).total,
     )
     parts = (b.gemm, b.attention, b.heads, b.rows, b.decode)
-    cells = [one.name, level, _HELD.get(picture.residency, "both there")]
+    cells = [one.name, name, _HELD.get(picture.residency, "both there")]
     cells += [f"{seconds:.1f}" for seconds in parts]
-    cells += [_moves(one, level, picture), f"{rest:.1f}"]
+    cells += [_moves(one, level, picture, how), f"{rest:.1f}"]
     cells += [f"**{picture.total:.1f}**", *(f"{seconds:.1f}" for seconds in others)]
     return "| " + " | ".join(cells) + " |"
 
 
-def _moves(one: Card, level: str, picture: Picture) -> str:
+def _moves(one: Card, level: str, picture: Picture, how: How) -> str:
     """What is waited for; in brackets without look-ahead, where that is more."""
-    blind = picture_seconds(one, level, Job(looks_ahead=False)).moves
+    blind = picture_seconds(one, level, Job(looks_ahead=False), how).moves
     more = f" ({blind:.1f})" if blind > picture.moves + 0.05 else ""
     return f"{picture.moves:.1f}{more}"
 

@@ -33,11 +33,12 @@ this page's tables of all files there.
 """
 
 MODELLED = """Nothing here was measured: bytes and operations against the makers' figures and the
-stated shares (`cards/`). Seconds from the queue to the PNG, 1024 px, the Quality preset (48 steps of
-both copies); the last column is one branch at 8 steps. *q, k*: their norm and rotary embedding in one
-pass; *q, k eager*: the whole picture where torch runs them op by op. *moves*: what transfers to the
-card take that nothing hides; streamed weights move while the block before them computes, in brackets
-where they do not."""
+stated shares (`cards/`). Seconds from the queue to the PNG, 1024 px, the Quality preset (48 steps
+of both copies); the last column is one branch at 8 steps. *q, k*: their norm and rotary embedding
+in one pass; *q, k eager*: the whole picture where torch runs them op by op. *moves*: what transfers
+to the card take that nothing hides; streamed weights move while the block before them computes, in
+brackets where they do not. `Q8_0` is decoded to 16 bits, as `auto` has it; *as int8* is the choice
+`w8a8`."""
 
 _LEVEL = "INT8 W8A8 rotated"
 _GAP = "-"
@@ -52,7 +53,7 @@ def page(found: Documents) -> str:
 def _measured(found: Documents) -> Iterator[str]:
     real = {name: d for name, d in found.items() if not d["reduced"]}
     if not real:
-        yield "No card has been measured yet: `docs/cards/` holds no file. Figures below are modelled."
+        yield "No card has been measured yet: `docs/cards/` holds no file. All below is modelled."
     else:
         yield from _summary(real)
         yield from _unfinished(real)
@@ -121,8 +122,9 @@ def _step(rows: list[Mapping[str, Any]]) -> str:
     if not rows:
         return _GAP
     best = min(rows, key=lambda r: r["scaled_seconds"])
-    part = "" if best.get("layers") == best.get("of") else f" ({best.get('layers')} layers, scaled)"
-    return f"{_number(best['scaled_seconds'])} ({_safe(best.get('attention', ''))}){_safe(part)}"
+    whole = best.get("layers") == best.get("of")
+    part = "" if whole else f" ({_number(best.get('layers'))} layers, scaled)"
+    return f"{_number(best['scaled_seconds'])} ({_safe(best.get('attention', ''))}){part}"
 
 
 def _unfinished(found: Documents) -> Iterator[str]:
