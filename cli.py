@@ -36,7 +36,7 @@ DELEGATED = {
         "check every backend here against the formulas",
     ),
     "bench": (".diagnostics.bench", "time every backend of this device side by side"),
-    "card": (".diagnostics.card.cli", "measure this card into a file, or make a table of such files"),
+    "card": (".diagnostics.card.cli", "measure this card into a file; the table of such files"),
     "kernels": (".diagnostics.machine_code.cli", "compile the Triton kernels without a GPU"),
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..checkpoint.levels import ALTERNATING, STREAMED
-from .block import FUSED, How
+from .block import FUSED, LAUNCH, How, block_seconds, launches
 from .known import ASSUMED, CARDS, Card, Efficiency, card
 from .picture import QUALITY, Job, Picture, picture_seconds
 
@@ -132,17 +132,16 @@ def _verdict(target: Target, found: float) -> str:
 
 
 def launch_lines(cards: Sequence[Card] = CARDS) -> Iterator[str]:
-    """Lines: seconds of 48 steps at 512 px, launched op by op and as graphs, fused and not."""
-    job = Job(512, 512)
-    yield "| 48 steps at 512 px, INT8 rotated | fused | fused, as graphs | not fused | as graphs |"
+    """Lines: a block's time on the card beside the host's to launch it, fused and not."""
+    yield "| INT8 rotated | fused: card | host | not fused: card | host |"
     yield "| --- | ---: | ---: | ---: | ---: |"
     for one in cards:
-        found = []
+        figures = []
         for fused in (True, False):
-            for graphs in (False, True):
-                how = How(fused=fused, heads_fused=fused, graphs=graphs)
-                found.append(picture_seconds(one, LEVELS[0], job, how).denoising)
-        yield f"| {one.name} | " + " | ".join(f"{seconds:.1f}" for seconds in found) + " |"
+            how = How(fused=fused, heads_fused=fused, graphs=True)
+            figures.append(block_seconds(one, LEVELS[0], 1024, how).total)
+            figures.append(LAUNCH * launches(LEVELS[0], how))
+        yield f"| {one.name} | " + " | ".join(f"{1e3 * seconds:.2f}" for seconds in figures) + " |"
 
 
 def assumptions() -> Iterator[str]:

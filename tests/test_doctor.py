@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ideogram4_quant import cli
+from ideogram4_quant.cards.sizes import copy_bytes, encoder_bytes
 from ideogram4_quant.checkpoint import ModelConfig
 from ideogram4_quant.checkpoint.canonical import canonical_shapes, is_linear
 from ideogram4_quant.checkpoint.level_order import LEVELS
@@ -23,7 +24,6 @@ from ideogram4_quant.diagnostics.doctor import examine
 from ideogram4_quant.diagnostics.doctor.comfyui import find_host, model_folders
 from ideogram4_quant.diagnostics.doctor.machine import Device
 from ideogram4_quant.diagnostics.doctor.main_memory import SYSTEM, main_memory
-from ideogram4_quant.cards.sizes import copy_bytes, encoder_bytes
 from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.sampling import PRESETS
 

@@ -113,9 +113,19 @@ def _row_cases(size, dtype: torch.dtype):
     yield "SwiGLU to int8", "swiglu_quantize_rows", f, 2 * each, 1, lambda x, y, one: (
         x, y, None, 256,
     )  # fmt: skip
+    # read and written once, both q and k: K is 18 heads of 256
+    if "rms_rope" in dispatch.REFERENCE_OPS:
+        yield "q, k: norm and rotary embedding", "rms_rope", h, 2 * each, 2 * each, _heads
     yield "gated residual", "gate_residual_rmsnorm", h, 2 * each, each, lambda x, y, one: (
         x, one, y, one, 1e-5,
     )  # fmt: skip
+
+
+def _heads(x: Tensor, y: Tensor, one: Tensor) -> tuple:
+    """q and k ``[1, L, H, 256]``, their weights, cos and sin ``[1, L, 128]``."""
+    q, k = (t.reshape(1, len(t), -1, 256) for t in (x, y))
+    angle = x[None, :, :128].float()
+    return q, k, one[:256], one[:256], angle.cos(), angle.sin(), 1e-5
 
 
 def decode(context: Context) -> Iterator[Row]:

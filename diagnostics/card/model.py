@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops import attention, fused
+from ...ops import attention, dispatch, fused
 from ...ops.tuning import autotune
 from ...sampling import combine, euler_step
 from .common import device_of, dtype_of, is_reduced, measured, peak_gb, random, sizes
@@ -19,11 +19,12 @@ from .weights import LEVELS, ROTATION, Linear, linear
 from .worker import Context, Row, describe
 
 EPS = 1e-5
-HEADS = "eager"
-"""How norm and rotary embedding of q and k run: what the model of cards has to know."""
+_ROPE = "rms_rope"
 _ADALN = 512
 _COMPILED = "INT8 W8A8 rotated"
 _STEP_LEVELS = ("Q4_K", "INT8 W8A8 rotated")
+Turn = Callable[[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+
 _WORKING = 2.5e9  # bytes that a pass takes beside the weights, at 1024 px
 _TUNING = 1_500_000_000  # bytes: whole layers
 
@@ -35,6 +36,7 @@ class Block:
         h, f = size.hidden, size.feed_forward
         self.heads = size.heads
         self.attends = attention.AUTO
+        self.turns: Turn = _turn_eagerly
         make = partial(linear, level, device=device, dtype=dtype)
         self.qkv, self.o = make(n=3 * h, k=h), make(n=h, k=h)
         self.w1, self.w3, self.w2 = make(n=f, k=h), make(n=f, k=h), make(n=h, k=f)
@@ -53,7 +55,7 @@ class Block:
         batch, tokens, _ = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, 256)
         q, k, v = qkv.unbind(dim=2)
-        q, k = (_turned(F.rms_norm(t, (256,), self.head_norm, EPS), rope) for t in (q, k))
+        q, k = self.turns(q, k, self.head_norm, rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         backend = attention.choose(self.heads, 256, tokens, v.device, v.dtype, self.attends)
         out = attention.attention(q, k, v, backend=backend)
@@ -83,12 +85,38 @@ class Block:
         return fused.block(x, condition, parts)
 
 
-def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of halves: ``x * cos + (-x2, x1) * sin`` in fp32, ``x [B, L, H, 256]``."""
-    cos, sin = rope
-    wide = x.float()
-    one, two = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-two, one), dim=-1) * sin).to(x.dtype)
+def _turn_eagerly(
+    q: Tensor, k: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of each head, then its halves ``(a, b) -> (a cos - b sin, b cos + a sin)``, by torch.
+
+    ``q`` and ``k`` ``[B, L, H, 256]``, ``rope`` cos and sin ``[1, L, 128]`` fp32.
+    """
+    cos, sin = (t.repeat(1, 1, 2).unsqueeze(2) for t in rope)
+    turned = []
+    for x in (q, k):
+        wide = F.rms_norm(x, (256,), weight, EPS).float()
+        one, two = wide.chunk(2, dim=-1)
+        turned.append((wide * cos + torch.cat((-two, one), dim=-1) * sin).to(x.dtype))
+    return turned[0], turned[1]
+
+
+def _turn_by_kernel(
+    q: Tensor, k: Tensor, weight: Tensor, rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The same in one pass."""
+    return _turning(q.device).get(_ROPE)(q, k, weight, weight, *rope, EPS)
+
+
+def _turning(device: torch.device) -> dispatch.Backend:
+    return dispatch.choose(_ROPE, (256, 256, 256), device)
+
+
+def _turns(device: torch.device) -> dict[str, Turn]:
+    """How norm and rotary embedding of q and k can run: ``heads`` of the rows."""
+    there = _ROPE in dispatch.REFERENCE_OPS and _ROPE in _turning(device).ops
+    kernel = there and _turning(device).name != dispatch.REFERENCE.name
+    return ({"fused": _turn_by_kernel} if kernel else {}) | {"eager": _turn_eagerly}
 
 
 def _inputs(
@@ -96,7 +124,7 @@ def _inputs(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     x = random((1, tokens, size.hidden), device, dtype)
     condition = random((1, 1, _ADALN), device, dtype, 1)
-    angle = random((1, tokens, 1, 256), device, torch.float32, 2)
+    angle = random((1, tokens, 128), device, torch.float32, 2)
     return x, condition, (angle.cos(), angle.sin())
 
 
@@ -140,16 +168,32 @@ def block(context: Context) -> Iterator[Row]:
             except Exception as error:  # out of memory, a format that this torch has not
                 yield {"level": level, "failed": describe(error)}
                 continue
-            peak_gb(there)
-            ways = {"fused": own.fused, "plain": own.plain}
-            functions = {name: lambda run=run: run(*inputs) for name, run in ways.items()}
-            times, failed = measured(functions, context, there)
-            about = {"level": level, "tokens": tokens, "mb": own.nbytes / 1e6, "heads": HEADS}
-            memory = {"peak_gb": peak_gb(there)}
-            for way, seconds in times.items():
-                yield {**about, "way": way, "ms": 1e3 * seconds, **memory}
-            for way, why in failed.items():
-                yield {**about, "way": way, "failed": why}
+            yield from _block_rows(level, own, inputs, context, there)
+
+
+def _block_rows(
+    level: str, own: Block, inputs: tuple, context: Context, there: torch.device
+) -> Iterator[Row]:
+    """Fused with the best that there is for q and k; plain, as torch runs it op by op."""
+    peak_gb(there)
+    best, turn = next(iter(_turns(there).items()))
+    heads = {"fused": best, "plain": "eager"}
+
+    def fused_() -> Tensor:
+        own.turns = turn
+        return own.fused(*inputs)
+
+    def plain() -> Tensor:
+        own.turns = _turn_eagerly
+        return own.plain(*inputs)
+
+    times, failed = measured({"fused": fused_, "plain": plain}, context, there)
+    about = {"level": level, "tokens": inputs[0].shape[1], "mb": own.nbytes / 1e6}
+    memory = {"peak_gb": peak_gb(there)}
+    for way, seconds in times.items():
+        yield {**about, "way": way, "heads": heads[way], "ms": 1e3 * seconds, **memory}
+    for way, why in failed.items():
+        yield {**about, "way": way, "heads": heads[way], "failed": why}
 
 
 def step(context: Context) -> Iterator[Row]:
@@ -190,14 +234,14 @@ def _step_rows(
         outs = []
         for own, (x, condition, rope) in zip(copies, inputs, strict=True):
             for layer in own:
-                layer.attends = attends
+                layer.attends, layer.turns = attends, turn
                 x = layer.fused(x, condition, rope)
             outs.append(x[:, -image:, :128])
         return euler_step(outs[0], combine(*outs, 7.0), 0.5, 0.4)
 
     nbytes = sum(layer.nbytes for own in copies for layer in own)
     about = {"level": level, "layers": layers, "of": size.layers, "gb": nbytes / 1e9}
-    about["heads"] = HEADS
+    about["heads"], turn = next(iter(_turns(there).items()))
     about |= {"conditional_tokens": size.tokens[0], "unconditional_tokens": size.tokens[1]}
     for name in attention.candidates(there):
         times, failed = measured({name: partial(run, name)}, context, there, rounds=3)
