@@ -291,13 +291,13 @@ def test_a_block_of_each_level_both_ways_and_a_step_of_both_copies(whole):
 def test_fused_and_plain_blocks_agree():
     import torch
 
-    from ideogram4_quant.diagnostics.card import model, weights
+    from ideogram4_quant.diagnostics.card import transformer, weights
     from ideogram4_quant.diagnostics.card.common import REDUCED
 
     with torch.inference_mode():
-        inputs = model._inputs(96, REDUCED, torch.device("cpu"), torch.float32)
+        inputs = transformer.inputs_of(96, REDUCED, torch.device("cpu"), torch.float32)
         for level in weights.LEVELS:
-            own = model.Block(level, REDUCED, torch.device("cpu"), torch.float32)
+            own = transformer.Block(level, REDUCED, torch.device("cpu"), torch.float32)
             one, two = own.fused(*inputs), own.plain(*inputs)
             error = ((one - two).norm() / two.norm()).item()
             assert error < 3e-3, (level, error)

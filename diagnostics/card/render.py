@@ -40,9 +40,9 @@ to the card take that nothing hides; streamed weights move while the block befor
 brackets where they do not. `Q8_0` is decoded to 16 bits, as `auto` has it; *as int8* is the choice
 `w8a8`."""
 
-LAUNCHES = """One block at 512 px (1024 tokens), milliseconds: what the card works on it, and what the
-host needs to launch it op by op. Where the card takes longer, launching is hidden and a CUDA graph
-gains nothing."""
+LAUNCHES = """One block at 512 px (1024 tokens), milliseconds: what the card works on it, and what
+the host needs to launch it op by op. Where the card takes longer, launching is hidden and a CUDA
+graph gains nothing."""
 
 _LEVEL = "INT8 W8A8 rotated"
 _GAP = "-"
