@@ -31,7 +31,7 @@ ASSUMED = Efficiency()
 
 @dataclass(frozen=True)
 class Card:
-    """Rates as published, dense: operations and bytes a second, both directions of none.
+    """Rates as published, operations and bytes a second; operations without sparsity.
 
     ``int8`` with int32 sums, ``bf16`` with fp32 sums; ``bus`` of PCIe in one direction; ``arch`` 86
     is sm_86. ``attention`` is the share of ``Efficiency.attention`` that torch's flash kernel

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ...ops import attention, blocks, dispatch, prequantized
 from .common import device_of, dtype_of, measured, random, short, sizes, timed_rows
 from .weights import gguf_blocks
-from .worker import Context, Row
+from .worker import Context, Row, describe
 
 _FORMATS = ("Q4_K", "Q8_0", "Q6_K", "Q5_K", "IQ4_XS", "Q4_0", "Q3_K", "Q2_K")
 _ERROR_TOKENS = 512
@@ -134,6 +134,9 @@ def decode(context: Context) -> Iterator[Row]:
     dtype = dtype_of(there)
     n, k = size.linears["w1"]
     rate = context.ceilings.get("memory")
+    floats = blocks.dequantize
+    if "dequantize" in dispatch.REFERENCE_OPS:
+        floats = dispatch.choose("dequantize", (n, n, k), there).get("dequantize")
     with torch.inference_mode():
         for qtype in _FORMATS:
             if context.late(qtype):
@@ -144,7 +147,7 @@ def decode(context: Context) -> Iterator[Row]:
             outs = {"to int8": (n * k, lambda p=packed, q=qtype, run=run: run(p, q, (n, k), 256))}
             outs["to floats"] = (
                 n * k * dtype.itemsize,
-                lambda p=packed, q=qtype: blocks.dequantize(p, q, (n, k), dtype),
+                lambda p=packed, q=qtype: floats(p, q, (n, k), dtype),
             )
             for way, (written, function) in outs.items():
                 moved = packed.numel() + written
@@ -162,15 +165,19 @@ def attend(context: Context) -> Iterator[Row]:
     dtype = dtype_of(there)
     with torch.inference_mode():
         q, k, v = (random((1, size.heads, _ERROR_TOKENS, 256), there, dtype, s) for s in range(3))
-        errors = attention.errors(q, k, v, attention.candidates(there))
+        names = attention.candidates(there)
+        try:
+            errors = attention.errors(q, k, v, names)
+        except Exception as error:  # times are worth having all the same
+            errors = {}
+            yield {"what": "attention, error", "failed": describe(error)}
         for tokens in size.attention:
             if context.late(f"{tokens} tokens"):
                 continue
             shape = (1, size.heads, tokens, 256)
             q, k, v = (random(shape, there, dtype, seed) for seed in range(3))
             functions = {
-                name: lambda name=name, a=(q, k, v): attention.BACKENDS[name](*a)
-                for name in attention.candidates(there)
+                name: lambda name=name, a=(q, k, v): attention.BACKENDS[name](*a) for name in names
             }
             if there.type == "cuda":
                 functions |= {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import torch
@@ -79,8 +78,7 @@ def selftest(context: Context) -> Iterator[Row]:
     A row a check; those that pass are counted in one row a backend, failures are all there.
     """
     there, passed, worst = device_of(context), {}, {}
-    left = context.deadline - time.perf_counter()
-    for result in selftests.selftest(there, left, order=_urgency):
+    for result in selftests.selftest(there, context.left, order=_urgency):
         if result.status == selftests.OK:
             passed[result.backend] = passed.get(result.backend, 0) + 1
             share = result.error / result.allowed if result.allowed else 0.0

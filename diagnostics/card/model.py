@@ -21,17 +21,19 @@ from .worker import Context, Row, describe
 _COMPILED = "INT8 W8A8 rotated"
 _STEP_LEVELS = ("Q4_K", "INT8 W8A8 rotated")
 _WORKING = 2.5e9  # bytes that a pass takes beside the weights, at 1024 px
+_LOOKED_UP = 0.5  # seconds: what ``choices`` has measured is read
 _TUNING = 1_500_000_000  # bytes: whole layers
 
 
 def choices(context: Context) -> Iterator[Row]:
     """What the pack's own tuning picks here, as a load would; the stages after it run on that."""
     there = device_of(context)
-    for line in _tuned(context, there):
+    seconds = _LOOKED_UP if is_reduced(context) else context.left
+    for line in _tuned(context, there, seconds):
         yield {"what": "choice", "text": line}
 
 
-def _tuned(context: Context, there: torch.device) -> tuple[str, ...]:
+def _tuned(context: Context, there: torch.device, seconds: float = _LOOKED_UP) -> tuple[str, ...]:
     """Measure what ``"auto"`` decides, or read it where an earlier process of this run did."""
     size, dtype = sizes(context), dtype_of(there)
     layers, inputs = [], []
@@ -41,9 +43,10 @@ def _tuned(context: Context, there: torch.device) -> tuple[str, ...]:
             module = f"{'attention' if name in ('qkv', 'o') else 'feed_forward'}.{name}"
             if kind == "int8" and module in fused.INPUTS:
                 inputs.append((fused.INPUTS[module], layers[-1]))
-    left = max(0.0, context.deadline - time.perf_counter()) if not is_reduced(context) else 0.5
     folder = Path(context.folder) if context.folder else None
-    measure = autotune.Measure(folder, left, _TUNING if there.type == "cuda" else autotune.MEMORY)
+    measure = autotune.Measure(
+        folder, seconds, _TUNING if there.type == "cuda" else autotune.MEMORY
+    )
     heads = (size.heads, 256)
     autotune.tune(layers, there, dtype, measure, heads=heads, inputs=inputs)
     return autotune.describe(there)
@@ -60,17 +63,14 @@ def block(context: Context) -> Iterator[Row]:
             if context.late(level):
                 continue
             try:
-                own = Block(level, size, there, dtype)
+                yield from _block_rows(level, inputs, context, there)
             except Exception as error:  # out of memory, a format that this torch has not
                 yield {"level": level, "failed": describe(error)}
-                continue
-            yield from _block_rows(level, own, inputs, context, there)
 
 
-def _block_rows(
-    level: str, own: Block, inputs: Inputs, context: Context, there: torch.device
-) -> Iterator[Row]:
+def _block_rows(level: str, inputs: Inputs, context: Context, there: torch.device) -> Iterator[Row]:
     """Fused with the best that there is for q and k; plain, as torch runs it op by op."""
+    own = Block(level, sizes(context), there, inputs[0].dtype)
     peak_gb(there)
     best, turn = next(iter(turns(there).items()))
     heads = {"fused": best, "plain": "eager"}
@@ -117,6 +117,8 @@ def _step_rows(
     level: str, size: Sizes, context: Context, there: torch.device, dtype: torch.dtype
 ) -> Iterator[Row]:
     """A row an attention; the weights are made once."""
+    if there.type == "cuda":
+        torch.cuda.empty_cache()  # what is reserved does not count as free
     peak_gb(there)
     copies = _copies(level, size, there, dtype)
     layers = len(copies[0])
@@ -173,10 +175,14 @@ def compiled(context: Context) -> Iterator[Row]:
     backend = "eager" if is_reduced(context) else "inductor"
     with torch.inference_mode():
         inputs = inputs_of(size.tokens[0], size, there, dtype)
-        own = Block(_COMPILED, size, there, dtype)
+        own, took = Block(_COMPILED, size, there, dtype), 0.0
         for way, function in (("fused", own.fused), ("plain", own.plain)):
-            if not context.late(way):
-                yield from _compiled(way, function, inputs, backend, context, there)
+            if context.left <= took:  # the second would be cut off half-way
+                context.missing.append(way)
+                continue
+            started = time.perf_counter()
+            yield from _compiled(way, function, inputs, backend, context, there)
+            took = time.perf_counter() - started
 
 
 def _compiled(

@@ -205,6 +205,8 @@ def _model() -> Iterator[str]:
     yield ""
     yield from tables.targets()
     yield ""
+    yield tables.partly_filled()
+    yield ""
     yield "Assumed, with sources:"
     yield ""
     yield from tables.assumptions()

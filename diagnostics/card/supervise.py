@@ -127,9 +127,8 @@ class Supervisor:
             return "the time of the whole run is over"
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(
-            target=worker.serve, args=(other, self._device), daemon=True
-        )
+        # no daemon: those may not start the processes in which torch.compile compiles
+        self._process = context.Process(target=worker.serve, args=(other, self._device))
         self._process.start()
         other.close()
         try:

@@ -1,4 +1,4 @@
-"""A transformer block of Ideogram 4's width on synthetic weights, run fused and as torch runs it."""
+"""A transformer block of Ideogram 4 on synthetic weights, run fused and as torch runs it."""
 
 from __future__ import annotations
 

@@ -49,6 +49,11 @@ class Context:
     folder: str = ""
     missing: list[str] = field(default_factory=list)
 
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, not below 0."""
+        return max(0.0, self.deadline - time.perf_counter())
+
     def late(self, what: str = "") -> bool:
         """Whether the time is over; ``what`` is then noted as not measured."""
         over = time.perf_counter() >= self.deadline
