@@ -123,9 +123,9 @@ def partly_filled() -> str:
         work = sum(2 * tokens * n * k for n, k in LINEARS.values())
         full += QUALITY.steps * LAYERS * work / (one.int8 * how.efficiency.gemm)
     return (
-        f"Of the {whole:.1f} s of products {whole - full:.1f} s are waves of tiles that do not fill "
-        "the card, and what stands around the loops: other tiles gain that at most. Without it the "
-        f"first line were {TARGETS[0].modelled() - whole + full:.1f} s."
+        f"Of the {whole:.1f} s of products {whole - full:.1f} s are waves of tiles that do not "
+        "fill the card, and what stands around the loops: other tiles gain that at most. Without "
+        f"it the first line were {TARGETS[0].modelled() - whole + full:.1f} s."
     )
 
 
