@@ -303,3 +303,24 @@ def test_fused_and_plain_blocks_agree():
             assert error < 3e-3, (level, error)
             # a step does not drown in what the residual carries
             assert ((two - inputs[0]).norm() / inputs[0].norm()).item() > 0.1, level
+
+
+def test_a_wrong_result_is_in_the_note_and_in_the_rows(monkeypatch):
+    from ideogram4_quant.diagnostics import selftest
+    from ideogram4_quant.diagnostics.card import machine
+    from ideogram4_quant.diagnostics.card.worker import Context, _end
+
+    def checks(device):
+        yield "product 16 x 328 x 4608, fp16", "one", 0.1, lambda: order.append("fp16") or 0.0
+        yield "attention", "one", 0.1, lambda: order.append("small") or 0.5
+        yield "product 16 x 328 x 4608, bf16", "one", 0.1, lambda: order.append("bf16") or 0.05
+
+    order: list[str] = []
+    monkeypatch.setattr(selftest, "checks", checks)
+    context = Context("cpu", True, time.perf_counter() + 60)
+    rows = list(machine.selftest(context))
+    assert order == ["bf16", "small", "fp16"]  # what a step runs comes first
+    assert rows[0]["check"] == "attention"
+    assert rows[0]["failed"] == "a wrong result"
+    assert rows[1] == {"backend": "one", "passed": 2, "worst_of_allowed": 0.5}
+    assert _end(context) == ("partly", "1 checks FAILED")

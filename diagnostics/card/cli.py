@@ -79,7 +79,7 @@ def measure(
     Supervisor(document, save, device, say=say, **limits).run(stages)
     failed = [s["name"] for s in document["stages"] if s["status"] != documents.OK]
     say(f"{out}: {len(stages) - len(failed)} of {len(stages)} parts are whole")
-    if not document["reduced"]:
+    if not document["reduced"] and documents.rows(document, "device"):
         say(SHARE)
     broken = (documents.FAILED, documents.STOPPED)
     return 1 if any(s["status"] in broken for s in document["stages"]) else 0

@@ -77,7 +77,7 @@ def selftest(context: Context) -> Iterator[Row]:
 
     A row a check; those that pass are counted in one row a backend, failures are all there.
     """
-    there, passed, worst = device_of(context), {}, {}
+    there, passed, worst, wrong = device_of(context), {}, {}, 0
     for result in selftests.selftest(there, context.left, order=_urgency):
         if result.status == selftests.OK:
             passed[result.backend] = passed.get(result.backend, 0) + 1
@@ -86,6 +86,7 @@ def selftest(context: Context) -> Iterator[Row]:
         elif result.status == selftests.NOT_RUN:
             context.missing.append(f"{result.check} ({result.backend}: {result.note})")
         else:
+            wrong += 1
             yield {
                 "backend": result.backend,
                 "check": result.check,
@@ -95,6 +96,8 @@ def selftest(context: Context) -> Iterator[Row]:
             }
     for backend, count in passed.items():
         yield {"backend": backend, "passed": count, "worst_of_allowed": worst[backend]}
+    if wrong:
+        context.remarks.append(f"{wrong} checks FAILED")
     if len(context.missing) > 3:
         context.missing[3:] = [f"{len(context.missing) - 3} checks more"]
 

@@ -39,7 +39,7 @@ class Context:
     """What a stage is handed. ``ceilings``: operations or bytes a second by name.
 
     A stage calls ``late()`` between two measurements and stops where it says yes; then it counts as
-    done in part, with ``missing`` saying what of it.
+    done in part, with ``missing`` saying what of it, as it does with ``remarks`` of its own.
     """
 
     device: str | None
@@ -48,6 +48,7 @@ class Context:
     ceilings: Mapping[str, float] = field(default_factory=dict)
     folder: str = ""
     missing: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> float:
@@ -81,8 +82,7 @@ def serve(connection: Connection, device: str | None) -> None:
         try:
             for row in _rows(request, context):
                 connection.send((ROW, row))
-            over = f"not measured: {', '.join(context.missing)}" if context.missing else ""
-            connection.send((ENDED, (PARTLY if over else OK, over)))
+            connection.send((ENDED, _end(context)))
         except Exception as error:  # whatever compilers, drivers and extensions come up with
             connection.send((ENDED, (FAILED, describe(error))))
 
@@ -91,6 +91,12 @@ def _rows(request: Request, context: Context) -> Iterator[Row]:
     module, _, name = request.function.partition(":")
     stage = getattr(importlib.import_module(f".{module}", request.package), name)
     return stage(context)
+
+
+def _end(context: Context) -> tuple[str, str]:
+    missing = [f"not measured: {', '.join(context.missing)}"] if context.missing else []
+    note = "; ".join((*context.remarks, *missing))
+    return (PARTLY if note else OK), note
 
 
 def describe(error: BaseException) -> str:
