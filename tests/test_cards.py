@@ -235,7 +235,7 @@ def test_what_was_asked_is_said_to_be_reached_or_not():
 
 
 def _measured(device: str = "NVIDIA GeForce RTX 3090", **changes) -> dict:
-    found = document.new(["device", "block", "step", "compile"], reduced=False)
+    found = document.new(["device", "block", "step", "compile", "tiles"], reduced=False)
     found |= {"finished": True} | changes
     rows = {
         "device": [
@@ -247,6 +247,10 @@ def _measured(device: str = "NVIDIA GeForce RTX 3090", **changes) -> dict:
                 "level": INT8, "way": "fused", "tokens": 4608, "heads": "eager",
                 "ms": 2e3 * block_seconds(CARD, INT8, 4608, How(heads_fused=False)).total,
             }
+        ],
+        "tiles": [
+            {"what": "qkv", "m": 4608, "n": 13824, "k": 4608, "way": way, "ms": ms}
+            for way, ms in (("torch's sums alone", 1.0), ("triton b", 9.0), ("triton a", 6.0))
         ],
         "step": [
             {
@@ -270,6 +274,10 @@ def test_a_measured_card_is_held_against_the_model():
     assert "- mine.json, compile: stopped: it did not end within its time" in page
     line = next(line for line in page.splitlines() if "block, INT8 W8A8 rotated, fused" in line)
     assert line.endswith("| 2.00 |")
+    modelled = 1e3 * block.gemm_seconds(CARD, 4608, 13824, 4608)
+    line = next(line for line in page.splitlines() if "product qkv" in line)
+    assert "4608 tokens, triton a | 6.00 |" in line
+    assert line.endswith(f"| {6 / modelled:.2f} |")
     once = sum(
         block_seconds(CARD, "Q4_K", tokens, How(heads_fused=False)).total for tokens in (4608, 4096)
     )

@@ -30,6 +30,9 @@ OK, PARTLY, FAILED, STOPPED, NOT_RUN = "ok", "partly", "failed", "stopped", "not
 RUNNING = "running"
 STATUSES = (OK, PARTLY, FAILED, STOPPED, NOT_RUN, RUNNING)
 
+SUMS_ALONE = "torch's sums alone"
+"""The way of a product that gives int32 sums and no scaled outputs: a bound, no candidate."""
+
 _MOST_BYTES = 4 << 20
 _MOST_ROWS = 2000
 _MOST_TEXT = 500

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ...ops import attention, blocks, dispatch, prequantized
 from .common import device_of, dtype_of, measured, random, short, sizes, timed_rows
+from .document import SUMS_ALONE
 from .weights import gguf_blocks
 from .worker import Context, Row, describe
 
@@ -33,7 +34,7 @@ def tiles(context: Context) -> Iterator[Row]:
                 way: lambda run=run, a=arguments: run(*a)
                 for way, run in _products(there, (m, n, k)).items()
             }
-            functions["torch's sums alone"] = lambda a=q, b=weight: torch._int_mm(a, b.t())
+            functions[SUMS_ALONE] = lambda a=q, b=weight: torch._int_mm(a, b.t())
             functions |= _whole_linears(random((m, k), there, dtype), weight, scales[1])
             times, failed = measured(functions, context, there)
             about = {"what": name, "m": m, "n": n, "k": k}

@@ -9,6 +9,7 @@ from typing import Any
 from ...cards import block, known, tables
 from ...cards.block import How
 from . import document as documents
+from .document import SUMS_ALONE
 
 Documents = Mapping[str, Mapping[str, Any]]
 
@@ -163,6 +164,7 @@ def _against_the_model(found: Documents) -> Iterator[str]:
 
 def compared(d: Mapping[str, Any], card: known.Card) -> Iterator[tuple[str, float, float]]:
     """(of what, measured seconds, modelled seconds) of everything that both know."""
+    yield from _products(d, card)
     for row in documents.rows(d, "block"):
         level, tokens = row.get("level"), row.get("tokens")
         if not _is(row.get("ms")) or not _is(tokens) or level not in _modelled_levels():
@@ -184,6 +186,21 @@ def compared(d: Mapping[str, Any], card: known.Card) -> Iterator[tuple[str, floa
         how = How(attention=attention, heads_fused=row.get("heads") == "fused")
         once = sum(block.block_seconds(card, level, int(count), how).total for count in counts)
         yield f"step, {level}, {row.get('attention')}", row["scaled_seconds"], block.LAYERS * once
+
+
+def _products(d: Mapping[str, Any], card: known.Card) -> Iterator[tuple[str, float, float]]:
+    """Each product of a block by the fastest way that gives scaled outputs."""
+    best: dict[tuple[int, int, int], Mapping[str, Any]] = {}
+    for row in documents.rows(d, "tiles"):
+        if _is(row.get("ms")) and all(_is(row.get(name)) for name in "mnk"):
+            shape = int(row["m"]), int(row["n"]), int(row["k"])
+            scaled = row.get("way") != SUMS_ALONE
+            if scaled and (shape not in best or row["ms"] < best[shape]["ms"]):
+                best[shape] = row
+    for (m, n, k), row in best.items():
+        if (n, k) in block.LINEARS.values():
+            what = f"product {row.get('what')}, {m} tokens, {row.get('way')}"
+            yield what, row["ms"] / 1e3, block.gemm_seconds(card, m, n, k)
 
 
 def _modelled_levels() -> tuple[str, ...]:
