@@ -324,3 +324,37 @@ def test_a_wrong_result_is_in_the_note_and_in_the_rows(monkeypatch):
     assert rows[0]["failed"] == "a wrong result"
     assert rows[1] == {"backend": "one", "passed": 2, "worst_of_allowed": 0.5}
     assert _end(context) == ("partly", "1 checks FAILED")
+
+
+def test_one_way_that_fails_leaves_the_others_their_times():
+    import torch
+
+    from ideogram4_quant.diagnostics.card.common import measured
+    from ideogram4_quant.diagnostics.card.worker import Context
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    context = Context("cpu", True, time.perf_counter() + 60)
+    functions = {"large": out_of_memory, "small": lambda: sum(range(100))}
+    times, failed = measured(functions, context, torch.device("cpu"))
+    assert set(times) == {"small"}
+    assert failed == {"large": "OutOfMemoryError: CUDA out of memory"}
+    over = Context("cpu", True, time.perf_counter() - 1)
+    assert measured(functions, over, torch.device("cpu")) == ({}, {})
+    assert over.missing == ["large", "small"]
+
+
+def test_attention_of_torchs_own_kernels_is_forced_or_refused():
+    import torch
+
+    from ideogram4_quant.diagnostics.card import kernels
+    from ideogram4_quant.diagnostics.card.common import measured, random
+    from ideogram4_quant.diagnostics.card.worker import Context
+
+    q, k, v = (random((1, 2, 16, 256), torch.device("cpu"), torch.float32, s) for s in range(3))
+    functions = {name: lambda run=run: run(q, k, v) for name, run in kernels._torchs().items()}
+    context = Context("cpu", True, time.perf_counter() + 60)
+    times, failed = measured(functions, context, torch.device("cpu"))
+    assert "torch flash" in times
+    assert set(times) | set(failed) == set(functions)

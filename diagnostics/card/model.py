@@ -173,6 +173,7 @@ def compiled(context: Context) -> Iterator[Row]:
     dtype = dtype_of(there)
     # tests have no C++ compiler to wait for: there the graph alone is traced
     backend = "eager" if is_reduced(context) else "inductor"
+    _tuned(context, there)
     with torch.inference_mode():
         inputs = inputs_of(size.tokens[0], size, there, dtype)
         own, took = Block(_COMPILED, size, there, dtype), 0.0
@@ -218,6 +219,7 @@ def graphs(context: Context) -> Iterator[Row]:
         yield {"what": "graph", "failed": f"there are no CUDA graphs on {there.type}"}
         return
     dtype = dtype_of(there)
+    _tuned(context, there)
     with torch.inference_mode():
         inputs = inputs_of(size.tokens[0], size, there, dtype)
         own = Block(_COMPILED, size, there, dtype)

@@ -91,7 +91,8 @@ def _cells(d: Mapping[str, Any]) -> Iterator[str]:
     yield _number(rates.get("int8"), 1e12)
     yield _number(rates.get("bf16"), 1e12)
     yield _number(rates.get("memory"), 1e9)
-    shares = [r["of_ceiling"] for r in documents.rows(d, "tiles") if _is(r.get("of_ceiling"))]
+    products = [r for r in documents.rows(d, "tiles") if r.get("way") != SUMS_ALONE]
+    shares = [r["of_ceiling"] for r in products if _is(r.get("of_ceiling"))]
     yield f"{max(shares):.0%}" if shares else _GAP
     yield ", ".join(_block(d, _LEVEL, way) for way in ("fused", "plain"))
     yield ", ".join(_block(d, "Q4_K", way) for way in ("fused", "plain"))
