@@ -1,12 +1,13 @@
-"""The Qwen3-VL text model as the host's CLIP, without its vision tower and its final norm.
+"""The Qwen3-VL text model as the host's CLIP: raw hidden states for conditioning, text by its head.
 
-The transformer reads the raw hidden states after 13 decoder layers. The host's own loader takes a
-different class for files that bring a vision tower along, and that class normalizes the last tap.
+The transformer reads the raw hidden states after 13 decoder layers, so the final norm stays out of
+the model; what writing needs beside it is read when something is written (`Writer`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,17 +20,22 @@ import folder_paths
 import torch
 from transformers import AutoTokenizer
 
+from ..captions.check import PLAIN_TEXT, STRIPPED, is_plain, is_stripped
+from ..captions.instruction import PICTURE
 from ..checkpoint import EncoderCheckpoint, open_encoder
 from ..errors import CheckpointError, NotIdeogram4Error, OpError
-from .captions import PLAIN_TEXT, STRIPPED, is_plain, is_stripped
+from .encoder_model import TextEncoder
 from .hook_loras import refuse_hooks
 from .host_ops import make_ops
+from .writer import Writer, stop_tokens
 
 logger = logging.getLogger(__name__)
 MAX_TOKENS = 2048
 HEAD_DIM = 128  # fixed in the host's Qwen3
 LAYERS = 36
 HOST_VOCABULARY = 151936  # the embedding rows of every released Qwen3-VL-8B
+_ASKED = "thinking"  # what the host says of a text that is to be answered, not encoded
+_PLACE = "<|image_pad|>"
 # HF's name -> the host's, where a smaller model may differ
 _SIZES = (
     "vocab_size",
@@ -58,11 +64,8 @@ def load_encoder(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     )
     state.pop("norm.weight", None)
     state = {f"model.{name}": tensor for name, tensor in state.items()}
-    target = _Target(host_encoder.te(dtype_llama=dtype), _Tokenizer)
-    options = {
-        "custom_operations": make_ops(dtype),
-        "qwen3vl_8b_model_config": {**sizes, "final_norm": False, "lm_head": False},
-    }
+    target = _Target(partial(_text_encoder, dtype), _Tokenizer)
+    options = {"custom_operations": make_ops(dtype), "qwen3vl_8b_model_config": sizes}
     clip = comfy.sd.CLIP(
         target,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -72,6 +75,8 @@ def load_encoder(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         model_options=options,
         disable_dynamic=disable_dynamic,
     )
+    words = clip.tokenizer.words
+    clip.cond_stage_model.set_writer(Writer(encoder, dtype), stop_tokens(words))
     clip.patcher.cached_patcher_init = (_load_patcher, (path,))
     refuse_hooks(clip.patcher)
     return clip
@@ -81,10 +86,15 @@ def _load_patcher(path: Path, disable_dynamic: bool = False) -> comfy.model_patc
     return load_encoder(path, disable_dynamic).patcher
 
 
+def _text_encoder(weights: torch.dtype, device="cpu", dtype=None, model_options=None):
+    """The model in the dtype of its weights, whatever the host would compute in."""
+    return TextEncoder(device=device, dtype=weights, model_options=model_options)
+
+
 class _Target:
     """What the host's CLIP asks of a model description."""
 
-    def __init__(self, clip: type, tokenizer: type):
+    def __init__(self, clip: Callable, tokenizer: type):
         self.params: dict = {}
         self.clip = clip
         self.tokenizer = tokenizer
@@ -135,10 +145,18 @@ def _tokenizer_data(encoder: EncoderCheckpoint, path: Path) -> dict:
 
 
 class _Tokenizer(host_encoder.Ideogram4Tokenizer):
-    """The host's tokenizer; plain text is warned of; JSON that the page took the braces
-    from, and more than the trained length, is an error."""
+    """The host's tokenizer. Of a caption plain text is warned of; JSON that the page took the
+    braces from, and more than the trained length, is an error. A question to the language model
+    may be anything, with pictures where it has a place for them."""
+
+    @property
+    def words(self):
+        """transformers' tokenizer."""
+        return getattr(self, self.clip).tokenizer
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs):
+        if _ASKED in kwargs:
+            return self._asked(text, return_word_ids, **kwargs)
         if is_stripped(text):
             raise OpError("the caption arrived without its braces", hint=STRIPPED)
         if text.strip() and is_plain(text):
@@ -152,4 +170,23 @@ class _Tokenizer(host_encoder.Ideogram4Tokenizer):
                 needed=f"at most {MAX_TOKENS}",
                 hint="Shorten the descriptions, or describe fewer elements.",
             )
+        return tokens
+
+    def _asked(self, text: str, return_word_ids: bool, image=None, **kwargs) -> dict:
+        """A turn to the language model; ``image`` [B, H, W, 3] stands before its words."""
+        pictures = [] if image is None else list(image.split(1))
+        if pictures and PICTURE not in text:
+            text = PICTURE * len(pictures) + text
+        for kind in ("video", "audio"):
+            if kwargs.pop(kind, None) is not None:
+                raise OpError(f"this encoder takes no {kind}", hint=f"Disconnect the {kind}.")
+        tokens = super().tokenize_with_weights(text, return_word_ids, **kwargs)
+        place = self.words.convert_tokens_to_ids(_PLACE)
+        waiting = iter(pictures)
+        for chunk in tokens[self.clip_name]:
+            for i, token in enumerate(chunk):
+                picture = next(waiting, None) if token[0] == place else None
+                if picture is not None:
+                    shown = {"type": "image", "data": picture, "original_type": "image"}
+                    chunk[i] = (shown, *token[1:])
         return tokens

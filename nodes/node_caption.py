@@ -8,7 +8,7 @@ import logging
 from comfy_api.latest import io, ui
 
 from ..errors import OpError
-from .captions import check_caption
+from ..captions.check import check_caption
 from .schema import CATEGORY
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ideogram4_quant.nodes.captions import check_caption, is_stripped
+from ideogram4_quant.captions.check import check_caption, is_stripped
 
 GOOD = {
     "high_level_description": "A sign",

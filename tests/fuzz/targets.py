@@ -25,7 +25,7 @@ from ideogram4_quant.engine.compare.score import read_captions_file as captions
 from ideogram4_quant.errors import Ideogram4QuantError
 from ideogram4_quant.files.partial import Partial, partial_path
 from ideogram4_quant.gguf_loader import ArrayRef
-from ideogram4_quant.nodes.captions import check_caption
+from ideogram4_quant.captions.check import check_caption
 from ideogram4_quant.ops.tuning import choice_files
 from ideogram4_quant.ops.tuning.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.tests.timing import cpu_seconds

@@ -1,8 +1,4 @@
-"""Checks a caption against the JSON schema that the model was trained on.
-
-Key order matters: the model has only ever seen one. Sources: the caption format in diffusers'
-Ideogram 4 pipeline and the host's caption builder.
-"""
+"""Checks a caption against the schema."""
 
 from __future__ import annotations
 
@@ -11,25 +7,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-_TOP = (
-    "aspect_ratio",
-    "high_level_description",
-    "style_description",
-    "compositional_deconstruction",
+from .schema import (
+    BBOX_MAX,
+    COMPOSITION,
+    ELEMENT,
+    PHOTO_STYLE,
+    REQUIRED,
+    TOP,
+    ordered,
+    style_order,
 )
-_PHOTO_STYLE = ("aesthetics", "lighting", "photo", "medium", "color_palette")
-_ART_STYLE = ("aesthetics", "lighting", "medium", "art_style", "color_palette")
-_COMPOSITION = ("background", "elements")
-_ELEMENT = {
-    "obj": ("type", "bbox", "desc", "color_palette"),
-    "text": ("type", "bbox", "text", "desc", "color_palette"),
-}
-_REQUIRED = {
-    "compositional_deconstruction": ("background", "elements"),
-    "obj": ("type", "desc"),
-    "text": ("type", "text", "desc"),
-}
-_BBOX_MAX = 1000
+
 PLAIN_TEXT = (
     "This is plain text. The model was trained on JSON captions: with plain text, words in the "
     "picture are rarely legible, and sometimes it paints a placeholder card. Build the caption "
@@ -45,7 +33,7 @@ STRIPPED = (
 )
 # What chat programs put around JSON
 _FENCE = re.compile(r"```\w*\s*([\[{].*[\]}])\s*```", re.DOTALL)
-_KEY = re.compile(r'"?\b(?:' + "|".join(_TOP[1:]) + r')\b"?\s*:')
+_KEY = re.compile(r'"?\b(?:' + "|".join(TOP[1:]) + r')\b"?\s*:')
 
 
 @dataclass
@@ -72,6 +60,13 @@ def is_stripped(text: str) -> bool:
     return is_plain(text) and "{" not in text and _KEY.search(text) is not None
 
 
+def unfenced(text: str) -> str:
+    """The text without spaces, a byte order mark or a code fence around it."""
+    stripped = text.strip().removeprefix("\ufeff")
+    fenced = _FENCE.fullmatch(stripped)
+    return stripped if fenced is None else fenced[1]
+
+
 def check_caption(text: str) -> Verdict:
     """Errors: what the model cannot read as meant. Warnings: what it reads less well.
 
@@ -79,10 +74,8 @@ def check_caption(text: str) -> Verdict:
     JSON come back unchanged.
     """
     verdict = Verdict(text)
-    stripped = text.strip().removeprefix("\ufeff")  # a byte order mark
-    fenced = _FENCE.fullmatch(stripped)
-    if fenced is not None:
-        stripped = fenced[1]
+    stripped = unfenced(text)
+    if stripped != text.strip().removeprefix("\ufeff"):
         verdict.warnings.append("It stood in a code fence, which is taken off.")
     if not stripped:
         verdict.errors.append("The caption is empty.")
@@ -102,12 +95,12 @@ def check_caption(text: str) -> Verdict:
         verdict.errors.append("The caption must be one JSON object, {...}.")
         return verdict
     _check_top(caption, verdict)
-    verdict.caption = json.dumps(_ordered(caption), ensure_ascii=False, separators=(",", ":"))
+    verdict.caption = json.dumps(ordered(caption), ensure_ascii=False, separators=(",", ":"))
     return verdict
 
 
 def _check_top(caption: dict, verdict: Verdict) -> None:
-    _check_keys("the caption", caption, _TOP, ("compositional_deconstruction",), verdict)
+    _check_keys("the caption", caption, TOP, ("compositional_deconstruction",), verdict)
     if "high_level_description" not in caption:
         verdict.warnings.append("high_level_description is missing; one sentence helps.")
     _check_strings("the caption", caption, ("aspect_ratio", "high_level_description"), verdict)
@@ -123,8 +116,8 @@ def _check_style(style: object, verdict: Verdict) -> None:
         return
     if "photo" in style and "art_style" in style:
         verdict.errors.append("style_description has both photo and art_style; keep one.")
-    _check_keys("style_description", style, _style_order(style), (), verdict)
-    _check_strings("style_description", style, (*_PHOTO_STYLE[:-1], "art_style"), verdict)
+    _check_keys("style_description", style, style_order(style), (), verdict)
+    _check_strings("style_description", style, (*PHOTO_STYLE[:-1], "art_style"), verdict)
 
 
 def _check_composition(composition: object, verdict: Verdict) -> None:
@@ -132,7 +125,7 @@ def _check_composition(composition: object, verdict: Verdict) -> None:
     if not isinstance(composition, dict):
         verdict.errors.append(f"{name} must be an object.")
         return
-    _check_keys(name, composition, _COMPOSITION, _REQUIRED[name], verdict)
+    _check_keys(name, composition, COMPOSITION, REQUIRED[name], verdict)
     _check_strings(name, composition, ("background",), verdict)
     elements = composition.get("elements", [])
     if not isinstance(elements, list):
@@ -147,10 +140,10 @@ def _check_element(name: str, element: object, verdict: Verdict) -> None:
         verdict.errors.append(f"{name} must be an object.")
         return
     kind = element.get("type")
-    if kind not in _ELEMENT:
+    if kind not in ELEMENT:
         verdict.errors.append(f'{name}: type must be "obj" or "text", not {json.dumps(kind)}.')
         return
-    _check_keys(name, element, _ELEMENT[kind], _REQUIRED[kind], verdict)
+    _check_keys(name, element, ELEMENT[kind], REQUIRED[kind], verdict)
     _check_strings(name, element, ("text", "desc"), verdict)
     if kind == "text" and not str(element.get("text", "")).strip():
         verdict.errors.append(f"{name}: the text to write is empty.")
@@ -165,8 +158,8 @@ def _bbox_problems(bbox: object) -> Iterator[str]:
     if not numbers or len(bbox) != 4:
         yield "bbox must be four numbers, [ymin, xmin, ymax, xmax]."
         return
-    if not all(0 <= v <= _BBOX_MAX for v in bbox):
-        yield f"bbox must lie within 0 and {_BBOX_MAX}, whatever the size of the picture."
+    if not all(0 <= v <= BBOX_MAX for v in bbox):
+        yield f"bbox must lie within 0 and {BBOX_MAX}, whatever the size of the picture."
     if bbox[0] >= bbox[2] or bbox[1] >= bbox[3]:
         yield "bbox is empty: its order is [ymin, xmin, ymax, xmax]."
 
@@ -186,30 +179,3 @@ def _check_strings(name: str, found: dict, keys: tuple, verdict: Verdict) -> Non
     verdict.errors.extend(
         f"{name}: {key} must be text." for key in keys if not isinstance(found.get(key, ""), str)
     )
-
-
-def _style_order(style: dict) -> tuple[str, ...]:
-    return _ART_STYLE if "art_style" in style else _PHOTO_STYLE
-
-
-def _ordered(caption: dict) -> dict:
-    """The caption with known keys in the trained order, unknown ones behind them."""
-    out = _in_order(caption, _TOP)
-    style = out.get("style_description")
-    if isinstance(style, dict):
-        out["style_description"] = _in_order(style, _style_order(style))
-    composition = out.get("compositional_deconstruction")
-    if isinstance(composition, dict):
-        composition = _in_order(composition, _COMPOSITION)
-        if isinstance(composition.get("elements"), list):
-            composition["elements"] = [
-                _in_order(e, _ELEMENT.get(e.get("type"), ())) if isinstance(e, dict) else e
-                for e in composition["elements"]
-            ]
-        out["compositional_deconstruction"] = composition
-    return out
-
-
-def _in_order(found: dict, order: tuple[str, ...]) -> dict:
-    known = {key: found[key] for key in order if key in found}
-    return known | {key: value for key, value in found.items() if key not in known}

@@ -1,0 +1,159 @@
+"""A sentence, JSON or both, as people type them -> a caption in the schema.
+
+Without a language model: the sentence describes the picture as a whole and its subject, and the
+words that it quotes become text elements. `write` has the language model's way.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from itertools import islice
+
+from ..errors import OpError
+from .check import is_stripped, unfenced
+from .schema import COMPOSITION, TOP, ordered
+
+EMPTY = "Type a sentence that says what to paint; words in quotes are written in the picture."
+# what opens a quotation -> what closes it
+_QUOTES = {'"': '"', "“": "”", "„": "“”", "«": "»", "»": "«", "「": "」", "『": "』", "‘": "’"}
+_OPENS_AFTER = re.compile(r"[\s(\[{:;,—–-]")
+_CLOSES_BEFORE = re.compile(r"[\s)\]}.,;:!?…—–'-]")
+_LONGEST_QUOTE = 400  # characters; more is a forgotten quotation mark
+_BRACES = 100  # that are tried as the beginning of JSON
+_STRAIGHT = "\"'"
+_DECODER = json.JSONDecoder()
+_LEFT = "the scene that the description names, filling the whole frame"
+_DRAWN = "written exactly so, in large, legible letters that suit the picture"
+
+
+@dataclass(frozen=True)
+class Typed:
+    """What somebody typed: the sentence (or ""), and the caption in JSON beside it (or None)."""
+
+    sentence: str
+    caption: dict | None = None
+
+
+def read_typed(text: str) -> Typed:
+    """Takes a sentence and a JSON caption apart, in whichever order they stand.
+
+    OpError where there is nothing, or what begins as JSON is none. Braces in a sentence are text.
+    """
+    stripped = unfenced(text)
+    if not stripped:
+        raise OpError("the caption is empty", hint=EMPTY)
+    for match in islice(re.finditer(r"\{", stripped), _BRACES):
+        try:
+            found, end = _DECODER.raw_decode(stripped, match.start())
+        except (ValueError, RecursionError) as error:
+            if match.start() == 0:
+                raise _no_json(error) from error
+            continue
+        if not any(key in TOP or key in COMPOSITION for key in found):
+            if match.start() == 0:
+                raise _no_caption(found)
+            continue
+        sentence = f"{stripped[: match.start()].strip()} {stripped[end:].strip()}".strip()
+        return Typed(sentence, found)
+    if is_stripped(stripped):
+        raise OpError(
+            "the JSON caption has lost its braces",
+            hint="Copy it again, from its first { to its last }.",
+        )
+    return Typed(stripped)
+
+
+def _no_json(error: Exception) -> OpError:
+    return OpError(
+        f"the caption begins as JSON and is none: {error}",
+        hint="Mend the JSON at that place, or type a sentence instead.",
+    )
+
+
+def _no_caption(found: dict) -> OpError:
+    return OpError(
+        "this JSON is no caption",
+        found=f"the keys {list(found)[:5]}",
+        needed=f"keys of the schema: {', '.join(TOP)}",
+    )
+
+
+def quoted(sentence: str) -> list[str]:
+    """The words in quotation marks, in their order, each once; apostrophes and inches are none."""
+    found: list[str] = []
+    at = 0
+    while at < len(sentence):
+        end = _quotation_end(sentence, at)
+        if end is None:
+            at += 1
+            continue
+        words = sentence[at + 1 : end].strip()
+        if words not in found:
+            found.append(words)
+        at = end + 1
+    return found
+
+
+def _quotation_end(sentence: str, at: int) -> int | None:
+    """Where the quotation that opens at ``at`` closes; None if none opens there."""
+    mark = sentence[at]
+    closing = "'" if mark == "'" else _QUOTES.get(mark)
+    before = sentence[at - 1] if at else " "
+    if closing is None or (mark in f"{_STRAIGHT}‘" and not _OPENS_AFTER.match(before)):
+        return None
+    for end in range(at + 2, min(len(sentence), at + _LONGEST_QUOTE)):
+        after = sentence[end + 1] if end + 1 < len(sentence) else " "
+        if sentence[end] in closing and (
+            mark not in f"{_STRAIGHT}‘" or _CLOSES_BEFORE.match(after)
+        ):
+            return end if sentence[at + 1 : end].strip() else None
+    return None
+
+
+def compose(typed: Typed, style: dict[str, str] | None = None) -> dict:
+    """The caption of what was typed; what the JSON says stays, the sentence and style add to it."""
+    given = dict(typed.caption or {})
+    composition = dict(given.get("compositional_deconstruction") or _loose(given))
+    caption = {key: value for key, value in given.items() if key in TOP}
+    described = [typed.sentence, caption.get("high_level_description") or ""]
+    if any(described):
+        caption["high_level_description"] = " ".join(filter(None, map(str, described)))
+    if style is not None and "style_description" not in caption:
+        caption["style_description"] = dict(style)
+    elements = list(composition.get("elements") or [])
+    if typed.sentence and not elements:
+        elements.append({"type": "obj", "desc": typed.sentence})
+    elements += missing_texts(quoted(typed.sentence), elements)
+    caption["compositional_deconstruction"] = {
+        **composition,
+        "background": composition.get("background") or _LEFT,
+        "elements": elements,
+    }
+    return ordered(caption)
+
+
+def _loose(given: dict) -> dict:
+    """Background and elements that stand at the top, where people write them by hand."""
+    return {key: given[key] for key in COMPOSITION if key in given}
+
+
+def missing_texts(words: list[str], elements: list) -> list[dict[str, str]]:
+    """Text elements for those of ``words`` that no text element of ``elements`` writes."""
+    written = [
+        " ".join(str(element.get("text", "")).split())
+        for element in elements
+        if isinstance(element, dict) and element.get("type") == "text"
+    ]
+    return [
+        {"type": "text", "text": text, "desc": _DRAWN}
+        for text in words
+        if not any(" ".join(text.split()) in other for other in written)
+    ]
+
+
+def as_text(caption: dict) -> str:
+    """A caption as it is sent: minified JSON, other scripts as they are."""
+    return json.dumps(caption, ensure_ascii=False, separators=(",", ":"))
+

@@ -1,0 +1,103 @@
+"""The encoder as a writer: WHOLE HEADLESS HEAD OUT EXTRA, files of `tiny_writer`.
+
+Writes the taps of both encoders, and what was written by seed; reports what is refused.
+EXTRA: a folder with the optional library that constrains, or "".
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import inside
+
+SEED, TOKENS = 7, 48
+CAPTION = '{"high_level_description":"a red word"}'
+
+
+def main() -> None:
+    pack, (whole, headless, head, out, extra) = inside.start()
+    import folder_paths
+    import torch
+    from safetensors.torch import save_file
+
+    loading = inside.load(pack, "nodes.encoder_loading")
+    writing = inside.load(pack, "nodes.caption_writing")
+    instruction = inside.load(pack, "captions.instruction")
+    clips = {name: loading.load_encoder(Path(p)) for name, p in
+             (("whole", whole), ("headless", headless))}  # fmt: skip
+    asked = instruction.turns("a fox beside a sign \"OPEN\"", (3, 2))
+    tensors, texts, refused = {}, {}, {}
+    with torch.inference_mode():
+        for name, clip in clips.items():
+            tensors[f"taps {name}"] = taps(clip)
+        refused["no head"] = error(lambda: generate(clips["headless"], "hello"))
+        refused["no vision"] = error(
+            lambda: generate(clips["whole"] and clips["headless"], "hello", torch.zeros(1, 64, 64, 3))
+        )
+        folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
+        shutil.copy(head, folder / "the_head.safetensors")
+        loading_again = loading.load_encoder(Path(headless))
+        refused["no vision"] = error(
+            lambda: generate(loading_again, "hello", torch.zeros(1, 64, 64, 3))
+        )
+        for name, clip in (("whole", clips["whole"]), ("headless", loading_again)):
+            texts[f"free {name}"] = writing.write(clip, asked, SEED, TOKENS, constrained=False)
+        texts["greedy"] = generate(clips["whole"], "hello")
+        (folder / "the_head.safetensors").unlink()
+        if extra:
+            sys.path.append(extra)
+            texts["constrained"] = writing.write(clips["whole"], asked, SEED, TOKENS)
+        picture = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(1))
+        looking = instruction.turns("", (3, 2), picture=True)
+        texts["picture"] = writing.write(
+            clips["whole"], looking, SEED, TOKENS, picture, constrained=False
+        )
+        tensors |= prepared(picture)
+        tensors["taps after"] = taps(clips["whole"])
+    save_file(tensors, out)
+    memory = language(clips["whole"]).writer.said()
+    parameters = sum(p.numel() for p in clips["whole"].cond_stage_model.parameters())
+    inside.report(
+        {"texts": texts, "refused": refused, "asked": asked, "looking": looking,
+         "memory": memory, "parameters": parameters}
+    )  # fmt: skip
+
+
+def language(clip):
+    return clip.cond_stage_model.qwen3vl_8b.transformer
+
+
+def taps(clip):
+    found = clip.encode_from_tokens_scheduled(clip.tokenize(CAPTION))
+    return found[0][0][0].clone().contiguous()
+
+
+def generate(clip, text: str, image=None) -> str:
+    """What the host's node Generate Text does."""
+    tokens = clip.tokenize(
+        text, image=image, skip_template=False, min_length=1, thinking=False, video=None, audio=None
+    )
+    return clip.decode(clip.generate(tokens, do_sample=False, max_length=12))
+
+
+def error(call) -> str:
+    try:
+        call()
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def prepared(picture) -> dict:
+    """The picture as the host cuts it up."""
+    from comfy.text_encoders.qwen_vl import process_qwen2vl_images
+
+    half = [0.5, 0.5, 0.5]
+    pixels, grid = process_qwen2vl_images(picture, patch_size=16, image_mean=half, image_std=half)
+    return {"pixels": pixels.float().contiguous(), "grid": grid.contiguous()}
+
+
+if __name__ == "__main__":
+    main()
