@@ -143,6 +143,9 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     )
     files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
     files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
+    files.add_argument(
+        "--head", metavar="F", help="of --enhance, where the encoder's file has no lm_head"
+    )
     files.add_argument("--vae", required=True, metavar="DIR|F", help="the FLUX.2 VAE")
     files.add_argument("--out", type=Path, required=True, metavar="PNG")
     files.add_argument("--overwrite", action="store_true", help="replace PNG if it exists")
@@ -151,6 +154,11 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     prompt = picture.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="P", help="best a JSON caption, as in training")
     prompt.add_argument("--prompt-file", type=Path, metavar="F", help="the prompt in a text file")
+    picture.add_argument(
+        "--enhance",
+        action="store_true",
+        help="the encoder writes the caption of the prompt, a sentence, by diffusers' own method",
+    )
     picture.add_argument("--width", type=int, default=1024, help="multiple of 16 (default: 1024)")
     picture.add_argument("--height", type=int, default=1024, help="multiple of 16 (default: 1024)")
     picture.add_argument(

@@ -103,7 +103,7 @@ def _quotation_end(sentence: str, at: int) -> int | None:
     before = sentence[at - 1] if at else " "
     if closing is None or (mark in f"{_STRAIGHT}‘" and not _OPENS_AFTER.match(before)):
         return None
-    for end in range(at + 2, min(len(sentence), at + _LONGEST_QUOTE)):
+    for end in range(at + 1, min(len(sentence), at + _LONGEST_QUOTE)):
         after = sentence[end + 1] if end + 1 < len(sentence) else " "
         if sentence[end] in closing and (
             mark not in f"{_STRAIGHT}‘" or _CLOSES_BEFORE.match(after)
@@ -113,16 +113,24 @@ def _quotation_end(sentence: str, at: int) -> int | None:
 
 
 def compose(typed: Typed, style: dict[str, str] | None = None) -> dict:
-    """The caption of what was typed; what the JSON says stays, the sentence and style add to it."""
+    """The caption of what was typed; what the JSON says stays, the sentence and style add to it.
+
+    OpError where the JSON's composition or elements are of another kind.
+    """
     given = dict(typed.caption or {})
-    composition = dict(given.get("compositional_deconstruction") or _loose(given))
+    composition = given.get("compositional_deconstruction", _loose(given))
+    if not isinstance(composition, dict):
+        raise OpError("compositional_deconstruction must be an object", found=repr(composition))
     caption = {key: value for key, value in given.items() if key in TOP}
     described = [typed.sentence, caption.get("high_level_description") or ""]
     if any(described):
         caption["high_level_description"] = " ".join(filter(None, map(str, described)))
     if style is not None and "style_description" not in caption:
         caption["style_description"] = dict(style)
-    elements = list(composition.get("elements") or [])
+    elements = composition.get("elements", [])
+    if not isinstance(elements, list):
+        raise OpError("elements must be a list", found=repr(elements))
+    elements = list(elements)
     if typed.sentence and not elements:
         elements.append({"type": "obj", "desc": typed.sentence})
     elements += missing_texts(quoted(typed.sentence), elements)

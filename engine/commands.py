@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from ..captions.making import make_caption
 from ..checkpoint import Checkpoint
+from ..checkpoint.encoder_writing import Part
 from ..errors import Ideogram4QuantError, OpError
 from ..files.new_file import replaced
 from ..ops import attention, dispatch
@@ -62,7 +65,7 @@ def run_generate(args: argparse.Namespace) -> int:
     options = LinearOptions(args.backend, args.gguf_compute)
     place = {"device": device, "options": options}
 
-    features = _encode(args, request.prompt, place)
+    request, features = _encode(args, request, place)
     vae = load_vae(args.vae, device=device)
     with tqdm(unit="B", unit_scale=True, dynamic_ncols=True) as bar:
 
@@ -155,9 +158,33 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise Ideogram4QuantError("no such folder", file=out.parent)
 
 
-def _encode(args: argparse.Namespace, prompt: str, place: dict) -> Tensor:
+def _encode(
+    args: argparse.Namespace, request: GenerateRequest, place: dict
+) -> tuple[GenerateRequest, Tensor]:
+    """(The request, with the caption that --enhance wrote in place of the prompt, its features)."""
+    head = _head(args)
     encoder = load_encoder(args.encoder, tokenizer=args.tokenizer, **place)
-    return encoder.encode([prompt])[0]
+    if head is not None:
+        from .enhance import writer
+
+        ratio = f"{request.width}:{request.height}"
+        made = make_caption(
+            request.prompt, ratio=ratio, write=writer(encoder, head, request.seed)
+        )
+        print(made.caption)
+        request = replace(request, prompt=made.caption)
+    return request, encoder.encode([request.prompt])[0]
+
+
+def _head(args: argparse.Namespace) -> Part | None:
+    """What --enhance writes with; None without it."""
+    if not args.enhance:
+        if args.head is not None:
+            raise OpError("--head is for writing", found="no --enhance", needed="both")
+        return None
+    from .enhance import read_head
+
+    return read_head(args.encoder, args.head)
 
 
 def _settings(request: GenerateRequest, args: argparse.Namespace) -> dict:

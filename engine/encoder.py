@@ -118,10 +118,11 @@ def load_encoder(
     config.num_hidden_layers = TAPS[-1] + 1
     with torch.device("meta"):
         model = Qwen3VLTextModel._from_config(config, attn_implementation="sdpa")
-    model.norm = nn.Identity()  # the taps are read before the final norm
+    if "norm.weight" not in ck.entries:
+        model.norm = nn.Identity()  # writing needs it; the taps are read before it
     install_weights(
         model,
-        (part for part in ck.stream(dtype=dtype, progress=progress) if part[0] != "norm.weight"),
+        ck.stream(dtype=dtype, progress=progress),
         file=path,
         device=device,
         dtype=dtype,

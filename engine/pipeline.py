@@ -31,7 +31,7 @@ PathArg = str | PathLike[str]
 
 # Qwen3-VL's turns. The template in a tokenizer's folder is a program that anyone may have written,
 # so this one is run in its place.
-_TURNS = (
+TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}"
     "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n"
@@ -201,7 +201,7 @@ def as_pipeline(
     unconditional.llm_cond_proj = _NoText(unconditional.hidden_size)
     vae.model.bn.running_mean = vae.mean
     vae.model.bn.running_var = vae.std.square() - vae.model.config.batch_norm_eps
-    encoder.tokenizer.chat_template = _TURNS
+    encoder.tokenizer.chat_template = TURNS
     return PackPipeline(
         FlowMatchEulerDiscreteScheduler(),
         vae.model,

@@ -32,3 +32,8 @@ def write(
     with model.drawing(TokenSampler(seed, constraint)):
         written = clip.generate(tokens, do_sample=True, max_length=max_tokens, seed=seed)
     return clip.decode(written)
+
+
+def memory(clip: comfy.sd.CLIP) -> str:
+    """Which files the encoder writes with, and the memory that they take, for people."""
+    return language_model(clip).writer.said()

@@ -14,6 +14,7 @@ from .node_model import LoadIdeogram4
 from .node_quantize import Quantize
 from .node_sampler import Sampler
 from .node_vae import LoadVAE
+from .node_write_caption import Caption
 from .picture_notes import watch_queue
 
 NODES: list[type[io.ComfyNode]] = [
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadEncoder,
     LoadVAE,
     LoadLora,
+    Caption,
     CheckCaption,
     Sampler,
     DualCopyCFG,

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..errors import OpError
 from ..captions.check import check_caption
 from .schema import CATEGORY
+from .showing import show
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +67,6 @@ class CheckCaption(io.ComfyNode):
         for finding in (*verdict.errors, *verdict.warnings):
             logger.warning("caption: %s", finding)
         findings = verdict.text()
-        _show(findings, cls.hidden.unique_id)
+        show(findings, cls.hidden.unique_id)
         return io.NodeOutput(verdict.caption, findings, ui=ui.PreviewText(findings))
 
-
-def _show(text: str, node_id: str | None) -> None:
-    """Text on the node itself, in the host's page; nowhere without one."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
-        server.send_progress_text(text, node_id)

@@ -100,7 +100,7 @@ ORDER = (
     {"quant"},
     {"cards"},
     {"checkpoint"},
-    {"sampling", "gguf_loader"},
+    {"sampling", "gguf_loader", "captions"},
     {"ops"},
     {"files"},
     {"errors", "version"},

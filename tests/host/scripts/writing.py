@@ -33,9 +33,7 @@ def main() -> None:
         for name, clip in clips.items():
             tensors[f"taps {name}"] = taps(clip)
         refused["no head"] = error(lambda: generate(clips["headless"], "hello"))
-        refused["no vision"] = error(
-            lambda: generate(clips["whole"] and clips["headless"], "hello", torch.zeros(1, 64, 64, 3))
-        )
+        refused["stock"] = error(lambda: writing.write(object(), asked, SEED, TOKENS))
         folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
         shutil.copy(head, folder / "the_head.safetensors")
         loading_again = loading.load_encoder(Path(headless))
@@ -55,13 +53,15 @@ def main() -> None:
             clips["whole"], looking, SEED, TOKENS, picture, constrained=False
         )
         tensors |= prepared(picture)
+        refused["cancelled"], steps = cancelled(lambda: writing.write(clips["whole"], asked, 1, 9))
         tensors["taps after"] = taps(clips["whole"])
     save_file(tensors, out)
-    memory = language(clips["whole"]).writer.said()
+    writer = language(clips["whole"]).writer
+    sizes = {name: patcher.model_size() for name, patcher in writer._patchers.items()}
     parameters = sum(p.numel() for p in clips["whole"].cond_stage_model.parameters())
     inside.report(
         {"texts": texts, "refused": refused, "asked": asked, "looking": looking,
-         "memory": memory, "parameters": parameters}
+         "memory": writer.said(), "bytes": sizes, "parameters": parameters, "cancelled at": steps}
     )  # fmt: skip
 
 
@@ -88,6 +88,25 @@ def error(call) -> str:
     except Exception as raised:
         return f"{type(raised).__name__}: {raised}"
     return ""
+
+
+def cancelled(call) -> tuple[str, int]:
+    """The run is interrupted at the fifth token, as the server's hook does it."""
+    import comfy.model_management as management
+    import comfy.utils
+
+    steps = []
+
+    def hook(value, *_, **__) -> None:
+        steps.append(value)
+        management.interrupt_current_processing(len(steps) == 5)
+        management.throw_exception_if_processing_interrupted()
+
+    comfy.utils.set_progress_bar_global_hook(hook)
+    try:
+        return error(call), len(steps)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
 
 
 def prepared(picture) -> dict:
