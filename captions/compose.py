@@ -117,20 +117,15 @@ def compose(typed: Typed, style: dict[str, str] | None = None) -> dict:
 
     OpError where the JSON's composition or elements are of another kind.
     """
-    given = dict(typed.caption or {})
-    composition = given.get("compositional_deconstruction", _loose(given))
-    if not isinstance(composition, dict):
-        raise OpError("compositional_deconstruction must be an object", found=repr(composition))
+    given = typed.caption or {}
+    composition = composition_of(typed)
     caption = {key: value for key, value in given.items() if key in TOP}
     described = [typed.sentence, caption.get("high_level_description") or ""]
     if any(described):
         caption["high_level_description"] = " ".join(filter(None, map(str, described)))
     if style is not None and "style_description" not in caption:
         caption["style_description"] = dict(style)
-    elements = composition.get("elements", [])
-    if not isinstance(elements, list):
-        raise OpError("elements must be a list", found=repr(elements))
-    elements = list(elements)
+    elements = list(composition.get("elements", []))
     if typed.sentence and not elements:
         elements.append({"type": "obj", "desc": typed.sentence})
     elements += missing_texts(quoted(typed.sentence), elements)
@@ -142,9 +137,19 @@ def compose(typed: Typed, style: dict[str, str] | None = None) -> dict:
     return ordered(caption)
 
 
-def _loose(given: dict) -> dict:
-    """Background and elements that stand at the top, where people write them by hand."""
-    return {key: given[key] for key in COMPOSITION if key in given}
+def composition_of(typed: Typed) -> dict:
+    """Background and elements of the JSON; at its top too, where people write them by hand.
+
+    OpError where they are of another kind.
+    """
+    given = typed.caption or {}
+    loose = {key: given[key] for key in COMPOSITION if key in given}
+    composition = given.get("compositional_deconstruction", loose)
+    if not isinstance(composition, dict):
+        raise OpError("compositional_deconstruction must be an object", found=repr(composition))
+    if not isinstance(composition.get("elements", []), list):
+        raise OpError("elements must be a list", found=repr(composition["elements"]))
+    return composition
 
 
 def missing_texts(words: list[str], elements: list) -> list[dict[str, str]]:
@@ -164,4 +169,3 @@ def missing_texts(words: list[str], elements: list) -> list[dict[str, str]]:
 def as_text(caption: dict) -> str:
     """A caption as it is sent: minified JSON, other scripts as they are."""
     return json.dumps(caption, ensure_ascii=False, separators=(",", ":"))
-

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import OpError
 from .check import check_caption
-from .compose import Typed, as_text, compose, quoted, read_typed
+from .compose import Typed, as_text, compose, read_typed
 from .mend import NOTHING, mend
 from .ratio import AUTO, parse_ratio
 from .styles import NONE, STYLES
@@ -54,20 +54,18 @@ def make_caption(
     shape = parse_ratio(ratio if ratio != AUTO else stated or "1:1")
     notes = []
     if stated is not None and ratio != AUTO and stated != ratio:
-        notes.append(f"the caption says {json.dumps(stated)} and the picture gets {ratio}")
+        notes.append(f"The caption says {json.dumps(stated)} and the picture gets {ratio}")
     if typed.caption is not None and not typed.sentence:
         return Made(text, shape, (*notes, *_passed(text, style, write)))
-    plain = compose(typed, STYLES[style])
+    plain = as_text(compose(typed, STYLES[style]))
+    errors = [] if looking else check_caption(plain).errors  # those of the JSON beside a sentence
+    if errors:
+        raise _refused(errors)
     if write is None:
-        errors = check_caption(as_text(plain)).errors
-        if errors:
-            raise _refused(errors)
-        return Made(as_text(plain), shape, tuple(notes))
-    mended = mend(write(typed.sentence, shape), plain, quoted(typed.sentence))
+        return Made(plain, shape, tuple(notes))
+    mended = mend(write(typed.sentence, shape), typed, STYLES[style])
     if looking and not typed.sentence and NOTHING in mended.notes:
         raise OpError("what the encoder wrote of the picture is no caption", hint=_SEEN_NOTHING)
-    if check_caption(mended.caption).errors:
-        raise _refused(check_caption(mended.caption).errors)
     for note in mended.notes:
         logger.warning("caption: %s", note)
     return Made(mended.caption, shape, (*notes, *mended.notes))
@@ -85,4 +83,3 @@ def _passed(text: str, style: str, write: Write | None) -> list[str]:
 
 def _refused(errors: list[str]) -> OpError:
     return OpError("the caption has errors: " + " ".join(errors))
-

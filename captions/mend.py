@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .check import check_caption
-from .compose import as_text, missing_texts
+from .compose import Typed, as_text, compose, composition_of, missing_texts, quoted
 from .schema import ELEMENT, REQUIRED, ordered
 
-NOTHING = "what the encoder wrote is no caption; this one is made of the sentence alone"
-CUT = "what the encoder wrote ended early; it was closed there"
+NOTHING = "What the encoder wrote is no caption; this one is made of the sentence alone"
+CUT = "What the encoder wrote ended early; it was closed there"
 _TRIED = 200  # places to close unfinished JSON at
 _CLOSING = {"{": "}", "[": "]"}
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
@@ -31,23 +31,25 @@ class Mended:
     notes: tuple[str, ...] = field(default=())
 
 
-def mend(written: str, plain: dict, words: list[str]) -> Mended:
+def mend(written: str, typed: Typed, style: dict[str, str] | None = None) -> Mended:
     """The caption that ``written`` is or nearly is.
 
-    ``plain``: the caption of the sentence alone (`compose`), from which missing parts come; what
-    it says of style and ratio, and the elements with a box, are the user's and stay. ``words``:
-    each must stand in a text element.
+    Missing parts come from what was typed (`compose`); background and elements that were typed in
+    JSON stay, and every word that the sentence quotes stands in a text element.
     """
+    plain = compose(typed, style)
     found, whole = read_json(written)
     if found is None:
         return Mended(as_text(plain), (NOTHING,))
     notes = [] if whole else [CUT]
-    caption = _merged(found, plain, notes)
+    caption = _merged(found, plain, typed, notes)
+    if caption is None:
+        return Mended(as_text(plain), (NOTHING,))
     elements = caption["compositional_deconstruction"]["elements"]
-    forgotten = missing_texts(words, elements)
+    forgotten = missing_texts(quoted(typed.sentence), elements)
     if forgotten:
         names = ", ".join(json.dumps(e["text"], ensure_ascii=False) for e in forgotten)
-        notes.append(f"it had left out the words {names}; they are text elements now")
+        notes.append(f"It had left out the words {names}; they are text elements now")
         elements += forgotten
     text = as_text(ordered(caption))
     if check_caption(text).errors:
@@ -109,8 +111,8 @@ def _closed(text: str) -> list[str]:
     return whole + [text[:at] + close for at, close in reversed(places[-_TRIED:])]
 
 
-def _merged(found: dict, plain: dict, notes: list[str]) -> dict:
-    """Known parts of ``found`` that are usable, else those of ``plain``."""
+def _merged(found: dict, plain: dict, typed: Typed, notes: list[str]) -> dict | None:
+    """Known parts of ``found`` that are usable, else those of ``plain``; None where none is."""
     composition = found.get("compositional_deconstruction")
     composition = composition if isinstance(composition, dict) else found
     own = plain["compositional_deconstruction"]
@@ -124,15 +126,17 @@ def _merged(found: dict, plain: dict, notes: list[str]) -> dict:
         notes.append(f"{len(listed) - len(usable)} of its elements said nothing; they are left out")
     absent = {"description": description, "background": background, "elements": usable}
     lacking = [name for name, value in absent.items() if not value]
+    if len(lacking) == len(absent):
+        return None
     if lacking:
-        notes.append(f"it lacked {' and '.join(lacking)}; taken from the sentence")
+        notes.append(f"It lacked {' and '.join(lacking)}; taken from the sentence")
     if description:
         caption["high_level_description"] = description
-    kept = [e for e in own["elements"] if isinstance(e, dict) and "bbox" in e]
+    given = composition_of(typed)
     caption["compositional_deconstruction"] = {
         **own,
-        "background": background or own["background"],
-        "elements": [*kept, *usable] if usable else list(own["elements"]),
+        "background": given.get("background") or background or own["background"],
+        "elements": [*given.get("elements", []), *usable] if usable else list(own["elements"]),
     }
     return caption
 

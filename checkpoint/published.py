@@ -14,7 +14,10 @@ _SITE = "huggingface.co"
 
 @dataclass(frozen=True)
 class Published:
-    """A file somebody publishes. level is None for the encoder and the VAE; sha256: if known."""
+    """A file somebody publishes. level is None for the encoder and the VAE; sha256: if known.
+
+    use: what an optional file is for.
+    """
 
     name: str
     kind: str
@@ -22,6 +25,7 @@ class Published:
     repository: str
     level: str | None = None
     sha256: str | None = None
+    use: str | None = None
 
     @property
     def url(self) -> str:
@@ -53,6 +57,13 @@ PUBLISHED = (
         "text_encoders",
         10_600_000_000,
         "Comfy-Org/Qwen3-VL",
+    ),
+    Published(
+        "diffusion_pytorch_model.safetensors",
+        "text_encoders",
+        None,
+        "diffusers/qwen3-vl-8b-instruct-lm-head",
+        use="a head, for encoders without one: Caption's expand writes with it; optional",
     ),
     Published("flux2-vae.safetensors", "vae", 336_000_000, "Comfy-Org/flux2-dev"),
 )

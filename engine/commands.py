@@ -168,9 +168,7 @@ def _encode(
         from .enhance import writer
 
         ratio = f"{request.width}:{request.height}"
-        made = make_caption(
-            request.prompt, ratio=ratio, write=writer(encoder, head, request.seed)
-        )
+        made = make_caption(request.prompt, ratio=ratio, write=writer(encoder, head, request.seed))
         print(made.caption)
         request = replace(request, prompt=made.caption)
     return request, encoder.encode([request.prompt])[0]

@@ -69,4 +69,3 @@ class CheckCaption(io.ComfyNode):
         findings = verdict.text()
         show(findings, cls.hidden.unique_id)
         return io.NodeOutput(verdict.caption, findings, ui=ui.PreviewText(findings))
-

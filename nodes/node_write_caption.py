@@ -71,8 +71,9 @@ class Caption(io.ComfyNode):
             encoded = ExecutionBlocker(f"There is no encoder. {_NO_ENCODER}")
         else:
             encoded = clip.encode_from_tokens_scheduled(clip.tokenize(made.caption))
-        notes = _notes(made, expand, image is not None, clip)
-        shown = "\n".join([f"{width} x {height}", *notes, made.caption])
+        said = [f"{width} x {height} px", *_notes(made, expand, image is not None, clip)]
+        # one paragraph for each: Nodes 2.0 joins lines
+        shown = "\n\n".join([". ".join(s.rstrip(".") for s in said) + ".", made.caption])
         show(shown, cls.hidden.unique_id)
         return io.NodeOutput(encoded, made.caption, width, height, ui=ui.PreviewText(shown))
 
@@ -103,9 +104,9 @@ def _notes(made: Made, expand: bool, picture: bool, clip) -> list[str]:
     """What is said above the caption: how it came about, what was left out."""
     notes = list(made.notes)
     if picture and not expand:
-        notes.append("the picture is not looked at: expand is off")
+        notes.append("The picture is not looked at: expand is off")
     if expand:
-        notes.append(f"written with {caption_writing.memory(clip)}")
+        notes.append(f"Written with {caption_writing.memory(clip)}")
     return notes
 
 

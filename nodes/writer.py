@@ -164,7 +164,9 @@ class Writer:
                 )
         ops = make_ops(self._dtype)
         module = Qwen3VLVisionModel(dict(part.config), device=device, dtype=self._dtype, ops=ops)
-        missing, unexpected = module.load_state_dict(part.load(self._dtype), strict=False, assign=True)
+        missing, unexpected = module.load_state_dict(
+            part.load(self._dtype), strict=False, assign=True
+        )
         if missing or unexpected:
             raise CheckpointError(
                 "the vision tower in this file is not the host's",

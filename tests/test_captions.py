@@ -162,39 +162,39 @@ WRITTEN = json.dumps(
 
 def test_every_beginning_of_a_caption_is_mended():
     """A bound in tokens may cut anywhere."""
-    plain = json.loads(make_caption('the sentence "HI"').caption)
+    typed = read_typed('the sentence "HI"')
     for end in range(len(WRITTEN)):
-        mended = mend(WRITTEN[:end], plain, ["HI"])
+        mended = mend(WRITTEN[:end], typed)
         assert check_caption(mended.caption).errors == [], WRITTEN[:end]
         assert mended.notes[0] in (CUT, NOTHING)
         texts = [e["text"] for e in elements(json.loads(mended.caption)) if e["type"] == "text"]
         assert "HI" in " ".join(texts)
         if end > 60:  # the description is whole by then
             assert "fox" in mended.caption
-    whole = mend(WRITTEN, plain, ["HI"])
+    whole = mend(WRITTEN, typed)
     assert whole.notes == ()
     assert json.loads(whole.caption) == json.loads(WRITTEN)
 
 
 def test_what_nobody_constrained_still_becomes_a_caption():
-    plain = json.loads(make_caption("a fox").caption)
+    typed = read_typed("a fox")
     rng = random.Random(0)
     letters = '{}[]",:\\ abc"type""desc"obj\n\x00\ud800'
     for _ in range(500):
         written = "".join(rng.choice(letters) for _ in range(rng.randrange(80)))
-        caption = mend(written, plain, []).caption
+        caption = mend(written, typed).caption
         assert check_caption(caption).errors == []
         assert json.loads(caption.encode())
     for written in ("", "I cannot do that.", "[1]", '{"a":1}', "{" * 3000, '{"elements":' * 900):
-        assert check_caption(mend(written, plain, []).caption).errors == []
+        assert check_caption(mend(written, typed).caption).errors == []
 
 
 def test_mending_is_said():
-    plain = json.loads(make_caption("a fox", style="anime").caption)
+    typed = read_typed('a fox "HI"')
     fenced = f"```json\n{WRITTEN}\n```"
-    assert mend(fenced, plain, []).notes == ()
+    assert mend(fenced, typed).notes == ()
     odd = {"background": "snow", "elements": [{"type": "obj", "desc": "fox"}, {"type": "x"}, 3]}
-    mended = mend(json.dumps({"compositional_deconstruction": odd}), plain, ["HI"])
+    mended = mend(json.dumps({"compositional_deconstruction": odd}), typed, STYLES["anime"])
     assert any("2 of its elements" in note for note in mended.notes)
     assert any("lacked description" in note for note in mended.notes)
     assert any('left out the words "HI"' in note for note in mended.notes)
@@ -208,6 +208,8 @@ def test_boxes_that_were_typed_stay_when_the_encoder_writes():
     found = elements(json.loads(made.caption))
     assert found[0] == elements(OWN)[0]
     assert len(found) == 3
+    kept = json.loads(made.caption)["compositional_deconstruction"]["background"]
+    assert kept == "a wall"  # as typed, not as written
 
 
 def test_picture_of_which_nothing_was_written():

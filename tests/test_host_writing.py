@@ -14,11 +14,11 @@ from ideogram4_quant.captions import instruction
 from ideogram4_quant.engine.encoder import load_encoder
 from ideogram4_quant.engine.enhance import read_head, writer
 from ideogram4_quant.engine.pipeline import TURNS
-from ideogram4_quant.tests.host.scripts import writing as script
 from ideogram4_quant.tests.tiny_model import AsVisionLanguageModel
 from ideogram4_quant.tests.tiny_writer import TinyWriter, write_tiny_writer
 
 pytestmark = pytest.mark.host
+CAPTION = '{"high_level_description":"a red word"}'
 SENTENCE = 'a fox beside a sign "OPEN"'
 
 
@@ -42,7 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(tiny_writer: TinyWriter, library: str, in_host, tmp_path_factory) -> tuple[dict, dict]:
     out = tmp_path_factory.mktemp("written") / "out.safetensors"
     files = tiny_writer.whole, tiny_writer.headless, tiny_writer.head
-    report = in_host("writing.py", *files, out, library)
+    report = in_host("writing.py", *files, out, library, SENTENCE, CAPTION)
     return load_file(out), report
 
 
@@ -55,10 +55,12 @@ def reference_taps(tiny_writer: TinyWriter, *, normed: bool) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(tiny_writer.whole)
     tokenizer.chat_template = TURNS
     text_model = copy.deepcopy(tiny_writer.model.model.language_model)
-    pipeline = Ideogram4Pipeline(None, None, AsVisionLanguageModel(text_model), tokenizer, None, None)
-    message = [{"role": "user", "content": [{"type": "text", "text": script.CAPTION}]}]
+    pipeline = Ideogram4Pipeline(
+        None, None, AsVisionLanguageModel(text_model), tokenizer, None, None
+    )
+    message = [{"role": "user", "content": [{"type": "text", "text": CAPTION}]}]
     length = len(tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"])
-    found = pipeline.encode_prompt([script.CAPTION], 1, 1, length, torch.device("cpu"))[0]
+    found = pipeline.encode_prompt([CAPTION], 1, 1, length, torch.device("cpu"))[0]
     found = found[0, :length].unflatten(1, (-1, 13)).clone()
     if normed:
         found[..., -1] = text_model.norm(found[..., -1])
@@ -95,7 +97,7 @@ def test_tokens_are_those_of_diffusers(tiny_writer, run, monkeypatch, kind: str)
     folder = tiny_writer.headless if kind == "free headless" else tiny_writer.whole
     head = read_head(folder, tiny_writer.head if kind == "free headless" else None)
     encoder = load_encoder(folder, device="cpu", dtype=torch.float32)
-    write = writer(encoder, head, script.SEED, script.TOKENS)
+    write = writer(encoder, head, run[1]["seed"], run[1]["tokens"])
     assert write(SENTENCE, (3, 2)) == run[1]["texts"][kind].strip()
 
 
@@ -111,7 +113,7 @@ def test_picture_is_seen_as_transformers_sees_it(tiny_writer, run):
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     kinds = (ids == tiny_writer.model.config.image_token_id).int()
     drawn = torch.randint(
-        0, 2**63 - 1, (1,), generator=torch.Generator().manual_seed(script.SEED)
+        0, 2**63 - 1, (1,), generator=torch.Generator().manual_seed(run[1]["seed"])
     )
     with torch.random.fork_rng():
         torch.manual_seed(int(drawn))
@@ -121,7 +123,7 @@ def test_picture_is_seen_as_transformers_sees_it(tiny_writer, run):
             image_grid_thw=tensors["grid"],
             mm_token_type_ids=kinds,
             do_sample=True,
-            max_new_tokens=script.TOKENS,
+            max_new_tokens=run[1]["tokens"],
         )
     wanted = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert report["texts"]["picture"] == wanted

@@ -108,6 +108,8 @@ def _files(found: dict) -> Iterator[str]:
         for file in files:
             level = f", {file['level']}" if file["level"] else ""
             yield f"  {file['name']}, {_size(file['bytes'])}{level}"
+            if kind == "text_encoders":
+                yield f"    {_writes(file)}"
             if file.get("folded"):
                 yield f"    {_FOLDED}"
             if file.get("sha256"):
@@ -121,8 +123,20 @@ def _files(found: dict) -> Iterator[str]:
         odd = ", BUT OF ANOTHER SIZE: download it again" if item["size_differs"] else ""
         known = f", SHA-256 {item['sha256']}" if item["sha256"] else ""
         yield f"  {here} {item['name']}, {_size(item['nbytes'])}{known}{odd}"
+        if item["use"]:
+            yield f"           {item['use']}"
         if not item["here"]:
             yield f"           {item['url']} -> {item['folder']}"
+
+
+def _writes(file: dict) -> str:
+    """Whether an encoder can write captions, for people."""
+    if file.get("writing_problem"):
+        return f"cannot write captions: {file['writing_problem']}"
+    if file["writes"] is None:
+        return "cannot write captions: it has no head (the published one is below)"
+    seen = ", of pictures too" if file["sees"] else ", not of pictures: it has no vision tower"
+    return f"writes captions (Caption's expand) with the head of {file['writes']}{seen}"
 
 
 def _levels(found: dict) -> Iterator[str]:

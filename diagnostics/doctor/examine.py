@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...cards.sizes import copy_bytes, encoder_bytes
-from ...checkpoint import Checkpoint, open_checkpoint, open_encoder
+from ...checkpoint import Checkpoint, EncoderCheckpoint, open_checkpoint, open_encoder
+from ...checkpoint.encoder_writing import find_head, find_vision, head_beside, is_head
 from ...checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
 from ...checkpoint.levels import (
     Candidate,
@@ -56,7 +57,10 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
             _file(c.name, c.path, c.header.level) | {"folded": _is_folded(c)}
             for c in models.candidates
         ],
-        "text_encoders": [_file(name, path, encoder.level) for name, path, encoder in encoders],
+        "text_encoders": [
+            _file(name, path, encoder.level) | _writes(encoder, listings["text_encoders"])
+            for name, path, encoder in encoders
+        ],
         "vae": [_file(name, path, None) for name, path, _ in vaes],
     }
     if sha256:
@@ -110,6 +114,16 @@ def _file(name: str, path: Path, level: str | None) -> dict:
     return {"name": name, "path": str(path), "bytes": size, "level": level}
 
 
+def _writes(encoder: EncoderCheckpoint, listing: Listing) -> dict:
+    """Whether an encoder can write captions, and of pictures; in words what a damaged part has."""
+    try:
+        head = find_head(encoder) or head_beside(listing, encoder)
+        sees = find_vision(encoder) is not None
+    except CheckpointError as error:
+        return {"writes": None, "sees": False, "writing_problem": str(error)}
+    return {"writes": head and head.path.name, "sees": head is not None and sees}
+
+
 def _is_folded(candidate: Candidate) -> bool:
     header = candidate.header
     return any(header.folding(copy) is not None for copy in header.copies)
@@ -132,7 +146,10 @@ def _checksum(path: Path) -> str | None:
 
 def _expected(item: Published, listing: Listing) -> dict:
     """A published file and whether it is here, whole as far as its size tells."""
-    name = next((n for n in listing.names if n.rpartition("/")[2] == item.name), None)
+    names = (n for n in listing.names if n.rpartition("/")[2] == item.name)
+    if item.use is not None:  # under whatever name: the published one says nothing
+        names = (n for n in listing.names if is_head(listing.paths[n]))
+    name = next(names, None)
     here = None if name is None else listing.paths[name].stat().st_size
     off = here and item.nbytes and abs(here / item.nbytes - 1) > _SIZE_TOLERANCE
     return asdict(item) | {

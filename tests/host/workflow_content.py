@@ -32,6 +32,9 @@ def download_list(models: list[dict]) -> str:
 SHARED = f"""**Text encoder and VAE**
 
 {download_list([ENCODER, VAE])}
+
+*expand* in *Caption* writes with that encoder; another one without a head takes
+[this file]({HF}/diffusers/qwen3-vl-8b-instruct-lm-head) in **models/text_encoders**.
 """
 FP8 = [
     model(name, "Ideogram-4/resolve/main/diffusion_models", "diffusion_models")

@@ -1,4 +1,4 @@
-"""The encoder as a writer: WHOLE HEADLESS HEAD OUT EXTRA, files of `tiny_writer`.
+"""The encoder as a writer: WHOLE HEADLESS HEAD OUT EXTRA SENTENCE CAPTION, files of `tiny_writer`.
 
 Writes the taps of both encoders, and what was written by seed; reports what is refused.
 EXTRA: a folder with the optional library that constrains, or "".
@@ -13,11 +13,10 @@ from pathlib import Path
 import inside
 
 SEED, TOKENS = 7, 48
-CAPTION = '{"high_level_description":"a red word"}'
 
 
 def main() -> None:
-    pack, (whole, headless, head, out, extra) = inside.start()
+    pack, (whole, headless, head, out, extra, sentence, caption) = inside.start()
     import folder_paths
     import torch
     from safetensors.torch import save_file
@@ -27,11 +26,11 @@ def main() -> None:
     instruction = inside.load(pack, "captions.instruction")
     clips = {name: loading.load_encoder(Path(p)) for name, p in
              (("whole", whole), ("headless", headless))}  # fmt: skip
-    asked = instruction.turns("a fox beside a sign \"OPEN\"", (3, 2))
+    asked = instruction.turns(sentence, (3, 2))
     tensors, texts, refused = {}, {}, {}
     with torch.inference_mode():
         for name, clip in clips.items():
-            tensors[f"taps {name}"] = taps(clip)
+            tensors[f"taps {name}"] = taps(clip, caption)
         refused["no head"] = error(lambda: generate(clips["headless"], "hello"))
         refused["stock"] = error(lambda: writing.write(object(), asked, SEED, TOKENS))
         folder = Path(folder_paths.get_folder_paths("text_encoders")[0])
@@ -54,14 +53,14 @@ def main() -> None:
         )
         tensors |= prepared(picture)
         refused["cancelled"], steps = cancelled(lambda: writing.write(clips["whole"], asked, 1, 9))
-        tensors["taps after"] = taps(clips["whole"])
+        tensors["taps after"] = taps(clips["whole"], caption)
     save_file(tensors, out)
     writer = language(clips["whole"]).writer
     sizes = {name: patcher.model_size() for name, patcher in writer._patchers.items()}
     parameters = sum(p.numel() for p in clips["whole"].cond_stage_model.parameters())
     inside.report(
         {"texts": texts, "refused": refused, "asked": asked, "looking": looking,
-         "memory": writer.said(), "bytes": sizes, "parameters": parameters, "cancelled at": steps}
+         "seed": SEED, "tokens": TOKENS, "memory": writer.said(), "bytes": sizes, "parameters": parameters, "cancelled at": steps}
     )  # fmt: skip
 
 
@@ -69,8 +68,8 @@ def language(clip):
     return clip.cond_stage_model.qwen3vl_8b.transformer
 
 
-def taps(clip):
-    found = clip.encode_from_tokens_scheduled(clip.tokenize(CAPTION))
+def taps(clip, caption: str):
+    found = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
     return found[0][0][0].clone().contiguous()
 
 
