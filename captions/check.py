@@ -20,16 +20,16 @@ from .schema import (
 
 PLAIN_TEXT = (
     "This is plain text. The model was trained on JSON captions: with plain text, words in the "
-    "picture are rarely legible, and sometimes it paints a placeholder card. Build the caption "
-    "with the node Build JSON Prompt (Ideogram)."
+    "picture are rarely legible, and sometimes it paints a placeholder card. Type it into Caption "
+    "(Ideogram 4), which makes a caption of it."
 )
 
 #: What CLIP Text Encode sends for a JSON caption that was typed into it.
 STRIPPED = (
     "This is a JSON caption without its braces. ComfyUI's page reads what is typed into a text box "
     "with dynamic prompts, as that of CLIP Text Encode, as {this|or that}: it took the braces off, "
-    "and what stood behind // too. Type the caption into Check caption (Ideogram 4), or make it "
-    "with Build JSON Prompt (Ideogram), and connect that to the text of CLIP Text Encode."
+    "and what stood behind // too. Type the caption into Caption (Ideogram 4), or make it with Build "
+    "JSON Prompt (Ideogram), and connect that to the text of CLIP Text Encode."
 )
 # What chat programs put around JSON
 _FENCE = re.compile(r"```\w*\s*([\[{].*[\]}])\s*```", re.DOTALL)

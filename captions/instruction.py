@@ -24,9 +24,7 @@ _SHAPE = {
     "high_level_description": "...",
     "compositional_deconstruction": {
         "background": "...",
-        "elements": [
-            {"type": kind} | {key: "..." for key in REQUIRED[kind][1:]} for kind in ELEMENT
-        ],
+        "elements": [{"type": kind} | dict.fromkeys(REQUIRED[kind][1:], "...") for kind in ELEMENT],
     },
 }
 SYSTEM = f"""You write captions for a program that paints pictures. You get {{source}} and answer \

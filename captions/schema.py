@@ -65,7 +65,7 @@ def written_schema() -> dict[str, Any]:
     """
     text = {"type": "string"}
     kinds = [
-        _object({"type": {"const": kind}} | {key: text for key in REQUIRED[kind][1:]})
+        _object({"type": {"const": kind}} | dict.fromkeys(REQUIRED[kind][1:], text))
         for kind in ELEMENT
     ]
     elements = {"type": "array", "items": {"anyOf": kinds}, "minItems": 1}

@@ -1,4 +1,4 @@
-"""What an encoder's file has for writing beside what conditioning reads: its head, its vision tower.
+"""What an encoder's file has for writing, beside what conditioning reads: head and vision tower.
 
 Conditioning takes hidden states before the final norm; writing text takes that norm and a head
 (``lm_head.weight`` [vocabulary, hidden]; llama.cpp: ``output.weight``), looking at a picture takes

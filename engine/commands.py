@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..captions.making import make_caption
+from ..captions.tokens import MAX_TOKENS
 from ..checkpoint import Checkpoint
 from ..checkpoint.encoder_writing import Part
 from ..errors import Ideogram4QuantError, OpError
@@ -168,7 +169,9 @@ def _encode(
         from .enhance import writer
 
         ratio = f"{request.width}:{request.height}"
-        made = make_caption(request.prompt, ratio=ratio, write=writer(encoder, head, request.seed))
+        made = make_caption(
+            request.prompt, ratio=ratio, write=writer(encoder, head, request.seed, MAX_TOKENS)
+        )
         print(made.caption)
         request = replace(request, prompt=made.caption)
     return request, encoder.encode([request.prompt])[0]

@@ -1,4 +1,4 @@
-"""The host's Qwen3-VL classes with raw taps for conditioning and a `Writer` for all that is written.
+"""The host's Qwen3-VL classes with raw taps for conditioning, and a `Writer` for what is written.
 
 The host has one class for each purpose: that for files without a vision tower taps raw hidden
 states and has no head, that with one writes and normalizes the last tap, which is another feature.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import comfy.model_management as management
 import comfy.sd1_clip
 import comfy.text_encoders.ideogram4 as host_encoder
 import comfy.text_encoders.qwen3vl as host_writer
@@ -54,6 +55,8 @@ class LanguageModel(host_writer.Qwen3VL):
             self._draw = None
 
     def sample_token(self, logits: Tensor, *args, **kwargs) -> Tensor:
+        # the host looks at its progress for this, which it does not update at every token
+        management.throw_exception_if_processing_interrupted()
         if self._draw is None:
             return super().sample_token(logits, *args, **kwargs)
         return self._draw(logits)

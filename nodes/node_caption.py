@@ -7,8 +7,8 @@ import logging
 
 from comfy_api.latest import io, ui
 
-from ..errors import OpError
 from ..captions.check import check_caption
+from ..errors import OpError
 from .schema import CATEGORY
 from .showing import show
 

@@ -23,7 +23,7 @@ class LoadEncoder(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads the text encoder of Ideogram 4 from models/text_encoders: bf16, FP8, INT8 "
-                "or GGUF. Vision weights in the file are ignored."
+                "or GGUF. A head and vision weights in the file are read when Caption writes with them."
             ),
             search_aliases=[
                 "qwen3vl",
@@ -43,7 +43,7 @@ class LoadEncoder(io.ComfyNode):
                 io.Clip.Output(
                     id="clip",
                     display_name="clip",
-                    tooltip="Connect it to CLIP Text Encode; the caption goes in there.",
+                    tooltip="Connect it to Caption (Ideogram 4) or CLIP Text Encode.",
                 )
             ],
         )

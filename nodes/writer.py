@@ -178,5 +178,5 @@ class Writer:
 
 
 def stop_tokens(tokenizer: object) -> list[int]:
-    """The tokens at which an answer ends, by the tokenizer's own vocabulary: as diffusers has it."""
+    """The tokens at which an answer ends, by the tokenizer's own vocabulary, as in diffusers."""
     return [tokenizer.get_vocab().get(_END, tokenizer.eos_token_id)]

@@ -104,7 +104,7 @@ def test_styles_follow_the_schema(style: str):
     ],
 )
 def test_what_is_refused_says_what_to_do(text: str, said: str):
-    with pytest.raises(OpError, match=".*") as refused:
+    with pytest.raises(OpError) as refused:
         make_caption(text)
     assert said in str(refused.value)
 

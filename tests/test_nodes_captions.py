@@ -119,7 +119,7 @@ def test_unreadable_captions_are_errors(text):
 def test_json_that_lost_its_braces_to_the_page_is_an_error_that_says_where_to_type(typed):
     (error,) = check_caption(typed).errors
     assert "without its braces" in error
-    assert "Check caption" in error
+    assert "Caption (Ideogram 4)" in error
 
 
 @pytest.mark.parametrize("text", ["A sign: OPEN", json.dumps(GOOD), "a high_level_description"])

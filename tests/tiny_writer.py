@@ -1,7 +1,7 @@
 """A small Qwen3-VL with random weights that writes: language model, head, vision tower, as files.
 
-Written without the package under test. It has the pocket model's tokenizer, so its text is gibberish
-of whole words; what it says is of no interest, what becomes of it is.
+Written without the package under test. It has the pocket model's tokenizer, so its text is
+gibberish of whole words; what it says is of no interest, what becomes of it is.
 """
 
 from __future__ import annotations

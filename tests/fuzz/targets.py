@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ideogram4_quant.captions.check import check_caption
 from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
 from ideogram4_quant.checkpoint.tensor_files import TensorFiles, open_tensor_files
 from ideogram4_quant.engine.compare.cases import read_cases
@@ -25,7 +26,6 @@ from ideogram4_quant.engine.compare.score import read_captions_file as captions
 from ideogram4_quant.errors import Ideogram4QuantError
 from ideogram4_quant.files.partial import Partial, partial_path
 from ideogram4_quant.gguf_loader import ArrayRef
-from ideogram4_quant.captions.check import check_caption
 from ideogram4_quant.ops.tuning import choice_files
 from ideogram4_quant.ops.tuning.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.tests.timing import cpu_seconds

@@ -52,16 +52,15 @@ def main() -> None:
             clips["whole"], looking, SEED, TOKENS, picture, constrained=False
         )
         tensors |= prepared(picture)
-        refused["cancelled"], steps = cancelled(lambda: writing.write(clips["whole"], asked, 1, 9))
+        refused["cancelled"], steps = cancelled(clips["whole"])
         tensors["taps after"] = taps(clips["whole"], caption)
     save_file(tensors, out)
     writer = language(clips["whole"]).writer
     sizes = {name: patcher.model_size() for name, patcher in writer._patchers.items()}
     parameters = sum(p.numel() for p in clips["whole"].cond_stage_model.parameters())
-    inside.report(
-        {"texts": texts, "refused": refused, "asked": asked, "looking": looking,
-         "seed": SEED, "tokens": TOKENS, "memory": writer.said(), "bytes": sizes, "parameters": parameters, "cancelled at": steps}
-    )  # fmt: skip
+    said = {"seed": SEED, "tokens": TOKENS, "memory": writer.said(), "bytes": sizes}
+    said |= {"parameters": parameters, "cancelled at": steps, "looking": looking}
+    inside.report({"texts": texts, "refused": refused, **said})
 
 
 def language(clip):
@@ -84,28 +83,25 @@ def generate(clip, text: str, image=None) -> str:
 def error(call) -> str:
     try:
         call()
-    except Exception as raised:
+    except BaseException as raised:  # as the host's interruption is
         return f"{type(raised).__name__}: {raised}"
     return ""
 
 
-def cancelled(call) -> tuple[str, int]:
-    """The run is interrupted at the fifth token, as the server's hook does it."""
+def cancelled(clip) -> tuple[str, int]:
+    """The run is interrupted while the fifth token is drawn."""
     import comfy.model_management as management
-    import comfy.utils
 
-    steps = []
+    drawn = []
 
-    def hook(value, *_, **__) -> None:
-        steps.append(value)
-        management.interrupt_current_processing(len(steps) == 5)
-        management.throw_exception_if_processing_interrupted()
+    def draw(logits):
+        drawn.append(logits.argmax(-1, keepdim=True))
+        management.interrupt_current_processing(len(drawn) == 5)
+        return drawn[-1]
 
-    comfy.utils.set_progress_bar_global_hook(hook)
-    try:
-        return error(call), len(steps)
-    finally:
-        comfy.utils.set_progress_bar_global_hook(None)
+    with language(clip).drawing(draw):
+        message = error(lambda: clip.generate(clip.tokenize("x", thinking=False), max_length=20))
+    return message, len(drawn)
 
 
 def prepared(picture) -> dict:
