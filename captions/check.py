@@ -28,8 +28,8 @@ PLAIN_TEXT = (
 STRIPPED = (
     "This is a JSON caption without its braces. ComfyUI's page reads what is typed into a text box "
     "with dynamic prompts, as that of CLIP Text Encode, as {this|or that}: it took the braces off, "
-    "and what stood behind // too. Type the caption into Caption (Ideogram 4), or make it with Build "
-    "JSON Prompt (Ideogram), and connect that to the text of CLIP Text Encode."
+    "and what stood behind // too. Type the caption into Caption (Ideogram 4), or make it with "
+    "Build JSON Prompt (Ideogram), and connect that to the text of CLIP Text Encode."
 )
 # What chat programs put around JSON
 _FENCE = re.compile(r"```\w*\s*([\[{].*[\]}])\s*```", re.DOTALL)

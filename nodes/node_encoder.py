@@ -23,7 +23,7 @@ class LoadEncoder(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Loads the text encoder of Ideogram 4 from models/text_encoders: bf16, FP8, INT8 "
-                "or GGUF. A head and vision weights in the file are read when Caption writes with them."
+                "or GGUF. A head and vision weights in the file are read when Caption writes."
             ),
             search_aliases=[
                 "qwen3vl",

@@ -132,7 +132,10 @@ def test_quantized_weights_are_those_they_decode_to(tiny, monkeypatch):
             packed[name] = gguf_tensor(blocks, "Q8_0", tuple(tensor.shape), dtype=torch.float32)
             dense[name] = packed[name].dequantize()
     stored = SimpleNamespace(
-        config=ck.config, tokenizer_dir=ck.tokenizer_dir, stream=lambda **_: packed.items()
+        config=ck.config,
+        tokenizer_dir=ck.tokenizer_dir,
+        entries=ck.entries,
+        stream=lambda **_: packed.items(),
     )
     monkeypatch.setattr(engine, "open_encoder", lambda path: stored)
     ours = load_encoder("packed", device="cpu")

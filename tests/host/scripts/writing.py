@@ -100,7 +100,9 @@ def cancelled(clip) -> tuple[str, int]:
         return drawn[-1]
 
     with language(clip).drawing(draw):
-        message = error(lambda: clip.generate(clip.tokenize("x", thinking=False), max_length=20))
+        message = error(
+            lambda: clip.generate(clip.tokenize("x", thinking=False), max_length=20, seed=1)
+        )
     return message, len(drawn)
 
 
