@@ -170,7 +170,7 @@ def _vision_config(
     """Sizes from the tensors; what they do not tell from the config, else the released models'."""
     try:
         hidden, channels, temporal, patch, _ = entries["patch_embed.proj.weight"].shape
-        depth = 1 + max(int(m[1]) for name in entries if (m := _BLOCK.match(name)))
+        depth = len({m[1] for name in entries if (m := _BLOCK.match(name))})
         merged = entries["merger.linear_fc1.weight"].shape[0]
         out, _ = entries["merger.linear_fc2.weight"].shape
         inner, _ = entries["blocks.0.mlp.linear_fc1.weight"].shape
@@ -180,7 +180,8 @@ def _vision_config(
     stacked = len({m[1] for name in entries if (m := _DEEPSTACK.match(name))})
     layers = stated.get("deepstack_visual_indexes", _RELEASED_DEEPSTACK.get(depth))
     heads = stated.get("num_heads", _RELEASED_HEADS)
-    if not isinstance(layers, list) or len(layers) != stacked:
+    fits = isinstance(layers, list) and all(type(i) is int and 0 <= i < depth for i in layers)
+    if not fits or len(layers) != stacked:
         raise _no_tower(path, f"{stacked} deepstack mergers of a tower of {depth} blocks")
     if type(heads) is not int or heads < 1 or hidden % heads:
         raise _no_tower(path, f"{heads} heads in {hidden} features")

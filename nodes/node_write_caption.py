@@ -41,7 +41,7 @@ class Caption(io.ComfyNode):
             search_aliases=["prompt", "ideogram prompt", "enhance prompt", "magic prompt", "text"],
             inputs=_inputs(),
             outputs=_outputs(),
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -58,6 +58,8 @@ class Caption(io.ComfyNode):
         clip=None,
         image=None,
     ) -> io.NodeOutput:
+        if clip is None and _is_read(cls.hidden.prompt, cls.hidden.unique_id):
+            raise OpError("there is no encoder for the output positive", hint=_NO_ENCODER)
         typed = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
         made = make_caption(
             typed,
@@ -68,7 +70,7 @@ class Caption(io.ComfyNode):
         )
         width, height = picture_size(made.ratio, size)
         if clip is None:
-            encoded = ExecutionBlocker(f"There is no encoder. {_NO_ENCODER}")
+            encoded = ExecutionBlocker(_NO_ENCODER)  # for a link that is made later
         else:
             encoded = clip.encode_from_tokens_scheduled(clip.tokenize(made.caption))
         said = [f"{width} x {height} px", *_notes(made, expand, image is not None, clip)]
@@ -76,6 +78,12 @@ class Caption(io.ComfyNode):
         shown = "\n\n".join([". ".join(s.rstrip(".") for s in said) + ".", made.caption])
         show(shown, cls.hidden.unique_id)
         return io.NodeOutput(encoded, made.caption, width, height, ui=ui.PreviewText(shown))
+
+
+def _is_read(prompt: dict | None, node_id: str | None) -> bool:
+    """Whether a node of the graph is connected to the conditioning of this one."""
+    nodes = (prompt or {}).values()
+    return any([node_id, 0] == value for node in nodes for value in node["inputs"].values())
 
 
 def _writer(clip, image, seed: int, max_tokens: int):

@@ -164,16 +164,15 @@ class Writer:
                 )
         ops = make_ops(self._dtype)
         module = Qwen3VLVisionModel(dict(part.config), device=device, dtype=self._dtype, ops=ops)
-        missing, unexpected = module.load_state_dict(
-            part.load(self._dtype), strict=False, assign=True
-        )
-        if missing or unexpected:
+        try:
+            module.load_state_dict(part.load(self._dtype), assign=True)
+        except RuntimeError as error:  # torch's word for keys and shapes that do not fit
             raise CheckpointError(
-                "the vision tower in this file is not the host's",
+                "the vision tower in this file is not that of Qwen3-VL",
                 file=part.path,
-                found=", ".join([*missing, *unexpected][:3]),
+                found=str(error).splitlines()[-1].strip(),
                 hint="Disconnect the picture.",
-            )
+            ) from error
         return module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,16 @@ def test_heads_that_do_not_fit_are_refused(writer: TinyWriter, tmp_path: Path):
         open_head(tmp_path / "small.safetensors", ck)
     with pytest.raises(CheckpointError, match="no head for writing"):
         open_head(writer.headless / "model.safetensors", ck)
+
+
+@pytest.mark.parametrize("layers", [[2], [-1], ["1"], [0.5], [], [0, 1], None, 3])
+def test_deepstack_that_the_tower_does_not_have(writer: TinyWriter, tmp_path: Path, layers):
+    config = json.loads((writer.whole / "config.json").read_text())
+    config["vision_config"]["deepstack_visual_indexes"] = layers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(writer.whole / "model.safetensors")
+    with pytest.raises(CorruptFileError, match="deepstack"):
+        find_vision(open_encoder(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -152,4 +152,4 @@ def test_picture_is_described(server, encoders):
 def test_conditioning_without_an_encoder_is_an_error_that_says_so(server):
     graph = graphs.with_sampler("none")
     graph["positive"] = captioned(SENTENCE, encoder=None, **POCKET)["caption"]
-    fails_with(server, graph, "There is no encoder", "Connect")
+    fails_with(server, graph, "there is no encoder", "Connect")

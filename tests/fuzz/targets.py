@@ -19,11 +19,15 @@ from pathlib import Path
 import torch
 
 from ideogram4_quant.captions.check import check_caption
-from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
+from ideogram4_quant.captions.compose import Typed
+from ideogram4_quant.captions.making import make_caption
+from ideogram4_quant.captions.mend import mend
+from ideogram4_quant.checkpoint import EncoderCheckpoint, open_checkpoint, open_encoder
+from ideogram4_quant.checkpoint.encoder_writing import find_head, find_vision
 from ideogram4_quant.checkpoint.tensor_files import TensorFiles, open_tensor_files
 from ideogram4_quant.engine.compare.cases import read_cases
 from ideogram4_quant.engine.compare.score import read_captions_file as captions
-from ideogram4_quant.errors import Ideogram4QuantError
+from ideogram4_quant.errors import Ideogram4QuantError, OpError
 from ideogram4_quant.files.partial import Partial, partial_path
 from ideogram4_quant.gguf_loader import ArrayRef
 from ideogram4_quant.ops.tuning import choice_files
@@ -86,6 +90,8 @@ def read_everything(path: Path) -> None:
         try:
             opened = opener(path)
             _read(opened, files.size)
+            if opener is open_encoder:
+                _read_writing_parts(opened, files.size)
         except Ideogram4QuantError as error:
             _check_error(error)
 
@@ -110,6 +116,15 @@ def _read(opened, size: int) -> None:
         if size <= _LOADED:
             for name, tensor in opened.stream(*arguments):
                 assert tuple(tensor.shape) == shapes[name]
+                getattr(tensor, "dequantize", tensor.float)()
+
+
+def _read_writing_parts(encoder: EncoderCheckpoint, size: int) -> None:
+    """What an encoder's file has beside conditioning: its head, its vision tower."""
+    for find in (find_head, find_vision):
+        part = find(encoder)
+        if part is not None and size <= _LOADED:
+            for tensor in part.load().values():
                 getattr(tensor, "dequantize", tensor.float)()
 
 
@@ -187,7 +202,14 @@ def read_prompts(path: Path) -> None:
             read()
         except Ideogram4QuantError as error:
             _check_error(error)
-    check_caption(path.read_bytes().decode("utf-8", "replace"))
+    text = path.read_bytes().decode("utf-8", "replace")
+    check_caption(text)
+    try:
+        made = make_caption(text, write=lambda *_: text[::-1])
+        assert check_caption(made.caption).errors == []
+        assert check_caption(mend(text, Typed("a fox")).caption).errors == []
+    except OpError:
+        pass
 
 
 def read_lora(path: Path) -> None:
