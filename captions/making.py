@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import OpError
-from .check import check_caption
+from .check import check_caption, unfenced
 from .compose import Typed, as_text, compose, read_typed
 from .mend import NOTHING, mend
 from .ratio import AUTO, parse_ratio
@@ -56,7 +56,8 @@ def make_caption(
     if stated is not None and ratio != AUTO and stated != ratio:
         notes.append(f"The caption says {json.dumps(stated)} and the picture gets {ratio}")
     if typed.caption is not None and not typed.sentence:
-        return Made(text, shape, (*notes, *_passed(text, style, write)))
+        unwrapped = text if text.lstrip().startswith("{") else unfenced(text)
+        return Made(unwrapped, shape, (*notes, *_passed(text, style, write)))
     plain = as_text(compose(typed, STYLES[style]))
     errors = [] if looking else check_caption(plain).errors  # those of the JSON beside a sentence
     if errors:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
+from ..captions.compose import as_text
 from ..captions.instruction import turns
 from ..captions.making import Made, Ratio, make_caption
 from ..captions.ratio import AUTO, RATIOS, SIZES, picture_size
@@ -60,7 +59,7 @@ class Caption(io.ComfyNode):
     ) -> io.NodeOutput:
         if clip is None and _is_read(cls.hidden.prompt, cls.hidden.unique_id):
             raise OpError("there is no encoder for the output positive", hint=_NO_ENCODER)
-        typed = text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        typed = text if isinstance(text, str) else as_text(text)
         made = make_caption(
             typed,
             ratio=aspect_ratio,

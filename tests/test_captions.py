@@ -75,6 +75,12 @@ def test_json_passes_unchanged_to_the_byte(indent):
     assert made.notes[0] == f"{UNCHANGED}; style and expand left out"
 
 
+def test_code_fence_is_taken_off():
+    made = make_caption(f"```json\n{json.dumps(OWN)}\n```")
+    assert made.caption == json.dumps(OWN)
+    assert any("fence" in note for note in made.notes)
+
+
 def test_json_beside_a_sentence_is_added_to():
     for text in (f'A fox, "HI" {json.dumps(OWN)}', f'{json.dumps(OWN)}\nA fox, "HI"'):
         caption = parsed(text, style="anime")

@@ -26,6 +26,7 @@ from ideogram4_quant.diagnostics.doctor.machine import Device
 from ideogram4_quant.diagnostics.doctor.main_memory import SYSTEM, main_memory
 from ideogram4_quant.ops.dispatch import BackendReport
 from ideogram4_quant.sampling import PRESETS
+from ideogram4_quant.tests.tiny_writer import write_tiny_writer
 
 GB = 10**9
 
@@ -61,6 +62,31 @@ def complete(comfyui, tiny) -> Path:
 def as_json(capsys, *arguments: str) -> tuple[int, dict]:
     code = cli.main(["doctor", "--json", *arguments])
     return code, json.loads(capsys.readouterr().out)
+
+
+def test_encoders_that_write_are_told_from_others(comfyui, capsys, tmp_path):
+    """A head in the file, one beside it under any name, none that fits."""
+    files = write_tiny_writer(tmp_path / "writer", layers=1)
+    encoders = comfyui / "models" / "text_encoders"
+    for name in ("whole", "headless"):
+        (encoders / name).symlink_to(getattr(files, name), target_is_directory=True)
+
+    def said() -> dict:
+        found = as_json(capsys)[1]
+        listed = {f["name"].split("/")[0]: f for f in found["found"]["text_encoders"]}
+        (item,) = [f for f in found["expected"] if f["use"]]
+        told = {name: (f["writes"], f["sees"]) for name, f in listed.items()}
+        return told | {"published head": item["here"]}
+
+    whole = ("model.safetensors", True)
+    assert said() == {"whole": whole, "headless": (None, False), "published head": False}
+    (encoders / "any_name.safetensors").symlink_to(files.head)
+    beside = ("any_name.safetensors", False)
+    assert said() == {"whole": whole, "headless": beside, "published head": True}
+    cli.main(["doctor"])
+    text = capsys.readouterr().out
+    assert "with the head of any_name.safetensors, not of pictures" in text
+    assert "with the head of model.safetensors, of pictures too" in text
 
 
 def test_empty_comfyui_lacks_everything(comfyui, capsys):

@@ -18,8 +18,14 @@ from ideogram4_quant.tests.tiny_model import AsVisionLanguageModel
 from ideogram4_quant.tests.tiny_writer import TinyWriter, write_tiny_writer
 
 pytestmark = pytest.mark.host
+# brief: the tiny tokenizer makes 1,800 tokens of the real instruction
+SYSTEM, USER = "write a caption", "as {aspect_ratio}: {original_prompt}"
 CAPTION = '{"high_level_description":"a red word"}'
 SENTENCE = 'a fox beside a sign "OPEN"'
+ASKED = instruction.TURNS.format(
+    system=SYSTEM, user=USER.format(aspect_ratio="3:2", original_prompt=SENTENCE)
+)
+LOOKING = instruction.TURNS.format(system=SYSTEM, user=f"{instruction.PICTURE}what is this?")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(tiny_writer: TinyWriter, library: str, in_host, tmp_path_factory) -> tuple[dict, dict]:
     out = tmp_path_factory.mktemp("written") / "out.safetensors"
     files = tiny_writer.whole, tiny_writer.headless, tiny_writer.head
-    report = in_host("writing.py", *files, out, library, SENTENCE, CAPTION)
+    report = in_host("writing.py", *files, out, library, ASKED, LOOKING, CAPTION)
     return load_file(out), report
 
 
@@ -89,9 +95,8 @@ def test_tokens_are_those_of_diffusers(tiny_writer, run, monkeypatch, kind: str)
 
     if kind == "constrained" and "constrained" not in run[1]["texts"]:
         pytest.skip("outlines is not installed")
-    system, user = instruction._own(False)
-    monkeypatch.setattr(prompt_enhancer, "CAPTION_SYSTEM_MESSAGE", system)
-    monkeypatch.setattr(prompt_enhancer, "CAPTION_USER_TEMPLATE", user)
+    monkeypatch.setattr(prompt_enhancer, "CAPTION_SYSTEM_MESSAGE", SYSTEM)
+    monkeypatch.setattr(prompt_enhancer, "CAPTION_USER_TEMPLATE", USER)
     if kind != "constrained":
         monkeypatch.setattr(pipeline_ideogram4, "is_outlines_available", lambda: False)
     folder = tiny_writer.headless if kind == "free headless" else tiny_writer.whole
@@ -109,7 +114,7 @@ def test_picture_is_seen_as_transformers_sees_it(tiny_writer, run):
     tensors, report = run
     tokenizer = AutoTokenizer.from_pretrained(tiny_writer.whole)
     places = int(tensors["grid"].prod()) // 4
-    text = report["looking"].replace("<|image_pad|>", "<|image_pad|>" * places)
+    text = LOOKING.replace("<|image_pad|>", "<|image_pad|>" * places)
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     kinds = (ids == tiny_writer.model.config.image_token_id).int()
     drawn = torch.randint(

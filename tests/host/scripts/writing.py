@@ -1,4 +1,4 @@
-"""The encoder as a writer: WHOLE HEADLESS HEAD OUT EXTRA SENTENCE CAPTION, files of `tiny_writer`.
+"""The encoder as a writer: files of `tiny_writer`, OUT EXTRA ASKED LOOKING CAPTION.
 
 Writes the taps of both encoders, and what was written by seed; reports what is refused.
 EXTRA: a folder with the optional library that constrains, or "".
@@ -16,17 +16,15 @@ SEED, TOKENS = 7, 48
 
 
 def main() -> None:
-    pack, (whole, headless, head, out, extra, sentence, caption) = inside.start()
+    pack, (whole, headless, head, out, extra, asked, looking, caption) = inside.start()
     import folder_paths
     import torch
     from safetensors.torch import save_file
 
     loading = inside.load(pack, "nodes.encoder_loading")
     writing = inside.load(pack, "nodes.caption_writing")
-    instruction = inside.load(pack, "captions.instruction")
     clips = {name: loading.load_encoder(Path(p)) for name, p in
              (("whole", whole), ("headless", headless))}  # fmt: skip
-    asked = instruction.turns(sentence, (3, 2))
     tensors, texts, refused = {}, {}, {}
     with torch.inference_mode():
         for name, clip in clips.items():
@@ -47,7 +45,6 @@ def main() -> None:
             sys.path.append(extra)
             texts["constrained"] = writing.write(clips["whole"], asked, SEED, TOKENS)
         picture = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(1))
-        looking = instruction.turns("", (3, 2), picture=True)
         texts["picture"] = writing.write(
             clips["whole"], looking, SEED, TOKENS, picture, constrained=False
         )
@@ -59,7 +56,7 @@ def main() -> None:
     sizes = {name: patcher.model_size() for name, patcher in writer._patchers.items()}
     parameters = sum(p.numel() for p in clips["whole"].cond_stage_model.parameters())
     said = {"seed": SEED, "tokens": TOKENS, "memory": writer.said(), "bytes": sizes}
-    said |= {"parameters": parameters, "cancelled at": steps, "looking": looking}
+    said |= {"parameters": parameters, "cancelled at": steps}
     inside.report({"texts": texts, "refused": refused, **said})
 
 
