@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 AUTO = "auto"
+SAME = "same as the conditional"
 LEVELS = (
     "BF16",
     "FP8",
@@ -74,6 +77,32 @@ AUTO_ORDER = {
         *("AWQ W4A16", "NVFP4", "NF4", *_INT8_FIRST, "INT4 W4A4", *_RARE),
     ),
 }
+
+# What auto pairs with a lower level, the most faithful first (docs/pairs.md, docs/pocket-table.md).
+PAIRED = (
+    "BF16",
+    "Q8_0",
+    "INT8 W8A8 rotated",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "NF4",
+    "Q3_K",
+    "Q2_K",
+)
+
+
+def two_levels(order: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(conditional, unconditional) levels that auto may pair, in the order in which it tries them.
+
+    The conditional copy is the more faithful one, and stands before the other in ``order``, a value
+    of `AUTO_ORDER`. Two copies' errors add, and each is about four times that of one bit more, so
+    the lower level decides first.
+    """
+    for second in order:
+        for first in order[: order.index(second)]:
+            if {first, second} <= set(PAIRED) and PAIRED.index(first) < PAIRED.index(second):
+                yield first, second
 
 
 def capability(int8: bool, bfloat16: bool, fp4: bool = False) -> str:

@@ -2,75 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import SequenceMatcher
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from ..errors import CheckpointError, NotIdeogram4Error, PairMismatchError
-from .branches import OneBranch
-from .checkpoints import Checkpoint, check_pair
-from .copies import without_copy_words
-from .level_order import AUTO, LEVELS
+from ..errors import CheckpointError, NotIdeogram4Error, PairMismatchError, printable
+from .checkpoints import Checkpoint
+from .copies import CONDITIONAL, UNCONDITIONAL
+from .level_order import AUTO, LEVELS, SAME, two_levels
 from .listing import Listing
+from .pairs import (
+    ALTERNATING,
+    BOTH,
+    Candidate,
+    Pair,
+    find_pair,
+    holders,
+    pairs_of_levels,
+    residency,
+)
 from .published import files_of
 
-_SIBLINGS = 2.0  # above any ratio of two names
-BOTH, ALTERNATING, STREAMED = "both", "alternating", "streamed"
-# Activations, attention and the VAE's decoder at 1024 px, beside the weights.
-WORKING_MEMORY = 1_900_000_000
-
-
-def residency(sizes: tuple[int, int], memory: int, working: int = WORKING_MEMORY) -> str:
-    """What a device holds: ``both`` copies, one (``alternating``), or none whole (``streamed``).
-
-    sizes: bytes of the two copies. memory: of the device. working: what a pass needs beside them.
-    """
-    if sum(sizes) + working <= memory:
-        return BOTH
-    return ALTERNATING if max(sizes) + working <= memory else STREAMED
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file among the host's models that holds one or both copies."""
-
-    name: str
-    path: Path
-    header: Checkpoint
-
-    def copy_bytes(self) -> int:
-        """Bytes of one copy's weights, as stored."""
-        return self.header.size // len(self.header.copies)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The files of one level: a conditional copy, and an unconditional one if there is any.
-
-    One branch (``one_branch`` says why) has no other copy and lacks none.
-    """
-
-    level: str
-    conditional: Candidate
-    unconditional: Candidate | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def one_branch(self) -> OneBranch | None:
-        """Why these files need no guidance; None for a model of two copies."""
-        return self.conditional.header.one_branch
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is missing: both copies, or one branch."""
-        return self.unconditional is not None or self.one_branch is not None
-
-    def weight_bytes(self) -> tuple[int, int]:
-        """(conditional, unconditional) bytes."""
-        second = self.unconditional
-        return self.conditional.copy_bytes(), 0 if second is None else second.copy_bytes()
+# What a pair of two levels leaves free: it would fill a device to the brim, desktop and all.
+DESKTOP = 1_000_000_000
 
 
 @dataclass
@@ -105,17 +59,24 @@ def resolve(
     *,
     with_base: bool = False,
     one_copy: bool = False,
+    unconditional: str = SAME,
 ) -> Pair:
     """The files of `level`; for ``auto`` the first level of `order` that is there and fits.
 
     memory: bytes of the device. Fits, from best to worst: both copies and the working memory, one
-    copy and the working memory, neither (then the smallest). auto passes over files of linears only
+    copy and the working memory, neither (then the smallest). Where two copies of a level do not
+    fit, auto takes the unconditional one at a lower level (`level_order.two_levels`). It passes
+    over files of linears only
     unless there is a base for them, over one branch where there are both copies of a level, and
     over a conditional copy alone, which has no guidance, unless there is nothing else; files that
     cannot be read are in the pair's notes, with the reason. one_copy: the conditional copy alone is
-    wanted, and is all that has to fit. CheckpointError says what is missing, PairMismatchError that
-    the files do not say which copies they are.
+    wanted, and is all that has to fit. unconditional: the level of that copy. CheckpointError says
+    what is missing, PairMismatchError that the files do not say which copies they are.
     """
+    check_level(level, AUTO)
+    check_level(unconditional, SAME)
+    if unconditional not in (SAME, level):
+        return _asked_pair(level, unconditional, catalogue, order, memory, with_base)
     if level != AUTO:
         pair = find_pair(level, catalogue.candidates)
         if pair is None:
@@ -128,13 +89,73 @@ def resolve(
     if one_copy:
         pairs = [pair for pair in pairs if pair.one_branch is None] or pairs
     both = [pair for pair in pairs if pair.unconditional is not None]
-    complete = both or [pair for pair in pairs if pair.complete]
+    mixed = [] if one_copy else pairs_of_levels(two_levels(order), usable)
+    complete = both or mixed or [pair for pair in pairs if pair.complete]
     if not complete and not one_copy:  # a level further down may be a whole model that says nothing
         pairs = [_sure(pair, usable) for pair in pairs]
     fitting = _fitting(pairs if one_copy else complete or pairs, memory, one_copy)
+    if both and mixed:
+        fitting = _finer(fitting, mixed, order, memory)
     pair = _wanted(_sure(fitting, usable), one_copy)
+    return _with_unread(pair, catalogue)
+
+
+def check_level(level: str, *others: str) -> None:
+    """CheckpointError for a level that there is not: names come from workflows, so from anyone."""
+    if level not in LEVELS and level not in others:
+        raise CheckpointError(
+            "there is no such level",
+            found=printable(level),
+            needed=", ".join((*others, *LEVELS)),
+        )
+
+
+def _with_unread(pair: Pair, catalogue: Catalogue) -> Pair:
     unread = tuple(f"passed over, {problem}" for problem in catalogue.broken.values())
     return replace(pair, notes=(*pair.notes, *unread))
+
+
+def _asked_pair(
+    level: str,
+    unconditional: str,
+    catalogue: Catalogue,
+    order: Sequence[str],
+    memory: int,
+    with_base: bool,
+) -> Pair:
+    """A pair whose unconditional copy has a level of its own; ``auto`` is the first that fits."""
+    there = catalogue.candidates
+    if level == AUTO:
+        there = [c for c in there if with_base or not c.header.linears_only]
+    firsts = order if level == AUTO else (level,)
+    found = pairs_of_levels(((first, unconditional) for first in firsts), there)
+    if found:
+        return _with_unread(_fitting(found, memory, False), catalogue)
+    for copy, wanted in ((CONDITIONAL, level), (UNCONDITIONAL, unconditional)):
+        if not holders(wanted, copy, there):
+            raise _nothing_found(wanted, catalogue, copy)
+    raise PairMismatchError(
+        f"no conditional copy of {level} goes with an unconditional one of {unconditional}",
+        found=", ".join(c.name for c in (*holders(level, CONDITIONAL, there),
+                                         *holders(unconditional, UNCONDITIONAL, there))),
+        needed="two files of one model, of which it is told which copy each is",
+        hint="Pick both by name and switch on trust_files, or put cond and uncond into the names.",
+    )  # fmt: skip
+
+
+def _finer(equal: Pair, mixed: Sequence[Pair], order: Sequence[str], memory: int) -> Pair:
+    """A pair of two levels in the place of two equal ones, where it is better and both copies fit.
+
+    Better: the unconditional copy's level is tried before that of ``equal``, or is the same beside
+    a more faithful conditional copy.
+    """
+    stays = residency(equal.weight_bytes(), memory) == BOTH
+    for pair in mixed:
+        if stays and order.index(pair.levels[-1]) > order.index(equal.level):
+            break
+        if residency(pair.weight_bytes(), memory - DESKTOP) == BOTH:
+            return pair
+    return equal
 
 
 def _wanted(pair: Pair, one_copy: bool) -> Pair:
@@ -171,62 +192,7 @@ def _sure(pair: Pair, candidates: Iterable[Candidate]) -> Pair:
     )
 
 
-def find_pair(level: str, candidates: Iterable[Candidate]) -> Pair | None:
-    """The pair of that level whose file names fit best; None without a conditional copy.
-
-    A file with both copies wins over two files; then files of one name in sibling folders; of other
-    two files, the names must differ least once the words for the copy are taken out. The models
-    must be of one size. One branch comes after two files and before a conditional copy alone.
-    """
-    there = [c for c in candidates if c.header.level == level]
-    conditional = [c for c in there if "conditional" in c.header.copies]
-    if not conditional:
-        return None
-    both = [c for c in conditional if "unconditional" in c.header.copies]
-    pairs = [(c, c) for c in both] or [(c, partner_of(c, there)) for c in conditional]
-    pairs.sort(key=lambda pair: (_lacking(*pair), -_likeness(*pair), pair[0].name.casefold()))
-    first, second = pairs[0]
-    chosen = {first.name, second.name if second else first.name}
-    others = sorted(c.name for c in there if c.name not in chosen)
-    notes = (f"other files of this level: {', '.join(others)}",) if others else ()
-    return Pair(level, first, second, notes)
-
-
-def _lacking(first: Candidate, second: Candidate | None) -> int:
-    if second is not None:
-        return 0
-    return 2 if first.header.one_branch is None else 1
-
-
-def partner_of(conditional: Candidate, candidates: Iterable[Candidate]) -> Candidate | None:
-    """The unconditional copy that goes best with a conditional one, by size and then by name."""
-    fitting = [c for c in candidates if _fit(conditional, c)]
-    return max(fitting, key=lambda c: _likeness(conditional, c), default=None)
-
-
-def _fit(conditional: Candidate, other: Candidate) -> bool:
-    try:
-        check_pair(conditional.header, other.header)
-    except PairMismatchError:
-        return False
-    return True
-
-
-def _likeness(first: Candidate, second: Candidate | None) -> float:
-    if second is None:
-        return 0.0
-    one, other = PurePosixPath(first.name), PurePosixPath(second.name)
-    siblings = one.parent.parent == other.parent.parent and one.parent != other.parent
-    if siblings and one.name.casefold() == other.name.casefold():
-        return _SIBLINGS
-    return SequenceMatcher(None, _bare(first.name), _bare(second.name), autojunk=False).ratio()
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"[-_. ]+", " ", without_copy_words(name)).strip()
-
-
-def _nothing_found(level: str, catalogue: Catalogue) -> CheckpointError:
+def _nothing_found(level: str, catalogue: Catalogue, copy: str | None = None) -> CheckpointError:
     there = sorted({c.header.level for c in catalogue.candidates}, key=_rank)
     wanted = "Ideogram 4 file" if level == AUTO else f"{level} file of Ideogram 4"
     files = files_of(None if level == AUTO else level)
@@ -234,7 +200,7 @@ def _nothing_found(level: str, catalogue: Catalogue) -> CheckpointError:
     pick = level != AUTO and there
     hint = f"Pick one of: {', '.join(there)}. Or put {advice}" if pick else f"Put {advice}"
     return CheckpointError(
-        f"there is no {wanted}",
+        f"there is no {wanted}{'' if copy is None else f' that holds the {copy} copy'}",
         found=", ".join(there) if there else "none",
         hint=" ".join((hint, *catalogue.broken.values())),
     )

@@ -26,7 +26,7 @@ from ..sampling import check_size
 from .encoder import load_encoder
 from .generate import GenerateRequest, check_branches, generate
 from .linear import default_device
-from .loading import Copies, load_pair, open_pair
+from .loading import Copies, load_pair, open_pair, pair_label
 from .one_copy import SELF, StandIn
 from .pictures import read_picture
 from .vae import load_vae
@@ -77,7 +77,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
         how = {"attention": args.attention, "measure": Measure()}
         models = load_pair(pair, None, vae, progress=loaded, stand_in=stand_in, **how, **place)
-    with tqdm(desc=pair[0].level, total=len(plan), unit="step", dynamic_ncols=True) as bar:
+    with tqdm(desc=pair_label(pair), total=len(plan), unit="step", dynamic_ncols=True) as bar:
         result = generate(
             request,
             models,
@@ -89,7 +89,7 @@ def run_generate(args: argparse.Namespace) -> int:
     _save(result.image, args.out, _settings(request, args))
     seconds = sum(result.seconds.values())
     print(
-        f"{args.out}: {request.width}x{request.height}, {pair[0].level}, {len(plan)} steps, "
+        f"{args.out}: {request.width}x{request.height}, {pair_label(pair)}, {len(plan)} steps, "
         f"{seconds:.1f} s" + _said(pair[0])
     )
     return 0

@@ -11,6 +11,7 @@ import torch
 from diffusers import Ideogram4Transformer2DModel
 
 from ..checkpoint import Checkpoint, check_pair, open_checkpoint
+from ..checkpoint.pairs import levels_of
 from ..errors import CheckpointError, PairMismatchError
 from ..ops.attention import SDPA
 from ..ops.tuning.autotune import Measure
@@ -62,6 +63,13 @@ def open_pair(
     second = open_checkpoint(uncond, base, copy="unconditional", one_branch=one_branch)
     check_pair(first, second)
     return first, second
+
+
+def pair_label(pair: tuple[Checkpoint, Checkpoint | None]) -> str:
+    """The level of opened checkpoints; of two levels ``INT8 W8A8 rotated + Q4_K``, the conditional
+    copy's first."""
+    first, second = pair
+    return " + ".join(levels_of(first.level, None if second is None else second.level))
 
 
 def load_pair(

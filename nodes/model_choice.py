@@ -11,9 +11,10 @@ import torch
 
 from ..checkpoint import check_pair
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
-from ..checkpoint.level_order import AUTO, AUTO_ORDER, capability
-from ..checkpoint.levels import Candidate, Catalogue, Pair, partner_of, read_catalogue, resolve
+from ..checkpoint.level_order import AUTO, AUTO_ORDER, SAME, capability
+from ..checkpoint.levels import Catalogue, check_level, read_catalogue, resolve
 from ..checkpoint.listing import Listing
+from ..checkpoint.pairs import Candidate, Pair, partner_of
 from ..errors import PairMismatchError
 from ..ops import dispatch
 from ..ops.attention import reports as attention_reports
@@ -35,6 +36,7 @@ def choose_files(
     base_file: str = NONE,
     trust_files: bool = False,
     branches: str = AUTO,
+    unconditional_level: str = SAME,
     one_copy: bool = False,
 ) -> tuple[Pair, tuple[Path, ...]]:
     """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
@@ -42,8 +44,25 @@ def choose_files(
     A file picked by name goes before the level, and the other copy is then looked for at the level
     of that file. trust_files: a picked file is the copy it was picked for, whatever its name says.
     branches: one of `BRANCHES`: files are of one branch, or a pair's copies, whatever they say.
-    one_copy: the conditional copy alone, which runs both passes.
+    unconditional_level: of that copy, where it is not that of the conditional one; a file picked by
+    name goes before it. one_copy: the conditional copy alone, which runs both passes.
     """
+    check_level(unconditional_level, SAME)
+    if one_copy and unconditional_level != SAME:
+        raise PairMismatchError(
+            "an unconditional level and an unconditional LoRA are picked, and each stands for the "
+            "unconditional copy",
+            found=unconditional_level,
+            hint=f"Set unconditional_level to {SAME!r}, or unconditional_lora to 'none'.",
+        )
+    if BRANCHES[branches] and unconditional_level != SAME:
+        raise PairMismatchError(
+            "a model of one branch has no unconditional copy",
+            found=f"unconditional_level {unconditional_level}",
+            hint=f"Set unconditional_level to {SAME!r}, or branches to 'auto' or 'two'.",
+        )
+    # a file by name goes before it, so that only the conditional copy is looked for by level
+    beside = SAME if unconditional_file != BY_LEVEL else unconditional_level
     listing = host_listing(FOLDERS)
     word = BRANCHES[branches]
     catalogue = _catalogue(listing, level, word)
@@ -65,15 +84,12 @@ def choose_files(
 
     if conditional_file == BY_LEVEL:
         here = machine()
-        how = {"with_base": bool(bases), "one_copy": one_copy}
+        how = {"with_base": bool(bases), "one_copy": one_copy, "unconditional": beside}
         pair = resolve(level, catalogue, _order(here), here.memory, **how)
     else:
         first = picked(conditional_file, CONDITIONAL)
-        peers = [c for c in catalogue.candidates if c.header.level == first.header.level]
-        second = first if UNCONDITIONAL in first.header.copies else None
-        if second is None and first.header.one_branch is None:
-            second = partner_of(first, peers)
-        pair = Pair(first.header.level, first, None if one_copy else second)
+        second = None if one_copy else _beside(first, beside, catalogue)
+        pair = Pair(first.header.level, first, second)
     if one_copy and pair.one_branch is not None:
         raise PairMismatchError(
             "this model needs no guidance, so an unconditional LoRA has nothing to stand for",
@@ -92,6 +108,29 @@ def choose_files(
     if pair.unconditional is not None:
         check_pair(pair.conditional.header, pair.unconditional.header)
     return pair, bases
+
+
+def _beside(first: Candidate, level: str, catalogue: Catalogue) -> Candidate | None:
+    """The other copy of a file picked by name: of its level, or of one that was asked for.
+
+    CheckpointError where one was asked for and is not there.
+    """
+    asked = level not in (SAME, first.header.level)
+    if not asked and UNCONDITIONAL in first.header.copies:
+        return first
+    if first.header.one_branch is not None and not asked:
+        return None
+    wanted = level if asked else first.header.level
+    peers = [c for c in catalogue.candidates if c.header.level == wanted]
+    found = partner_of(first, peers)
+    if found is None and asked:
+        raise PairMismatchError(
+            f"no unconditional copy of {level} goes with this file",
+            file=first.name,
+            found=", ".join(c.name for c in peers) or "no file of that level",
+            hint=f"Set unconditional_level to {SAME!r}, or pick the unconditional_file by name.",
+        )
+    return found
 
 
 def _catalogue(listing: Listing, level: str, word: bool | None) -> Catalogue:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from comfy_api.latest import io
 
 from ..checkpoint.copies import CONDITIONAL, COPIES
-from ..checkpoint.level_order import AUTO, LEVELS
+from ..checkpoint.level_order import AUTO, LEVELS, SAME
 from ..checkpoint.listing import stamp
 from ..errors import Ideogram4QuantError
 from ..ops.linear import LinearOptions
@@ -30,7 +30,14 @@ from .unconditional_lora import unconditional_of
 logger = logging.getLogger(__name__)
 _NO_FILE = (BY_LEVEL, NONE)
 BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
-_FILE_INPUTS = ("conditional_file", "unconditional_file", "base_file", "trust_files", "branches")
+_FILE_INPUTS = (
+    "conditional_file",
+    "unconditional_file",
+    "base_file",
+    "trust_files",
+    "branches",
+    "unconditional_level",
+)
 GGUF_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
 
 
@@ -127,6 +134,7 @@ class LoadIdeogram4(io.ComfyNode):
         fused_blocks: str = AUTO,
         branches: str = AUTO,
         unconditional_lora: str = NONE,
+        unconditional_level: str = SAME,
     ) -> io.NodeOutput:
         one_copy = unconditional_lora != NONE
         pair, bases = choose_files(
@@ -136,6 +144,7 @@ class LoadIdeogram4(io.ComfyNode):
             base_file,
             trust_files,
             branches,
+            unconditional_level,
             one_copy,
         )
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
@@ -281,5 +290,15 @@ def _inputs() -> list:
             "unconditional one (ostris' ideogram_4_unconditional_lora, or one made by "
             "ideogram4-quant delta): guidance with one copy in memory. No unconditional file is "
             "read then.",
+        ),
+        io.Combo.Input(
+            "unconditional_level",
+            options=[SAME, *LEVELS],
+            default=SAME,
+            optional=True,
+            advanced=True,
+            tooltip="A level of its own for the unconditional copy, to save memory: one step "
+            "lower costs less there than in the conditional copy. With level auto, 'same' lets "
+            "auto take a lower one where two equal copies do not fit; the report says so.",
         ),
     ]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint.copies import COPIES
 from ..checkpoint.level_order import AUTO
-from ..checkpoint.levels import (
+from ..checkpoint.pairs import (
     ALTERNATING,
     BOTH,
     STREAMED,
@@ -26,11 +24,11 @@ from ..ops.tuning.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurem
 from ..quant.tables import gigabytes
 from . import costs
 from .fused_choice import OFF
+from .report_levels import PLAIN_LEVEL, by_level, copies, level_line, protected_lines
 
 HOST_ATTENTION = "host"
 ONE_BRANCH = "one branch: needs no guidance and no unconditional copy; half the memory and passes"
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated")
-_PLAIN_LEVEL = "BF16"
 _RESIDENCY = {
     BOTH: "everything stays there",
     ALTERNATING: "one copy at a time, the other waits in RAM",
@@ -75,9 +73,9 @@ def summary(
     """
     beside = {} if stands_in is None else {"unconditional": stands_in}
     return beside | {
-        "level": pair.level,
+        "level": pair.label,
         "asked": asked,
-        "backend": _backend(pair.level, options, machine),
+        "backend": by_level(pair, lambda level: _backend(level, options, machine)),
         "attention": _attention(machine),
         "fused_blocks": fused,
         "files": {
@@ -87,7 +85,7 @@ def summary(
                 "fingerprint": fingerprint(candidate.path),
                 "folded": len(_folded(copy, candidate)),
             }
-            for copy, candidate in _copies(pair)
+            for copy, candidate in copies(pair)
         },
         **({} if pair.one_branch is None else {"one_branch": pair.one_branch.reason}),
     }
@@ -102,8 +100,8 @@ def text(
     stands_in: str | None = None,
 ) -> str:
     """The same for people, one fact a line."""
-    lines = [_level_line(pair, asked)]
-    for copy, candidate in _copies(pair):
+    lines = [level_line(pair, asked)]
+    for copy, candidate in copies(pair):
         lines.append(_file_line(copy, candidate))
     if stands_in is not None:
         lines.append(f"unconditional: {stands_in}")
@@ -115,10 +113,11 @@ def text(
             "pictures are worse. Put the other copy beside it, or pick a level that has both"
         )
     lines += _folded_lines(pair)
-    lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
-    if pair.level in PACKED:
-        lines.append(f"  {costs.gguf_compute(pair.level, _gguf_compute(pair.level, options))}")
-    if _may_run_int8(pair.level, options):
+    lines += protected_lines(pair)
+    lines.append(f"backend: {by_level(pair, lambda level: _backend(level, options, machine))}")
+    packed = [level for level in pair.levels if level in PACKED]
+    lines += [f"  {costs.gguf_compute(name, _gguf_compute(name, options))}" for name in packed]
+    if any(_may_run_int8(level, options) for level in pair.levels):
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
     lines += _attention_lines(machine)
@@ -153,16 +152,6 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _copies(pair: Pair) -> list[tuple[str, Candidate]]:
-    both = zip(COPIES, (pair.conditional, pair.unconditional), strict=True)
-    return [(copy, candidate) for copy, candidate in both if candidate is not None]
-
-
-def _level_line(pair: Pair, asked: str) -> str:
-    how = " (auto: the first level here that fits this device)" if asked == AUTO else ""
-    return f"level: {pair.level}{how}"
-
-
 def _file_line(copy: str, candidate: Candidate) -> str:
     header = candidate.header
     return (
@@ -179,19 +168,9 @@ def _folded(copy: str, candidate: Candidate) -> tuple[str, ...]:
 
 
 def _folded_lines(pair: Pair) -> list[str]:
-    counts = {copy: len(_folded(copy, candidate)) for copy, candidate in _copies(pair)}
+    counts = {copy: len(_folded(copy, candidate)) for copy, candidate in copies(pair)}
     found = [f"{copy} {count} linears" for copy, count in counts.items() if count]
     return [f"folded: {', '.join(found)}; {_UNFOLDED}"] if found else []
-
-
-def _protected_line(pair: Pair) -> str:
-    if pair.level == _PLAIN_LEVEL:
-        return "quantized: nothing"
-    protected: Sequence[str] = pair.conditional.header.protected
-    if not protected:
-        return "kept in 16 bits: no linear"
-    shown = ", ".join(list(protected)[:4]) + (", ..." if len(protected) > 4 else "")
-    return f"kept in 16 bits: {len(protected)} linears ({shown})"
 
 
 def _may_run_int8(level: str, options: LinearOptions) -> bool:
@@ -208,7 +187,7 @@ def _gguf_compute(level: str, options: LinearOptions) -> str:
 def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
     """Which matrix product runs, and why."""
     if not _may_run_int8(level, options):
-        decoded = "" if level == _PLAIN_LEVEL else ", weights decoded layer by layer"
+        decoded = "" if level == PLAIN_LEVEL else ", weights decoded layer by layer"
         return f"dense {machine.dtype}{decoded}"
     if options.backend != AUTO:
         return f"{options.backend}, as asked"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..checkpoint.level_order import AUTO
-from ..checkpoint.levels import ALTERNATING, BOTH, STREAMED, residency
+from ..checkpoint.pairs import ALTERNATING, BOTH, STREAMED, residency
 from ..errors import Ideogram4QuantError
 
 if TYPE_CHECKING:

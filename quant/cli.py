@@ -18,6 +18,7 @@ from .block_types import check_policy
 from .calibration import Calibration
 from .errors import QuantOptionError
 from .inspect import inspect_file
+from .inspect_pair import inspect_pair
 from .quantize import plan_quantization, quantize_checkpoint
 from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
 from .tables import human_db
@@ -140,6 +141,10 @@ def _add_inspect(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only FILE its other tensors"
     )
+    parser.add_argument(
+        "--uncond", metavar="F",
+        help="FILE's unconditional copy, of any level: is it one, and what do both take",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=_inspect)
 
@@ -271,6 +276,10 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    if args.uncond is not None:
+        both = inspect_pair(args.file, args.uncond, args.base)
+        print(json.dumps(both.to_dict(), indent=2) if args.json else both.table())
+        return 0
     found = inspect_file(args.file, args.base)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.table())
     return 0

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ideogram4_quant.checkpoint import ModelConfig
 from ideogram4_quant.checkpoint.folding import Folding
-from ideogram4_quant.checkpoint.levels import Candidate, Catalogue
+from ideogram4_quant.checkpoint.levels import Catalogue
 from ideogram4_quant.checkpoint.listing import list_files
+from ideogram4_quant.checkpoint.pairs import Candidate
 
 COND, UNCOND, BOTH = ("conditional",), ("unconditional",), ("conditional", "unconditional")
 

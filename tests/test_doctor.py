@@ -18,7 +18,7 @@ from ideogram4_quant.cards.sizes import copy_bytes, encoder_bytes
 from ideogram4_quant.checkpoint import ModelConfig
 from ideogram4_quant.checkpoint.canonical import canonical_shapes, is_linear
 from ideogram4_quant.checkpoint.level_order import LEVELS
-from ideogram4_quant.checkpoint.levels import WORKING_MEMORY, residency
+from ideogram4_quant.checkpoint.pairs import WORKING_MEMORY, residency
 from ideogram4_quant.checkpoint.published import PUBLISHED
 from ideogram4_quant.diagnostics.doctor import examine
 from ideogram4_quant.diagnostics.doctor.comfyui import find_host, model_folders

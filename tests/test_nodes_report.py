@@ -10,7 +10,7 @@ import torch
 
 from ideogram4_quant.checkpoint.folding import Folding
 from ideogram4_quant.checkpoint.level_order import LEVELS
-from ideogram4_quant.checkpoint.levels import find_pair
+from ideogram4_quant.checkpoint.pairs import find_pair
 from ideogram4_quant.nodes import costs, report
 from ideogram4_quant.ops.blocks import PACKED
 from ideogram4_quant.ops.dispatch import BackendReport

@@ -153,7 +153,16 @@ def _levels(found: dict) -> Iterator[str]:
         needs += ", MORE THAN HERE" if row["fits_ram"] is False else ""
         yield f"  {row['level']:<18} {size:<16} {_FITS[row['on_this_device']]}; {needs}{have}"
     if found["auto"] is not None:
-        yield f"auto picks {found['auto']}"
+        yield f"auto picks {found['auto']}{_sizes_of_two(found['auto_pair'])}"
+
+
+def _sizes_of_two(row: dict) -> str:
+    """Of a pair of two levels what each copy takes and where both lie; of one level it is above."""
+    if " + " not in row["level"]:
+        return ""
+    sizes = f"{_size(row['copy_bytes'])} + {_size(row['unconditional_bytes'])}"
+    needs = f"RAM {row['ram_loaded'] / 1e9:.0f}, {row['ram_running'] / 1e9:.0f} GB"
+    return f" (conditional + unconditional): {sizes}; {_FITS[row['on_this_device']]}; {needs}"
 
 
 def _size(nbytes: int | None) -> str:

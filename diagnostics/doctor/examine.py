@@ -11,16 +11,9 @@ from ...cards.sizes import copy_bytes, encoder_bytes
 from ...checkpoint import Checkpoint, EncoderCheckpoint, open_checkpoint, open_encoder
 from ...checkpoint.encoder_writing import find_head, find_vision, head_beside, is_head
 from ...checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
-from ...checkpoint.levels import (
-    Candidate,
-    Catalogue,
-    Pair,
-    find_pair,
-    read_catalogue,
-    residency,
-    resolve,
-)
+from ...checkpoint.levels import Catalogue, read_catalogue, resolve
 from ...checkpoint.listing import Listing, list_files
+from ...checkpoint.pairs import Candidate, Pair, find_pair, residency
 from ...checkpoint.published import PUBLISHED, Published
 from ...checkpoint.safetensors_header import read_safetensors_header
 from ...errors import CheckpointError, NotIdeogram4Error
@@ -51,7 +44,8 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
     memory = ram()
     encoder = _encoder_in_memory(encoders)
     levels = [_level(level, pairs[level], device, encoder, memory) for level in LEVELS]
-    auto = _auto(models, device)
+    chosen = _auto(models, device)
+    auto = chosen and _level(chosen.label, chosen, device, encoder, memory)
     found = {
         "diffusion_models": [
             _file(c.name, c.path, c.header.level) | {"folded": _is_folded(c)}
@@ -77,7 +71,8 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
         "expected": [_expected(item, listings[item.kind]) for item in PUBLISHED],
         "encoder_in_memory": encoder,
         "levels": levels,
-        "auto": auto,
+        "auto": chosen and chosen.label,
+        "auto_pair": auto,
         "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
         "notes": [
             *notes,
@@ -175,6 +170,7 @@ def _level(level: str, pair: Pair | None, device: Device, encoder: int, memory: 
     return {
         "level": level,
         "copy_bytes": first,
+        "unconditional_bytes": second,
         "on_this_device": fits,
         "ram_loaded": needed.loaded,
         "ram_running": needed.running,
@@ -199,27 +195,26 @@ def _in_memory(pair: Pair, itemsize: int) -> tuple[int, int]:
     return held[0], held[1]
 
 
-def _short_of_memory(levels: list[dict], auto: str | None, memory: int | None) -> list[str]:
-    """What to do where the level that auto picks needs more main memory than there is."""
-    row = next((row for row in levels if row["level"] == auto), None)
+def _short_of_memory(levels: list[dict], row: dict | None, memory: int | None) -> list[str]:
+    """What to do where what auto picks needs more main memory than there is."""
     if row is None or row["fits_ram"] is not False:
         return []
     fitting = [r["level"] for r in levels if r["fits_ram"]]
     copies = "the model" if row["one_branch"] else "both copies"
     way = f"take {fitting[-1]}" if fitting else "use one copy alone (no guidance)"
     return [
-        f"{auto} needs {gigabytes(row['ram_loaded'])} of main memory ({copies}, the encoder, "
-        f"{gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it will swap "
-        f"or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or enlarge the "
+        f"{row['level']} needs {gigabytes(row['ram_loaded'])} of main memory ({copies}, the "
+        f"encoder, {gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it will "
+        f"swap or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or enlarge the "
         "swap file."
     ]
 
 
-def _auto(models: Catalogue, device: Device) -> str | None:
-    """The level that auto picks here from the files found; None without any."""
+def _auto(models: Catalogue, device: Device) -> Pair | None:
+    """The files that auto picks here from those found; None without any."""
     order = AUTO_ORDER[capability(device.int8, device.bfloat16, device.fp4)]
     try:
-        return resolve(AUTO, models, order, device.memory or 0).level
+        return resolve(AUTO, models, order, device.memory or 0)
     except CheckpointError:
         return None
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...checkpoint.entries import Entry
-from ...checkpoint.levels import ALTERNATING, BOTH
+from ...checkpoint.pairs import ALTERNATING, BOTH
 
 SYSTEM = 4_000_000_000
 """Assumed: the system, ComfyUI with torch and a device's driver, the VAE, one large tensor."""

@@ -16,7 +16,7 @@ from ...sampling import preset
 from ..encoder import load_encoder
 from ..generate import GenerateRequest, Models, generate
 from ..linear import default_device
-from ..loading import load_pair, open_pair
+from ..loading import load_pair, open_pair, pair_label
 from ..vae import load_vae
 from .cases import Case, CompareError, System
 from .results import SystemScores
@@ -152,9 +152,11 @@ class Plan:
 
     def rendered(self, system: System) -> Rendered:
         """The pictures of a system as the store has them, with level, size and mean seconds."""
-        checkpoint = open_checkpoint(system.conditional, system.base)
+        files = (system.conditional, system.unconditional)
+        opened = [open_checkpoint(f, system.base) for f in files if f is not None]
+        level = pair_label((opened[0], opened[-1]))
         size = sum(path_size(f) for f in dict.fromkeys(system.files) if f != system.base)
-        scores = SystemScores(system.name, checkpoint.level, size)
+        scores = SystemScores(system.name, level, size)
         records = {c.key: self.store.record(self.key(system, c)) for c in self.cases}
         times = [r.seconds for r in records.values() if r is not None]
         scores.seconds = sum(times) / len(times) if times else None

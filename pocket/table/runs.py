@@ -103,18 +103,19 @@ def run_key(
     for copy, named in sorted(tensors.items()):
         for name, tensor in sorted(named.items()):
             digest.update(f"{copy}.{name}".encode())
-            _add(digest, tensor)
+            add_to_digest(digest, tensor)
     what = [VERSION, PRESET, SHORT_SIDE, compute, reference, [asdict(case) for case in cases]]
     digest.update(json.dumps(what).encode())
     return digest.hexdigest()
 
 
-def _add(digest, tensor: Tensor) -> None:
+def add_to_digest(digest, tensor: Tensor) -> None:
+    """Every byte of a tensor, of a quantized one its parts and parameters, into a hash."""
     if isinstance(tensor, QuantizedTensor):
         plain = {k: v for k, v in vars(tensor._params).items() if not isinstance(v, Tensor)}
         digest.update(f"{tensor._layout_cls} {sorted(plain.items(), key=str)}".encode())
         for part in tensor.layout_cls.get_plain_tensors(tensor):
-            _add(digest, part)
+            add_to_digest(digest, part)
         return
     digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())

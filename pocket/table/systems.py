@@ -126,34 +126,34 @@ def _as_ggml(qtype: str) -> Store:
     )
 
 
-def _stored(layout: str, **options: object) -> Store:
+def stored(layout: str, **options: object) -> Store:
     return lambda weight, _: QuantizedTensor.from_float(weight, layout, **options)
 
 
 SCHEMES: tuple[Scheme, ...] = (
     Scheme(REFERENCE, stress=True),
     Scheme("W8A8", _int8, stress=True),
-    Scheme("W8A8 rotated", _stored(Int8Layout.NAME, rotation=ROTATION), stress=True),
+    Scheme("W8A8 rotated", stored(Int8Layout.NAME, rotation=ROTATION), stress=True),
     Scheme("W8A8 + smooth", _int8, smooth=ALPHA, stress=True),
     Scheme("W8A8 + protect", _int8, protect=PROTECTED, stress=True),
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
     Scheme("ours: INT8 rotated, calibrated", _rotated_by, moments=True, stress=True),
     Scheme("ours: INT8 auto", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
-    Scheme("ours: Q4_K", _stored(GGUFLayout.NAME, qtype="Q4_K")),
+    Scheme("ours: Q4_K", stored(GGUFLayout.NAME, qtype="Q4_K")),
     Scheme("ours: Q4_K, calibrated", _blocks_by("Q4_K"), moments=True),
     Scheme("ours: W4A8, calibrated", _packed_by(4), moments=True),
     Scheme("ours: W4A8 in groups of 32, calibrated", _packed_by(4, 32), moments=True),
     Scheme("ours: W6A8, calibrated", _packed_by(6), moments=True),
     Scheme("ours: IQ4_XS, calibrated", _blocks_by("IQ4_XS"), moments=True),
     Scheme("ours: Q8_0, calibrated", _blocks_by("Q8_0"), moments=True),
-    Scheme("W4A8 (comfy-kitchen)", _stored(W4A8Layout.NAME)),
-    Scheme("W6A8 (comfy-kitchen)", _stored(W4A8Layout.NAME, bits=6)),
-    Scheme("FP8 per row", _stored(FP8Layout.NAME, per_row=True)),
-    Scheme("NF4", _stored(NF4Layout.NAME)),
+    Scheme("W4A8 (comfy-kitchen)", stored(W4A8Layout.NAME)),
+    Scheme("W6A8 (comfy-kitchen)", stored(W4A8Layout.NAME, bits=6)),
+    Scheme("FP8 per row", stored(FP8Layout.NAME, per_row=True)),
+    Scheme("NF4", stored(NF4Layout.NAME)),
     Scheme("Q8_0", _as_ggml("Q8_0")),
     *(Scheme(f"{t} as W8A8", _as_ggml(t), "w8a8") for t in ("Q4_K", "Q8_0")),
-    Scheme("FP8 per tensor", _stored(FP8Layout.NAME, per_row=False)),
+    Scheme("FP8 per tensor", stored(FP8Layout.NAME, per_row=False)),
     *(Scheme(t, _as_ggml(t)) for t in ("Q6_K", "Q5_K")),
     *(Scheme(f"W8A8, {k} protected", _int8, protect=k) for k in LADDER),
 )
