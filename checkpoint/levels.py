@@ -23,9 +23,6 @@ from .pairs import (
 )
 from .published import files_of
 
-# What a pair of two levels leaves free: it would fill a device to the brim, desktop and all.
-DESKTOP = 1_000_000_000
-
 
 @dataclass
 class Catalogue:
@@ -153,7 +150,7 @@ def _finer(equal: Pair, mixed: Sequence[Pair], order: Sequence[str], memory: int
     for pair in mixed:
         if stays and order.index(pair.levels[-1]) > order.index(equal.level):
             break
-        if residency(pair.weight_bytes(), memory - DESKTOP) == BOTH:
+        if residency(pair.weight_bytes(), memory) == BOTH:
             return pair
     return equal
 

@@ -22,17 +22,20 @@ from ideogram4_quant.tests.host.level_files import write_level
 pytestmark = pytest.mark.host
 WIDTH, HEIGHT, SEED = 128, 64, 3
 COPIES = ("conditional", "unconditional")
+TWO = ("INT8 W8A8 rotated", "Q4_K")
+PAIR = " + ".join(TWO)
 
 
 @pytest.fixture(scope="module")
 def files(pocket, tmp_path_factory) -> dict[str, dict[str, str]]:
-    """level -> copy -> file, each made from the pocket model."""
+    """level -> copy -> file, each made from the pocket model; and a pair of two levels."""
     folder = tmp_path_factory.mktemp("levels")
     pair = list(zip(COPIES, (pocket.conditional_file, pocket.unconditional_file), strict=True))
-    return {
+    found = {
         level: {copy: str(write_level(source, level, folder, copy)) for copy, source in pair}
         for level in LEVELS
     }
+    return found | {PAIR: {c: found[level][c] for c, level in zip(COPIES, TWO, strict=True)}}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def psnr(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [*LEVELS, PAIR])
 def test_picture_equals_the_engine(level, pictures, host_run):
     found = decode(pictures["vae"], host_run[0][level])
     wanted = decode(pictures["vae"], pictures["latents"][level])
@@ -84,6 +87,7 @@ def test_levels_differ_from_each_other(host_run):
     latents = host_run[0]
     for level in LEVELS[1:]:
         assert not torch.equal(latents[level], latents["BF16"]), level
+    assert not any(torch.equal(latents[PAIR], latents[level]) for level in TWO)
 
 
 def test_linears_stay_quantized_in_the_host(host_run, files):

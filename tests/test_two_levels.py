@@ -13,7 +13,7 @@ from ideogram4_quant.checkpoint.level_order import (
     capability,
     two_levels,
 )
-from ideogram4_quant.checkpoint.levels import DESKTOP, resolve
+from ideogram4_quant.checkpoint.levels import resolve
 from ideogram4_quant.checkpoint.pairs import WORKING_MEMORY
 from ideogram4_quant.errors import CheckpointError, PairMismatchError
 from ideogram4_quant.tests.fixtures_levels import BOTH, COND, UNCOND, Header, catalogue
@@ -102,32 +102,40 @@ def test_auto_pairs_two_levels_where_two_equal_ones_do_not_fit():
     files = pairs(INT8, "Q6_K", "Q5_K", "Q4_K")
     beside = WORKING_MEMORY
     assert label(20 * GB + beside, files) == INT8
-    # one byte less: 18 GB with 1 GB left free are the best that two levels give
     assert label(20 * GB + beside - 1, files) == f"{INT8} + Q6_K"
-    assert label(18 * GB + beside + DESKTOP - 1, files) == "Q6_K"
-    assert label(16 * GB + beside - 1, files) == "Q5_K"  # 15 GB leave no room for the desktop
-    assert label(14 * GB + beside, files) == "Q5_K"
-    assert label(13 * GB + beside + DESKTOP, files) == "Q5_K"
-    assert label(14 * GB + beside - 1, files) == "Q4_K"
+    assert label(18 * GB + beside, files) == f"{INT8} + Q6_K"
+    assert label(18 * GB + beside - 1, files) == "Q6_K"  # no room to raise the conditional copy
+    assert label(16 * GB + beside - 1, files) == "Q6_K + Q5_K"
+    assert label(15 * GB + beside - 1, files) == "Q5_K"
+    assert label(14 * GB + beside - 1, files) == "Q5_K + Q4_K"
+    assert label(13 * GB + beside - 1, files) == "Q4_K"
     both = pairs(INT8, "Q4_K")
-    assert label(16 * GB + beside + DESKTOP, both) == f"{INT8} + Q4_K"
-    assert label(16 * GB + beside + DESKTOP - 1, both) == "Q4_K"
+    assert label(16 * GB + beside, both) == f"{INT8} + Q4_K"
+    assert label(16 * GB + beside - 1, both) == "Q4_K"
     assert label(11 * GB + beside, both) == INT8  # one at a time, whichever are paired
 
 
+def test_auto_raises_the_conditional_copy_alone():
+    """Never the other one, and never to a level that is less faithful or tried later."""
+    files = pairs("Q4_K", x=Header("NVFP4", BOTH, 2 * GB), y=Header("BF16", BOTH, 40 * GB))
+    assert label(12 * GB + WORKING_MEMORY, files) == "Q4_K"
+    assert label(26 * GB + WORKING_MEMORY, files) == "Q4_K"  # BF16 is slower here
+
+
 def test_auto_takes_a_pair_of_two_levels_before_half_a_model():
-    files = catalogue(
-        a=Header(INT8, COND, 10 * GB), b=Header("Q4_K", UNCOND, 6 * GB), c=Header("Q8_0", COND, 9)
-    )
-    assert label(10**12, files) == "Q8_0 + Q4_K" or label(10**12, files) == f"{INT8} + Q4_K"
-    assert label(0, files, one_copy=True) == "Q8_0"
+    files = catalogue(a=Header(INT8, COND, 10 * GB), b=Header("Q4_K", UNCOND, 6 * GB))
+    for memory in (10**12, 12 * GB, 0):
+        assert label(memory, files) == f"{INT8} + Q4_K"
+    assert label(10**12, files, one_copy=True) == INT8
+    whole = pairs("Q5_K", a=Header(INT8, COND, 10 * GB))
+    assert label(10**12, whole) == f"{INT8} + Q5_K"
 
 
 def test_auto_with_an_unconditional_level_takes_the_first_that_fits_beside_it():
     files = pairs(INT8, "Q5_K", "Q4_K")
     assert label(10**12, files, unconditional="Q4_K") == f"{INT8} + Q4_K"
-    assert label(15 * GB, files, unconditional="Q4_K") == "Q5_K + Q4_K"
-    assert label(14 * GB, files, unconditional="Q4_K") == "Q4_K"
+    assert label(13 * GB + WORKING_MEMORY, files, unconditional="Q4_K") == "Q5_K + Q4_K"
+    assert label(12 * GB + WORKING_MEMORY, files, unconditional="Q4_K") == "Q4_K"
     assert label(10**12, files, unconditional=INT8) == INT8
 
 

@@ -204,9 +204,9 @@ def _short_of_memory(levels: list[dict], row: dict | None, memory: int | None) -
     way = f"take {fitting[-1]}" if fitting else "use one copy alone (no guidance)"
     return [
         f"{row['level']} needs {gigabytes(row['ram_loaded'])} of main memory ({copies}, the "
-        f"encoder, {gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it will "
-        f"swap or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or enlarge the "
-        "swap file."
+        f"encoder, {gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it "
+        f"will swap or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or "
+        "enlarge the swap file."
     ]
 
 

@@ -13,7 +13,7 @@ from ...engine.compare.statistics import Interval, mean_interval
 from ...engine.compare.tables import markdown_row
 from ...files.new_file import replaced
 from ..table.report import fill
-from .settings import BOTH_WAYS, LOWER, SAME_BYTES, WHOLE, Pair, Setting
+from .settings import BOTH_WAYS, LOWER, ON_16_GB, SAME_BYTES, WHOLE, Pair, Setting
 
 #: Columns of the table of causes: name among `Errors.figures`, heading, unit.
 CAUSES = (
@@ -87,7 +87,7 @@ def same_bytes_table(rows: Rows) -> str:
     """Pairs of the same bytes, a column a model and setting."""
     places = rows.places()
     lines = []
-    for group in (*SAME_BYTES, BOTH_WAYS):
+    for group in (*SAME_BYTES, BOTH_WAYS, (ON_16_GB,)):
         for pair in group:
             found = [rows.find(model, setting, pair) for model, setting in places]
             if any(found):

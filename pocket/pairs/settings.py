@@ -15,13 +15,14 @@ from ..table.systems import REFERENCE, ROTATION, Scheme, stored
 
 PRESETS_GUIDE = 7
 INT8 = "INT8 W8A8 rotated"
+_GRADES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 #: As the quantizer writes them without a calibration.
 LEVELS: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme(REFERENCE),
         Scheme(INT8, stored(Int8Layout.NAME, rotation=ROTATION)),
-        *(Scheme(t, stored(GGUFLayout.NAME, qtype=t)) for t in ("Q8_0", "Q6_K", "Q5_K", "Q4_K")),
+        *(Scheme(t, stored(GGUFLayout.NAME, qtype=t)) for t in (*_GRADES, "IQ4_XS")),
         Scheme("NF4", stored(NF4Layout.NAME)),
         *(Scheme(t, stored(GGUFLayout.NAME, qtype=t)) for t in ("Q3_K", "Q2_K")),
     )
@@ -85,18 +86,20 @@ SAME_BYTES: tuple[tuple[Pair, ...], ...] = (
     _same_bytes("Q4_K", "Q5_K", "Q3_K"),
     _same_bytes("Q3_K", "Q4_K", "Q2_K"),
 )
-#: Where all pairs are measured; elsewhere the first three, at the bytes of these.
+#: What auto takes on 16 GB where there are files of every level.
+ON_16_GB: Pair = ("Q6_K", "Q5_K")
+#: Where all pairs are measured; elsewhere those at the bytes of these, on sick models of the first.
 WHOLE = Setting(7.0)
-_ELSEWHERE = "Q5_K"
+_ELSEWHERE = ("Q5_K", "Q3_K")
 
 
 def pairs_of(sick: bool, setting: Setting) -> tuple[Pair, ...]:
     """The pairs that are measured on a model at a setting."""
-    everything = not sick and setting == WHOLE
-    groups = SAME_BYTES if not sick else [g for g in SAME_BYTES if g[0][0] == _ELSEWHERE]
-    same = [pair for group in groups for pair in group]
-    if everything:
-        return tuple(dict.fromkeys((*EQUAL, *BOTH_WAYS, *LOWER, *same)))
+    if not sick and setting == WHOLE:
+        same = [pair for group in SAME_BYTES for pair in group]
+        return tuple(dict.fromkeys((*EQUAL, *BOTH_WAYS, *LOWER, *same, ON_16_GB)))
+    sizes = _ELSEWHERE[:1] if sick else _ELSEWHERE
+    same = [pair for group in SAME_BYTES if group[0][0] in sizes for pair in group]
     return tuple(dict.fromkeys((("Q4_K", "Q4_K"), *BOTH_WAYS, *same)))
 
 
