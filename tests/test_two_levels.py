@@ -168,3 +168,28 @@ def test_the_ladder_is_the_measured_one():
     }
     ladder = [measured[level] for level in PAIRED if level != "BF16"]
     assert ladder == sorted(ladder, reverse=True)
+
+
+def test_help_page_says_what_auto_takes_of_the_released_sizes():
+    from pathlib import Path
+
+    from ideogram4_quant.checkpoint import level_order
+    from ideogram4_quant.checkpoint.pairs import ALTERNATING, residency
+    from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes
+
+    page = Path(level_order.__file__).parents[1] / "web/docs/Ideogram4QuantLoad.md"
+    lines = page.read_text("utf-8").splitlines()
+    start = lines.index("| files of both copies | 8 GB | 12 GB | 16 GB | 20 GB | 24 GB |") + 2
+    for line in lines[start : start + 2]:
+        levels, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+        files = catalogue(
+            **{
+                f"{level}-{copies[0]}": Header(level, copies, copy_bytes(level))
+                for level in levels.split(", ")
+                for copies in (COND, UNCOND)
+            }
+        )
+        for size, cell in zip((8, 12, 16, 20, 24), cells, strict=True):
+            found = resolve(AUTO, files, ORDER, size << 30)
+            turns = residency(found.weight_bytes(), size << 30) == ALTERNATING
+            assert found.label + (", by turns" if turns else "") == cell

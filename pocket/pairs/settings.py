@@ -76,7 +76,7 @@ BOTH_WAYS: tuple[Pair, ...] = ((INT8, "Q4_K"), ("Q4_K", INT8))
 
 
 def _same_bytes(equal: str, high: str, low: str) -> tuple[Pair, ...]:
-    """Pairs that take the same bytes to within 4 %: two equal levels first."""
+    """Pairs that take the same bytes to within 3 %: two equal levels first."""
     return (equal, equal), (high, low), (low, high)
 
 
@@ -88,19 +88,21 @@ SAME_BYTES: tuple[tuple[Pair, ...], ...] = (
 )
 #: What auto takes on 16 GB where there are files of every level.
 ON_16_GB: Pair = ("Q6_K", "Q5_K")
-#: Where all pairs are measured; elsewhere those at the bytes of these, on sick models of the first.
+#: Where all pairs are measured, and the bytes that are measured elsewhere too.
 WHOLE = Setting(7.0)
-_ELSEWHERE = ("Q5_K", "Q3_K")
+_ELSEWHERE = "Q5_K"
 
 
 def pairs_of(sick: bool, setting: Setting) -> tuple[Pair, ...]:
     """The pairs that are measured on a model at a setting."""
-    if not sick and setting == WHOLE:
-        same = [pair for group in SAME_BYTES for pair in group]
-        return tuple(dict.fromkeys((*EQUAL, *BOTH_WAYS, *LOWER, *same, ON_16_GB)))
-    sizes = _ELSEWHERE[:1] if sick else _ELSEWHERE
-    same = [pair for group in SAME_BYTES if group[0][0] in sizes for pair in group]
-    return tuple(dict.fromkeys((("Q4_K", "Q4_K"), *BOTH_WAYS, *same)))
+    ways = (("Q4_K", "Q4_K"), *BOTH_WAYS)
+    if sick and setting != WHOLE:
+        return ways
+    everywhere = sick or setting != WHOLE
+    groups = [g for g in SAME_BYTES if not everywhere or g[0][0] == _ELSEWHERE]
+    same = [pair for group in groups for pair in group]
+    more = () if everywhere else (*EQUAL, *LOWER, ON_16_GB)
+    return tuple(dict.fromkeys((*more, *ways, *same)))
 
 
 def settings_of(sick: bool) -> tuple[Setting, ...]:

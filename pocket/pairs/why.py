@@ -134,7 +134,7 @@ def _along(
     out: dict[str, list[Tensor]] = {name: [] for name in SOURCES}
     x = batch.noise
     for step in steps():
-        length = step.sigma_next - step.sigma
+        length = step.sigma - step.sigma_next
         exactly = true.velocities(x, step.time)
         changes = {
             copy: loss - this
@@ -176,7 +176,7 @@ def gains(
                 lossy.velocities(path[k], step.time), true.velocities(path[k], step.time),
                 strict=True,
             )  # fmt: skip
-            put = [(step.sigma_next - step.sigma) * (loss - exactly) for loss, exactly in pairs]
+            put = [(step.sigma - step.sigma_next) * (loss - exactly) for loss, exactly in pairs]
             noise = torch.randn(put[0].shape, generator=torch.Generator().manual_seed(k))
             put.append(noise * put[0].norm() / noise.norm())
             for name, change in zip(sums, put, strict=True):
