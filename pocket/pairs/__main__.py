@@ -2,7 +2,8 @@
 
     python -m ideogram4_quant.pocket.pairs --work pocket-table
 
-About forty core-minutes with 32 captions. A run that is broken off goes on where it stopped.
+About a quarter of an hour of a core with 32 captions. A run that is broken off goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from .report import (
     same_bytes_table,
     write_document,
 )
-from .settings import SETTINGS, WHOLE
+from .settings import SETTINGS, WHOLE, settings_of
 from .walk import batches
 from .why import GAIN_EVERY
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "pairs.md"
 LEVEL = "Q4_K"
-_GAIN_CAPTIONS = 8
+#: Causes are ratios of energies on one path, which captions hardly change.
+_CAUSE_CAPTIONS, _GAIN_CAPTIONS = 8, 4
 _GAINS = tuple(s for s in SETTINGS if s.guidance == WHOLE.guidance)
 
 
@@ -55,13 +57,15 @@ def make(variants: Sequence[Variant], work: Path, captions: int, document: Path 
     cases = cases_of_part(0)[:captions]
     tables = [PairTable(variant, cases, work) for variant in variants]
     rows = Rows(row for table in tables for row in _rows(table))
-    causes, gains = {}, {}
-    for table in tables:
-        for setting in dict.fromkeys(setting for setting, _ in table.rows()):
-            causes[table.variant.name, setting] = table.causes(LEVEL, setting)
-    clean = PairTable(VARIANTS[0], cases[:_GAIN_CAPTIONS], work)
-    for setting in _GAINS:
-        gains[setting.name] = clean.gains(LEVEL, setting)
+    causes: dict = {}
+    gains: dict = {}
+    for variant in variants:
+        table = PairTable(variant, cases[:_CAUSE_CAPTIONS], work)
+        for setting in settings_of(variant.disease is not None):
+            causes[variant.name, setting] = table.causes(LEVEL, setting)
+    if VARIANTS[0] in variants:
+        clean = PairTable(VARIANTS[0], cases[:_GAIN_CAPTIONS], work)
+        gains = {setting.name: clean.gains(LEVEL, setting) for setting in _GAINS}
     if document is not None:
         parts = {
             "lower": lower_table(rows, VARIANTS[0].name),

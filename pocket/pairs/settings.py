@@ -76,7 +76,7 @@ BOTH_WAYS: tuple[Pair, ...] = ((INT8, "Q4_K"), ("Q4_K", INT8))
 
 
 def _same_bytes(equal: str, high: str, low: str) -> tuple[Pair, ...]:
-    """Pairs that take the same bytes to within 3 %: two equal levels first."""
+    """Pairs that take the same bytes to within 4 %: two equal levels first."""
     return (equal, equal), (high, low), (low, high)
 
 
