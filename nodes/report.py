@@ -116,7 +116,9 @@ def text(
     lines += protected_lines(pair)
     lines.append(f"backend: {by_level(pair, lambda level: _backend(level, options, machine))}")
     packed = [level for level in pair.levels if level in PACKED]
-    lines += [f"  {costs.gguf_compute(name, _gguf_compute(name, options))}" for name in packed]
+    for name in packed:
+        of = f"{name} " if len(pair.levels) > 1 else ""
+        lines.append(f"  {of}{costs.gguf_compute(name, _gguf_compute(name, options))}")
     if any(_may_run_int8(level, options) for level in pair.levels):
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]

@@ -69,7 +69,7 @@ def test_both_levels_are_named(server, two):
     assert "level: INT8 W8A8 + Q4_K, conditional + unconditional" in text
     assert "conditional: pocket-INT8_W8A8-conditional.safetensors" in text
     assert "unconditional: pocket-Q4_K-unconditional.gguf" in text
-    assert "Q4_K computed as W8A8" in text or "on the pocket model" in text
+    assert "  Q4_K computed as W8A8: on the pocket model" in text
 
 
 def test_it_differs_from_two_equal_levels_and_an_old_workflow_from_nothing(server, two):
