@@ -28,7 +28,7 @@ from .report import (
     same_bytes_table,
     write_document,
 )
-from .settings import SETTINGS, WHOLE, settings_of
+from .settings import SETTINGS, WHOLE, Setting, settings_of
 from .walk import batches
 from .why import GAIN_EVERY
 
@@ -59,8 +59,8 @@ def make(variants: Sequence[Variant], work: Path, captions: int, document: Path 
     cases = cases_of_part(0)[:captions]
     tables = [PairTable(v, cases[: _FEWER.get(v.name, PART)], work) for v in variants]
     rows = Rows(row for table in tables for row in _rows(table))
-    causes: dict = {}
-    gains: dict = {}
+    causes: dict[tuple[str, Setting], dict[str, list[float]]] = {}
+    gains: dict[str, dict[str, list[float]]] = {}
     for variant in variants:
         table = PairTable(variant, cases[:_CAUSE_CAPTIONS], work)
         for setting in settings_of(variant.disease is not None):
