@@ -34,7 +34,7 @@ from .why import GAIN_EVERY
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "pairs.md"
 LEVEL = "Q4_K"
-#: Of a disease that changes nothing in what is asked here.
+#: Fewer captions, to save time.
 _FEWER = {"tokens": 16}
 #: Causes are ratios of energies on one path, which captions hardly change.
 _CAUSE_CAPTIONS, _GAIN_CAPTIONS = 8, 4

@@ -16,7 +16,7 @@ from ..table.models import Variant
 from .copies import Copies, exact
 from .settings import Pair, Setting, pairs_of, settings_of
 from .walk import Batch, batches, decibels, finals
-from .why import errors, gains
+from .why import GAIN_EVERY, errors, gains
 
 #: Part of every key; raised when the same weights would be sampled or measured otherwise.
 VERSION = 1
@@ -77,7 +77,7 @@ class PairTable:
 
     def gains(self, level: str, setting: Setting) -> dict[str, list[float]]:
         """`why.gains` of two copies at ``level``: known, or measured now."""
-        key = f"gains {self._key(setting, (level, level))}"
+        key = f"gains {GAIN_EVERY} {self._key(setting, (level, level))}"
         if key not in self.known:
             self.known[key] = gains(self.copies, level, setting, batches(self.cases))
         return self.known[key]

@@ -23,7 +23,7 @@ from .walk import GRID, Batch, both, steps
 #: of the image's rows exact, and without text.
 COPIES = (CONDITIONAL, UNCONDITIONAL)
 SOURCES = (*COPIES, "text exact", "image exact", "without text")
-GAIN_EVERY = 2
+GAIN_EVERY = 5
 
 
 class RowsLinear(nn.Module):
@@ -158,7 +158,7 @@ def _along(
 def gains(
     copies: Copies, level: str, setting: Setting, parts: Sequence[Batch]
 ) -> dict[str, list[float]]:
-    """Source -> dB at every second step: energy of the final error over that of one step's error.
+    """Source -> dB at every fifth step: energy of the final error over that of one step's error.
 
     One step's error of either copy, or noise as loud as the conditional copy's, is put into the
     exact path, which then goes on exactly. Means over cases of the decibels.
