@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..checkpoint.levels import ALTERNATING, BOTH, STREAMED, WORKING_MEMORY, residency
+from ..checkpoint.pairs import ALTERNATING, BOTH, STREAMED, WORKING_MEMORY, residency
 from ..sampling.presets import PRESETS
 from . import sizes
 from .block import FUSED, HIDDEN, LAYERS, How, Parts, block_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..checkpoint.levels import ALTERNATING, STREAMED
+from ..checkpoint.pairs import ALTERNATING, STREAMED
 from .block import FUSED, LAUNCH, LAYERS, LINEARS, How, block_seconds, launches
 from .known import ASSUMED, CARDS, Card, Efficiency, card
 from .picture import QUALITY, Job, Picture, picture_seconds
