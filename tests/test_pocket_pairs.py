@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes
+from ideogram4_quant.cards.sizes import copy_bytes
 from ideogram4_quant.engine.generate import GenerateRequest, Models, sample
 from ideogram4_quant.engine.linear import QuantLinear
 from ideogram4_quant.engine.transformer import load_transformer, prepare, velocity

@@ -173,9 +173,9 @@ def test_the_ladder_is_the_measured_one():
 def test_help_page_says_what_auto_takes_of_the_released_sizes():
     from pathlib import Path
 
+    from ideogram4_quant.cards.sizes import copy_bytes
     from ideogram4_quant.checkpoint import level_order
     from ideogram4_quant.checkpoint.pairs import ALTERNATING, residency
-    from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes
 
     page = Path(level_order.__file__).parents[1] / "web/docs/Ideogram4QuantLoad.md"
     lines = page.read_text("utf-8").splitlines()
