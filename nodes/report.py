@@ -36,6 +36,11 @@ _RESIDENCY = {
     ALTERNATING: "one copy at a time, the other waits in RAM",
     STREAMED: "weights are streamed from RAM, slow; pick a smaller level",
 }
+_FITS = {
+    BOTH: "resident: fits {}",
+    ALTERNATING: "copies in turns: one fits {}, the other waits in RAM",
+    STREAMED: "streamed from RAM, slow: does not fit {}; pick a smaller level",
+}
 _UNFOLDED = (
     "undone while loading, so LoRAs work here by any node; in the stock loader they are right with "
     "Load LoRA for Ideogram 4 alone"
@@ -100,11 +105,16 @@ def text(
     machine: Machine,
     fused: str = OFF,
     stands_in: str | None = None,
+    *,
+    details: bool = False,
 ) -> str:
-    """The same for people, one fact a line."""
-    lines = [_level_line(pair, asked)]
+    """The same for people, one fact a line: first what it is and whether it fits.
+
+    details: also where each fact comes from, and every time that was measured.
+    """
+    lines = [_first_line(pair, asked, machine, stands_in)]
     for copy, candidate in _copies(pair):
-        lines.append(_file_line(copy, candidate))
+        lines.append(_file_line(copy, candidate) if details else f"{copy}: {candidate.name}")
     if stands_in is not None:
         lines.append(f"unconditional: {stands_in}")
     elif pair.one_branch is not None:
@@ -115,15 +125,18 @@ def text(
             "pictures are worse. Put the other copy beside it, or pick a level that has both"
         )
     lines += _folded_lines(pair)
-    lines += [_protected_line(pair), f"backend: {_backend(pair.level, options, machine)}"]
+    if details:
+        lines.append(_protected_line(pair))
+    lines.append(f"backend: {_backend(pair.level, options, machine)}")
     if pair.level in PACKED:
-        lines.append(f"  {costs.gguf_compute(pair.level, _gguf_compute(pair.level, options))}")
-    if _may_run_int8(pair.level, options):
+        lines.append(f"  {costs.gguf_compute(pair.level, _computed(pair.level, options, machine))}")
+    if details and _may_run_int8(pair.level, options):
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
-    lines += _attention_lines(machine)
-    lines.append(f"fused blocks: {fused}")
-    lines.append(_memory_line(pair, machine))
+    if details or machine.attention != HOST_ATTENTION:
+        lines += _attention_lines(machine, details)
+    if details:
+        lines += [f"fused blocks: {fused}", _memory_line(pair, machine)]
     if machine.dtype == "float32":
         lines.append(
             f"compute: float32, because {machine.device} has no bfloat16 and float16 overflows in "
@@ -158,9 +171,20 @@ def _copies(pair: Pair) -> list[tuple[str, Candidate]]:
     return [(copy, candidate) for copy, candidate in both if candidate is not None]
 
 
-def _level_line(pair: Pair, asked: str) -> str:
-    how = " (auto: the first level here that fits this device)" if asked == AUTO else ""
-    return f"level: {pair.level}{how}"
+def _first_line(pair: Pair, asked: str, machine: Machine, stands_in: str | None) -> str:
+    """``Q4_K, both copies, 11.20 GB, resident: fits card (24.00 GB)``."""
+    if pair.one_branch is not None:
+        which = "one branch"
+    elif pair.unconditional is not None:
+        which = "both copies"
+    else:
+        which = "the conditional copy alone" if stands_in is None else "one copy for both passes"
+    weights = pair.weight_bytes()
+    fits = _FITS[residency(weights, machine.memory)]
+    place = f"{machine.device} ({gigabytes(machine.memory)})"
+    size = gigabytes(sum(weights))
+    line = f"{pair.level}, {which}, {size}, {fits.format(place)}"
+    return f"{line}; auto picked it, the first level here that fits" if asked == AUTO else line
 
 
 def _file_line(copy: str, candidate: Candidate) -> str:
@@ -203,6 +227,12 @@ def _may_run_int8(level: str, options: LinearOptions) -> bool:
 def _gguf_compute(level: str, options: LinearOptions) -> str:
     """What the linears of a block get at many tokens: their rows hold whole groups of 256."""
     return resolve_compute(options.gguf_compute, level, 256)
+
+
+def _computed(level: str, options: LinearOptions, machine: Machine) -> str:
+    """What the backend line says, as ``w8a8`` or ``dense``: also where int8 was measured slower."""
+    slower = _few_tokens(level, options, machine.measured) == {ALWAYS_DENSE}
+    return "w8a8" if _may_run_int8(level, options) and not slower else "dense"
 
 
 def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
@@ -254,12 +284,13 @@ def _attention(machine: Machine) -> str:
     return "sdpa, because there is nothing else here"
 
 
-def _attention_lines(machine: Machine) -> list[str]:
+def _attention_lines(machine: Machine, details: bool) -> list[str]:
     lines = [f"attention: {_attention(machine)}"]
     if machine.attention == HOST_ATTENTION:
         return lines
-    lines += [f"  {m}" for m in _shown(machine.measured, ATTENTION)]
-    lines += [f"  {b.name}: {b.reason}" for b in machine.attention_backends if not b.available]
+    if details:
+        lines += [f"  {m}" for m in _shown(machine.measured, ATTENTION)]
+        lines += [f"  {b.name}: {b.reason}" for b in machine.attention_backends if not b.available]
     if machine.attention == "int8":
         lines.append(
             "  int8: less exact than sdpa, by emulation a relative error of 0.010 against 0.002"
