@@ -1,4 +1,4 @@
-"""Whether an output of a node leads anywhere in the graph that is being run."""
+"""How a node is connected in the graph that is being run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ def leads_anywhere(graph: Mapping | None, node_id: str | None, output: int) -> b
         for node in graph.values()
         for value in node.get("inputs", {}).values()
     )
+
+
+def is_linked(graph: Mapping | None, node_id: str | None, name: str) -> bool:
+    """True if an input of a node is linked in `graph` (API format); False where it is not known."""
+    if not graph or node_id is None or str(node_id) not in graph:
+        return False
+    value = graph[str(node_id)].get("inputs", {}).get(name)
+    return isinstance(value, list) and len(value) == 2
 
 
 def running_graph(node_id: str | None) -> Mapping | None:

@@ -32,8 +32,8 @@ def gguf_compute(level: str, compute: str) -> str:
     linear, pocket = times if compute == "w8a8" else [round(1 / time, 2) for time in times]
     near = measured[f"{level} {compute}"]["sqnr"]
     return (
-        f"computed as {_NAMES[compute]}: {in_words(near)} to BF16 on the pocket model ({near} dB of "
-        f"latent SQNR; as {_NAMES[other]} {measured[f'{level} {other}']['sqnr']} dB); time on a "
+        f"computed as {_NAMES[compute]}: {in_words(near)} to BF16 on the pocket model ({near} dB "
+        f"of latent SQNR; as {_NAMES[other]} {measured[f'{level} {other}']['sqnr']} dB); time on a "
         f"CPU {linear} x that of {_NAMES[other]} for a linear of the real size, {pocket} x for the "
         "pocket model, which is too small for int8; unmeasured on a GPU"
     )

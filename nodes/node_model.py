@@ -19,11 +19,12 @@ from .attention_choice import followed
 from .connections import leads_anywhere, running_graph
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
+from .missing_copy import check_complete
 from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE, choose_files, machine
 from .model_files import host_listing, host_stamp
 from .model_loading import ModelSource, load_model, measured
 from .picture_notes import note_when_sampling
-from .schema import CATEGORY
+from .schema import CATEGORY, details_input
 from .unconditional_lora import FOLDERS as LORA_FOLDERS
 from .unconditional_lora import unconditional_of
 
@@ -127,6 +128,7 @@ class LoadIdeogram4(io.ComfyNode):
         fused_blocks: str = AUTO,
         branches: str = AUTO,
         unconditional_lora: str = NONE,
+        details: bool = False,
     ) -> io.NodeOutput:
         one_copy = unconditional_lora != NONE
         pair, bases = choose_files(
@@ -140,6 +142,8 @@ class LoadIdeogram4(io.ComfyNode):
         )
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
+        if not one_copy:
+            check_complete(pair, wanted[1], host_listing(FOLDERS).folder)
         here = machine()  # before loading, so that it tells what is free now
         fused = decide(fused_blocks, backend, here.backends)
         wish = pair.conditional.header.attention_wish
@@ -168,7 +172,7 @@ class LoadIdeogram4(io.ComfyNode):
         for model in models:
             if model is not None:
                 note_when_sampling(model, note)
-        return io.NodeOutput(*models, report.text(*about))
+        return io.NodeOutput(*models, report.text(*about, details=details))
 
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
@@ -282,4 +286,5 @@ def _inputs() -> list:
             "ideogram4-quant delta): guidance with one copy in memory. No unconditional file is "
             "read then.",
         ),
+        details_input(),
     ]
