@@ -45,8 +45,8 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
 
     picture = parser.add_argument_group("what is sampled")
     picture.add_argument(
-        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl; for the pocket "
-        "model's size some of its training captions by default",
+        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl (default: the 128 "
+        "captions that ship with the pack; for the pocket model some of its training captions)",
     )  # fmt: skip
     picture.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     picture.add_argument(

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
 from ..quant.calibration import Calibration
-from ..quant.errors import QuantOptionError
+from ..quant.captions import calibration_captions
 from ..quant.fragility import fragility_table
 from ..quant.profiler import ProfilerOptions
 from ..quant.provenance import combined_hash, hash_files
@@ -87,10 +87,7 @@ def _prompts(args: argparse.Namespace, ck: Checkpoint) -> tuple[list[str], tuple
         cases = read_cases(args.prompts, seeds=[0], width=size[0], height=size[1], limit=args.limit)
         return list(dict.fromkeys(case.prompt for case in cases)), size
     if not pocket:
-        raise QuantOptionError(
-            "a calibration needs captions like those that will be painted",
-            needed="--prompts F: a .txt or .jsonl file, apart from those for evaluation",
-        )
+        return calibration_captions(args.limit), size
     from ..pocket.data import prompt_batch  # training captions: no held-out word
 
     return [p.caption for p in prompt_batch("calibration", args.limit or POCKET_PROMPTS)], size

@@ -20,12 +20,15 @@ def leads_anywhere(graph: Mapping | None, node_id: str | None, output: int) -> b
     )
 
 
-def is_linked(graph: Mapping | None, node_id: str | None, name: str) -> bool:
-    """True if an input of a node is linked in `graph` (API format); False where it is not known."""
+def source_of(graph: Mapping | None, node_id: str | None, name: str) -> str | None:
+    """The type of the node that an input is linked to in `graph` (API format); None where it is
+    not linked, or where that is not known."""
     if not graph or node_id is None or str(node_id) not in graph:
-        return False
+        return None
     value = graph[str(node_id)].get("inputs", {}).get(name)
-    return isinstance(value, list) and len(value) == 2
+    if not (isinstance(value, list) and len(value) == 2):
+        return None
+    return graph.get(str(value[0]), {}).get("class_type", "another node")
 
 
 def running_graph(node_id: str | None) -> Mapping | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import comfy.model_patcher
+from comfy_api.latest import io
 
 from ..checkpoint.levels import Pair
 from ..checkpoint.published import other_copy
 from ..errors import PairMismatchError
 from ..sampling import preset
-from .connections import is_linked
+from .connections import source_of
 from .guidance import Guidance
 from .one_branch import one_branch_of
 
@@ -33,22 +32,24 @@ def check_complete(pair: Pair, connected: bool, folder: str) -> None:
 
 
 def check_given(
-    graph: Mapping | None,
-    node_id: str | None,
+    node: type[io.ComfyNode],
     conditional: comfy.model_patcher.ModelPatcher,
     unconditional: comfy.model_patcher.ModelPatcher | None,
     guidance: Guidance,
 ) -> None:
     """For a sampler: PairMismatchError where its unconditional input is connected, brings no model,
-    and guidance needs one. graph: in API format, with this node under ``node_id``."""
-    if unconditional is not None or not is_linked(graph, node_id, "unconditional"):
+    and guidance needs one. node: the one that runs, which asks for its id and its graph."""
+    hidden = node.hidden  # None where no host runs it
+    if unconditional is not None or hidden is None:
+        return
+    source = source_of(hidden.prompt, hidden.unique_id, "unconditional")
+    if source is None:
         return
     if one_branch_of(conditional) is not None or not _guides(guidance):
         return
-    source = graph[str(graph[str(node_id)]["inputs"]["unconditional"][0])].get("class_type", "")
     raise PairMismatchError(
         "the unconditional input is connected, but what is connected there gives no model",
-        found=f"nothing from {source or 'that node'}",
+        found=f"nothing from {source}",
         needed="the unconditional copy, from its loader through every node between",
         hint="Connect the unconditional copy on the input side of that node too, or remove the "
         f"connection to the unconditional input here: {_WITHOUT}.",

@@ -108,8 +108,7 @@ class Calibrate(io.ComfyNode):
         earlier: Calibration | None = None,
     ) -> io.NodeOutput:
         guidance = make_guidance(preset)
-        graph, me = cls.hidden.prompt, cls.hidden.unique_id
-        check_given(graph, me, conditional, unconditional, guidance)
+        check_given(cls, conditional, unconditional, guidance)
         (width, height), rounded = on_grid(width, height)
         for note in (*([rounded] if rounded else ()), *check_size(width, height)):
             logger.warning(note)

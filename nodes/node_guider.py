@@ -69,8 +69,7 @@ class DualCopyCFG(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = make_guidance(**settings)
         if unconditional_from == one_copy.INPUT:
-            graph, me = cls.hidden.prompt, cls.hidden.unique_id
-            check_given(graph, me, conditional, unconditional, chosen)
+            check_given(cls, conditional, unconditional, chosen)
         guider = DualCopyGuider(
             conditional, unconditional, positive, chosen, residency, unconditional_from
         )

@@ -96,8 +96,7 @@ class Sampler(io.ComfyNode):
     ) -> io.NodeOutput:
         chosen = make_guidance(preset, **guidance)
         if unconditional_from == one_copy.INPUT:
-            graph, me = cls.hidden.prompt, cls.hidden.unique_id
-            check_given(graph, me, conditional, unconditional, chosen)
+            check_given(cls, conditional, unconditional, chosen)
         notes = []
         if latent is None:
             (width, height), rounded = on_grid(*asked_size(aspect_ratio, megapixels, width, height))
