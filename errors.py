@@ -67,6 +67,12 @@ class Ideogram4QuantError(Exception):
         self.hint = hint
         super().__init__(self._render())
 
+    def with_hint(self, hint: str) -> Ideogram4QuantError:
+        """This very error, saying something else to do about it."""
+        self.hint = hint
+        self.args = (self._render(), *self.args[1:])
+        return self
+
     def _render(self) -> str:
         parts = []
         if self.file is not None:

@@ -112,7 +112,7 @@ class LoadLora(io.ComfyNode):
         )
         if found.unknown:
             logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
-        outputs, notes = [], [describe(found)]
+        outputs, notes = [], [describe(found, apply_to)]
         for copy, model in zip(COPIES, (conditional, unconditional), strict=True):
             updates = found.for_copy(copy, apply_to)
             if model is None:
