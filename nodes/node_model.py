@@ -17,6 +17,7 @@ from . import report
 from .attention import CHOICES as ATTENTIONS
 from .attention_choice import followed
 from .connections import leads_anywhere, running_graph
+from .file_choices import fitting_first, levels_here
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
 from .missing_copy import check_complete
@@ -180,7 +181,7 @@ def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
 
 
 def _inputs() -> list:
-    names = host_listing(FOLDERS).names
+    names = fitting_first(FOLDERS)
     return [
         io.Combo.Input(
             "level",
@@ -188,7 +189,8 @@ def _inputs() -> list:
             default=AUTO,
             tooltip="How the weights are quantized. auto picks the fastest level among your files "
             "that fits this device; the report says which. The same workflow then works on any "
-            "machine that has any Ideogram 4 file.",
+            "machine that has any Ideogram 4 file. Levels without a file here are marked.",
+            extra_dict={"here": [AUTO, *levels_here()]},
         ),
         io.Combo.Input(
             "conditional_file",
@@ -277,7 +279,7 @@ def _inputs() -> list:
         ),
         io.Combo.Input(
             "unconditional_lora",
-            options=[NONE, *host_listing(LORA_FOLDERS).names],
+            options=[NONE, *fitting_first(LORA_FOLDERS)],
             default=NONE,
             optional=True,
             advanced=True,

@@ -20,6 +20,7 @@ from ..quant.output_names import output_name, suffix_of
 from ..quant.presets import AS_PICKED, PRESETS, preset_of
 from ..quant.quantize import quantize_checkpoint
 from ..quant.recipes import RECIPES, QuantOptions, Recipe, recipe_of
+from .file_choices import choices, fitting_first
 from .made_files import remember_files, times_lost
 from .model_files import host_listing
 from .node_calibrate import CalibrationType
@@ -37,7 +38,7 @@ class Quantize(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        listing = host_listing(FOLDERS)
+        names = fitting_first(FOLDERS)
         return io.Schema(
             node_id="Ideogram4QuantQuantize",
             display_name="Quantize Ideogram 4",
@@ -53,7 +54,7 @@ class Quantize(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "source",
-                    options=listing.choices,
+                    options=names or choices(FOLDERS),
                     tooltip="The file to quantize: BF16 or FP8. Each copy is quantized by itself.",
                 ),
                 io.Combo.Input(
@@ -108,7 +109,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "base_file",
-                    options=[NONE, *listing.names],
+                    options=[NONE, *names],
                     default=NONE,
                     optional=True,
                     advanced=True,
@@ -125,7 +126,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "pair",
-                    options=[NONE, *listing.names],
+                    options=[NONE, *names],
                     default=NONE,
                     optional=True,
                     tooltip="The file of the other copy, to be written in the same run: under a "

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ideogram4_quant.quant import quantize_checkpoint
 from ideogram4_quant.tests.host import graphs
+from ideogram4_quant.tests.host.browser import Browser, find_browser
 from ideogram4_quant.tests.host.runs import next_one_works, picture, text
+from ideogram4_quant.tests.host.workflow_page import open_page
 
 pytestmark = pytest.mark.host
 CONDITIONAL_ALONE = "Q5_K"
@@ -135,3 +141,57 @@ def test_passes_that_another_nodes_cache_skips_are_counted(server, cache, settin
     assert 2 <= conditional < 20
     (skipped,) = (line for line in shown.splitlines() if line.startswith("skipped by another"))
     assert f"{20 - conditional} conditional" in skipped
+
+
+def test_files_of_ideogram_4_come_first(server, models):
+    """A file of another model whose name sorts before all, and one of ours that sorts last."""
+    folder = models / "diffusion_models"
+    other, ours = folder / "aaa-other.safetensors", folder / "zzz.safetensors"
+    save_file({"model.weight": torch.zeros(2, 2)}, other)
+    ours.write_bytes((folder / graphs.CONDITIONAL).read_bytes())
+    try:
+        info = server.get("/object_info")
+        for node, name in (
+            ("Ideogram4QuantLoad", "conditional_file"),
+            ("Ideogram4QuantQuantize", "source"),
+        ):
+            inputs = info[node]["input"]["required"] | info[node]["input"]["optional"]
+            spec = inputs[name]
+            listed = spec[1].get("options") or spec[0]
+            assert listed[-1] == other.name
+            assert listed.index(ours.name) < listed.index(other.name)
+    finally:
+        other.unlink()
+        ours.unlink()
+
+
+@pytest.fixture(scope="module")
+def page(server) -> Iterator[Browser]:
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium found (set CHROMIUM)")
+    browser = Browser(program)
+    open_page(browser, server.url)
+    yield browser
+    browser.close()
+
+
+LABELS = """
+(() => {
+  app.graph.clear();
+  const node = LiteGraph.createNode('Ideogram4QuantLoad');
+  app.graph.add(node);
+  const level = node.widgets.find(w => w.name === 'level');
+  const label = level.options.getOptionLabel ?? String;
+  return JSON.stringify(Object.fromEntries(level.options.values.map(v => [v, label(v)])));
+})()
+"""
+
+
+def test_levels_without_a_file_are_marked_in_the_page(half, page):
+    labels = json.loads(page.run(LABELS))
+    there = {"auto", "BF16", "INT8 W8A8", "Q8_0", "Q4_K", CONDITIONAL_ALONE}
+    for level, label in labels.items():
+        assert label == (level if level in there else f"{level} (no file)")
+    assert {"NF4", "Q2_K"} <= labels.keys()  # the values are the levels' names
+    assert page.errors == []
