@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .command_help import HelpFormatter
 from .errors import Ideogram4QuantError
 from .version import __version__
 
@@ -97,7 +98,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         PROG,
         description="Ideogram 4.0 at 8 and 4 bits.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
@@ -163,7 +164,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         description="One picture with diffusers' Ideogram 4 transformer on files of any origin. "
         "Files that are not named are those that doctor finds in ComfyUI's folders.",
         epilog=_GENERATE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     files = parser.add_argument_group("files")
     files.add_argument(

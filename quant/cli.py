@@ -10,6 +10,7 @@ import json
 import sys
 
 from ..checkpoint.copy_names import COPIES
+from ..command_help import HelpFormatter
 from .command_parts import calibration_of, check_files, progress_bar
 from .quantize_command import BOTH, how_to_go_on, quantize
 from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS
@@ -36,10 +37,12 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         description="Write a copy of Ideogram 4 at another level, layer by layer. The new file is "
         "named after SRC and lies beside it, unless --out says otherwise.",
         epilog=_QUANTIZE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help="a model file or folder, of any origin")
-    parser.add_argument("--level", required=True, metavar="L", help=", ".join(RECIPES))
+    parser.add_argument(
+        "--level", required=True, metavar="L", help=", ".join(RECIPES) + "; INT8 is the rotated one"
+    )
     parser.add_argument(
         "--out",
         metavar="F|DIR",

@@ -103,7 +103,7 @@ ORDER = (
     {"sampling", "gguf_loader"},
     {"ops"},
     {"files"},
-    {"errors", "version", "lazy"},
+    {"errors", "version", "lazy", "command_help"},
 )
 
 
