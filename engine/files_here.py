@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
@@ -22,47 +22,52 @@ _KINDS = {
     "encoder": "text_encoders",
     "vae": "vae",
 }
-Known = Callable[[], KnownFiles]
+
+
+class FilesHere:
+    """The files of the ComfyUI in a folder, or of the one found; looked for when first needed."""
+
+    def __init__(self, comfyui: Path | None = None) -> None:
+        self._comfyui = comfyui
+
+    @cached_property
+    def known(self) -> KnownFiles:
+        """What `doctor` knows; CheckpointError where there is no ComfyUI."""
+        return known_files(named_host(self._comfyui))
+
+    def path(self, value: str | Path, kind: str) -> Path:
+        """The path itself, or that of the file of this name in ComfyUI's folders; the path as given
+        where there is neither, so that whoever opens it says so."""
+        path = Path(value)
+        if path.exists() or path.is_absolute():
+            return path
+        try:
+            return self.known.listings[kind].paths.get(path.as_posix(), path)
+        except CheckpointError:  # no ComfyUI here
+            return path
 
 
 def fill_in(
     args: argparse.Namespace, *, words: tuple[str, ...] = (), one_copy: bool = False
-) -> None:
+) -> FilesHere:
     """Put paths where ``args`` has names of files in ComfyUI's folders, or nothing.
 
-    A path that exists stays. Left out are the model (then both copies of ``args.level``), the
+    A path that exists stays. Left out may be the model (then both copies of ``args.level``), the
     encoder and the VAE. words: what ``--uncond`` may say beside a file; one_copy: the conditional
     copy alone is wanted. CheckpointError says what is not there, and where to put it.
     """
-    known: list[KnownFiles] = []
-
-    def files() -> KnownFiles:
-        if not known:
-            known.append(known_files(named_host(getattr(args, "comfyui", None))))
-        return known[0]
-
+    files = FilesHere(getattr(args, "comfyui", None))
     for name, kind in _KINDS.items():
         value = getattr(args, name, None)
         if value is not None and value not in words:
-            setattr(args, name, path_of(value, kind, files))
+            setattr(args, name, files.path(value, kind))
     if hasattr(args, "model") and args.model is None:
-        _fill_model(args, files(), one_copy or args.uncond is not None)
+        _fill_model(args, files.known, one_copy or args.uncond is not None)
     for name, found in (("encoder", "encoders"), ("vae", "vaes")):
         if hasattr(args, name) and getattr(args, name) is None:
-            setattr(args, name, _largest(getattr(files(), found), _KINDS[name], files()))
+            setattr(args, name, _largest(getattr(files.known, found), _KINDS[name], files.known))
             _log.warning("--%s: taken %s", name, getattr(args, name))
-
-
-def path_of(value: str | Path, kind: str, files: Known) -> Path:
-    """The path itself, or that of the file of this name in ComfyUI's folders; the path as given
-    where there is neither, so that whoever opens it says so."""
-    path = Path(value)
-    if path.exists() or path.is_absolute():
-        return path
-    try:
-        return files().listings[kind].paths.get(path.as_posix(), path)
-    except CheckpointError:  # no ComfyUI here
-        return path
+    return files
 
 
 def _fill_model(args: argparse.Namespace, files: KnownFiles, one_copy: bool) -> None:

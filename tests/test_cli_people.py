@@ -149,3 +149,15 @@ def test_sizes_off_the_grid_are_rounded_and_said(comfyui, tiny, tmp_path, caplog
     assert cli.main(["generate", *words]) == 0
     assert Image.open(out).size == (64, 32)
     assert "70x33 was rounded to 64x32" in caplog.text
+
+
+def test_compare_finds_them_too(comfyui, tiny, tmp_path):
+    """Systems by bare names, the encoder and the VAE by nothing at all."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("HELLO\n")
+    names = tiny.conditional_file.name, tiny.unconditional_file.name
+    words = ["--system", f"a={','.join(names)}", "--system", f"b={names[0]},none"]
+    words += ["--prompts", str(prompts), "--width", "64", "--height", "32", "--steps", "1"]
+    words += ["--device", "cpu", "--vae", str(tiny.vae_dir), "--out", str(tmp_path / "out")]
+    assert cli.main(["compare", *words]) == 0
+    assert list((tmp_path / "out" / "cache").rglob("*.png"))

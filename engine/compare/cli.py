@@ -19,6 +19,11 @@ _EXAMPLES = """examples:
 The encoder and the VAE in ComfyUI's folders are used unless others are named."""
 _INTERRUPTED = "pictures that were made are kept; the same command goes on with those that are left"
 # in the place of the second file of --system
+_FIELDS = {
+    "conditional": "diffusion_models",
+    "unconditional": "diffusion_models",
+    "stand_in": "loras",
+}
 _NONE, _SELF, _LORA = "none", "self", "lora:"
 
 
@@ -148,6 +153,11 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     from .store import Store
     from .workers import render
 
+    here = fill_in(args)
+    for field, kind in _FIELDS.items():
+        for _, pair in named:
+            if isinstance(pair.get(field), Path):
+                pair[field] = here.path(pair[field], kind)
     systems = [System(name, base=args.base, **pair) for name, pair in named]
     check_systems(systems)
     if args.guidance is None and not preset(args.preset).guided:
@@ -162,7 +172,6 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     cases = read_cases(
         args.prompts, seeds=args.seeds, width=args.width, height=args.height, limit=args.limit
     )
-    fill_in(args)
     settings = Settings(
         args.encoder, args.vae, args.preset, args.steps, args.guidance, args.trajectories,
         device=args.device, threads=1 if args.jobs > 1 else None, tokenizer=args.tokenizer,
