@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from ideogram4_quant.cards.sizes import copy_bytes
 from ideogram4_quant.checkpoint.level_order import AUTO_ORDER, LEVELS
 from ideogram4_quant.checkpoint.levels import residency
 from ideogram4_quant.checkpoint.published import PUBLISHED
 from ideogram4_quant.diagnostics.doctor.cli import _recommendation
 from ideogram4_quant.diagnostics.doctor.recommend import recommend
-from ideogram4_quant.diagnostics.doctor.sizes import copy_bytes
 
 GB = 10**9
 
