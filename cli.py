@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .command_help import HelpFormatter
 from .errors import Ideogram4QuantError
 from .version import __version__
 
@@ -31,25 +32,36 @@ DELEGATED = {
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
     "compare-merge": (".engine.compare.cli", "collect the pictures that shards made"),
     "doctor": (".diagnostics.doctor.cli", "say what this machine has, lacks and can run"),
-    "selftest": (
-        ".diagnostics.selftest",
-        "check every backend here against the formulas",
-    ),
-    "bench": (".diagnostics.bench", "time every backend of this device side by side"),
+    "selftest": (".diagnostics.cli", "check every backend here against the formulas"),
+    "bench": (".diagnostics.cli", "time every backend of this device side by side"),
     "card": (".diagnostics.card.cli", "measure this card into a file; the table of such files"),
     "kernels": (".diagnostics.machine_code.cli", "compile the Triton kernels without a GPU"),
 }
 
 
+EXAMPLES = """examples:
+  ideogram4-quant doctor                     what is missing, and which level fits this card
+  ideogram4-quant generate --prompt-file caption.json --out picture.png
+  ideogram4-quant quantize my-tune-v2.safetensors --level Q4_K
+
+ideogram4-quant COMMAND --help says more of each."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 for an error, 130 for Ctrl-C.
 
-    Usage errors leave by SystemExit with 2, as argparse has it.
+    Without a command it prints the help. Usage errors leave by SystemExit with 2, as argparse has
+    it.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     arguments = sys.argv[1:] if argv is None else list(argv)
+    args = argparse.Namespace(words=arguments)
     try:
-        args = _parser(arguments).parse_args(arguments)
+        parser = _parser(arguments)
+        parser.parse_args(arguments, args)
+        if args.command is None:
+            parser.print_help()
+            return 0
         code = args.func(args)
         sys.stdout.flush()
         return code
@@ -67,17 +79,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        said = getattr(args, "interrupted", None) or "nothing was written"
+        said = said(args) if callable(said) else said
+        print(f"interrupted: {said}", file=sys.stderr)
         return 130
+
+
+_GENERATE = """examples:
+  ideogram4-quant generate --prompt-file caption.json --out picture.png
+  ideogram4-quant generate --level Q4_K --prompt "A red fox" --preset turbo --out fox.png
+  ideogram4-quant generate --model cond.gguf --uncond uncond.gguf --encoder qwen3vl.gguf \\
+      --vae flux2-vae.safetensors --prompt-file caption.json --out picture.png"""
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """All commands with their one line of help; only the chosen one's module is imported."""
     parser = argparse.ArgumentParser(
-        PROG, description="Ideogram 4.0 at 8 and 4 bits.", allow_abbrev=False
+        PROG,
+        description="Ideogram 4.0 at 8 and 4 bits.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(subparsers)
     _add_generate(subparsers)
     chosen = next((a for a in arguments if not a.startswith("-")), None)
@@ -91,9 +116,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _handler(name: str) -> Callable[[argparse.Namespace], int]:
-    """The function of `engine.commands`, imported when it is called."""
+    """The function of `engine.commands`, imported once the arguments are checked."""
 
     def handle(args: argparse.Namespace) -> int:
+        arguments = importlib.import_module(".engine.arguments", __package__)
+        getattr(arguments, f"check_{name.removeprefix('run_')}")(args)
         commands = importlib.import_module(".engine.commands", __package__)
         return getattr(commands, name)(args)
 
@@ -106,10 +133,24 @@ def _add_demo(subparsers: argparse._SubParsersAction) -> None:
         help="the main job on the pocket model: files, pictures, words read",
         description="Quantize the pocket model to every level, paint held-out prompts with each, "
         "read the words, and write a contact sheet and a report.",
+        epilog="example: ideogram4-quant demo --out demo-out --prompts 4",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
-    parser.add_argument("--prompts", type=int, default=8, metavar="N", help="default: 8")
-    parser.add_argument("--preset", choices=GUIDED_PRESETS, default="default")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        metavar="DIR",
+        help="for files, sheet and report (default: demo-out)",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=8, metavar="N", help="how many to paint (default: 8)"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=GUIDED_PRESETS,
+        default="default",
+        help="steps and guidance (default: default, 20 steps)",
+    )
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="default: 1, so runs repeat bit by bit"
     )
@@ -120,11 +161,23 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="paint one picture with files of your own",
-        description="One picture with diffusers' Ideogram 4 transformer on files of any origin.",
+        description="One picture with diffusers' Ideogram 4 transformer on files of any origin. "
+        "Files that are not named are those that doctor finds in ComfyUI's folders.",
+        epilog=_GENERATE,
+        formatter_class=HelpFormatter,
     )
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--model", required=True, metavar="F", help="the conditional copy, or a file with both"
+        "--model",
+        metavar="F",
+        help="the conditional copy, or a file with both (default: the level that fits)",
+    )
+    files.add_argument(
+        "--level",
+        default="auto",
+        metavar="L",
+        help="of the files in ComfyUI's folders, where --model is left out: Q4_K, ... (default: "
+        "auto, the fastest that fits)",
     )
     files.add_argument(
         "--uncond",
@@ -141,13 +194,18 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     files.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
     )
-    files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
+    files.add_argument(
+        "--encoder", metavar="DIR|F", help="Qwen3-VL text encoder (default: ComfyUI's)"
+    )
     files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
     files.add_argument(
         "--head", metavar="F", help="of --enhance, where the encoder's file has no lm_head"
     )
-    files.add_argument("--vae", required=True, metavar="DIR|F", help="the FLUX.2 VAE")
-    files.add_argument("--out", type=Path, required=True, metavar="PNG")
+    files.add_argument("--vae", metavar="DIR|F", help="the FLUX.2 VAE (default: ComfyUI's)")
+    files.add_argument(
+        "--comfyui", type=Path, metavar="DIR", help="ComfyUI's folder, if it is not found by itself"
+    )
+    files.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture")
     files.add_argument("--overwrite", action="store_true", help="replace PNG if it exists")
 
     picture = parser.add_argument_group("picture")
@@ -159,8 +217,8 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         action="store_true",
         help="the encoder writes the caption of the prompt, a sentence, by diffusers' own method",
     )
-    picture.add_argument("--width", type=int, default=1024, help="multiple of 16 (default: 1024)")
-    picture.add_argument("--height", type=int, default=1024, help="multiple of 16 (default: 1024)")
+    picture.add_argument("--width", type=int, default=1024, help="in pixels (default: 1024)")
+    picture.add_argument("--height", type=int, default=1024, help="in pixels (default: 1024)")
     picture.add_argument(
         "--seed", type=int, default=0, help="its low 32 bits make the noise (default: 0)"
     )
@@ -200,8 +258,17 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     )  # fmt: skip
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    machine.add_argument("--backend", default="auto", help="of the int8 kernels (default: auto)")
+    machine.add_argument(
+        "--device",
+        metavar="D",
+        help="where to compute (default: cuda where there is one, else cpu)",
+    )
+    machine.add_argument(
+        "--backend",
+        choices=("auto", "triton", "comfy_kitchen", "int_mm", "reference"),
+        default="auto",
+        help="of the int8 kernels (default: auto)",
+    )
     machine.add_argument(
         "--gguf-compute",
         choices=("auto", "w8a8", "dense"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from os import PathLike
+from typing import Any
 
 DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 """Hint for a file that ends early or whose header is garbled."""
@@ -33,7 +35,19 @@ class Ideogram4QuantError(Exception):
 
     The message reads ``FILE: tensor NAME: MESSAGE (found X, needed Y). HINT`` with the parts that
     are given, each made :func:`printable`; they stay available as attributes.
+
+    Every class shows as ``ideogram4_quant.NAME``: ComfyUI prints a class with its module, and names
+    the modules of custom nodes by their paths on the disk.
     """
+
+    _home = __name__  # the module that a class can be imported from
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._home, cls.__module__ = cls.__module__, _SHOWN_AS
+
+    def __reduce__(self) -> tuple:
+        return _unpickled, (self._home, type(self).__qualname__, self.args, self.__dict__)
 
     def __init__(
         self,
@@ -53,6 +67,12 @@ class Ideogram4QuantError(Exception):
         self.hint = hint
         super().__init__(self._render())
 
+    def with_hint(self, hint: str) -> Ideogram4QuantError:
+        """This very error, saying something else to do about it."""
+        self.hint = hint
+        self.args = (self._render(), *self.args[1:])
+        return self
+
     def _render(self) -> str:
         parts = []
         if self.file is not None:
@@ -71,6 +91,18 @@ class Ideogram4QuantError(Exception):
         if self.hint:
             parts.append(f" {self.hint}")
         return "".join(parts)
+
+
+_SHOWN_AS = "ideogram4_quant"
+Ideogram4QuantError.__module__ = _SHOWN_AS
+
+
+def _unpickled(home: str, name: str, args: tuple, said: dict[str, Any]) -> Ideogram4QuantError:
+    """An error of another process, which Python cannot find under the name that it shows."""
+    kind = getattr(importlib.import_module(home), name)
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(said)
+    return error
 
 
 class OpError(Ideogram4QuantError, ValueError):

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError, PairMismatchError, printable
 from .canonical import TEXT_ONLY
-from .grammar import CONDITIONAL, UNCONDITIONAL
+from .copy_names import CONDITIONAL, COPIES, UNCONDITIONAL
 from .tensor_files import TensorFiles
 
 logger = logging.getLogger(__name__)
 
-COPIES = (CONDITIONAL, UNCONDITIONAL)
 COPY_FOLDERS = {CONDITIONAL: "transformer", UNCONDITIONAL: "unconditional_transformer"}
 _METADATA_KEYS = ("ideogram4.copy", "model_type", "copy")
 _FOLDERS_ABOVE = 2  # whose names count where the file's own says nothing: cond/Q8_0/x.gguf

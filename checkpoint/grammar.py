@@ -14,13 +14,11 @@ from typing import Any
 
 from ..errors import CheckpointError, CorruptFileError
 from .canonical import is_linear
+from .copy_names import CONDITIONAL, UNCONDITIONAL
 from .entries import Entry
 from .files import RawTensor
 from .parts import NOT_SUPPORTED, USE_INSTEAD, Parts, told
 from .suffixes import OTHER, SUFFIXES
-
-CONDITIONAL = "conditional"
-UNCONDITIONAL = "unconditional"
 
 # Prefix -> the copy that it names; None where it names none. sd.cpp's "uncond." stands inside the
 # prefix that alone is the conditional copy.

@@ -92,5 +92,19 @@ def files_of(level: str | None) -> str:
     return f"files of {level}" + (" (the node Quantize Ideogram 4 makes them)" if made else "")
 
 
+def other_copy(level: str) -> str:
+    """The published file that has the unconditional copy of a level, and its page, for people."""
+    files = [file for file in PUBLISHED if file.level == level]
+    named = [file for file in files if "unconditional" in file.name] or files
+    if named:
+        held = "" if "unconditional" in named[0].name else ", which holds both copies"
+        return f"{named[0].name} (from {_SITE}/{named[0].repository}{held})"
+    if level in _PAGES:
+        return f"the unconditional copy (from {_pages(_PAGES[level])})"
+    made = level.startswith(("Q", "IQ", "INT8", "W"))
+    way = " (the node Quantize Ideogram 4 makes it of an unconditional copy)" if made else ""
+    return f"the unconditional copy at {level}{way}"
+
+
 def _pages(repositories: Iterable[str]) -> str:
     return " or ".join(f"{_SITE}/{repository}" for repository in repositories)

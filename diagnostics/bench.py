@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,28 +21,6 @@ _TOKENS = {"cpu": [512]}
 _TOKENS_DEVICE = [512, 4608]
 # A slow device runs each case of a table at least once and repeats them so long.
 _SECONDS = 45.0
-
-
-def add_parsers(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command ``bench``."""
-    parser = subparsers.add_parser(
-        "bench",
-        help="time every backend of this device side by side",
-        description="Time the linears and attentions that this device can compute: each int8 "
-        "backend, bf16, fp32, and GGUF, FP8 and NF4 weights decoded before the product. Percents "
-        "are of the fastest product that this run measured in the same precision. Half a minute to "
-        "a few minutes.",
-    )
-    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", metavar="M", help="default: 512 4608; on a CPU 512"
-    )
-    parser.add_argument("--features", type=int, default=4608, metavar="K", help="default: 4608")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
-    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the times")
-    parser.add_argument("--overwrite", action="store_true", help="replace PNG if it exists")
-    parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:

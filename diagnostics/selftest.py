@@ -46,19 +46,6 @@ class Result:
     note: str = ""
 
 
-def add_parsers(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command ``selftest``."""
-    parser = subparsers.add_parser(
-        "selftest",
-        help="check every backend of this device against the formulas",
-        description="Run linears of every kind, quantizers and attention on every backend that is "
-        "there and compare them with torch formulas on the CPU. Exit code 1 if one differs.",
-    )
-    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
-    parser.set_defaults(func=run)
-
-
 def run(args: argparse.Namespace) -> int:
     """Check, print, and return 1 if a check failed."""
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -6,6 +6,11 @@ import argparse
 import json
 from pathlib import Path
 
+_INTERRUPTED = (
+    "nothing was written; a long calibration may be made in parts: some of the captions at a time "
+    "(--prompts), each run adding the last one's file (--merge)"
+)
+
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Register both commands; nothing heavy is imported until one runs."""
@@ -19,6 +24,8 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
         help="watch every linear while captions are sampled; write a calibration",
         description="Sample captions with both copies, twice; write what the inputs of every "
         "linear look like and what quantizing each alone would cost, step by step.",
+        epilog="example: ideogram4-quant calibrate my-tune-v2.safetensors --uncond "
+        "my-tune-v2-uncond.safetensors --limit 32 --out cal.safetensors",
     )
     files = parser.add_argument_group("files")
     files.add_argument("model", metavar="MODEL", help="the conditional copy, or a file with both")
@@ -26,7 +33,9 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     files.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
     )
-    files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
+    files.add_argument(
+        "--encoder", metavar="DIR|F", help="Qwen3-VL text encoder (default: ComfyUI's)"
+    )
     files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
     files.add_argument("--out", type=Path, required=True, metavar="CAL", help="*.safetensors")
     files.add_argument(
@@ -36,17 +45,20 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
 
     picture = parser.add_argument_group("what is sampled")
     picture.add_argument(
-        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl; for the pocket "
-        "model's size some of its training captions by default",
+        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl (default: the 128 "
+        "captions that ship with the pack; for the pocket model some of its training captions)",
     )  # fmt: skip
     picture.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    picture.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    picture.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="one picture each (default: 0)"
+    )
     picture.add_argument("--width", type=int, help="multiple of 16 (default: 1024)")
     picture.add_argument("--height", type=int, help="multiple of 16 (default: 1024)")
     picture.add_argument(
         "--preset",
         choices=("quality", "default", "turbo", "instant", "fast", "turbotime"),
         default="default",
+        help="steps and guidance (default: default, 20 steps)",
     )
     picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
     picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
@@ -72,8 +84,12 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     measured.add_argument(
         "--types", nargs="*", metavar="TYPE", help="GGUF types to try (default: Q8_0 to Q4_K)"
     )
-    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    parser.set_defaults(func=_run("run_calibrate"))
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="where to compute (default: cuda where there is one, else cpu)",
+    )
+    parser.set_defaults(func=_run("run_calibrate"), interrupted=_INTERRUPTED)
 
 
 def _add_fragility(subparsers: argparse._SubParsersAction) -> None:
@@ -81,10 +97,14 @@ def _add_fragility(subparsers: argparse._SubParsersAction) -> None:
         "fragility",
         help="rank the linears of a calibration, draw layers x steps",
         description="The linears that quantization hurts most, and a heat map of all.",
+        epilog="example: ideogram4-quant fragility cal.safetensors --of Q4_K --heatmap fragile.png",
     )
-    parser.add_argument("calibration", metavar="CAL")
+    parser.add_argument("calibration", metavar="CAL", help="what calibrate wrote")
     parser.add_argument(
-        "--of", default="int8", metavar="C", help="int8 (default), int8 rotated, Q4_K, ..."
+        "--of",
+        default="int8",
+        metavar="C",
+        help="quantized how: int8 (default), int8 rotated, Q4_K, ...",
     )
     parser.add_argument("--worst", type=int, default=20, metavar="N", help="rows (default: 20)")
     parser.add_argument("--heatmap", type=Path, metavar="PNG", help="draw it")
@@ -95,6 +115,9 @@ def _add_fragility(subparsers: argparse._SubParsersAction) -> None:
 
 def _run(name: str):
     def handle(args: argparse.Namespace) -> int:
+        from . import arguments
+
+        arguments.check_calibrate(args)
         from . import calibration_commands
 
         return getattr(calibration_commands, name)(args)

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
-from ..errors import OpError
-from ..files.new_file import check_output
 from ..quant.calibration import Calibration
-from ..quant.errors import QuantOptionError
+from ..quant.captions import calibration_captions
 from ..quant.fragility import fragility_table
 from ..quant.profiler import ProfilerOptions
 from ..quant.provenance import combined_hash, hash_files
@@ -19,6 +17,7 @@ from ..quant.source import files_of
 from .calibrate import Prompt, calibrate
 from .compare.cases import read_cases
 from .encoder import load_encoder
+from .files_here import fill_in
 from .generate import GenerateRequest, check_branches
 from .linear import default_device
 from .loading import COPIES, load_pair, open_pair
@@ -32,9 +31,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
     The encoder is gone before the transformers come: the three do not fit 24 GB together.
     """
-    if args.out.suffix != ".safetensors":
-        raise QuantOptionError("a calibration is a safetensors file", file=args.out)
-    check_output(args.out, overwrite=args.overwrite)
+    fill_in(args)
     earlier = [Calibration.load(path) for path in args.merge]
     options = _options(args)
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
@@ -86,16 +83,11 @@ def _prompts(args: argparse.Namespace, ck: Checkpoint) -> tuple[list[str], tuple
     pocket = _is_pocket(ck)
     usual = (128, 64) if pocket else (_FULL_SIZE, _FULL_SIZE)
     size = (args.width or usual[0], args.height or usual[1])
-    if args.limit is not None and args.limit < 1:
-        raise OpError("too few prompts", found=args.limit, needed="at least 1")
     if args.prompts is not None:
         cases = read_cases(args.prompts, seeds=[0], width=size[0], height=size[1], limit=args.limit)
         return list(dict.fromkeys(case.prompt for case in cases)), size
     if not pocket:
-        raise QuantOptionError(
-            "a calibration needs captions like those that will be painted",
-            needed="--prompts F: a .txt or .jsonl file, apart from those for evaluation",
-        )
+        return calibration_captions(args.limit), size
     from ..pocket.data import prompt_batch  # training captions: no held-out word
 
     return [p.caption for p in prompt_batch("calibration", args.limit or POCKET_PROMPTS)], size

@@ -17,13 +17,15 @@ from ..captions.making import make_caption
 from ..captions.tokens import MAX_TOKENS
 from ..checkpoint import Checkpoint
 from ..checkpoint.encoder_writing import Part
-from ..errors import Ideogram4QuantError, OpError
+from ..errors import OpError
 from ..files.new_file import replaced
 from ..ops import attention, dispatch
 from ..ops.linear import LinearOptions
 from ..ops.tuning.autotune import Measure
-from ..sampling import check_size
+from ..sampling import check_size, on_grid
+from .arguments import NONE
 from .encoder import load_encoder
+from .files_here import fill_in
 from .generate import GenerateRequest, check_branches, generate
 from .linear import default_device
 from .loading import Copies, load_pair, open_pair, pair_label
@@ -31,7 +33,6 @@ from .one_copy import SELF, StandIn
 from .pictures import read_picture
 from .vae import load_vae
 
-NONE = "none"
 _log = logging.getLogger(__name__)
 
 
@@ -39,8 +40,6 @@ def run_demo(args: argparse.Namespace) -> int:
     """``ideogram4-quant demo``: see `demo.run`."""
     from . import demo
 
-    if args.threads < 1:
-        raise OpError("too few threads", found=args.threads, needed="at least 1")
     torch.set_num_threads(args.threads)
     demo.run(args.out, demo.pocket_inputs(args.prompts), preset=args.preset)
     return 0
@@ -55,7 +54,8 @@ def run_generate(args: argparse.Namespace) -> int:
     request.plan()
     for warning in check_size(request.width, request.height):
         _log.warning("%s: expect a worse picture", warning)
-    _check_out(args.out, args.overwrite)
+    alone = args.copies == "conditional" or args.uncond_lora is not None or not request.guided
+    fill_in(args, words=(NONE, SELF), one_copy=alone)
     init_image = None if args.init_image is None else read_picture(args.init_image)
     pair, stand_in = _open(args, request)
     plan = request.plan(one_branch=pair[0].one_branch is not None)
@@ -116,14 +116,6 @@ def _said(checkpoint: Checkpoint) -> str:
 def _unconditional(args: argparse.Namespace) -> tuple[str | None, Copies, StandIn | None]:
     """(file, copies to load, what stands in) of ``--uncond``, ``--uncond-lora``, ``--copies``."""
     alone = args.uncond in (NONE, SELF) or args.copies == "conditional"
-    if args.uncond_lora is not None and (args.uncond is not None or alone):
-        raise OpError(
-            "--uncond-lora stands for the unconditional copy, so nothing else can",
-            found="--copies conditional" if args.uncond is None else f"--uncond {args.uncond}",
-            needed="one of the two",
-        )
-    if args.uncond == SELF and args.copies == "conditional":
-        raise OpError("--copies conditional is without guidance", found="--uncond self")
     if args.uncond_lora is not None:
         return None, "conditional", args.uncond_lora
     stand_in = SELF if args.uncond == SELF else None
@@ -134,12 +126,13 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
     prompt = args.prompt
     if args.prompt_file is not None:
         prompt = args.prompt_file.read_text(encoding="utf-8-sig").strip()
-    if args.denoise < 1.0 and args.init_image is None:
-        raise OpError("--denoise needs --init-image", found=args.denoise)
+    (width, height), rounded = on_grid(args.width, args.height)
+    if rounded is not None:
+        _log.warning("%s", rounded)
     return GenerateRequest(
         prompt,
-        args.width,
-        args.height,
+        width,
+        height,
         args.seed,
         args.preset,
         args.steps,
@@ -148,15 +141,6 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
         mu=args.mu,
         last_sigma=args.last_sigma,
     )
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.suffix.lower() != ".png":
-        raise Ideogram4QuantError("the picture is written as PNG", file=out, needed="*.png")
-    if out.exists() and not overwrite:
-        raise Ideogram4QuantError("the file exists", file=out, hint="--overwrite replaces it.")
-    if not out.parent.is_dir():
-        raise Ideogram4QuantError("no such folder", file=out.parent)
 
 
 def _encode(

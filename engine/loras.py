@@ -81,7 +81,7 @@ def add(
         linears = _linears(model)
         for name, update in updates[copy].items():
             _add(linears[name], update, strength, compute_dtype(model))
-    return describe(found).splitlines()
+    return describe(found, apply_to).splitlines()
 
 
 def remove(model: nn.Module | None) -> None:

@@ -1,4 +1,4 @@
-"""Whether an output of a node leads anywhere in the graph that is being run."""
+"""How a node is connected in the graph that is being run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ def leads_anywhere(graph: Mapping | None, node_id: str | None, output: int) -> b
         for node in graph.values()
         for value in node.get("inputs", {}).values()
     )
+
+
+def source_of(graph: Mapping | None, node_id: str | None, name: str) -> str | None:
+    """The type of the node that an input is linked to in `graph` (API format); None where it is
+    not linked, or where that is not known."""
+    if not graph or node_id is None or str(node_id) not in graph:
+        return None
+    value = graph[str(node_id)].get("inputs", {}).get(name)
+    if not (isinstance(value, list) and len(value) == 2):
+        return None
+    return graph.get(str(value[0]), {}).get("class_type", "another node")
 
 
 def running_graph(node_id: str | None) -> Mapping | None:

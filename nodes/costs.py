@@ -10,6 +10,8 @@ import json
 from functools import cache
 from pathlib import Path
 
+from ..quant.tables import in_words
+
 _NAMES = {"w8a8": "W8A8", "dense": "16-bit"}
 _OTHER = {"w8a8": "dense", "dense": "w8a8"}
 
@@ -28,12 +30,12 @@ def gguf_compute(level: str, compute: str) -> str:
     measured = figures()["choices"]
     times = [figures()["linear"][level], measured[f"{level} w8a8"]["time"]]  # of W8A8 to 16-bit
     linear, pocket = times if compute == "w8a8" else [round(1 / time, 2) for time in times]
+    near = measured[f"{level} {compute}"]["sqnr"]
     return (
-        f"computed as {_NAMES[compute]}: on the pocket model "
-        f"{measured[f'{level} {compute}']['sqnr']} dB of latent SQNR to BF16 "
-        f"({measured[f'{level} {other}']['sqnr']} dB as {_NAMES[other]}); time on a CPU {linear} x "
-        f"that of {_NAMES[other]} for a linear of the real size, {pocket} x for the pocket model, "
-        "which is too small for int8; unmeasured on a GPU"
+        f"computed as {_NAMES[compute]}: {in_words(near)} to BF16 on the pocket model ({near} dB "
+        f"of latent SQNR; as {_NAMES[other]} {measured[f'{level} {other}']['sqnr']} dB); time on a "
+        f"CPU {linear} x that of {_NAMES[other]} for a linear of the real size, {pocket} x for the "
+        "pocket model, which is too small for int8; unmeasured on a GPU"
     )
 
 

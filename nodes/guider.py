@@ -19,12 +19,14 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..sampling import StepPlan, step_at
 from . import one_copy, residency
 from .guidance import Guidance
 from .hook_loras import take_hooks
 from .one_branch import one_branch_of, settle
 from .pairing import check_conditioning, check_pair
+from .passes import Passes
 from .predictions import predict
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         self.keep = keep
         self.kept = keep  # what the last run made of it
         self.inner_set_conds({"positive": positive})
+        self.passes = Passes()  # of the last run
         self._steps: tuple[StepPlan, ...] = ()
         self._negative: list = []
         self._unconditional_options: dict = {}
@@ -86,6 +89,7 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         self._steps = self.guidance.plan(sigmas.tolist())
         self._last_velocity = self._turn = None
         self._shrunk = False
+        self.passes = Passes()
         if self.unconditional is None:
             self.kept = residency.BOTH  # all that there is; the host streams what does not fit
             return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -123,7 +127,9 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
 
     def outer_predict_noise(self, x, timestep, model_options=None, seed=None):
         # set before the host's wrappers run, so that one that overrides the cfg has its way
-        self.cfg = step_at(self._steps, float(timestep.flatten()[0])).guidance
+        step = step_at(self._steps, float(timestep.flatten()[0]))
+        self.cfg = step.guidance
+        self.passes.asked(step, self.unconditional is not None)
         return super().outer_predict_noise(x, timestep, model_options or {}, seed)
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
@@ -197,7 +203,10 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         """The conditional copy's denoised latents [B, C, H, W]."""
         self._take_turn(self.model_patcher)
         conds = [self.conds["positive"], None]
-        return predict(self.inner_model, conds, x, timestep, model_options)[0]
+        options = self.passes.watched(model_options)
+        return self.passes.counted(
+            CONDITIONAL, lambda: predict(self.inner_model, conds, x, timestep, options)[0]
+        )
 
     def _predict_unconditional(self, x: Tensor, timestep: Tensor) -> Tensor:
         """The unconditional copy's denoised latents [B, C, H, W]; a velocity is kept for reuse."""
@@ -207,14 +216,12 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
             return x - sigma * self._last_velocity
         self._take_turn(self.unconditional)
         # second in the list, so that patches that ask see it marked as the unconditional one
+        model, conds = self.unconditional.model, [None, self._negative]
+        options = self.passes.watched(self._unconditional_options)
         with self._as_unconditional():
-            denoised = predict(
-                self.unconditional.model,
-                [None, self._negative],
-                x,
-                timestep,
-                self._unconditional_options,
-            )[1]
+            denoised = self.passes.counted(
+                UNCONDITIONAL, lambda: predict(model, conds, x, timestep, options)[1]
+            )
         if self.guidance.reuse > 1:
             self._last_velocity = (x - denoised) / sigma
         return denoised

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import comfy.utils
@@ -10,9 +11,10 @@ from comfy_api.latest import io
 
 from ..quant.calibration import Calibration
 from ..quant.fragility import fragility_table
-from ..sampling import check_size
+from ..sampling import check_size, on_grid
 from .calibrating import calibrate
 from .latents import empty_latent
+from .missing_copy import check_given
 from .sampling_inputs import (
     make_guidance,
     model_inputs,
@@ -23,6 +25,7 @@ from .sampling_inputs import (
 )
 from .schema import CATEGORY
 
+logger = logging.getLogger(__name__)
 CalibrationType = io.Custom("IDEOGRAM4_CALIBRATION")
 SHOWN = 12
 
@@ -86,6 +89,7 @@ class Calibrate(io.ComfyNode):
                     id="report", display_name="report", tooltip="The most fragile linears."
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -103,7 +107,11 @@ class Calibrate(io.ComfyNode):
         steps: int = 0,
         earlier: Calibration | None = None,
     ) -> io.NodeOutput:
-        check_size(width, height)
+        guidance = make_guidance(preset)
+        check_given(cls, conditional, unconditional, guidance)
+        (width, height), rounded = on_grid(width, height)
+        for note in (*([rounded] if rounded else ()), *check_size(width, height)):
+            logger.warning(note)
         target = _target(filename_prefix)
         curve, _ = schedule(preset, width, height, steps, 1.0)
         latent = empty_latent(width, height)
@@ -112,7 +120,7 @@ class Calibrate(io.ComfyNode):
             conditional,
             unconditional,
             positive,
-            make_guidance(preset),
+            guidance,
             curve,
             latent,
             range(seed, seed + pictures),

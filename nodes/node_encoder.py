@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..checkpoint.published import most_wanted
 from .encoder_loading import load_encoder
+from .file_choices import choices
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 
@@ -35,7 +36,7 @@ class LoadEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "encoder",
-                    options=host_listing(FOLDERS).choices,
+                    options=choices(FOLDERS),
                     tooltip="A Qwen3-VL-8B file in models/text_encoders: .safetensors or .gguf.",
                 )
             ],

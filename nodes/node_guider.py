@@ -6,9 +6,10 @@ import logging
 
 from comfy_api.latest import io
 
-from ..sampling import check_size
+from ..sampling import check_size, on_grid
 from . import one_copy
 from .guider import DualCopyGuider
+from .missing_copy import check_given
 from .sampling_inputs import (
     PRESET_MU,
     ZERO,
@@ -53,6 +54,7 @@ class DualCopyCFG(io.ComfyNode):
                     tooltip="Connect it to SamplerCustomAdvanced.",
                 )
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -66,6 +68,8 @@ class DualCopyCFG(io.ComfyNode):
         **settings,
     ) -> io.NodeOutput:
         chosen = make_guidance(**settings)
+        if unconditional_from == one_copy.INPUT:
+            check_given(cls, conditional, unconditional, chosen)
         guider = DualCopyGuider(
             conditional, unconditional, positive, chosen, residency, unconditional_from
         )
@@ -117,8 +121,9 @@ class SamplingPreset(io.ComfyNode):
         schedule_mu: str = PRESET_MU,
         last_sigma: str = ZERO,
     ) -> io.NodeOutput:
-        for warning in check_size(width, height):
-            logger.warning(warning)
+        (width, height), rounded = on_grid(width, height)
+        for note in (*([rounded] if rounded else ()), *check_size(width, height)):
+            logger.warning(note)
         return io.NodeOutput(
             *schedule(preset, width, height, steps, denoise, schedule_mu, last_sigma)
         )

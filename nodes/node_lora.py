@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..checkpoint.copies import COPIES, UNCONDITIONAL
 from ..checkpoint.loras import describe, parse_lora, read_lora, read_strength
+from .file_choices import fitting_first
 from .lora_baking import bake
 from .lora_loading import add_lora, linear_shapes, other_shapes, remaining_folding
 from .model_files import host_listing, host_stamp
@@ -47,7 +48,7 @@ class LoadLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora",
-                    options=[NONE, *host_listing(FOLDERS).names],
+                    options=[NONE, *fitting_first(FOLDERS)],
                     default=NONE,
                     tooltip="A LoRA in models/loras, trained for Ideogram 4. none: the models as "
                     "they are.",
@@ -112,7 +113,7 @@ class LoadLora(io.ComfyNode):
         )
         if found.unknown:
             logger.warning("%s: %s", lora, describe(found).splitlines()[-1])
-        outputs, notes = [], [describe(found)]
+        outputs, notes = [], [describe(found, apply_to)]
         for copy, model in zip(COPIES, (conditional, unconditional), strict=True):
             updates = found.for_copy(copy, apply_to)
             if model is None:

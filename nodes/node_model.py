@@ -17,13 +17,15 @@ from . import report
 from .attention import CHOICES as ATTENTIONS
 from .attention_choice import followed
 from .connections import leads_anywhere, running_graph
+from .file_choices import fitting_first, levels_here
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
+from .missing_copy import check_complete
 from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE, choose_files, machine
 from .model_files import host_listing, host_stamp
 from .model_loading import ModelSource, load_model, measured
 from .picture_notes import note_when_sampling
-from .schema import CATEGORY
+from .schema import CATEGORY, details_input
 from .unconditional_lora import FOLDERS as LORA_FOLDERS
 from .unconditional_lora import unconditional_of
 
@@ -135,6 +137,7 @@ class LoadIdeogram4(io.ComfyNode):
         branches: str = AUTO,
         unconditional_lora: str = NONE,
         unconditional_level: str = SAME,
+        details: bool = False,
     ) -> io.NodeOutput:
         one_copy = unconditional_lora != NONE
         pair, bases = choose_files(
@@ -149,6 +152,8 @@ class LoadIdeogram4(io.ComfyNode):
         )
         options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
+        if not one_copy:
+            check_complete(pair, wanted[1], host_listing(FOLDERS).folder)
         here = machine()  # before loading, so that it tells what is free now
         fused = decide(fused_blocks, backend, here.backends)
         wish = pair.conditional.header.attention_wish
@@ -177,7 +182,7 @@ class LoadIdeogram4(io.ComfyNode):
         for model in models:
             if model is not None:
                 note_when_sampling(model, note)
-        return io.NodeOutput(*models, report.text(*about))
+        return io.NodeOutput(*models, report.text(*about, details=details))
 
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
@@ -185,7 +190,7 @@ def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
 
 
 def _inputs() -> list:
-    names = host_listing(FOLDERS).names
+    names = fitting_first(FOLDERS)
     return [
         io.Combo.Input(
             "level",
@@ -193,7 +198,8 @@ def _inputs() -> list:
             default=AUTO,
             tooltip="How the weights are quantized. auto picks the fastest level among your files "
             "that fits this device; the report says which. The same workflow then works on any "
-            "machine that has any Ideogram 4 file.",
+            "machine that has any Ideogram 4 file. Levels without a file here are marked.",
+            extra_dict={"here": [AUTO, *levels_here()]},
         ),
         io.Combo.Input(
             "conditional_file",
@@ -282,7 +288,7 @@ def _inputs() -> list:
         ),
         io.Combo.Input(
             "unconditional_lora",
-            options=[NONE, *host_listing(LORA_FOLDERS).names],
+            options=[NONE, *fitting_first(LORA_FOLDERS)],
             default=NONE,
             optional=True,
             advanced=True,
@@ -295,10 +301,12 @@ def _inputs() -> list:
             "unconditional_level",
             options=[SAME, *LEVELS],
             default=SAME,
+            extra_dict={"here": [SAME, *levels_here()]},
             optional=True,
             advanced=True,
             tooltip="A level of its own for the unconditional copy, to save memory: one step "
             "lower costs less there than in the conditional copy. With level auto, 'same' lets "
             "auto take a lower one where two equal copies do not fit; the report says so.",
         ),
+        details_input(),
     ]

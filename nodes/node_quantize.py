@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management as management
 import comfy.utils
 from comfy_api.latest import io
 
-from ..checkpoint import open_checkpoint
 from ..checkpoint.copies import COPIES
-from ..checkpoint.listing import new_name, stamp
+from ..checkpoint.listing import Listing, new_name, stamp
 from ..checkpoint.published import most_wanted
+from ..files.new_file import check_output
 from ..quant.block_types import check_policy
 from ..quant.errors import QuantOptionError
-from ..quant.quantize import SUFFIXES, quantize_checkpoint
-from ..quant.recipes import RECIPES, QuantOptions, recipe_of
-from .made_files import remember_file, times_lost
+from ..quant.output_names import output_name, suffix_of
+from ..quant.presets import AS_PICKED, PRESETS, preset_of
+from ..quant.quantize import quantize_checkpoint
+from ..quant.recipes import RECIPES, QuantOptions, Recipe, recipe_of
+from .file_choices import choices, fitting_first
+from .made_files import remember_files, times_lost
 from .model_files import host_listing
 from .node_calibrate import CalibrationType
 from .schema import CATEGORY
+from .switches import in_words_of_the_node
 
 FOLDERS = "diffusion_models"
 NONE = "none"
 AS_IN_FILE = "as in the file"
+BOTH = "both"
 
 
 class Quantize(io.ComfyNode):
@@ -31,7 +38,7 @@ class Quantize(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        listing = host_listing(FOLDERS)
+        names = fitting_first(FOLDERS)
         return io.Schema(
             node_id="Ideogram4QuantQuantize",
             display_name="Quantize Ideogram 4",
@@ -47,7 +54,7 @@ class Quantize(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "source",
-                    options=listing.choices,
+                    options=names or choices(FOLDERS),
                     tooltip="The file to quantize: BF16 or FP8. Each copy is quantized by itself.",
                 ),
                 io.Combo.Input(
@@ -58,16 +65,16 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "copy",
-                    options=[AS_IN_FILE, *COPIES],
+                    options=[AS_IN_FILE, *COPIES, BOTH],
                     default=AS_IN_FILE,
                     tooltip="Which copy the file holds, where it does not say, or which of its two "
-                    "to take.",
+                    "to take. both: the two of one file, each to a file of its own.",
                 ),
                 io.String.Input(
                     "filename",
                     default="",
-                    tooltip="Name of the new file in models/diffusion_models; empty: named after "
-                    "copy and level.",
+                    tooltip="Name of the new file in models/diffusion_models; empty: my-tune-Q4_K "
+                    "for my-tune.",
                 ),
                 io.Boolean.Input(
                     "overwrite",
@@ -102,7 +109,7 @@ class Quantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "base_file",
-                    options=[NONE, *listing.names],
+                    options=[NONE, *names],
                     default=NONE,
                     optional=True,
                     advanced=True,
@@ -117,9 +124,28 @@ class Quantize(io.ComfyNode):
                     advanced=True,
                     tooltip="Where to encode. gpu: ComfyUI's own device.",
                 ),
+                io.Combo.Input(
+                    "pair",
+                    options=[NONE, *names],
+                    default=NONE,
+                    optional=True,
+                    tooltip="The file of the other copy, to be written in the same run: under a "
+                    "name of its own, at the same level. A calibration holds for both.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[AS_PICKED, *PRESETS],
+                    default=AS_PICKED,
+                    optional=True,
+                    tooltip="A recipe with all that belongs to it; it goes before the level and "
+                    "needs a calibration. "
+                    + " ".join(f"{name}: {preset.meaning}." for name, preset in PRESETS.items()),
+                ),
             ],
             outputs=[
-                io.String.Output(id="path", display_name="path", tooltip="The new file."),
+                io.String.Output(
+                    id="path", display_name="path", tooltip="The new file; of two, one a line."
+                ),
                 io.String.Output(
                     id="report",
                     display_name="report",
@@ -136,21 +162,25 @@ class Quantize(io.ComfyNode):
         source: str | None = None,
         base_file: str | None = None,
         policy: str | None = None,
+        pair: str | None = None,
     ) -> bool | str:
         try:
             check_policy(policy or "uniform")
         except QuantOptionError as error:
             return str(error)
         listing = host_listing(FOLDERS)
-        problem = listing.problem(source, most_wanted(FOLDERS))
-        if problem is not True or base_file in (None, NONE):
-            return problem
-        return listing.problem(base_file)
+        problems = [listing.problem(source, most_wanted(FOLDERS))]
+        problems += [
+            listing.problem(name) for name in (base_file, pair) if name not in (None, NONE)
+        ]
+        return next((problem for problem in problems if problem is not True), True)
 
     @classmethod
-    def fingerprint_inputs(cls, source: str, base_file: str = NONE, **_) -> str:
+    def fingerprint_inputs(
+        cls, source: str, base_file: str = NONE, pair: str = NONE, **_: object
+    ) -> str:
         paths = host_listing(FOLDERS).paths
-        read = [stamp(paths[name]) for name in (source, base_file) if name in paths]
+        read = [stamp(paths[name]) for name in (source, base_file, pair) if name in paths]
         return repr((read, times_lost(str(cls.hidden.unique_id))))
 
     @classmethod
@@ -166,44 +196,94 @@ class Quantize(io.ComfyNode):
         target_gb: float = 0.0,
         base_file: str = NONE,
         device: str = "cpu",
+        pair: str = NONE,
+        preset: str = AS_PICKED,
     ) -> io.NodeOutput:
-        check_policy(policy)
-        listing = host_listing(FOLDERS)
-        path = listing.path(source)
-        base = None if base_file == NONE else listing.path(base_file)
-        which = None if copy == AS_IN_FILE else copy
-        recipe = recipe_of(level)
-        suffix = SUFFIXES["gguf" if recipe.file_format == "gguf" else "native"]
-        if not filename.strip():
-            found = open_checkpoint(path, base, copy=which)
-            name = "-".join(found.copies if which is None else (which,))
-            name = name if found.one_branch is None else "one-branch"
-            filename = f"ideogram4-{name}-{recipe.level.replace(' ', '_')}"
-        out = Path(listing.folder) / new_name(filename, suffix)
-        bar: comfy.utils.ProgressBar | None = None
+        with in_words_of_the_node(_INPUTS):
+            check_policy(policy)
+            listing = host_listing(FOLDERS)
+            base = None if base_file == NONE else listing.path(base_file)
+            more: Mapping[str, object] = {}
+            if preset != AS_PICKED:
+                chosen = preset_of(preset, calibration is not None)
+                level, more = chosen.level, chosen.options
+            options = QuantOptions(
+                calibration=calibration, target_bytes=int(target_gb * 1e9) or None, **more
+            )
+            jobs = _jobs(listing, source, recipe_of(level), copy, filename, pair)
+            if not overwrite:
+                for job in jobs:
+                    check_output(job.out)
+            reports = []
+            for job in jobs:
+                report = quantize_checkpoint(
+                    job.source,
+                    level,
+                    job.out,
+                    copy=job.copy,
+                    base=base,
+                    options=options,
+                    overwrite=overwrite,
+                    progress=_progress(),
+                    device=management.get_torch_device() if device == "gpu" else "cpu",
+                    resume=not overwrite,
+                    keep_partial=True,
+                )
+                reports.append(report.table())
+        remember_files(str(cls.hidden.unique_id), [job.out for job in jobs])
+        told = [*reports, "Press R to see it in the loaders."]
+        return io.NodeOutput("\n".join(str(job.out) for job in jobs), "\n\n".join(told))
 
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            management.throw_exception_if_processing_interrupted()
-            bar = bar or comfy.utils.ProgressBar(total)
-            bar.update_absolute(done, total)
 
-        options = QuantOptions(
-            calibration=calibration,
-            target_bytes=int(target_gb * 1e9) or None,
+_INPUTS = ("overwrite", "copy", "calibration", "target_gb", "device")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A copy, where it is and where it goes."""
+
+    source: Path
+    copy: str | None
+    out: Path
+
+
+def _jobs(
+    listing: Listing, source: str, recipe: Recipe, copy: str, filename: str, pair: str
+) -> list[_Job]:
+    """The files that a run makes: one, or one for each copy."""
+    path = listing.path(source)
+    if pair != NONE and copy == BOTH:
+        raise QuantOptionError(
+            "copy says that the file holds both copies, and pair names the file of the other one",
+            needed="one of the two",
+            hint=f"Set pair to {NONE!r}, or copy to {AS_IN_FILE!r}.",
         )
-        report = quantize_checkpoint(
-            path,
-            level,
-            out,
-            copy=which,
-            base=base,
-            options=options,
-            overwrite=overwrite,
-            progress=progress,
-            device=management.get_torch_device() if device == "gpu" else "cpu",
-            resume=not overwrite,
-            keep_partial=True,
-        )
-        remember_file(str(cls.hidden.unique_id), out)
-        return io.NodeOutput(str(out), f"{report.table()}\n\nPress R to see it in the loaders.")
+    if copy == BOTH:
+        parts: list[tuple[Path, str | None]] = [(path, each) for each in COPIES]
+    else:
+        parts = [(path, None if copy == AS_IN_FILE else copy)]
+    if pair != NONE:
+        other = dict(zip(COPIES, reversed(COPIES), strict=True)).get(copy)
+        parts.append((listing.path(pair), other))
+    jobs = []
+    for part, which in parts:
+        name = output_name(part, recipe, which if copy == BOTH else None)
+        if filename.strip():
+            own = filename.strip() if copy != BOTH else f"{filename.strip()}-{which}"
+            name = own if part == path else name
+        out = Path(listing.folder) / new_name(name, suffix_of(recipe))
+        jobs.append(_Job(part, which, out))
+    return jobs
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A callback that draws the host's bar and ends when the user says so."""
+    bar: comfy.utils.ProgressBar | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        management.throw_exception_if_processing_interrupted()
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    return progress

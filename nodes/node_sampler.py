@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections import Counter
 
 import comfy.model_management as management
 import comfy.sample
@@ -14,27 +12,29 @@ import latent_preview
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sampling import check_size
+from ..sampling import check_size, on_grid
 from . import one_copy
-from . import residency as residency_kinds
-from .costs import without_guidance
-from .fused_blocks import status
 from .guider import DualCopyGuider
 from .latents import TOKEN_PIXELS, check_latent, empty_latent
+from .missing_copy import check_given
 from .sampling_inputs import (
+    BY_HAND,
     PRESET_MU,
     ZERO,
+    asked_size,
     denoise_input,
     guidance_inputs,
     make_guidance,
     model_inputs,
     preset_input,
+    ratio_inputs,
     schedule,
     size_inputs,
     steps_input,
     unsettled_inputs,
 )
-from .schema import CATEGORY
+from .sampling_report import Clock, PeakMemory, report
+from .schema import CATEGORY, details_input
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class Sampler(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Samples with the reference's schedule and guidance, all in one node. Connect a "
-                "latent for image to image or inpainting; else width and height decide."
+                "latent for image to image or inpainting; else the size is an aspect ratio, or "
+                "width and height by hand."
             ),
             search_aliases=["ksampler", "sampler", "ideogram sampler", "text to image"],
             inputs=_inputs(),
@@ -61,9 +62,11 @@ class Sampler(io.ComfyNode):
                 io.String.Output(
                     id="report",
                     display_name="report",
-                    tooltip="Steps, passes of each copy, time, and what was saved or skipped.",
+                    tooltip="Size, steps, seconds a step, seed, guidance, passes of each copy made "
+                    "and skipped, peak memory.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -86,37 +89,45 @@ class Sampler(io.ComfyNode):
         sigmas=None,
         schedule_mu: str = PRESET_MU,
         last_sigma: str = ZERO,
+        aspect_ratio: str = BY_HAND,
+        megapixels: float = 1.0,
+        details: bool = False,
         **guidance,
     ) -> io.NodeOutput:
-        if latent is None:
-            check_size(width, height)
-            latent = {"samples": empty_latent(width, height, batch_size)}
         chosen = make_guidance(preset, **guidance)
+        if unconditional_from == one_copy.INPUT:
+            check_given(cls, conditional, unconditional, chosen)
+        notes = []
+        if latent is None:
+            (width, height), rounded = on_grid(*asked_size(aspect_ratio, megapixels, width, height))
+            notes += [rounded] if rounded else []
+            latent = {"samples": empty_latent(width, height, batch_size)}
         guider = DualCopyGuider(
             conditional, unconditional, positive, chosen, residency, unconditional_from
         )
-        started = time.perf_counter()
+        clock, memory = Clock(), PeakMemory(conditional.load_device)
         samples = comfy.sample.fix_empty_latent_channels(
             guider.model_patcher, latent["samples"], latent.get("downscale_ratio_spacial")
         )
         check_latent(samples)
         height, width = (side * TOKEN_PIXELS for side in samples.shape[-2:])
-        warnings = check_size(width, height)
-        for warning in warnings:
-            logger.warning(warning)
+        notes += check_size(width, height)
+        for note in notes:
+            logger.warning(note)
         curve = sigmas
         if curve is None:
             curve, _ = schedule(preset, width, height, steps, denoise, schedule_mu, last_sigma)
-        samples = _sample(guider, {**latent, "samples": samples}, curve, seed, sampler_name)
-        seconds = time.perf_counter() - started
+        latent = {**latent, "samples": samples}
+        samples = _sample(guider, latent, curve, seed, sampler_name, clock)
+        clock.stop()
+        size = f"{width}x{height}, preset {preset}"
+        text = report(guider, curve, seed, clock, memory, size, notes, details=details)
         out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
-        lines = [f"{len(curve) - 1} steps at {width}x{height}, {seconds:.1f} s", *warnings]
-        lines += _report(guider, curve)
-        return io.NodeOutput({**out, "samples": samples}, "\n".join(lines))
+        return io.NodeOutput({**out, "samples": samples}, text)
 
 
 def _sample(
-    guider: DualCopyGuider, latent: dict, curve: Tensor, seed: int, sampler_name: str
+    guider: DualCopyGuider, latent: dict, curve: Tensor, seed: int, sampler_name: str, clock: Clock
 ) -> Tensor:
     """Latents [B, 128, H / 16, W / 16] along the sigmas, through the host's own sampling."""
     samples = latent["samples"]
@@ -127,48 +138,13 @@ def _sample(
         comfy.samplers.sampler_object(sampler_name),
         curve,
         denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(guider.model_patcher, len(curve) - 1),
+        callback=clock.watching(
+            latent_preview.prepare_callback(guider.model_patcher, len(curve) - 1)
+        ),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
     return out.to(management.intermediate_device())
-
-
-def _report(guider: DualCopyGuider, curve: Tensor) -> list[str]:
-    """What ran, and what was saved."""
-    plan = guider.guidance.plan(curve.tolist())
-    steps = len(plan)
-    fused = _fused_lines(guider)
-    if guider.one_branch is not None or (guider.said and guider.unconditional is None):
-        return [f"passes: {steps} conditional", *guider.said, *fused]
-    if guider.unconditional is None:
-        without = without_guidance()
-        return [f"without guidance, as no unconditional copy is connected: {without}", *fused]
-    count = Counter(step.unconditional for step in plan)
-    lines = [f"passes: {steps} conditional, {count['run']} unconditional"]
-    saved = steps - count["run"]
-    if saved:
-        reasons = [f"{count[k]} {word}" for k, word in _SAVINGS.items() if count[k]]
-        lines.append(f"saved {saved / (2 * steps):.0%} of the passes: {', '.join(reasons)}")
-    how = one_copy.stands_in(guider.unconditional)
-    lines += [] if how is None else [f"unconditional: {how}"]
-    return [*lines, f"copies on the device: {_kept(guider)}", *fused]
-
-
-def _kept(guider: DualCopyGuider) -> str:
-    if not guider.one_copy:
-        return guider.kept
-    return "one, for both passes" if guider.kept == residency_kinds.BOTH else guider.kept
-
-
-def _fused_lines(guider: DualCopyGuider) -> list[str]:
-    """How the blocks of each copy ran, where they were patched to run fused."""
-    copies = {"conditional": guider.model_patcher, "unconditional": guider.unconditional}
-    found = ((copy, status(patcher)) for copy, patcher in copies.items() if patcher is not None)
-    return [f"fused blocks, {copy}: {text}" for copy, text in found if text is not None]
-
-
-_SAVINGS = {"reuse": "reused", "skip": "skipped at guidance 1"}
 
 
 def _inputs() -> list:
@@ -218,4 +194,6 @@ def _inputs() -> list:
             "sigmas, steps and denoise.",
         ),
         *unsettled_inputs(),
+        *ratio_inputs(),
+        details_input(),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..checkpoint.published import most_wanted
+from .file_choices import choices
 from .model_files import host_listing, host_stamp
 from .schema import CATEGORY
 from .vae_loading import load_vae
@@ -29,7 +30,7 @@ class LoadVAE(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae",
-                    options=host_listing(FOLDERS).choices,
+                    options=choices(FOLDERS),
                     tooltip="flux2-vae.safetensors, or the pocket model's VAE.",
                 )
             ],

@@ -24,7 +24,7 @@ from ..ops.tuning.choices import ALWAYS_DENSE, ATTENTION, GGUF, LINEAR, Measurem
 from ..quant.tables import gigabytes
 from . import costs
 from .fused_choice import OFF
-from .report_levels import PLAIN_LEVEL, by_level, copies, level_line, protected_lines
+from .report_levels import PLAIN_LEVEL, by_level, copies, protected_lines
 
 HOST_ATTENTION = "host"
 ONE_BRANCH = "one branch: needs no guidance and no unconditional copy; half the memory and passes"
@@ -33,6 +33,11 @@ _RESIDENCY = {
     BOTH: "everything stays there",
     ALTERNATING: "one copy at a time, the other waits in RAM",
     STREAMED: "weights are streamed from RAM, slow; pick a smaller level",
+}
+_FITS = {
+    BOTH: "resident: fits {}",
+    ALTERNATING: "copies in turns: one fits {}, the other waits in RAM",
+    STREAMED: "streamed from RAM, slow: does not fit {}; pick a smaller level",
 }
 _UNFOLDED = (
     "undone while loading, so LoRAs work here by any node; in the stock loader they are right with "
@@ -98,11 +103,16 @@ def text(
     machine: Machine,
     fused: str = OFF,
     stands_in: str | None = None,
+    *,
+    details: bool = False,
 ) -> str:
-    """The same for people, one fact a line."""
-    lines = [level_line(pair, asked)]
+    """The same for people, one fact a line: first what it is and whether it fits.
+
+    details: also where each fact comes from, and every time that was measured.
+    """
+    lines = [_first_line(pair, asked, machine, stands_in)]
     for copy, candidate in copies(pair):
-        lines.append(_file_line(copy, candidate))
+        lines.append(_file_line(copy, candidate) if details else f"{copy}: {candidate.name}")
     if stands_in is not None:
         lines.append(f"unconditional: {stands_in}")
     elif pair.one_branch is not None:
@@ -113,18 +123,20 @@ def text(
             "pictures are worse. Put the other copy beside it, or pick a level that has both"
         )
     lines += _folded_lines(pair)
-    lines += protected_lines(pair)
+    if details:
+        lines += protected_lines(pair)
     lines.append(f"backend: {by_level(pair, lambda level: _backend(level, options, machine))}")
-    packed = [level for level in pair.levels if level in PACKED]
-    for name in packed:
-        of = f"{name} " if len(pair.levels) > 1 else ""
-        lines.append(f"  {of}{costs.gguf_compute(name, _gguf_compute(name, options))}")
-    if any(_may_run_int8(level, options) for level in pair.levels):
+    for level in pair.levels:
+        if level in PACKED:
+            of = f"{level} " if len(pair.levels) > 1 else ""
+            lines.append(f"  {of}{costs.gguf_compute(level, _computed(level, options, machine))}")
+    if details and any(_may_run_int8(level, options) for level in pair.levels):
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]
-    lines += _attention_lines(machine)
-    lines.append(f"fused blocks: {fused}")
-    lines.append(_memory_line(pair, machine))
+    if details or machine.attention != HOST_ATTENTION:
+        lines += _attention_lines(machine, details)
+    if details:
+        lines += [f"fused blocks: {fused}", _memory_line(pair, machine)]
     if machine.dtype == "float32":
         lines.append(
             f"compute: float32, because {machine.device} has no bfloat16 and float16 overflows in "
@@ -152,6 +164,22 @@ def fingerprint(path: Path) -> str:
             file.seek(last * i // (_SAMPLES - 1))
             digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
+
+
+def _first_line(pair: Pair, asked: str, machine: Machine, stands_in: str | None) -> str:
+    """``Q4_K, both copies, 11.20 GB, resident: fits card (24.00 GB)``."""
+    if pair.one_branch is not None:
+        which = "one branch"
+    elif pair.unconditional is not None:
+        which = "both copies"
+    else:
+        which = "the conditional copy alone" if stands_in is None else "one copy for both passes"
+    weights = pair.weight_bytes()
+    fits = _FITS[residency(weights, machine.memory)]
+    place = f"{machine.device} ({gigabytes(machine.memory)})"
+    size = gigabytes(sum(weights))
+    line = f"{pair.label}, {which}, {size}, {fits.format(place)}"
+    return f"{line}; auto picked it, the first level here that fits" if asked == AUTO else line
 
 
 def _file_line(copy: str, candidate: Candidate) -> str:
@@ -184,6 +212,12 @@ def _may_run_int8(level: str, options: LinearOptions) -> bool:
 def _gguf_compute(level: str, options: LinearOptions) -> str:
     """What the linears of a block get at many tokens: their rows hold whole groups of 256."""
     return resolve_compute(options.gguf_compute, level, 256)
+
+
+def _computed(level: str, options: LinearOptions, machine: Machine) -> str:
+    """What the backend line says, as ``w8a8`` or ``dense``: also where int8 was measured slower."""
+    slower = _few_tokens(level, options, machine.measured) == {ALWAYS_DENSE}
+    return "w8a8" if _may_run_int8(level, options) and not slower else "dense"
 
 
 def _backend(level: str, options: LinearOptions, machine: Machine) -> str:
@@ -235,12 +269,13 @@ def _attention(machine: Machine) -> str:
     return "sdpa, because there is nothing else here"
 
 
-def _attention_lines(machine: Machine) -> list[str]:
+def _attention_lines(machine: Machine, details: bool) -> list[str]:
     lines = [f"attention: {_attention(machine)}"]
     if machine.attention == HOST_ATTENTION:
         return lines
-    lines += [f"  {m}" for m in _shown(machine.measured, ATTENTION)]
-    lines += [f"  {b.name}: {b.reason}" for b in machine.attention_backends if not b.available]
+    if details:
+        lines += [f"  {m}" for m in _shown(machine.measured, ATTENTION)]
+        lines += [f"  {b.name}: {b.reason}" for b in machine.attention_backends if not b.available]
     if machine.attention == "int8":
         lines.append(
             "  int8: less exact than sdpa, by emulation a relative error of 0.010 against 0.002"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..checkpoint.copies import COPIES
-from ..checkpoint.level_order import AUTO
 from ..checkpoint.pairs import Candidate, Pair
 
 PLAIN_LEVEL = "BF16"
@@ -14,13 +13,6 @@ PLAIN_LEVEL = "BF16"
 def copies(pair: Pair) -> list[tuple[str, Candidate]]:
     both = zip(COPIES, (pair.conditional, pair.unconditional), strict=True)
     return [(copy, candidate) for copy, candidate in both if candidate is not None]
-
-
-def level_line(pair: Pair, asked: str) -> str:
-    two = len(pair.levels) > 1
-    what = "pair of levels" if two else "level"
-    how = f" (auto: the first {what} here that fits this device)" if asked == AUTO else ""
-    return f"level: {pair.label}{', conditional + unconditional' if two else ''}{how}"
 
 
 def by_level(pair: Pair, say: Callable[[str], str]) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..sampling import LAST_SIGMA, PRESETS, guidance_schedule, sigmas
+from ..sampling import LAST_SIGMA, PRESETS, RATIOS, guidance_schedule, sigmas, size_of
 from ..sampling import preset as find_preset
 from . import one_copy, residency
 from .guidance import Guidance, format_guidance, parse_guidance
 
 PRESET_MU = "preset"
 ZERO, NEAR_ZERO = "0", "5.53e-4"
+BY_HAND = "width x height"
 
 
 def model_inputs() -> list:
@@ -44,7 +45,7 @@ def preset_input() -> io.Combo.Input:
 
 def size_inputs(*, optional: bool = False) -> list:
     """Width and height; optional where a latent may take their place."""
-    unused = " Not used where a latent is connected." if optional else ""
+    unused = " Not used with an aspect ratio or a connected latent." if optional else ""
     return [
         io.Int.Input(
             side,
@@ -53,11 +54,40 @@ def size_inputs(*, optional: bool = False) -> list:
             max=8192,
             step=16,
             optional=optional,
-            tooltip=f"{side.capitalize()} in pixels, a multiple of 16; trained from 256 to 2048."
-            + unused,
+            tooltip=f"{side.capitalize()} in pixels; trained from 256 to 2048. Other numbers are "
+            "rounded to the nearest multiple of 16." + unused,
         )
         for side in ("width", "height")
     ]
+
+
+def ratio_inputs() -> list:
+    """A size by its shape and area, in the place of width and height."""
+    return [
+        io.Combo.Input(
+            "aspect_ratio",
+            options=[BY_HAND, *RATIOS],
+            default=BY_HAND,
+            optional=True,
+            tooltip="Width to height, at the area of megapixels, in multiples of 16. "
+            f"{BY_HAND}: those two inputs decide. Not used where a latent is connected.",
+        ),
+        io.Float.Input(
+            "megapixels",
+            default=1.0,
+            min=0.1,
+            max=4.0,
+            step=0.1,
+            optional=True,
+            tooltip="The area of a picture with an aspect ratio: 1 is that of 1024x1024, 4 that of "
+            f"2048x2048. Not used with {BY_HAND}.",
+        ),
+    ]
+
+
+def asked_size(ratio: str, megapixels: float, width: int, height: int) -> tuple[int, int]:
+    """(width, height) that those inputs and ``size_inputs`` ask for."""
+    return (width, height) if ratio == BY_HAND else size_of(ratio, megapixels)
 
 
 def steps_input() -> io.Int.Input:

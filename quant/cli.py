@@ -1,30 +1,26 @@
-"""``ideogram4-quant quantize | inspect | verify``: arguments in, tables out."""
+"""``ideogram4-quant quantize | inspect | verify``: arguments in, tables out.
+
+Nothing here imports torch before the arguments are checked.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
-from tqdm import tqdm
-
-from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
-from ..files.partial import partial_path
-from .block_types import check_policy
-from .calibration import Calibration
-from .errors import QuantOptionError
-from .inspect import inspect_file
-from .inspect_pair import inspect_pair
-from .quantize import plan_quantization, quantize_checkpoint
-from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
+from ..checkpoint.copy_names import COPIES
+from ..command_help import HelpFormatter
+from .command_parts import calibration_of, check_files, progress_bar
+from .quantize_command import BOTH, how_to_go_on, quantize
+from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS
 from .tables import human_db
-from .verify import verify_file
 
-COPIES = (CONDITIONAL, UNCONDITIONAL)
+_QUANTIZE = """examples:
+  ideogram4-quant quantize my-tune-v2.safetensors --level Q4_K
+  ideogram4-quant quantize my-tune-v2.safetensors --pair my-tune-v2-uncond.safetensors --level INT8
+  ideogram4-quant quantize my-tune-v2.safetensors --level INT8 --calibration cal.safetensors \\
+      --treatment auto --out my-tune-v2-best.safetensors"""
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -38,18 +34,34 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "quantize",
         help="write a model at another level",
-        description="Write a copy of Ideogram 4 at another level, layer by layer.",
+        description="Write a copy of Ideogram 4 at another level, layer by layer. The new file is "
+        "named after SRC and lies beside it, unless --out says otherwise.",
+        epilog=_QUANTIZE,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help="a model file or folder, of any origin")
-    parser.add_argument("--level", required=True, metavar="L", help=", ".join(RECIPES))
-    parser.add_argument("--out", required=True, metavar="F", help=".safetensors or .gguf")
     parser.add_argument(
-        "--copy", choices=COPIES, help="which copy: where SRC holds both, or does not say"
+        "--level", required=True, metavar="L", help=", ".join(RECIPES) + "; INT8 is the rotated one"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="F|DIR",
+        help="the new file, or the folder for it (default: beside SRC, named SRC-LEVEL)",
+    )
+    parser.add_argument(
+        "--copy",
+        choices=(*COPIES, BOTH),
+        help="which copy: where SRC holds both, or does not say; both: a file for each",
     )
     parser.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only SRC its other tensors"
     )
-    parser.add_argument("--pair", metavar="F", help="the other copy, for Transformer Lab's files")
+    parser.add_argument(
+        "--pair",
+        metavar="F",
+        help="the file of the other copy, to be written in the same run: to a file of its own, but "
+        "for Transformer Lab's container, which holds both",
+    )
     parser.add_argument(
         "--container",
         "--layout",  # its name before 0.2.0
@@ -94,7 +106,7 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         "--resume", action="store_true", help="go on with F.partial, which an interrupted run left"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be written")
-    parser.set_defaults(func=_quantize)
+    parser.set_defaults(func=quantize, interrupted=how_to_go_on)
 
 
 def _add_calibrated(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +148,7 @@ def _add_inspect(subparsers: argparse._SubParsersAction) -> None:
         "inspect",
         help="say what a model file is",
         description="Origin, level, copies, sizes and metadata, from the headers alone.",
+        epilog="example: ideogram4-quant inspect my-tune-v2-Q4_K.gguf",
     )
     parser.add_argument("file", metavar="FILE", help="a model file or folder")
     parser.add_argument(
@@ -154,6 +167,8 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
         "verify",
         help="compare the weights of two files",
         description="SQNR of every layer of FILE against SRC, in dB, and the worst layers.",
+        epilog="example: ideogram4-quant verify my-tune-v2-Q4_K.gguf --against "
+        "my-tune-v2.safetensors",
     )
     parser.add_argument("file", metavar="FILE", help="the quantized model")
     parser.add_argument("--against", required=True, metavar="SRC", help="the reference")
@@ -176,116 +191,26 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(func=_verify)
 
 
-@contextmanager
-def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress callback ``(done, total)`` that draws a bar with rate and time left on stderr.
-
-    The bar appears with the first call, so that an error before the work stands alone.
-    """
-    with ExitStack() as stack:
-        bar: tqdm | None = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            if bar is None:
-                made = tqdm(desc=title, total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
-                bar = stack.enter_context(made)
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-@contextmanager
-def _saying_what_is_left(out: Path) -> Iterator[None]:
-    """On Ctrl-C: how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        left = partial_path(out)
-        if left.exists():
-            print(f"{left} holds what is done: --resume goes on with it", file=sys.stderr)
-        raise
-
-
-def _type_rule(text: str) -> TypeRule:
-    pattern, equals, qtype = text.rpartition("=")
-    if not equals or not pattern or not qtype:
-        raise QuantOptionError("--type needs NAME=TYPE", found=text)
-    return TypeRule(pattern, qtype)
-
-
-def _calibration(args: argparse.Namespace) -> Calibration | None:
-    return None if args.calibration is None else Calibration.load(args.calibration)
-
-
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?(%|[kMG]?B)")
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def _budget(text: str | None) -> dict[str, float | int]:
-    """The option of QuantOptions that ``8%`` or ``700MB`` means."""
-    if text is None:
-        return {}
-    match = _BUDGET.fullmatch(text.strip())
-    if match is None:
-        raise QuantOptionError("--protect-budget", found=text, needed="as 8% or 700MB")
-    if match[2] == "%":
-        return {"protect_share": float(match[1]) / 100}
-    return {"protect_bytes": round(float(match[1]) * _UNITS[match[2]])}
-
-
-def _quantize(args: argparse.Namespace) -> int:
-    check_policy(args.policy)
-    options = QuantOptions(
-        container=args.container,
-        protect=tuple(args.protect),
-        types=tuple(map(_type_rule, args.types)),
-        target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),
-        linears=args.linears,
-        licence=args.licence,
-        calibration=_calibration(args),
-        treatment=args.treatment,
-        alpha=args.alpha,
-        rounding=args.rounding,
-        protect_below=args.protect_below,
-        **_budget(args.protect_budget),
-    )
-    choice = {
-        "copy": args.copy,
-        "base": args.base,
-        "pair": args.pair,
-        "options": options,
-        "overwrite": args.overwrite,
-    }
-    if args.dry_run:
-        print(plan_quantization(args.source, args.level, args.out, **choice).table())
-        return 0
-    with progress_bar(args.level, "B") as progress, _saying_what_is_left(Path(args.out)):
-        report = quantize_checkpoint(
-            args.source,
-            args.level,
-            args.out,
-            **choice,
-            progress=progress,
-            device=args.device,
-            resume=args.resume,
-            keep_partial=True,
-        )
-    print(report.table())
-    return 0
-
-
 def _inspect(args: argparse.Namespace) -> int:
+    check_files(args.file, *(args.base or ()), *([args.uncond] if args.uncond else []))
     if args.uncond is not None:
+        from .inspect_pair import inspect_pair
+
         both = inspect_pair(args.file, args.uncond, args.base)
         print(json.dumps(both.to_dict(), indent=2) if args.json else both.table())
         return 0
+    from .inspect import inspect_file
+
     found = inspect_file(args.file, args.base)
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.table())
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
+    bases = (*(args.base or ()), *(args.against_base or ()))
+    check_files(args.file, args.against, args.calibration, *bases)
+    from .verify import verify_file
+
     with progress_bar("verify", " values") as progress:
         found = verify_file(
             args.file,
@@ -293,7 +218,7 @@ def _verify(args: argparse.Namespace) -> int:
             copy=args.copy,
             base=args.base,
             against_base=args.against_base,
-            calibration=_calibration(args),
+            calibration=calibration_of(args),
             progress=progress,
         )
     print(json.dumps(found.to_dict(), indent=2) if args.json else found.table(args.worst))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from .calibration import Calibration
-from .cli import progress_bar
-from .delta import DTYPES, LINEARS, DeltaOptions, make_delta
-from .encode import encoding_device
+from .command_parts import calibration_of, check_files, progress_bar
+
+_DTYPES, _LINEARS = ("bf16", "fp16", "fp32"), ("all", "blocks")
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -18,6 +17,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         description="Write the low-rank difference of the two copies as a LoRA: with it the "
         "conditional copy runs both passes of guidance, and is in memory once. Prints the error "
         "that each rank leaves.",
+        epilog="example: ideogram4-quant delta cond.safetensors uncond.safetensors --rank 16 "
+        "--out uncond-lora.safetensors",
     )
     parser.add_argument("conditional", metavar="CONDITIONAL", help="the conditional copy")
     parser.add_argument(
@@ -41,12 +42,12 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--linears",
-        choices=LINEARS,
+        choices=_LINEARS,
         default="all",
         help="blocks: those in the transformer blocks alone, which diffusers loads too",
     )
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="bf16", help="as stored (default: bf16)"
+        "--dtype", choices=_DTYPES, default="bf16", help="as stored (default: bf16)"
     )
     parser.add_argument(
         "--base", nargs="+", metavar="F", help="gives linears-only files their other tensors"
@@ -59,7 +60,11 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _delta(args: argparse.Namespace) -> int:
-    calibration = None if args.calibration is None else Calibration.load(args.calibration)
+    check_files(args.conditional, args.unconditional, args.calibration, *(args.base or ()))
+    from .delta import DeltaOptions, make_delta
+    from .encode import encoding_device
+
+    calibration = calibration_of(args)
     device = encoding_device(args.device)
     options = DeltaOptions(args.rank, args.dtype, args.linears, calibration, device)
     with progress_bar(f"rank {args.rank}", " weights") as progress:

@@ -7,15 +7,21 @@ the quantizer knows a layer by its name.
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from .calibration import Calibration
 from .errors import QuantOptionError
+from .level_names import nearest, resolve
+
+if TYPE_CHECKING:  # this module is the command line's, too, before torch is there
+    from torch import Tensor
+
+    from .calibration import Calibration
+
+_log = logging.getLogger(__name__)
 
 BLOCK_LINEARS = "layers.*"
 """Module names of the linears inside the transformer blocks (204 of the model's 211)."""
@@ -72,8 +78,6 @@ SOURCE_BITS: dict[str, int] = {
     **{level: recipe.bits for level, recipe in RECIPES.items()},
 }
 """Class of precision of every level that can be read."""
-
-_ALIASES = {"int8": "INT8 W8A8", "int8rotated": "INT8 W8A8 rotated", "convrot": "INT8 W8A8 rotated"}
 
 CONTAINERS = ("native", "transformer-lab")
 """How INT8 is stored in safetensors: as ComfyUI does, or Transformer Lab (``.wq/.ws/.smooth``)."""
@@ -154,18 +158,26 @@ class QuantOptions:
 def recipe_of(level: str) -> Recipe:
     """The recipe of a level; case, blanks, dashes and underscores do not matter.
 
-    Raises QuantOptionError with the list of levels.
+    Names of other tools are taken where they leave no doubt; where one may mean several levels, the
+    nearer one is taken and the log says so. Raises QuantOptionError with the list of levels.
     """
-
-    def plain(text: str) -> str:
-        return re.sub(r"[\s_-]", "", text).lower()
-
-    wanted = _ALIASES.get(plain(level), level)
-    for name, recipe in RECIPES.items():
-        if plain(name) == plain(wanted):
-            return recipe
+    name, note = resolve(level, RECIPES)
+    if note is not None:
+        _log.warning("%s", note)
+    if name is not None:
+        return RECIPES[name]
+    if level.upper() in SOURCE_BITS:
+        raise QuantOptionError(
+            "this level is read, and not written",
+            found=level,
+            needed="one of " + ", ".join(RECIPES),
+        )
+    near = nearest(level, RECIPES)
     raise QuantOptionError(
-        "unknown level", found=repr(level), needed="one of " + ", ".join(RECIPES)
+        "unknown level",
+        found=repr(level),
+        needed="one of " + ", ".join(RECIPES),
+        hint=None if near is None else f"Did you mean {near}?",
     )
 
 

@@ -37,3 +37,13 @@ def gigabytes(count: float) -> str:
 def human_db(value: float) -> str:
     """``41.23``, or ``exact`` where nothing was lost."""
     return "exact" if value == math.inf else f"{value:.2f}"
+
+
+# from that many dB of SQNR on, the error has that share of the signal's power or less
+_NEARNESS = ((40.0, "very near"), (30.0, "near"), (20.0, "differences show side by side"))
+_FAR = "the loss shows"
+
+
+def in_words(db: float) -> str:
+    """A word for the SQNR of a picture's latents: the pack's own scale, the same everywhere."""
+    return next((word for least, word in _NEARNESS if db >= least), _FAR)

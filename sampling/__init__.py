@@ -3,12 +3,14 @@
 from .noise import NOISES, noise_seeds
 from .presets import PRESETS, Preset, guidance_schedule, preset
 from .schedule import LAST_SIGMA, check_size, grid_size, sigmas, start_latents
+from .sizes import RATIOS, on_grid, size_of
 from .steps import StepPlan, combine, euler_step, plan, step_at
 
 __all__ = [
     "LAST_SIGMA",
     "NOISES",
     "PRESETS",
+    "RATIOS",
     "Preset",
     "StepPlan",
     "check_size",
@@ -17,9 +19,11 @@ __all__ = [
     "grid_size",
     "guidance_schedule",
     "noise_seeds",
+    "on_grid",
     "plan",
     "preset",
     "sigmas",
+    "size_of",
     "start_latents",
     "step_at",
 ]

@@ -75,7 +75,7 @@ def test_a_right_type_goes_on_to_the_errors_of_the_commands(tmp_path):
     with pytest.raises(api.CheckpointError, match="no such file"):
         api.inspect_file(tmp_path / "none.gguf")
     with pytest.raises(api.QuantOptionError):
-        api.quantize_checkpoint(paths.dit_path("cond"), "Q3", tmp_path / "out.gguf")
+        api.quantize_checkpoint(paths.dit_path("cond"), "Q9", tmp_path / "out.gguf")
 
 
 def test_functions_keep_signature_and_docstring():

@@ -15,7 +15,7 @@ from ideogram4_quant.ops.kernels import configs
 from ideogram4_quant.ops.linear import LinearOptions
 from ideogram4_quant.ops.tuning import choice_files, choices, tuning_jobs
 from ideogram4_quant.ops.tuning.autotune import Layer, Measure, tune
-from ideogram4_quant.ops.tuning.choices import Measurement, Table
+from ideogram4_quant.ops.tuning.choices import LINEAR, Key, Measurement, Table
 from ideogram4_quant.tests.linear_cases import CPU
 from ideogram4_quant.tests.tuning_cases import INT8, fake_times, linear_key
 
@@ -153,3 +153,13 @@ def test_another_version_of_the_pack_or_another_tiling_is_measured_anew(tmp_path
     thin = {"thin": (configs.GemmConfig(16, 64, 128, 4, 4),)}
     monkeypatch.setattr(configs, "GEMM_CONFIGS", {86: thin})
     assert choice_files.file_for(tmp_path, CPU) != first
+
+
+def test_what_was_not_measured_stays_marked(tmp_path):
+    """Seconds that are extrapolated from a few rows are none of a measurement after a restart."""
+    key = Key(LINEAR, 64, 64, 512, "float32", "0")
+    made = Measurement(key, {"triton": 1e-3, "int_mm": 9.0}, {}, frozenset({"int_mm"}))
+    choice_files.save(tmp_path, CPU, Table([made]))
+    (again,) = choice_files.load(tmp_path, CPU)
+    assert again == made
+    assert "int_mm far behind, not measured" in str(again)

@@ -115,7 +115,6 @@ def test_untrained_sizes_warn(arguments, caplog):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--width", "100"], "width is no multiple of 16 (found 100, needed 96 or 112)"),
         (["--steps", "0"], "too few steps"),
         (["--denoise", "0.5"], "--denoise needs --init-image"),
         (["--out", "picture.jpg"], "picture.jpg: the picture is written as PNG"),
@@ -123,7 +122,6 @@ def test_untrained_sizes_warn(arguments, caplog):
         (["--vae", "none"], "none: no such file or folder"),
         (["--init-image", "none.png"], "none.png"),
         (["--device", "abacus"], "no such device (found 'abacus'"),
-        (["--backend", "abacus"], "unknown backend (found 'abacus'"),
     ],
 )
 def test_errors_are_one_line(arguments, more, message, capsys):
@@ -166,7 +164,7 @@ def test_ctrl_c_is_130(arguments, monkeypatch, capsys):
 
     monkeypatch.setattr(commands, "open_pair", interrupt)
     assert cli.main(arguments) == 130
-    assert capsys.readouterr().err == "interrupted\n"
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
 
 
 def test_a_missing_package_is_named(arguments, monkeypatch, capsys):
@@ -182,7 +180,7 @@ def test_usage_errors_leave_with_2(capsys):
         cli.main(["generate", "--model", "x"])
     assert stop.value.code == 2
     with pytest.raises(SystemExit) as stop:
-        cli.main([])
+        cli.main(["quantise"])
     assert stop.value.code == 2
 
 

@@ -134,7 +134,7 @@ def test_sizes_that_differ_name_both(folders):
         (["--pictures", "a"], "NAME=PATH"),
         (["--pictures", "a=.", "--pictures", "a=.."], "share a name"),
         (["--pictures", "a=/nowhere/at/all"], "no folder"),
-        (["--system", "a=/nowhere/at/all"], "needs --encoder"),
+        (["--system", "a=/nowhere/at/all"], "needs --prompts"),
     ],
 )
 def test_bad_arguments_say_what_is_wrong(tmp_path, arguments, message):

@@ -2,10 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ideogram4_quant.engine.compare.cases import Case
+from ideogram4_quant.engine.compare.sheet import label
+from ideogram4_quant.engine.sheet import Row, contact_sheet
 from ideogram4_quant.errors import Ideogram4QuantError
 from ideogram4_quant.nodes import compare
 
@@ -123,3 +127,31 @@ def test_captions_are_one_json_or_one_a_line():
     assert compare.read_captions(f"{CAPTION}\n{CAPTION}\n") == [CAPTION, CAPTION]
     assert compare.read_captions('a sign "HI"') == ['a sign "HI"']
     assert compare.read_captions(" \n") == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "wanted"),
+    [
+        ('{"high_level_description":"A fox  in\\nsnow.","x":1}', None, "A fox in snow."),
+        ('{"compositional_deconstruction":{}}', "HELLO", "HELLO"),
+        ("A red fox", "FOX", "A red fox"),
+        ("picture 2", None, "picture 2"),
+        ("word " * 40, None, ("word " * 40)[:89].rstrip() + "…"),
+        ("[1, 2", None, "[1, 2"),
+    ],
+)
+def test_rows_are_labelled_by_their_caption(prompt, text, wanted):
+    assert label(Case(prompt, 0, 64, 64, text=text)) == wanted
+
+
+def test_a_long_label_takes_several_lines_and_pushes_the_rest_down():
+    """The rows of text ink left of the pictures, counted as bands."""
+    picture = Image.new("RGB", (256, 256), "red")
+
+    def bands(title: str) -> int:
+        sheet = contact_sheet([Row(title, ["seed 1"], [picture], [""])], ["one"])
+        ink = (np.asarray(sheet)[40:, :240] < 128).all(-1).any(-1)
+        return int((np.diff(ink.astype(int)) == 1).sum() + ink[0])
+
+    assert bands("short") == 2
+    assert bands("a label that is much too long for one line of it and for two lines as well") >= 4

@@ -53,8 +53,9 @@ def test_a_linear_is_that_of_the_summed_weights(pipe, lora, strength):
     there[OUT] = pipe.transformer.layers[1].attention.to_out[0]
     x = {n: torch.randn(3, m.weight.shape[1]) for n, m in there.items()}
     before = {name: module(x[name]) for name, module in there.items()}
+    linears = 6 * len(pipe.transformer.layers)  # qkv, o, w1, w2, w3 and the modulation
     assert pipe.load_lora_weights(file, strength=strength) == [
-        "copy not named: 2 linears, rank 4 to 12"
+        f"LoRA: 2 of {linears} linears of the conditional copy, rank 4 to 12"
     ]
     for name, module in there.items():
         weight = module.weight.float() + strength * added[name]

@@ -103,10 +103,6 @@ def test_other_models_are_refused_by_name(server, models):
         other.unlink()
 
 
-def test_sizes_off_the_grid_are_refused_with_the_nearest(server):
-    fails_with(server, graphs.with_sampler(size=(130, 64)), "128", "144")
-
-
 def test_long_captions_are_refused(server):
     fails_with(server, graphs.with_sampler(caption="word " * 3000), "2048")
 

@@ -64,7 +64,7 @@ def test_a_compiled_model_follows_hooks_and_loras_that_come_and_go(found):
         ("lokr", "the LoRA of a hook: tensor diffusion_model.layers.0.attention.qkv.lokr_w2:"),
         (
             "diff",
-            "changes the weights themselves, which a hook cannot do (found copy not named: baked",
+            "changes the weights themselves, which a hook cannot do (found baked",
         ),
         ("foreign", "the LoRA of a hook: this file holds no LoRA for Ideogram 4"),
         ("encoder", "Set the strength_clip of Create Hook LoRA to 0."),

@@ -73,14 +73,16 @@ def test_preset_without_its_model_is_said_in_the_report(found):
 def test_values_of_older_workflows_keep_their_places(found):
     """A workflow's file holds a node's values by their order alone."""
     inputs = found["inputs"]
-    assert inputs["load"] == [
+    older = [
         "level", "conditional_file", "unconditional_file", "base_file", "trust_files", "backend",
         "gguf_compute", "attention", "fused_blocks", "branches",
         "unconditional_lora", "unconditional_level",
     ]  # fmt: skip
-    assert inputs["sampler"][-5:] == [
-        "residency", "unconditional_from", "sigmas", "schedule_mu", "last_sigma",
-    ]  # fmt: skip
+    assert inputs["load"][: len(older)] == older
+    older = ["residency", "unconditional_from", "sigmas", "schedule_mu", "last_sigma"]
+    first = inputs["sampler"].index("residency")
+    assert inputs["sampler"][first : first + 5] == older
+    assert inputs["sampler"][first + 5 :] == ["aspect_ratio", "megapixels", "details"]
     assert inputs["preset"] == [
         "preset", "width", "height", "steps", "denoise", "schedule_mu", "last_sigma",
     ]  # fmt: skip

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from ideogram4_quant.quant import quantize_checkpoint
+from ideogram4_quant.checkpoint import open_checkpoint
+from ideogram4_quant.quant import Calibration, QuantOptions, quantize_checkpoint
 from ideogram4_quant.tests.host import graphs
 from ideogram4_quant.tests.host.server import Rejected, Run, Server
 
 pytestmark = pytest.mark.host
+STEM = Path(graphs.CONDITIONAL).stem.removesuffix("_bf16")
 
 
 @pytest.fixture
@@ -49,8 +52,8 @@ def message(run: Run) -> str:
 @pytest.mark.parametrize(
     ("level", "name"),
     [
-        ("Q4_K", "ideogram4-conditional-Q4_K.gguf"),
-        ("INT8 W8A8 rotated", "ideogram4-conditional-INT8_W8A8_rotated.safetensors"),
+        ("Q4_K", f"{STEM}-Q4_K.gguf"),
+        ("INT8 W8A8 rotated", f"{STEM}-INT8_W8A8_rotated.safetensors"),
     ],
 )
 def test_the_file_is_that_of_the_command(server, folder, tmp_path, level, name):
@@ -70,6 +73,8 @@ def test_existing_files_stay_unless_asked(server, folder):
     (folder / "mine.gguf").write_bytes(b"mine")
     run = server.run(graph(filename="mine"))
     assert "mine.gguf: exists already" in message(run)
+    assert "the node's input overwrite" in message(run)
+    assert "--" not in message(run)
     assert (folder / "mine.gguf").read_bytes() == b"mine"
     run = server.run(graph(filename="mine", overwrite=True))
     assert run.status == "success", run.error
@@ -136,3 +141,58 @@ def test_an_interrupted_run_goes_on(server: Server, folder, tmp_path):
     quantize_checkpoint(folder / graphs.CONDITIONAL, "Q5_K", wanted)
     assert out.read_bytes() == wanted.read_bytes()
     assert not unfinished.exists()
+
+
+def test_both_copies_are_written_in_one_run_and_keep_their_names(server, folder, tmp_path):
+    tune = {name: folder / f"my-tune-v2{end}.safetensors" for name, end in TUNE.items()}
+    for name, path in tune.items():
+        path.write_bytes((folder / name).read_bytes())
+    first, second = (path.name for path in tune.values())
+    run = server.run(graph(source=first, pair=second))
+    assert run.status == "success", run.error
+    for source, name in ((first, "my-tune-v2-Q4_K.gguf"), (second, "my-tune-v2-uncond-Q4_K.gguf")):
+        wanted = tmp_path / name
+        quantize_checkpoint(folder / source, "Q4_K", wanted)
+        assert (folder / name).read_bytes() == wanted.read_bytes()
+        assert name in run.outputs["report"]["text"][0]
+    again = server.run(graph(source=first, pair=second, filename="other"))
+    assert "my-tune-v2-uncond-Q4_K.gguf: exists already" in message(again)
+    assert not (folder / "other.gguf").exists()  # asked before the first one is written
+
+
+TUNE = {graphs.CONDITIONAL: "", graphs.UNCONDITIONAL: "-uncond"}
+
+
+def test_a_preset_needs_a_calibration_and_makes_the_commands_file(server, folder, tmp_path):
+    text = message(server.run(graph(preset="INT8 auto")))
+    assert "Connect Calibrate Ideogram 4 to the input calibration" in text
+    made = graph(preset="INT8 auto", filename="best") | {
+        **graphs.parts(),
+        "calibrated": graphs.node(
+            "Ideogram4QuantCalibrate",
+            conditional=("model", 0),
+            unconditional=("model", 1),
+            positive=("positive", 0),
+            preset="turbo",
+            seed=1,
+            pictures=1,
+            filename_prefix="calibration/preset",
+            width=128,
+            height=64,
+            steps=2,
+        ),
+        "path": graphs.node("PreviewAny", source=("calibrated", 1)),
+    }
+    made["quantized"]["inputs"]["calibration"] = ["calibrated", 0]
+    run = server.run(made)
+    assert run.status == "success", run.error
+    calibration = Calibration.load(run.outputs["path"]["text"][0])
+    wanted = tmp_path / "best.safetensors"
+    options = QuantOptions(calibration=calibration, treatment="auto")
+    quantize_checkpoint(folder / graphs.CONDITIONAL, "INT8 W8A8 rotated", wanted, options=options)
+    made = open_checkpoint(folder / "best.safetensors"), open_checkpoint(wanted)
+    tensors = [found.load("conditional") for found in made]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        dense = [getattr(t, "dequantize", lambda t=t: t)() for t in (tensor, tensors[1][name])]
+        assert torch.equal(*dense), name

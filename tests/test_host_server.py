@@ -288,11 +288,12 @@ def test_second_picture_of_a_cached_loader_says_what_it_was_made_with_too(server
 
 
 def test_report_names_files_copies_and_memory(server):
-    graph = graphs.parts() | {"shown": graphs.node("PreviewAny", source=("model", 2))}
+    graph = graphs.parts(details=True) | {"shown": graphs.node("PreviewAny", source=("model", 2))}
     shown = text(server.run(graph), "shown")
-    for expected in ("level: BF16", graphs.CONDITIONAL, "model_type", "memory:", "backend:"):
+    assert shown.startswith("BF16, both copies, ")
+    for expected in ("fingerprint", graphs.CONDITIONAL, "model_type", "memory:", "backend:"):
         assert expected in shown
     graph["model"]["inputs"]["level"] = "Q4_K"
     shown = text(server.run(graph), "shown")
-    assert "computed as W8A8: on the pocket model" in shown
+    assert "computed as W8A8: differences show side by side to BF16 on the pocket model" in shown
     assert "unmeasured on a GPU" in shown

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from ideogram4_quant.checkpoint.loras import (
+    LoraFile,
+    LowRank,
     changed,
     describe,
     parse_lora,
@@ -243,3 +245,19 @@ def test_a_kind_of_a_linear_fused_and_split_is_refused():
 def test_a_file_of_another_model_is_named(name, model):
     with pytest.raises(CheckpointError, match=f"holds no LoRA for Ideogram 4.*{model}"):
         parsed({name: torch.ones(2, 2)})
+
+
+@pytest.mark.parametrize(
+    ("copy", "apply_to", "where"),
+    [
+        (None, "as in the file", "the conditional copy"),
+        (None, "unconditional", "the unconditional copy"),
+        (None, "both", "both copies"),
+        ("unconditional", "both", "the unconditional copy"),
+    ],
+)
+def test_reports_say_how_many_of_how_many_linears_of_which_copy(copy, apply_to, where):
+    update = LowRank(torch.zeros(8, 4), torch.zeros(4, 8))
+    updates = {f"layers.{i}.attention.qkv": update for i in range(20)}
+    found = LoraFile({copy: updates}, kinds={copy: {"LoKr"}}, linears=24)
+    assert describe(found, apply_to) == f"LoKr: 20 of 24 linears of {where}, rank 8"

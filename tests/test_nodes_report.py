@@ -52,7 +52,7 @@ def machine(memory: int, dtype: str = "bfloat16") -> report.Machine:
 def test_report_says_what_multiplies_and_why_not_the_others(model_file, level, compute, expected):
     chosen = find_pair(level, catalogue(f=Header(level, BOTH)).candidates)
     options = LinearOptions(gguf_compute=compute)
-    lines = report.text(chosen, "auto", options, machine(10**12)).splitlines()
+    lines = report.text(chosen, "auto", options, machine(10**12), details=True).splitlines()
     assert expected in lines
     cost = [line for line in lines if "on the pocket model" in line]
     assert len(cost) == (level in PACKED)
@@ -77,7 +77,7 @@ def test_report_says_what_was_measured(model_file):
     )
     here = replace(machine(10**12), measured=table)
     chosen = find_pair("INT8 W8A8", catalogue(f=Header("INT8 W8A8", BOTH)).candidates)
-    lines = report.text(chosen, "auto", LinearOptions(), here).splitlines()
+    lines = report.text(chosen, "auto", LinearOptions(), here, details=True).splitlines()
     assert "backend: triton, the fastest measured here for each shape" in lines
     figures = "  int8 linear 12288 -> 4608, 4608 tokens, bfloat16: triton 2 ms, int_mm 3 ms"
     assert figures in lines
@@ -109,7 +109,7 @@ def test_report_says_which_attention_and_what_it_costs(model_file, asked, expect
     found = measurement(ATTENTION, 4608, "", sdpa=9e-3, int8=3e-3)
     table = Table([replace(found, errors={"sdpa": 2e-3, "int8": 1e-2})])
     here = replace(machine(10**12), attention=asked, measured=table)
-    shown = report.text(chosen, "auto", LinearOptions(), here)
+    shown = report.text(chosen, "auto", LinearOptions(), here, details=True)
     assert expected in shown
     assert ("relative error: int8 1.0e-02, sdpa 2.0e-03" in shown) == (asked != "host")
     assert report.summary(chosen, "auto", LinearOptions(), here)["attention"] in shown
@@ -121,7 +121,9 @@ def test_report_says_which_attention_and_what_it_costs(model_file, asked, expect
 )
 def test_report_says_what_fits(model_file, memory, expected):
     chosen = find_pair("Q4_0", catalogue(f=Header("Q4_0", BOTH, 10**10)).candidates)
-    shown = report.text(chosen, "Q4_0", LinearOptions(), machine(memory * 10**9, "float32"))
+    shown = report.text(
+        chosen, "Q4_0", LinearOptions(), machine(memory * 10**9, "float32"), details=True
+    )
     assert expected in shown
     assert "no bfloat16" in shown
     assert f"fingerprint {report.fingerprint(model_file)[:16]}" in shown
@@ -185,3 +187,64 @@ def test_one_copy_with_a_lora_is_no_half_model_and_counts_once(model_file):
     assert "half a model" not in text
     assert report.summary(*about)["unconditional"] == "the conditional copy with x"
     assert "unconditional" not in report.summary(*about[:5])
+
+
+@pytest.mark.parametrize(
+    ("memory", "first"),
+    [
+        (24, "Q4_K, both copies, 11.20 GB, resident: fits card (24.00 GB)"),
+        (12, "Q4_K, both copies, 11.20 GB, copies in turns: one fits card (12.00 GB), the other "),
+        (6, "Q4_K, both copies, 11.20 GB, streamed from RAM, slow: does not fit card (6.00 GB)"),
+    ],
+)
+def test_first_line_says_what_it_is_and_whether_it_fits(model_file, memory, first):
+    chosen = find_pair("Q4_K", catalogue(f=Header("Q4_K", BOTH, 11_200_000_000)).candidates)
+    here = machine(memory * 10**9)
+    for details in (False, True):
+        text = report.text(chosen, "Q4_K", LinearOptions(), here, details=details)
+        assert text.startswith(first)
+        assert "auto picked it" not in text
+    assert "auto picked it" in report.text(chosen, "auto", LinearOptions(), here).splitlines()[0]
+
+
+def test_details_are_behind_a_switch(model_file):
+    chosen = find_pair("INT8 W8A8", catalogue(f=Header("INT8 W8A8", BOTH)).candidates)
+    table = Table([measurement(LINEAR, 4608, "0", int_mm=3e-3, triton=2e-3)])
+    here = replace(machine(10**12), measured=table)
+    short = report.text(chosen, "INT8 W8A8", LinearOptions(), here)
+    long = report.text(chosen, "INT8 W8A8", LinearOptions(), here, details=True)
+    for word in ("fingerprint", " ms", "no compiler here", "which copy it is", "kept in 16 bits"):
+        assert word not in short
+        assert word in long
+    assert len(short.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("faster", ["w8a8", "dense"])
+def test_no_line_contradicts_another(model_file, faster):
+    """Where int8 was measured slower, what it costs is that of decoding too."""
+    seconds = {"w8a8": 3e-3, "dense": 3e-3} | {faster: 1e-3}
+    here = replace(machine(10**12), measured=Table([measurement(GGUF, 2048, "Q4_K", **seconds)]))
+    chosen = find_pair("Q4_K", catalogue(f=Header("Q4_K", BOTH)).candidates)
+    text = report.text(chosen, "Q4_K", LinearOptions(), here)
+    assert ("backend: dense" in text) == (faster == "dense")
+    assert ("computed as 16-bit" in text) == (faster == "dense")
+    assert ("computed as W8A8" in text) == (faster == "w8a8")
+
+
+def test_decibels_carry_a_word(model_file):
+    words = {"Q8_0": "very near", "Q5_K": "differences show", "Q2_K": "the loss shows"}
+    for level, word in words.items():
+        chosen = find_pair(level, catalogue(f=Header(level, BOTH)).candidates)
+        lines = report.text(chosen, level, LinearOptions(), machine(10**12)).splitlines()
+        (line,) = (line for line in lines if " dB" in line)
+        assert line.index(word) < line.index(" dB")
+
+
+def test_what_was_not_measured_is_not_called_so():
+    """A candidate far behind is timed on a few rows: no time at the full size is claimed."""
+    key = measurement(LINEAR, 4608, "0", triton=2e-3).key
+    line = str(Measurement(key, {"triton": 2e-3, "int_mm": 9.66}, {}, frozenset({"int_mm"})))
+    assert "triton 2 ms" in line
+    assert "int_mm far behind, not measured at this size" in line
+    assert "9.66" not in line
+    assert "9,660 ms" in str(Measurement(key, {"int_mm": 9.66}))

@@ -103,7 +103,7 @@ ORDER = (
     {"sampling", "gguf_loader", "captions"},
     {"ops"},
     {"files"},
-    {"errors", "version"},
+    {"errors", "version", "lazy", "command_help"},
 )
 
 

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ideogram4_quant.cli import main
-from ideogram4_quant.quant import cli, stream
+from ideogram4_quant.quant import quantize, stream
 from ideogram4_quant.tests import quant_model as model
 
 
@@ -118,7 +119,7 @@ def test_interruption_is_no_traceback(tmp_path, source, run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "quantize_checkpoint", interrupted)
+    monkeypatch.setattr(quantize, "quantize_checkpoint", interrupted)
     code, _, errors = run("quantize", source, "--level", "Q8_0", "--out", tmp_path / "q.gguf")
     assert code == 130
     assert "interrupted" in errors
@@ -141,6 +142,8 @@ def test_ctrl_c_says_how_to_go_on_and_resume_does(tmp_path, source, run, monkeyp
     code, _, errors = run(*words)
     assert code == 130
     assert "q.gguf.partial holds what is done: --resume goes on with it" in errors
+    told = shlex.split(errors.splitlines()[-1])
+    assert told == ["ideogram4-quant", *map(str, words), "--resume"]
     monkeypatch.undo()
     code, _, errors = run(*words)
     assert code == 1

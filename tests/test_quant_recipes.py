@@ -26,7 +26,13 @@ def by_name(found):
     [
         ("INT8 W8A8", "INT8 W8A8"),
         ("int8-w8a8-rotated", "INT8 W8A8 rotated"),
-        ("int8", "INT8 W8A8"),
+        ("int8", "INT8 W8A8 rotated"),
+        ("INT8", "INT8 W8A8 rotated"),
+        ("w8a8", "INT8 W8A8 rotated"),
+        ("convrot", "INT8 W8A8 rotated"),
+        ("Q4_K_M", "Q4_K"),
+        ("q6_k_xl", "Q6_K"),
+        ("q5", "Q5_K"),
         ("int8_rotated", "INT8 W8A8 rotated"),
         ("q4_k", "Q4_K"),
         ("Q8_0", "Q8_0"),
@@ -37,7 +43,34 @@ def test_levels_are_found_by_any_spelling(text, level):
     assert recipe_of(text).level == level
 
 
-@pytest.mark.parametrize("text", ["", "Q3_X", "bf16", "int4"])
+@pytest.mark.parametrize("text", ["INT8", "int8", "W8A8", "Q4_K_M"])
+def test_a_name_that_leaves_something_open_says_what_is_taken(text, caplog):
+    level = recipe_of(text).level
+    assert level in caplog.text
+    assert text in caplog.text
+
+
+@pytest.mark.parametrize("text", ["INT8 W8A8", "int8-rotated", "q4_k", "Q4K"])
+def test_a_name_that_leaves_nothing_open_says_nothing(text, caplog):
+    recipe_of(text)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "near"), [("Q4_KX", "Q4_K"), ("IQ4_XL", "IQ4_XS"), ("int4", "W4A8"), ("Q8_1", "Q8_0")]
+)
+def test_unknown_levels_suggest_the_nearest(text, near):
+    with pytest.raises(QuantOptionError, match=f"Did you mean {near}"):
+        recipe_of(text)
+
+
+@pytest.mark.parametrize("text", ["bf16", "nf4", "NVFP4"])
+def test_levels_that_are_only_read_are_said_to_be(text):
+    with pytest.raises(QuantOptionError, match="read, and not written"):
+        recipe_of(text)
+
+
+@pytest.mark.parametrize("text", ["", "Q3_X", "int4"])
 def test_unknown_levels_list_the_known_ones(text):
     with pytest.raises(QuantOptionError, match=r"unknown level.*INT8 W8A8, .*Q4_0"):
         recipe_of(text)

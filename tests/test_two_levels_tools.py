@@ -78,15 +78,13 @@ def test_the_loaders_report_says_of_each_copy_what_runs(files):
     first, second = (Candidate(path.name, path, open_checkpoint(path)) for path in files)
     pair = Pair("BF16", first, second)
     here = report.Machine("card", 10**12, "bfloat16", ())
-    lines = report.text(pair, "auto", LinearOptions(), here).splitlines()
-    assert lines[0] == (
-        f"level: {LABEL}, conditional + unconditional (auto: the first pair of levels here that "
-        "fits this device)"
-    )
+    lines = report.text(pair, "auto", LinearOptions(), here, details=True).splitlines()
+    assert lines[0].startswith(f"{LABEL}, both copies, ")
+    assert lines[0].endswith("; auto picked it, the first level here that fits")
     assert "conditional, quantized: nothing" in lines
     assert any(line.startswith("unconditional, kept in 16 bits: ") for line in lines)
     assert "backend: conditional dense bfloat16; unconditional reference" in lines
-    assert any(line.startswith("  Q4_K computed as W8A8: on the pocket model") for line in lines)
+    assert any(line.startswith("  Q4_K computed as W8A8: ") for line in lines)
     note = report.summary(pair, "BF16", LinearOptions(), here)
     assert note["level"] == LABEL
     assert note["files"]["unconditional"]["name"] == files[1].name

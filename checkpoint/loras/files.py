@@ -34,12 +34,15 @@ class LoraFile:
     """What a file does, by copy (None where the file does not say), and what was not understood.
 
     updates: of linears, by their names, which a side path applies. changes: of weights and biases,
-    by the parameters' names, which are no low-rank products.
+    by the parameters' names, which are no low-rank products. kinds: what the updates are, by copy.
+    linears: how many there are in the model's blocks.
     """
 
     updates: dict[str | None, dict[str, LowRank]] = field(default_factory=dict)
     changes: dict[str | None, dict[str, list[WeightChange]]] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    kinds: dict[str | None, set[str]] = field(default_factory=dict)
+    linears: int = 0
 
     def for_copy(self, copy: str, apply_to: str) -> dict[str, LowRank]:
         """The updates of one copy: those that name it, and the unnamed ones if `apply_to` says so.
@@ -113,7 +116,7 @@ def parse_lora(
     refuse_other_kinds(state, file)
     no_linears = {n.removesuffix(".weight"): s for n, s in others.items() if n.endswith(".weight")}
     known = lora_names.spellings((*shapes, *no_linears))
-    result = LoraFile()
+    result = LoraFile(linears=sum(name.startswith("layers.") for name in shapes))
     thirds: dict[tuple[str | None, str], set[int | None]] = {}
     low_rank: dict[tuple[str | None, str], list[LowRank]] = {}
     modules = _modules(state, known, file, strength, result.unknown)
@@ -134,6 +137,7 @@ def parse_lora(
             if isinstance(change, LowRank):
                 part = change if first is None else in_rows(change, first, n)
                 low_rank.setdefault((copy, linear), []).append(part)
+                result.kinds.setdefault(copy, set()).add(_family(found))
         if isinstance(change, WeightChange):
             changes.setdefault(f"{linear}.weight", []).append(change)
         _add_bias(changes, found, linear, others)
@@ -226,23 +230,42 @@ def _no_lora(names: Iterable[str], file: str | Path) -> CheckpointError:
     )
 
 
-def describe(file: LoraFile) -> str:
-    """What was understood, for the report."""
+def _family(found: Found) -> str:
+    """What trainers call a low-rank product of these parts."""
+    starts = {"lokr": "LoKr", "hada": "LoHa"}
+    return next((k for s, k in starts.items() if any(p.startswith(s) for p in found.parts)), "LoRA")
+
+
+def describe(file: LoraFile, apply_to: str = "as in the file") -> str:
+    """What was understood, for the report. apply_to: as in `LoraFile.for_copy`."""
     lines = []
     for copy in dict.fromkeys((*file.updates, *file.changes)):
-        said, told = copy or "copy not named", []
+        where, told = _where(copy, apply_to), []
         updates, changes = file.updates.get(copy), file.changes.get(copy)
         if updates:
             ranks = sorted({u.rank for u in updates.values()})
             shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-            told.append(f"{len(updates)} linears, rank {shown}")
+            kind = " and ".join(sorted(file.kinds.get(copy, ())))
+            among = sum(name.startswith("layers.") for name in updates)
+            beside = len(updates) - among
+            more = f" and {beside} outside its blocks" if beside else ""
+            told.append(f"{kind}: {among} of {file.linears} linears of {where}{more}, rank {shown}")
         if changes:
-            told.append(f"baked into the weights, {_counted(changes)}")
-        lines.append(f"{said}: {'; '.join(told)}")
+            of = "" if updates else f" of {where}"
+            told.append(f"baked into the weights, {_counted(changes)}{of}")
+        lines.append("; ".join(told))
     if file.unknown:
         kinds = sorted({re.sub(r"\d+", "N", name) for name in file.unknown})
         lines.append(f"not loaded: {len(file.unknown)} tensors, such as {printable(kinds[0])}")
     return "\n".join(lines)
+
+
+def _where(copy: str | None, apply_to: str) -> str:
+    if copy is None and apply_to == "both":
+        return "both copies"
+    if copy is None and apply_to == "as in the file":
+        return f"the {CONDITIONAL} copy"
+    return f"the {copy or apply_to} copy"
 
 
 def _counted(changes: Changes) -> str:

@@ -39,6 +39,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         description="Measure what this pack computes on this card, each part within a time of its "
         "own, into a JSON file that is whole after every part. Needs torch and Triton alone. Or "
         "make the table of any number of such files, beside what known cards are modelled to take.",
+        epilog="example: ideogram4-quant card --out my-card.json",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, metavar="FILE.json", help="measure, and write this file")

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ...errors import CheckpointError
 from ...quant.tables import gigabytes
-from .comfyui import Host, find_host
+from .comfyui import named_host
 
 _FITS = {
     "both": "both copies fit",
@@ -32,6 +31,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         description="List the files that pictures need, their folders, what is missing, and what "
         "the device supports. Nothing is downloaded or written. Exit code: 0 if a picture can be "
         "made, 1 if something is missing or broken.",
+        epilog="example: ideogram4-quant doctor --comfyui D:\\ComfyUI",
     )
     parser.add_argument(
         "--comfyui", type=Path, metavar="DIR", help="ComfyUI's folder, if it is not found by itself"
@@ -44,28 +44,12 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    host = named_host(args.comfyui)
     from .examine import examine
 
-    found = examine(_host(args.comfyui), sha256=args.sha256)
+    found = examine(host, sha256=args.sha256)
     print(json.dumps(found, indent=2) if args.json else "\n".join(_text(found)))
     return 1 if found["missing"] else 0
-
-
-def _host(folder: Path | None) -> Host:
-    """The ComfyUI named, or the one found; CheckpointError says where was looked."""
-    if folder is None:
-        found = find_host()
-        if isinstance(found, str):
-            raise CheckpointError(found, hint="Name its folder with --comfyui.")
-        return found
-    if not (folder / "models").is_dir():
-        raise CheckpointError(
-            "this is not ComfyUI's folder",
-            file=folder,
-            found="no folder named models in it",
-            hint="Name the folder that holds ComfyUI's models folder.",
-        )
-    return Host.at(folder)
 
 
 def _text(found: dict) -> Iterator[str]:
@@ -85,11 +69,34 @@ def _text(found: dict) -> Iterator[str]:
     for note in found["notes"]:
         yield f"note: {note}"
     yield ""
-    if not found["missing"]:
+    if found["missing"]:
+        yield "Missing or broken:"
+        yield from (f"- {line}" for line in found["missing"])
+    else:
         yield "Nothing is missing: a picture can be made."
+    yield ""
+    yield from _recommendation(found)
+
+
+def _recommendation(found: dict) -> Iterator[str]:
+    """One level for this machine, and what is left to do for it."""
+    best = found["recommended"]
+    if best is None:
+        yield "No level fits this machine whole; the smallest is streamed from RAM, slowly."
         return
-    yield "Missing or broken:"
-    yield from (f"- {line}" for line in found["missing"])
+    held = _FITS[best["on_this_device"]]
+    if best["one_branch"]:
+        held = "one branch, which fits"
+    level, size = best["level"], _size(best["copy_bytes"])
+    yield f"Recommended for this machine: {level} ({size} a copy, {held})"
+    if not best["files"]:
+        yield f"  its files are here: pick {level} (or auto) in the loader"
+        return
+    for file in best["files"]:
+        yield f"  download {file['name']}, {_size(file['nbytes'])}"
+        yield f"    from {file['url']}"
+        yield f"    into {file['folder']}"
+    yield f"  {_size(best['bytes'])} in all; then press R in ComfyUI, and pick {level} or auto"
 
 
 def _device(device: dict) -> Iterator[str]:

@@ -8,6 +8,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...errors import CheckpointError
+
 PACK = Path(__file__).resolve().parents[2]
 # kind of model -> folders below ComfyUI's models, the documented one last
 MODEL_FOLDERS = {
@@ -65,6 +67,23 @@ def find_host() -> Host | str:
         if (root / "main.py").is_file() and (root / "comfy_api").is_dir():
             return Host.at(root)
     return f"no ComfyUI found in {', '.join(map(str, candidates))} (set COMFYUI_PATH)"
+
+
+def named_host(folder: Path | None) -> Host:
+    """The ComfyUI in a folder, or the one found; CheckpointError says where was looked."""
+    if folder is None:
+        found = find_host()
+        if isinstance(found, str):
+            raise CheckpointError(found, hint="Name its folder with --comfyui.")
+        return found
+    if not (folder / "models").is_dir():
+        raise CheckpointError(
+            "this is not ComfyUI's folder",
+            file=folder,
+            found="no folder named models in it",
+            hint="Name the folder that holds ComfyUI's models folder.",
+        )
+    return Host.at(folder)
 
 
 def _python(root: Path) -> Path:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from ...cards.sizes import copy_bytes, encoder_bytes
-from ...checkpoint import Checkpoint, EncoderCheckpoint, open_checkpoint, open_encoder
+from ...checkpoint import EncoderCheckpoint
 from ...checkpoint.encoder_writing import find_head, find_vision, head_beside, is_head
 from ...checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
-from ...checkpoint.levels import Catalogue, read_catalogue, resolve
-from ...checkpoint.listing import Listing, list_files
+from ...checkpoint.levels import Catalogue, resolve
+from ...checkpoint.listing import Listing
 from ...checkpoint.pairs import Candidate, Pair, find_pair, residency
 from ...checkpoint.published import PUBLISHED, Published
-from ...checkpoint.safetensors_header import read_safetensors_header
-from ...errors import CheckpointError, NotIdeogram4Error
+from ...errors import CheckpointError
 from ...quant.provenance import hash_files
 from ...quant.tables import gigabytes
-from .comfyui import Host, model_folders
+from .comfyui import Host
+from .known_files import known_files
 from .machine import Device, find_device, ram, version_notes, versions
 from .main_memory import SYSTEM, bytes_in_memory, main_memory
+from .recommend import recommend
 
-_LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
 _SIZE_TOLERANCE = 0.02  # published sizes are rounded
-Opened = dict[str, object]
 
 
 def examine(host: Host, *, sha256: bool = False) -> dict:
@@ -33,19 +31,18 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
 
     sha256: also reads every file found, whole, for its checksum.
     """
-    folders, notes = model_folders(host.root)
-    listings = {kind: list_files(kind, roots) for kind, roots in folders.items()}
+    files = known_files(host)
+    folders, notes, listings = files.folders, files.notes, files.listings
+    models, encoders, vaes, broken = files.models, files.encoders, files.vaes, files.broken
     device = find_device()
-    models = read_catalogue(listings["diffusion_models"], _open_model)
-    encoders, bad_encoders = _open_all(listings["text_encoders"], open_encoder)
-    vaes, bad_vaes = _open_all(listings["vae"], _open_vae)
     pairs = {level: find_pair(level, models.candidates) for level in LEVELS}
-    broken = models.broken | bad_encoders | bad_vaes
     memory = ram()
     encoder = _encoder_in_memory(encoders)
     levels = [_level(level, pairs[level], device, encoder, memory) for level in LEVELS]
     chosen = _auto(models, device)
     auto = chosen and _level(chosen.label, chosen, device, encoder, memory)
+    expected = [_expected(item, listings[item.kind]) for item in PUBLISHED]
+    order = AUTO_ORDER[capability(device.int8, device.bfloat16, device.fp4)]
     found = {
         "diffusion_models": [
             _file(c.name, c.path, c.header.level) | {"folded": _is_folded(c)}
@@ -68,11 +65,12 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
         "folders": folders,
         "found": found,
         "broken": broken,
-        "expected": [_expected(item, listings[item.kind]) for item in PUBLISHED],
+        "expected": expected,
         "encoder_in_memory": encoder,
         "levels": levels,
         "auto": chosen and chosen.label,
         "auto_pair": auto,
+        "recommended": recommend(levels, order, expected, bool(encoders), bool(vaes)),
         "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
         "notes": [
             *notes,
@@ -80,27 +78,6 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
             *_short_of_memory(levels, auto, memory),
         ],
     }
-
-
-def _open_all(listing: Listing, open_file: Callable) -> tuple[list, dict[str, str]]:
-    """([(name, path, what opening it gave)], name -> why it is broken); others are passed over."""
-    opened, broken = [], {}
-    for name in listing.names:
-        try:
-            opened.append((name, listing.paths[name], open_file(listing.paths[name])))
-        except NotIdeogram4Error:
-            continue
-        except (CheckpointError, OSError) as error:
-            broken[name] = str(error)
-    return opened, broken
-
-
-def _open_vae(path: Path) -> None:
-    """NotIdeogram4Error unless the header is that of a FLUX.2 VAE."""
-    tensors = {} if path.is_dir() else read_safetensors_header(path)[1]
-    name, shape = _LATENT_STATISTICS
-    if name not in tensors or tuple(tensors[name].shape) != shape:
-        raise NotIdeogram4Error("this is not a FLUX.2 VAE", file=path, tensor=name)
 
 
 def _file(name: str, path: Path, level: str | None) -> dict:
@@ -122,14 +99,6 @@ def _writes(encoder: EncoderCheckpoint, listing: Listing) -> dict:
 def _is_folded(candidate: Candidate) -> bool:
     header = candidate.header
     return any(header.folding(copy) is not None for copy in header.copies)
-
-
-def _open_model(path: Path) -> Checkpoint:
-    """The header, and the record of what was folded, which may be broken too."""
-    header = open_checkpoint(path)
-    for copy in header.copies:
-        header.folding(copy)
-    return header
 
 
 def _checksum(path: Path) -> str | None:

@@ -31,6 +31,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         description="Compile every shipped kernel and configuration offline and print registers, "
         "stack, spills, shared memory, matrix instructions and blocks per multiprocessor. Fails if "
         "a kernel spills, or one for sm_80, 86 or 89 breaks another gate.",
+        epilog="example: ideogram4-quant kernels --arch 86 --only gemm",
     )
     parser.add_argument(
         "--arch",

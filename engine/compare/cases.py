@@ -8,13 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...errors import Ideogram4QuantError
 from ...sampling import NOISES
+from .errors import CompareError
 from .metrics import text_asked
-
-
-class CompareError(Ideogram4QuantError, ValueError):
-    """Cases, systems or folders that cannot be compared."""
 
 
 @dataclass(frozen=True)

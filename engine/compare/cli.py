@@ -6,10 +6,24 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...command_help import HelpFormatter
 from ...version import __version__
+from ..arguments import check_there
+from .errors import CompareError
 
 _PRESETS = ("quality", "default", "turbo", "instant", "fast", "turbotime")
+_EXAMPLES = """examples:
+  ideogram4-quant compare --system INT8=int8-cond.safetensors,int8-uncond.safetensors \\
+      --system Q4_K=q4_k.gguf --prompts captions.jsonl --seeds 0 1 --out compared
+  ideogram4-quant compare --pictures BF16=pictures/bf16 --pictures Q4_K=pictures/q4_k --out compared
+The encoder and the VAE in ComfyUI's folders are used unless others are named."""
+_INTERRUPTED = "pictures that were made are kept; the same command goes on with those that are left"
 # in the place of the second file of --system
+_FIELDS = {
+    "conditional": "diffusion_models",
+    "unconditional": "diffusion_models",
+    "stand_in": "loras",
+}
 _NONE, _SELF, _LORA = "none", "self", "lora:"
 
 
@@ -17,10 +31,15 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Register both commands; nothing heavy is imported until one runs."""
     _add_compare(subparsers)
     merge = subparsers.add_parser(
-        "compare-merge", help="collect the pictures that shards made into one cache"
+        "compare-merge",
+        help="collect the pictures that shards made into one cache",
+        description="Collect the pictures that compare --shard made on several machines.",
+        epilog="example: ideogram4-quant compare-merge all/cache shard-0/cache shard-1/cache",
     )
-    merge.add_argument("into", type=Path, metavar="CACHE")
-    merge.add_argument("shards", type=Path, nargs="+", metavar="SHARD_CACHE")
+    merge.add_argument("into", type=Path, metavar="CACHE", help="the cache that gets them")
+    merge.add_argument(
+        "shards", type=Path, nargs="+", metavar="SHARD_CACHE", help="those that have them"
+    )
     merge.set_defaults(func=run_merge)
 
 
@@ -30,8 +49,12 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
         help="fidelity and text of several levels at the same seeds, with intervals",
         description="Render the same prompts and seeds with several files, or take pictures that "
         "are already rendered, and compare all with a reference.",
+        epilog=_EXAMPLES,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for report and sheets"
+    )
     parser.add_argument("--reference", metavar="NAME", help="default: the first system")
     files = parser.add_argument_group("rendering files")
     files.add_argument(
@@ -40,20 +63,31 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
         "lora:F: the conditional copy with an unconditional LoRA; none: no guidance",
     )  # fmt: skip
     files.add_argument("--base", type=Path, help="rest of the weights for files of linears only")
-    files.add_argument("--encoder", type=Path, metavar="DIR|F")
+    files.add_argument(
+        "--encoder", type=Path, metavar="DIR|F", help="Qwen3-VL text encoder (default: ComfyUI's)"
+    )
     files.add_argument(
         "--tokenizer", type=Path, metavar="DIR", help="where the encoder brings none"
     )
-    files.add_argument("--vae", type=Path, metavar="DIR|F")
+    files.add_argument(
+        "--vae", type=Path, metavar="DIR|F", help="the FLUX.2 VAE (default: ComfyUI's)"
+    )
     files.add_argument("--prompts", type=Path, metavar="F", help=".txt or .jsonl")
     files.add_argument("--limit", type=int, help="only the first prompts of the file")
-    files.add_argument("--seeds", type=int, nargs="+", default=[0])
-    files.add_argument("--width", type=int, default=1024)
-    files.add_argument("--height", type=int, default=1024)
-    files.add_argument("--preset", choices=_PRESETS, default="default")
-    files.add_argument("--steps", type=int)
-    files.add_argument("--guidance", type=float)
-    files.add_argument("--device")
+    files.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of each prompt (default: 0)"
+    )
+    files.add_argument("--width", type=int, default=1024, help="multiple of 16 (default: 1024)")
+    files.add_argument("--height", type=int, default=1024, help="multiple of 16 (default: 1024)")
+    files.add_argument(
+        "--preset",
+        choices=_PRESETS,
+        default="default",
+        help="steps and guidance (default: default)",
+    )
+    files.add_argument("--steps", type=int, help="instead of the preset's")
+    files.add_argument("--guidance", type=float, help="one factor for every step")
+    files.add_argument("--device", help="default: cuda where there is one, else cpu")
     files.add_argument("--cache", type=Path, help="default: OUT/cache")
     files.add_argument(
         "--trajectories", action=argparse.BooleanOptionalAction, default=True,
@@ -73,15 +107,15 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
     extra = parser.add_argument_group("more")
     extra.add_argument("--differences", action="store_true", help="difference maps as well")
     for name in ("clip", "pickscore", "hpsv2"):
-        extra.add_argument(f"--{name}", type=Path, metavar="DIR")
-    extra.add_argument("--lpips", type=Path, metavar="F")
-    parser.set_defaults(func=run_compare)
+        extra.add_argument(
+            f"--{name}", type=Path, metavar="DIR", help=f"weights for the score of {name}"
+        )
+    extra.add_argument("--lpips", type=Path, metavar="F", help="AlexNet's weights for LPIPS")
+    parser.set_defaults(func=run_compare, interrupted=_INTERRUPTED)
 
 
 def run_compare(args: argparse.Namespace) -> int:
     """Handler of ``compare``: the exit code."""
-    from .cases import CompareError
-
     if bool(args.system) == bool(args.pictures):
         raise CompareError("give either --system (files) or --pictures (folders), once a level")
     scorers, notes = _scorers(args)
@@ -102,22 +136,29 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
-    from ...sampling import preset
-    from .cases import CompareError, System, check_reference, check_systems, read_cases
-
-    for name in ("encoder", "vae", "prompts"):
-        if getattr(args, name) is None:
-            raise CompareError(f"rendering needs --{name}")
+    if args.prompts is None:
+        raise CompareError("rendering needs --prompts")
+    if args.jobs < 1:
+        raise CompareError("too few processes", found=args.jobs, needed="--jobs 1 at least")
+    check_there((args.prompts, args.tokenizer))
+    shard = _shard(args.shard)
+    named = [(name, _pair(value)) for name, value in map(_named, args.system)]
 
     from tqdm import tqdm
 
+    from ...sampling import preset
+    from ..files_here import fill_in
+    from .cases import System, check_reference, check_systems, read_cases
     from .render import BATCH, Plan, Settings
     from .store import Store
     from .workers import render
 
-    systems = [
-        System(name, base=args.base, **_pair(value)) for name, value in map(_named, args.system)
-    ]
+    here = fill_in(args)
+    for field, kind in _FIELDS.items():
+        for _, pair in named:
+            if isinstance(pair.get(field), Path):
+                pair[field] = here.path(pair[field], kind)
+    systems = [System(name, base=args.base, **pair) for name, pair in named]
     check_systems(systems)
     if args.guidance is None and not preset(args.preset).guided:
         pairs = [system.name for system in systems if system.unconditional is not None]
@@ -128,9 +169,6 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
                 needed="NAME=COND",
             )
     check_reference(args.reference, [system.name for system in systems])
-    shard = _shard(args.shard)
-    if args.jobs < 1:
-        raise CompareError("too few processes", found=args.jobs, needed="--jobs 1 at least")
     cases = read_cases(
         args.prompts, seeds=args.seeds, width=args.width, height=args.height, limit=args.limit
     )
@@ -155,7 +193,6 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
 
 
 def _compare_folders(args: argparse.Namespace, scorers: dict, notes: Sequence[str]) -> int:
-    from .cases import CompareError
     from .score import read_captions_file, rendered_folders
 
     folders = {name: Path(value) for name, value in map(_named, args.pictures)}
@@ -202,8 +239,6 @@ def _scorers(args: argparse.Namespace) -> tuple[dict, list[str]]:
 
 
 def _named(text: str) -> tuple[str, str]:
-    from .cases import CompareError
-
     name, separator, value = text.partition("=")
     if not (name and separator and value):
         raise CompareError("not of the form NAME=PATH", found=text)
@@ -212,8 +247,6 @@ def _named(text: str) -> tuple[str, str]:
 
 def _pair(text: str) -> dict[str, object]:
     """The fields of a System that ``COND``, ``COND,UNCOND`` and the words for one copy mean."""
-    from .cases import CompareError
-
     parts = text.split(",")
     if len(parts) > 2:
         raise CompareError("more than two files", found=text, needed="COND or COND,UNCOND")
@@ -229,8 +262,6 @@ def _pair(text: str) -> dict[str, object]:
 
 
 def _shard(text: str) -> tuple[int, int]:
-    from .cases import CompareError
-
     try:
         index, count = (int(part) for part in text.split("/"))
     except ValueError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 from PIL import Image, ImageChops
@@ -11,6 +13,7 @@ from ..sheet import Row, contact_sheet
 from .cases import Case
 from .results import Comparison
 
+_LONGEST = 90  # characters of a label
 Picture = Callable[[str, Case], "Image.Image | None"]
 
 #: Rows of the sheet: enough to look at, small enough for a picture viewer.
@@ -33,8 +36,22 @@ def comparison_sheet(
             pictures[1:] = [_difference(pictures[0], other) for other in pictures[1:]]
         lines = [f"seed {case.seed}", f"{case.width} x {case.height}"]
         remarks = [remark(comparison, name, case) for name in names]
-        rows.append(Row(case.text or case.prompt_id, lines, pictures, remarks, calm=True))
+        rows.append(Row(label(case), lines, pictures, remarks, calm=True))
     return contact_sheet(rows, names)
+
+
+def label(case: Case) -> str:
+    """What a row is called: the caption's own summary, else its beginning, else the prompt's id.
+
+    A caption that is no JSON is its own summary.
+    """
+    summary = case.prompt.strip()
+    with suppress(ValueError, RecursionError):
+        caption = json.loads(summary)
+        if isinstance(caption, dict):
+            summary = str(caption.get("high_level_description") or case.text or "")
+    summary = " ".join(summary.split()) or case.prompt_id
+    return summary if len(summary) <= _LONGEST else f"{summary[: _LONGEST - 1].rstrip()}…"
 
 
 def difference_map(reference: Image.Image, picture: Image.Image) -> Image.Image:

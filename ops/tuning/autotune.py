@@ -115,20 +115,23 @@ def _run(job: Job, device: torch.device, memory: int, deadline: float) -> Measur
     if job.nbytes > memory or time.perf_counter() >= deadline:
         return None
     try:
-        seconds = _measured(job, device, deadline)
-        if seconds is None:
+        found = _measured(job, device, deadline)
+        if found is None:
             return None
+        seconds, behind = found
         errors = job.errors() if job.errors is not None else {}
     except Exception as error:  # out of memory, Triton's own: nothing here is worth a failed load
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning("cannot measure %s on %s: %s", job.key, device, reason)
         return None
     scaled = {name: job.scale * value for name, value in seconds.items()}
-    return Measurement(job.key, scaled, errors)
+    return Measurement(job.key, scaled, errors, behind)
 
 
-def _measured(job: Job, device: torch.device, deadline: float) -> dict[str, float] | None:
-    """Median seconds; a candidate far behind on a few rows keeps what these extrapolate to.
+def _measured(
+    job: Job, device: torch.device, deadline: float
+) -> tuple[dict[str, float], frozenset[str]] | None:
+    """(median seconds, candidates far behind on a few rows, whose seconds these extrapolate to).
 
     Some processors have no int8 instructions: there ``torch._int_mm`` would take minutes.
     """
@@ -143,4 +146,4 @@ def _measured(job: Job, device: torch.device, deadline: float) -> dict[str, floa
         behind = {n: t * tokens / _PROBE_TOKENS for n, t in few.items() if t > 8 * best}
     functions = {n: f for n, f in job.make(tokens).items() if n not in behind}
     timed = medians(functions, device, rounds, deadline, prune=True)
-    return None if timed is None else behind | timed
+    return None if timed is None else (behind | timed, frozenset(behind))

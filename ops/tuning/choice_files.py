@@ -31,7 +31,7 @@ from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Measurement, Table, na
 logger = logging.getLogger(__name__)
 
 # Raised where the meaning of a measurement changes.
-_SCHEMA = 2
+_SCHEMA = 3
 _MAX_BYTES = 1 << 22
 _PREFIX = "measured"
 # What a document of another form ends in; OverflowError: an integer beyond floats.
@@ -124,7 +124,13 @@ def save(folder: Path, device: torch.device, table: Table) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         merged = load(folder, device).with_added(table)
         entries = [
-            {**asdict(m.key), "seconds": dict(m.seconds), "errors": dict(m.errors)} for m in merged
+            {
+                **asdict(m.key),
+                "seconds": dict(m.seconds),
+                "errors": dict(m.errors),
+                "estimated": sorted(m.estimated),
+            }
+            for m in merged
         ]
         document = {"about": environment(device), "measurements": entries}
         data = (json.dumps(document, indent=1) + "\n").encode()
@@ -150,7 +156,10 @@ def _measurement(entry: Any) -> Measurement:
     seconds, errors = _figures(entry["seconds"]), _figures(entry["errors"])
     if not seconds or min(seconds.values()) <= 0:
         raise ValueError(f"no times for {key}")
-    return Measurement(key, seconds, errors)
+    estimated = frozenset(entry["estimated"])
+    if not estimated <= seconds.keys():
+        raise ValueError(f"no times for {sorted(estimated - seconds.keys())} of {key}")
+    return Measurement(key, seconds, errors, estimated)
 
 
 def _figures(values: Any) -> dict[str, float]:

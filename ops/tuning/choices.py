@@ -56,11 +56,16 @@ class Key:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of each candidate, and where they differ in it, their relative errors."""
+    """Seconds of each candidate, and where they differ in it, their relative errors.
+
+    estimated: candidates that were timed on fewer rows alone, far behind the others: their seconds
+    are these times scaled up, and no measurement.
+    """
 
     key: Key
     seconds: Mapping[str, float]
     errors: Mapping[str, float] = field(default_factory=dict)
+    estimated: frozenset[str] = frozenset()
 
     @property
     def ranking(self) -> tuple[str, ...]:
@@ -68,10 +73,15 @@ class Measurement:
         return tuple(sorted(self.seconds, key=self.seconds.__getitem__))
 
     def __str__(self) -> str:
-        figures = (f"{name} {_milliseconds(self.seconds[name])}" for name in self.ranking)
+        figures = (self._figure(name) for name in self.ranking)
         errors = (f"{name} {self.errors[name]:.1e}" for name in self.ranking if name in self.errors)
         line = f"{self.key}: {', '.join(figures)}"
         return f"{line}; relative error: {', '.join(errors)}" if self.errors else line
+
+    def _figure(self, name: str) -> str:
+        if name in self.estimated:
+            return f"{name} far behind, not measured at this size"
+        return f"{name} {_milliseconds(self.seconds[name])}"
 
 
 class Table:
@@ -198,4 +208,5 @@ def _crossover(measured: list[Measurement]) -> int | None:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"

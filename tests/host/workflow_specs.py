@@ -265,6 +265,7 @@ For intervals, queue several runs with other captions; then disconnect the pictu
     compare = Node("compare", "Ideogram4QuantCompare", widgets={"names": "Q8_0\nQ4_K"}, height=560)
     links = [
         ("compare", "table", "table", "source"),
+        ("checked", "caption", "compare", "captions"),
         *_CAPTION_LINKS,
     ]
     for i, (model, level) in enumerate((("first", "Q8_0"), ("second", "Q4_K"))):

@@ -1,0 +1,148 @@
+"""``ideogram4-quant quantize``, once its arguments are read.
+
+What they say is checked before torch is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+from ..checkpoint.copy_names import COPIES
+from ..files.new_file import check_output
+from ..files.partial import partial_path
+from .command_parts import calibration_of, check_files, progress_bar
+from .errors import QuantOptionError
+from .output_names import output_name
+from .recipes import CONTAINERS, QuantOptions, Recipe, TypeRule, recipe_of
+
+BOTH = "both"
+_TRANSFORMER_LAB = CONTAINERS[1]
+
+
+def quantize(args: argparse.Namespace) -> int:
+    """Everything that can be wrong with the arguments is said before torch is imported."""
+    check_files(args.source, args.pair, args.calibration, *(args.base or ()))
+    recipe = recipe_of(args.level)
+    runs = _runs(args, recipe)
+    types, budget = tuple(map(_type_rule, args.types)), _budget(args.protect_budget)
+    if not args.dry_run:
+        for _, _, out in runs:
+            check_output(out, overwrite=args.overwrite)
+
+    from .block_types import check_policy
+    from .quantize import plan_quantization, quantize_checkpoint
+
+    check_policy(args.policy)
+    options = QuantOptions(
+        container=args.container,
+        protect=tuple(args.protect),
+        types=types,
+        target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),
+        linears=args.linears,
+        licence=args.licence,
+        calibration=calibration_of(args),
+        treatment=args.treatment,
+        alpha=args.alpha,
+        rounding=args.rounding,
+        protect_below=args.protect_below,
+        **budget,
+    )
+    pair = args.pair if args.container == _TRANSFORMER_LAB else None
+    for source, copy, out in runs:
+        choice = {
+            "copy": copy,
+            "base": args.base,
+            "pair": pair,
+            "options": options,
+            "overwrite": args.overwrite,
+        }
+        if args.dry_run:
+            print(plan_quantization(source, recipe.level, out, **choice).table())
+            continue
+        resume = args.resume and (len(runs) == 1 or partial_path(Path(out)).exists())
+        with progress_bar(recipe.level, "B") as progress:
+            report = quantize_checkpoint(
+                source,
+                recipe.level,
+                out,
+                **choice,
+                progress=progress,
+                device=args.device,
+                resume=resume,
+                keep_partial=True,
+            )
+        print(report.table())
+    return 0
+
+
+def _runs(args: argparse.Namespace, recipe: Recipe) -> list[tuple[str, str | None, str]]:
+    """(source, copy, output) of each file that will be written."""
+    together = args.container == _TRANSFORMER_LAB
+    if args.copy == BOTH and args.pair is not None:
+        raise QuantOptionError(
+            "--pair names the file of the other copy, and --copy both says that SRC holds it",
+            needed="one of the two",
+        )
+    if args.copy == BOTH and not together:
+        parts = [(args.source, copy) for copy in COPIES]
+    else:
+        parts = [(args.source, None if args.copy == BOTH else args.copy)]
+    if args.pair is not None and not together:
+        other = {None: None, COPIES[0]: COPIES[1], COPIES[1]: COPIES[0]}[args.copy]
+        parts.append((args.pair, other))
+    both = args.copy == BOTH and not together
+    return [
+        (source, copy, _output(args, recipe, source, copy if both else None, place))
+        for place, (source, copy) in enumerate(parts)
+    ]
+
+
+def _output(
+    args: argparse.Namespace, recipe: Recipe, source: str, copy: str | None, place: int
+) -> str:
+    """Where a file goes: --out for the first one, unless it is a folder; else named after its
+    source, in the folder of --out or beside the source."""
+    name = output_name(source, recipe, copy)
+    if args.out is None:
+        return str(Path(source).parent / name)
+    out = Path(args.out)
+    if out.is_dir():
+        return str(out / name)
+    return str(out if place == 0 else out.parent / name)
+
+
+def how_to_go_on(args: argparse.Namespace) -> str:
+    """After Ctrl-C: how to go on."""
+    left = [str(partial_path(Path(out))) for _, _, out in _runs(args, recipe_of(args.level))]
+    left = [path for path in left if Path(path).exists()]
+    if not left:
+        return "nothing was written; the same command begins anew"
+    words = [word for word in args.words if word not in ("--resume", "--overwrite")]
+    again = shlex.join(["ideogram4-quant", *words, "--resume"])
+    return f"{', '.join(left)} holds what is done: --resume goes on with it\n{again}"
+
+
+def _type_rule(text: str) -> TypeRule:
+    pattern, equals, qtype = text.rpartition("=")
+    if not equals or not pattern or not qtype:
+        raise QuantOptionError("--type needs NAME=TYPE", found=text)
+    return TypeRule(pattern, qtype)
+
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?) ?(%|[kMG]?B)")
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _budget(text: str | None) -> dict[str, float | int]:
+    """The option of QuantOptions that ``8%`` or ``700MB`` means."""
+    if text is None:
+        return {}
+    match = _BUDGET.fullmatch(text.strip())
+    if match is None:
+        raise QuantOptionError("--protect-budget", found=text, needed="as 8% or 700MB")
+    if match[2] == "%":
+        return {"protect_share": float(match[1]) / 100}
+    return {"protect_bytes": round(float(match[1]) * _UNITS[match[2]])}
