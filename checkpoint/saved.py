@@ -21,7 +21,7 @@ from ..errors import CHECK_DOWNLOAD, CorruptFileError
 from ..ops.blocks import FORMATS
 from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor
-from ..ops.rotation import GROUPS
+from ..ops.rotation import is_order
 from .branches import GUIDANCE_KEY, GUIDANCE_NONE, GUIDANCE_PAIR
 from .codecs import FOLDED_INT8, Blocks, Int8, Stored
 from .parts import Parts
@@ -96,8 +96,9 @@ class SavedFolded(Stored):
         rows, columns = cls.shape(parts)
         groups = [stated.get(name) for name in ("rotation", "row_rotation")]
         first = stated.get("first_row", 0)
-        if not all(g is None or g in GROUPS for g in groups) or type(first) is not int:
-            raise parts.corrupt("unusable fold in comfy_quant", repr(stated)[:80], f"{GROUPS}")
+        usable = all(g is None or (type(g) is int and is_order(g)) for g in groups)
+        if not usable or type(first) is not int:
+            raise parts.corrupt("unusable fold in comfy_quant", repr(stated)[:80], "powers of 2")
         vectors = {
             name: parts.vector(f"fold_{name}", (size,)) if f"fold_{name}" in parts.roles else None
             for name, size in (("smooth", columns), ("rows", rows))

@@ -77,7 +77,10 @@ _FOREIGN = tuple(
         (r"weight_packed|weight_shape|weight_zero_point|weight_g_idx", "compressed-tensors'"),
         (r"qweight|qzeros|scales|g_idx|wscales|wzeros|wtscale", "GPTQ's, AWQ's or Nunchaku's"),
         (r"proj_(?:up|down)|lora_(?:up|down)|smooth_factor(?:_orig)?", "SVDQuant's (Nunchaku)"),
-        (r"svd_(?:up|down)|zero_point(?:_2|_scale)?|scale|scale_2|scale_zero_point", "SDNQ's"),
+        (
+            r"svd_(?:up|down)|zero_point(?:_2|_scale)?|scale|scale_2|scale_zero_point",
+            "SDNQ's, whose quantization_config.json does not lie beside the file",
+        ),
         (r"quip_s_[uv]|quip_\w+|SU|SV|Qidxs\w*|codebook_id", "QuIP's"),
         (r"W_q|meta", "HQQ's"),
         (r"lora_[AB](?:\.\w+)?\.weight|lora_magnitude_vector.*", "a LoRA beside the weight"),
