@@ -68,9 +68,13 @@ class Entry:
 
     @cached_property
     def level(self) -> str:
-        """The level of the pieces; ``BF16`` if they differ: they are joined as floats then."""
+        """The level of the pieces; if they differ ``BF16``, as they are joined as floats then, or
+        what their one format says.
+        """
         levels = {c.level(p) for c, p in zip(self.codecs, self.pieces, strict=True)}
-        return levels.pop() if len(levels) == 1 else "BF16"
+        if len(levels) == 1:
+            return levels.pop()
+        return self.codecs[0].joined_level(levels) if len(set(self.codecs)) == 1 else "BF16"
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -5,9 +5,10 @@ of a row, ``[N, 1]`` or ``[N, groups, 1]``; a low-rank part may follow as ``svd_
 ``W = R(table[code] * scale + zero_point + svd_up @ svd_down)``; what R is stands in the folder's
 config (``sdnq_config``). Source: sdnq 0.2.8, ``dequantizer``.
 
-``dense`` gives those values. A linear is held in blocks of GGUF instead, which run here at their own
-speed: integers of up to five bits, and signed ones of up to eight, keep their codes and have their
-scales rounded to float16 (about 70 dB); every other kind is encoded anew.
+``dense`` gives those values. A linear is held in a layout that runs here at its own speed: signed
+integers of six to eight bits with one scale a row as INT8, exactly; those with groups, and all of up
+to five bits, in blocks of GGUF with the same codes and scales rounded to float16 (60 to 70 dB); every
+other kind is encoded anew, as Q8_0.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor
 from ..errors import OpError
 from ..ops.blocks import from_codes, quantize
 from ..ops.fold import Fold
-from ..ops.layouts import folded_tensor, gguf_tensor
-from ..ops.rotation import is_order, rotate
+from ..ops.layouts import folded_tensor, gguf_tensor, int8_tensor
+from ..ops.rotation import is_group, is_order, rotate
 from ..ops.sdnq import Number, number, unpack
 from .codecs import Stored
 from .parts import Parts
@@ -39,25 +40,34 @@ EIGHT, FOUR = "SDNQ 8-bit", "SDNQ 4-bit"
 _CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2")
 _BLOCK = 32
 _OTHERWISE = "Q8_0"
+_INT8 = "INT8 W8A8"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Codes int8 [N, K] of ``step * code + low``, a pair a group, that blocks of ``qtype`` hold."""
+    """Codes int8 [N, K] of ``step * code + low``, a pair a group, and what holds them as they are:
+    blocks of ``qtype``, or the INT8 layout."""
 
     qtype: str
     codes: Tensor
     step: Tensor
     low: Tensor | None
 
-    def blocks(self) -> Tensor:
-        """uint8 [N, bytes of a row]: these codes; step and low rounded to float16."""
+    def tensor(self, dtype: torch.dtype, rotation: int | None) -> Tensor:
+        """The weight for a linear; of blocks, step and low are rounded to float16."""
+        if self.qtype == _INT8:
+            regular = rotation if rotation is not None and is_group(rotation) else None
+            scale = self.step.reshape(-1).contiguous()
+            held = int8_tensor(self.codes, scale, dtype=dtype, rotation=regular, validate=True)
+            return held if rotation == regular else _turned_back(held, rotation)
         repeats = self.codes.shape[1] // self.step.shape[1] // _BLOCK
         step, low = (
             None if each is None else each.repeat_interleave(repeats, dim=1)
             for each in (self.step, self.low)
         )
-        return from_codes(self.codes, self.qtype, step, low)
+        blocks = from_codes(self.codes, self.qtype, step, low)
+        held = gguf_tensor(blocks, self.qtype, tuple(self.codes.shape), dtype=dtype)
+        return _turned_back(held, rotation)
 
     @staticmethod
     def stack(grids: Sequence[Grid | None]) -> Grid | None:
@@ -140,7 +150,7 @@ class Sdnq(Stored):
         scale = step[..., None]
         values = numbers * scale if low is None else torch.addcmul(low[..., None], numbers, scale)
         values = values.view(rows, columns)
-        qtype = _holding(kind, columns // groups)
+        qtype = _holding(kind, columns // groups, groups)
         if "svd_up" in parts.roles:
             values, qtype = values + _low_rank(parts, rows, columns), None
         held = None
@@ -150,14 +160,13 @@ class Sdnq(Stored):
         return cls(values, _rotation(parts, columns), held, kind.name)
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
-        """In GGUF's blocks, as this pack's kernels multiply them, rotated as it is stored."""
-        if self.grid is None:
-            _say_requantized(self.kind)
-            qtype, blocks = _OTHERWISE, quantize(self.values, _OTHERWISE)
-        else:
-            qtype, blocks = self.grid.qtype, self.grid.blocks()
-        held = gguf_tensor(blocks, qtype, tuple(self.values.shape), dtype=dtype)
-        return held if self.rotation is None else folded_tensor(held, Fold(rotation=self.rotation))
+        """In a layout that this pack's kernels multiply, rotated as it is stored."""
+        if self.grid is not None:
+            return self.grid.tensor(dtype, self.rotation)
+        _say_requantized(self.kind)
+        blocks = quantize(self.values, _OTHERWISE)
+        held = gguf_tensor(blocks, _OTHERWISE, tuple(self.values.shape), dtype=dtype)
+        return _turned_back(held, self.rotation)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """sdnq's own values, to fp32's rounding."""
@@ -172,6 +181,10 @@ class Sdnq(Stored):
         values = torch.cat([item.values for item in items])
         kinds = " and ".join(dict.fromkeys(item.kind for item in items))
         return cls(values, items[0].rotation, Grid.stack([item.grid for item in items]), kinds)
+
+    @classmethod
+    def joined_level(cls, levels: Collection[str]) -> str:
+        return EIGHT
 
 
 def _told(parts: Parts) -> str:
@@ -232,8 +245,14 @@ def _low_rank(parts: Parts, rows: int, columns: int) -> Tensor:
     return up @ down
 
 
-def _holding(kind: Number, group: int) -> str | None:
-    """The block format that holds such codes as they are, with a scale for every ``group``."""
+def _turned_back(held: Tensor, rotation: int | None) -> Tensor:
+    return held if rotation is None else folded_tensor(held, Fold(rotation=rotation))
+
+
+def _holding(kind: Number, group: int, groups: int) -> str | None:
+    """What holds such codes as they are, with a scale for every ``group`` values of a row."""
+    if kind.integer and kind.signed and kind.bits > 5 and groups == 1:
+        return _INT8
     if not kind.integer or group % _BLOCK:
         return None
     if kind.signed:

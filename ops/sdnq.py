@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import OpError
 
 _NAME = re.compile(
-    r"(?P<integer>u?int)(?P<bits>[2-8])"
+    r"(?P<integer>u?int)(?P<bits>[2-8])|(?P<short>u?fp)(?P<of>[2-8])"
     r"|float(?P<width>[2-8])_e(?P<exponent>[1-5])m(?P<mantissa>[0-7])fn(?P<unsigned>u?)(?:_sdnq)?"
 )
 
@@ -78,6 +78,9 @@ class Number:
 def number(name: str) -> Number:
     """The dtype of that name. Raises OpError for one that is unknown or has more than eight bits."""
     match = _NAME.fullmatch(name)
+    if match is not None and match["short"]:  # fp5 is float5_e2m2fn, ufp5 float5_e2m3fnu
+        bits, signed = int(match["of"]), match["short"] == "fp"
+        return Number(name, bits, signed, False, bits // 2, bits - bits // 2 - signed)
     if match is not None and match["integer"]:
         return Number(name, int(match["bits"]), match["integer"] == "int", integer=True)
     if match is not None:

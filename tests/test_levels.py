@@ -199,9 +199,12 @@ def test_auto_takes_linears_alone_only_with_a_base():
 
 
 def test_ampere_tries_the_levels_in_the_documented_order():
-    listed = "INT8 W8A8 rotated, INT8 W8A8, Q8_0, Q6_K, W6A8, MXFP8, Q5_K, W4A8, Q4_K, IQ4_XS, Q4_0"
+    listed = (
+        "INT8 W8A8 rotated, INT8 W8A8, Q8_0, SDNQ 8-bit, Q6_K, W6A8, MXFP8, Q5_K, W4A8, Q4_K, "
+        "IQ4_XS, Q4_0, SDNQ 4-bit"
+    )
     found = AUTO_ORDER[capability(int8=True, bfloat16=True)]
-    assert ", ".join(found[:11]) == listed
+    assert ", ".join(found[:13]) == listed
     blackwell = AUTO_ORDER[capability(int8=True, bfloat16=True, fp4=True)]
     assert blackwell.index("NVFP4") < blackwell.index("W4A8")  # where the device multiplies it
     assert found.index("NVFP4") > found.index("Q4_0")
