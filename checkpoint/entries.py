@@ -22,13 +22,14 @@ from .parts import Parts
 from .saved import SavedBlocks, SavedFolded
 from .sdnq import Sdnq
 from .stock import AWQ, MXFP8, NVFP4, W4A4, W4A8
+from .svdquant import SvdQuant
 
 logger = logging.getLogger(__name__)
 
 # The first that claims a weight reads it.
 CODECS: tuple[type[Stored], ...] = (
     *(Nf4, SavedBlocks, SavedFolded, Sdnq),
-    *(W4A8, W4A4, NVFP4, MXFP8, AWQ),
+    *(W4A8, W4A4, NVFP4, MXFP8, AWQ, SvdQuant),
     *(Int8Blocks, Int8, Fp8, Blocks, Unquantized),
 )
 

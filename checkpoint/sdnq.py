@@ -13,8 +13,6 @@ other kind is encoded anew, as Q8_0.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -23,23 +21,21 @@ import torch
 from torch import Tensor
 
 from ..errors import OpError
-from ..ops.blocks import from_codes, quantize
+from ..ops.blocks import from_codes
 from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor, gguf_tensor, int8_tensor
 from ..ops.rotation import is_group, is_order, rotate
 from ..ops.sdnq import Number, number, unpack
+from .anew import encoded_anew
 from .codecs import Stored
 from .parts import Parts
 from .sdnq_config import SDNQ
-
-logger = logging.getLogger(__name__)
 
 EIGHT, FOUR = "SDNQ 8-bit", "SDNQ 4-bit"
 """Levels: dtypes of six bits or more, and those of fewer."""
 
 _CODES = ("I8", "U8", "F8_E4M3", "F8_E5M2")
 _BLOCK = 32
-_OTHERWISE = "Q8_0"
 _INT8 = "INT8 W8A8"
 
 
@@ -157,16 +153,13 @@ class Sdnq(Stored):
         if qtype is not None:
             codes = numbers.to(torch.int8).view(rows, columns)
             held = Grid(qtype, codes, step, low)
-        return cls(values, _rotation(parts, columns), held, kind.name)
+        return cls(values, _rotation(parts, columns), held, f"SDNQ's {kind.name}")
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         """In a layout that this pack's kernels multiply, rotated as it is stored."""
         if self.grid is not None:
             return self.grid.tensor(dtype, self.rotation)
-        _say_requantized(self.kind)
-        blocks = quantize(self.values, _OTHERWISE)
-        held = gguf_tensor(blocks, _OTHERWISE, tuple(self.values.shape), dtype=dtype)
-        return _turned_back(held, self.rotation)
+        return _turned_back(encoded_anew(self.values, dtype, self.kind), self.rotation)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """sdnq's own values, to fp32's rounding."""
@@ -258,13 +251,3 @@ def _holding(kind: Number, group: int, groups: int) -> str | None:
     if kind.signed:
         return "Q8_0" if kind.bits > 5 else "Q5_0" if kind.bits == 5 else "Q4_0"
     return None if kind.bits > 5 else "Q5_1" if kind.bits == 5 else "Q4_1"
-
-
-@functools.cache
-def _say_requantized(kind: str) -> None:
-    logger.warning(
-        "SDNQ weights of %s: no block format holds such codes, so they are kept as %s (8.5 bits), "
-        "which takes more memory and adds its rounding",
-        kind,
-        _OTHERWISE,
-    )

@@ -107,9 +107,9 @@ def test_stored_twice(tmp_path: Path, state):
             {
                 "weight": torch.zeros(64, 32, dtype=torch.int8),
                 "weight_scale": torch.ones(1, 64),
-                "comfy_quant": storage.as_json({"format": "svdquant_w4a4"}),
+                "comfy_quant": storage.as_json({"format": "svdquant_w4a16"}),
             },
-            "svdquant_w4a4",
+            "svdquant_w4a16",
         ),
         ({"weight": torch.zeros(64, 32, dtype=torch.uint8)}, "U8 without a description"),
         (

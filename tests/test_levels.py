@@ -14,6 +14,7 @@ from ideogram4_quant.checkpoint import ModelConfig, open_checkpoint
 from ideogram4_quant.checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
 from ideogram4_quant.checkpoint.levels import read_catalogue, resolve
 from ideogram4_quant.checkpoint.listing import list_files
+from ideogram4_quant.cards.sizes import copy_bytes
 from ideogram4_quant.checkpoint.pairs import WORKING_MEMORY, find_pair
 from ideogram4_quant.errors import (
     CheckpointError,
@@ -22,6 +23,7 @@ from ideogram4_quant.errors import (
     TruncatedFileError,
 )
 from ideogram4_quant.nodes import headers
+from ideogram4_quant.quant.recipes import SOURCE_BITS
 from ideogram4_quant.tests.fixtures_levels import BOTH, COND, UNCOND, Header, catalogue
 
 PACK = Path(headers.__file__).parents[1]
@@ -222,6 +224,8 @@ def test_help_page_lists_what_auto_tries():
 def test_every_level_has_its_place_in_every_order():
     for order in AUTO_ORDER.values():
         assert sorted(order) == sorted(LEVELS)
+    assert sorted(SOURCE_BITS) == sorted(LEVELS)  # what files are made from
+    assert all(copy_bytes(level) > 0 for level in LEVELS)  # what the doctor says of their size
 
 
 def test_missing_level_says_what_there_is_and_what_to_put_where():

@@ -12,7 +12,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 from torch.nn import Linear
 
-from ideogram4_quant.checkpoint import open_checkpoint, open_encoder
+from ideogram4_quant.checkpoint import anew, open_checkpoint, open_encoder
 from ideogram4_quant.checkpoint.grammar import build_entries, parse_key
 from ideogram4_quant.checkpoint.statements import matched
 from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
@@ -299,9 +299,7 @@ def test_rotation_by_sylvesters_matrices(order):
 
 
 def test_what_is_encoded_anew_is_said_once(caplog, golden):
-    from ideogram4_quant.checkpoint.sdnq import _say_requantized
-
-    _say_requantized.cache_clear()
+    anew._say.cache_clear()
     entry = golden[0]["layers.0.feed_forward.w3.weight"]
     with caplog.at_level(logging.WARNING):
         entry.read(torch.float32)
