@@ -2,8 +2,8 @@
 
 ``comfy_quant`` beside each weight names the format, as its layout describes itself. INT8 without
 smoothing and FP8 of one scale are stock formats, NF4 is bitsandbytes'. ``ideogram4_quant`` at the
-model's root is uint8 JSON: ``copy``, ``config`` and ``guidance``, which the host's metadata do not
-tell.
+model's root is uint8 JSON: ``copy``, ``config``, ``guidance`` and ``attention``, which the host's
+metadata do not tell.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..ops.blocks import FORMATS
 from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor
 from ..ops.rotation import is_order
+from .attention_wish import WISH_KEY
 from .branches import GUIDANCE_KEY, GUIDANCE_NONE, GUIDANCE_PAIR
 from .codecs import FOLDED_INT8, Blocks, Int8, Stored
 from .parts import Parts
@@ -134,6 +135,8 @@ def with_words(tensor_files: TensorFiles, prefixes: Mapping[str, str | None]) ->
             metadata["ideogram4.config"] = json.dumps(config)
         if said.get("guidance") in (GUIDANCE_NONE, GUIDANCE_PAIR):
             metadata[GUIDANCE_KEY] = said["guidance"]
+        if isinstance(said.get("attention"), str):
+            metadata[WISH_KEY] = said["attention"]
         return dataclasses.replace(tensor_files, metadata=metadata | tensor_files.metadata)
     return tensor_files
 
