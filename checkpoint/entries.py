@@ -60,7 +60,7 @@ class Entry:
             codec = next((codec for codec in CODECS if codec.claims(parts)), None)
             stated = None if codec else parts.quantization().get("format")
             if stated is not None:
-                raise parts.unsupported(stated)
+                raise parts.variant(str(stated)[:80])
             parts.check_understood(codec.ROLES if codec else ())
             if codec is None:
                 raise parts.unsupported(f"{parts.weight.dtype} without a description")

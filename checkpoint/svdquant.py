@@ -42,7 +42,7 @@ class SvdQuant(Stored):
     def level(cls, parts: Parts) -> str:
         for key, known in _SETTINGS.items():
             if parts.setting(key, known[0]) not in known:
-                raise parts.unsupported(f"{FORMAT} with {key} {str(parts.setting(key, ''))[:40]}")
+                raise parts.variant(f"{FORMAT} with {key} {str(parts.setting(key, ''))[:40]}")
         parts.check_format(FORMAT, keys=(*_SETTINGS, *_HARMLESS))
         for role in cls.ROLES:
             if role not in parts.roles:
