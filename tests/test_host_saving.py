@@ -43,7 +43,7 @@ def write_smoothed(plain, out) -> str:
 def ask_for_int8(path: str) -> None:
     """Layers that ask for int8 attention, as files in circulation do."""
     stored = load_file(path)
-    asked = {f"layers.{i}.attention.comfy_attention.config": ASKED for i in range(4)}
+    asked = {f"layers.{i}.attention.comfy_attention.config": ASKED.clone() for i in range(4)}
     with safe_open(path, "pt") as opened:
         metadata = opened.metadata()
     save_file(stored | asked, path, metadata)
