@@ -90,7 +90,9 @@ class Stored(ABC):
 
     @classmethod
     def joined_level(cls, levels: Collection[str]) -> str:
-        """The level of rows of several ``levels``, all of this class; ``BF16`` if joined as floats."""
+        """The level of rows of several ``levels``, all of this class; ``BF16`` if they are joined
+        as floats.
+        """
         return "BF16"
 
 

@@ -102,7 +102,9 @@ class Parts:
                 what = what or f"{raw.key} beside {self.weight.dtype} values"
         if what is not None:
             stated = self.quantization().get("format")
-            raise self.unsupported(what) if stated is None else self.variant(f"{stated} with {what}")
+            raise (
+                self.unsupported(what) if stated is None else self.variant(f"{stated} with {what}")
+            )
 
     def setting(self, name: str, default: Any) -> Any:
         """What the description says of ``name``, at its top or under ``params``."""

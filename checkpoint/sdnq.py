@@ -6,9 +6,9 @@ of a row, ``[N, 1]`` or ``[N, groups, 1]``; a low-rank part may follow as ``svd_
 config (``sdnq_config``). Source: sdnq 0.2.8, ``dequantizer``.
 
 ``dense`` gives those values. A linear is held in a layout that runs here at its own speed: signed
-integers of six to eight bits with one scale a row as INT8, exactly; those with groups, and all of up
-to five bits, in blocks of GGUF with the same codes and scales rounded to float16 (60 to 70 dB); every
-other kind is encoded anew, as Q8_0.
+integers of six to eight bits with one scale a row as INT8, exactly; those with groups, and all of
+up to five bits, in blocks of GGUF with the same codes and scales rounded to float16 (60 to 70 dB);
+every other kind is encoded anew, as Q8_0.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _corrupt(tensor_files: TensorFiles, key: str, value: object) -> CorruptFileE
 
 
 class _Names:
-    """SDNQ's list of modules: whole names, parts between dots, ``.beginnings`` and ``wild*cards``."""
+    """SDNQ's list of modules: whole names, parts between dots, ``.beginnings``, ``wild*cards``."""
 
     def __init__(self, names: object, tensor_files: TensorFiles) -> None:
         names = [names] if isinstance(names, str) else names
@@ -122,7 +122,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def _at_least(dtype: str, other: str) -> str:
-    """What a key of ``modules_dtype_dict`` makes of ``dtype``: a dtype, or a least number of bits."""
+    """What a key of ``modules_dtype_dict`` makes of ``dtype``: another, or a least width."""
     match = _LEAST_BITS.fullmatch(other.lower())
     if match is None or other.lower() == f"{match['kind']}{match['bits']}":
         return other.lower()

@@ -1,9 +1,9 @@
 """SVDQuant in ComfyUI's container (``svdquant_w4a4``): int4 codes beside a low-rank part.
 
-``W = code * scale / smooth_factor + (proj_down @ proj_up.T).T``, natural (codes int8 [N, K / 2], the
-even column in the low bits; scale [K / 64, N]) or in tiles of 128 rows. comfy-kitchen 0.2.40 has
-the layout and its kernels for NVIDIA GPUs, which multiply int4 activations; it cannot quantize, so
-that no patch could be written back. Here such a weight is held as Q8_0.
+``W = code * scale / smooth_factor + (proj_down @ proj_up.T).T``, natural (codes int8 [N, K / 2],
+the even column in the low bits; scale [K / 64, N]) or in tiles of 128 rows. comfy-kitchen 0.2.40
+has the layout and its kernels for NVIDIA GPUs, which multiply int4 activations; it cannot quantize,
+so that no patch could be written back. Here such a weight is held as Q8_0.
 """
 
 from __future__ import annotations

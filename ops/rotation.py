@@ -3,8 +3,8 @@
 ``H4`` is the regular (equal row sums) Hadamard matrix of order 4; larger ones are its Kronecker
 powers, divided by the square root of their order. Each is symmetric and orthogonal, hence its own
 inverse. The matrices are those of ConvRot, so a file marked ``convrot`` is computed alike here.
-Orders that are no power of 4 (2, 8, 32, 128, ...) are Sylvester's, powers of [[1, 1], [1, -1]]: SDNQ
-rotates in such groups, ConvRot and this package's own files do not.
+Orders that are no power of 4 (2, 8, 32, 128, ...) are Sylvester's, powers of [[1, 1], [1, -1]]:
+SDNQ rotates in such groups, ConvRot and this package's own files do not.
 """
 
 from __future__ import annotations

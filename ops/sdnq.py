@@ -76,7 +76,7 @@ class Number:
 
 
 def number(name: str) -> Number:
-    """The dtype of that name. Raises OpError for one that is unknown or has more than eight bits."""
+    """The dtype of that name. Raises OpError for an unknown one and for more than eight bits."""
     match = _NAME.fullmatch(name)
     if match is not None and match["short"]:  # fp5 is float5_e2m2fn, ufp5 float5_e2m3fnu
         bits, signed = int(match["of"]), match["short"] == "fp"

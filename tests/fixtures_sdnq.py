@@ -66,7 +66,12 @@ def pack(weight: torch.Tensor, dtype: str) -> tuple[dict[str, torch.Tensor], tor
 
 def config(dtype: str, **changes: object) -> dict[str, object]:
     """``quantization_config.json`` of a folder whose weights are all of ``dtype``."""
-    said = {"quant_method": "sdnq", "weights_dtype": dtype, "sdnq_version": "0.2.8", **CONFIGS[dtype]}
+    said = {
+        "quant_method": "sdnq",
+        "weights_dtype": dtype,
+        "sdnq_version": "0.2.8",
+        **CONFIGS[dtype],
+    }
     return {**said, "modules_dtype_dict": {}, "modules_quant_config": {}, **changes}
 
 

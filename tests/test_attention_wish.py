@@ -94,7 +94,7 @@ def test_written_files_keep_it(asking, tmp_path, level):
 
 
 def test_an_interrupted_run_keeps_it(asking, tmp_path):
-    source, asked = asking
+    source, _ = asking
     whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
     quantize_checkpoint(source, "INT8 W8A8", whole, copy="conditional")
 

@@ -137,7 +137,11 @@ def test_formats_that_are_not_read(tmp_path: Path, state, parts: dict, found: st
 VARIANTS = {  # what a later release may write: (level, what is new in it, words)
     "a key": ("W4A8", {"outliers": 3}, r"asym_w4a8_int8 with outliers 3"),
     "a format": ("W4A8", {"format": "asym_w5a8_int8"}, r"asym_w5a8_int8"),
-    "a version": ("NVFP4", {"format_version": "3", "order": "row"}, r"nvfp4 with order row, format"),
+    "a version": (
+        "NVFP4",
+        {"format_version": "3", "order": "row"},
+        r"nvfp4 with order row, format",
+    ),
     "params": ("MXFP8", {"params": {"blocks": 16}}, r"mxfp8 with blocks 16"),
     "a wish": ("INT4 W4A4", {"linear_dtype": "fp3"}, r"linear_dtype 'fp3'"),
 }

@@ -193,8 +193,8 @@ def _one_copy() -> Workflow:
 **The first file is enough here**: the conditional copy runs both passes, the second one on image
 tokens alone (*unconditional_from* in the sampler). Pictures differ from those of two copies.
 
-**Nearer to two copies**: pick an unconditional LoRA in *unconditional_lora* of the loader, and connect
-its **unconditional** output. `ideogram4-quant delta` makes one of your two files.
+**Nearer to two copies**: pick an unconditional LoRA in *unconditional_lora* of the loader, and
+connect its **unconditional** output. `ideogram4-quant delta` makes one of your two files.
 """
     settings = {"unconditional_from": "conditional copy"}
     column = _loaders("INT8 W8A8 rotated", extra, 460)
