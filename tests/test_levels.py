@@ -15,7 +15,6 @@ from ideogram4_quant.checkpoint import ModelConfig, open_checkpoint
 from ideogram4_quant.checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
 from ideogram4_quant.checkpoint.levels import read_catalogue, resolve
 from ideogram4_quant.checkpoint.listing import list_files
-from ideogram4_quant.cards.sizes import copy_bytes
 from ideogram4_quant.checkpoint.pairs import WORKING_MEMORY, find_pair
 from ideogram4_quant.errors import (
     CheckpointError,
