@@ -18,6 +18,9 @@ _BITS = {
     "INT8 W8A8 rotated": 8.0,
     "MXFP8": 8.25,
     "W6A8": 6.5,
+    "SVDQuant W4A4": 8.5,  # held as Q8_0
+    "SDNQ 8-bit": 8.5,
+    "SDNQ 4-bit": 5.0,
     "W4A8": 4.5,
     "NVFP4": 4.5,
     "AWQ W4A16": 4.5,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -87,6 +87,13 @@ class Stored(ABC):
     def stack(cls, items: Sequence[Stored]) -> Stored | None:
         """All rows of ``items``, all of this class, as one weight; None if no such form exists."""
         return None
+
+    @classmethod
+    def joined_level(cls, levels: Collection[str]) -> str:
+        """The level of rows of several ``levels``, all of this class; ``BF16`` if they are joined
+        as floats.
+        """
+        return "BF16"
 
 
 @dataclass(frozen=True)

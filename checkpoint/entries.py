@@ -20,14 +20,16 @@ from .folding import StoredFolding
 from .nf4 import Nf4
 from .parts import Parts
 from .saved import SavedBlocks, SavedFolded
+from .sdnq import Sdnq
 from .stock import AWQ, MXFP8, NVFP4, W4A4, W4A8
+from .svdquant import SvdQuant
 
 logger = logging.getLogger(__name__)
 
 # The first that claims a weight reads it.
 CODECS: tuple[type[Stored], ...] = (
-    *(Nf4, SavedBlocks, SavedFolded),
-    *(W4A8, W4A4, NVFP4, MXFP8, AWQ),
+    *(Nf4, SavedBlocks, SavedFolded, Sdnq),
+    *(W4A8, W4A4, NVFP4, MXFP8, AWQ, SvdQuant),
     *(Int8Blocks, Int8, Fp8, Blocks, Unquantized),
 )
 
@@ -58,7 +60,7 @@ class Entry:
             codec = next((codec for codec in CODECS if codec.claims(parts)), None)
             stated = None if codec else parts.quantization().get("format")
             if stated is not None:
-                raise parts.unsupported(stated)
+                raise parts.variant(str(stated)[:80])
             parts.check_understood(codec.ROLES if codec else ())
             if codec is None:
                 raise parts.unsupported(f"{parts.weight.dtype} without a description")
@@ -67,9 +69,13 @@ class Entry:
 
     @cached_property
     def level(self) -> str:
-        """The level of the pieces; ``BF16`` if they differ: they are joined as floats then."""
+        """The level of the pieces; if they differ ``BF16``, as they are joined as floats then, or
+        what their one format says.
+        """
         levels = {c.level(p) for c, p in zip(self.codecs, self.pieces, strict=True)}
-        return levels.pop() if len(levels) == 1 else "BF16"
+        if len(levels) == 1:
+            return levels.pop()
+        return self.codecs[0].joined_level(levels) if len(set(self.codecs)) == 1 else "BF16"
 
     @cached_property
     def shape(self) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from .copy_names import CONDITIONAL, UNCONDITIONAL
 from .entries import Entry
 from .files import RawTensor
 from .parts import NOT_SUPPORTED, USE_INSTEAD, Parts, told
+from .sdnq_config import SDNQ
 from .suffixes import OTHER, SUFFIXES
 
 # Prefix -> the copy that it names; None where it names none. sd.cpp's "uncond." stands inside the
@@ -199,9 +200,12 @@ def _entry(
                 tensor=next(iter(roles.values())).key,
                 needed=name,
             )
-        weight = _squeezed(roles["weight"], dimensions)
+        weight, others = _squeezed(roles["weight"], dimensions), beside[piece]
         described = stated.get(module_of(weight)) if name.endswith(".weight") else None
-        parts.append(Parts(weight.key, {**roles, "weight": weight}, described, beside[piece]))
+        if described is not None and described.get("format") == SDNQ:  # has its own suffixes
+            roles = {**roles, **{raw.key.rpartition(".")[2]: raw for raw in others}}
+            others = ()
+        parts.append(Parts(weight.key, {**roles, "weight": weight}, described, others))
     return Entry(name, tuple(parts), linear)
 
 

@@ -37,6 +37,7 @@ ORIGINS: tuple[Origin, ...] = (
     Origin("Transformer Lab INT8", "safetensors", frozenset({"wq", "ws"}), linears_only=True),
     Origin("Transformer Lab GGUF", "gguf", frozenset({"cond.", "uncond."})),
     Origin("GGUF", "gguf"),
+    Origin("SDNQ", "safetensors", frozenset({"comfy_quant", "scale"})),
     Origin("diffusers", "safetensors", frozenset({"split"})),
     Origin("bitsandbytes NF4", "safetensors", frozenset({"absmax"})),
     Origin("ComfyUI W4A8", "safetensors", frozenset({"comfy_quant", "weight_s_rel"})),

@@ -23,6 +23,8 @@ _MAX_JSON = 1 << 12  # bytes; ComfyUI's and bitsandbytes' descriptions take 300
 _HARMLESS = ("full_precision_matrix_mult", "orig_dtype", "per_row", "format_version")
 _ROTATION = ("convrot", "convrot_groupsize")
 NOT_SUPPORTED = "this storage format is not supported"
+WRITTEN_BY = "as ComfyUI 0.33 and comfy-kitchen 0.2.40 write it"
+"""Of what the descriptions in ``comfy_quant`` are known."""
 USE_INSTEAD = "Use a file in FP8 (fp8_scaled), INT8 (int8_convrot), GGUF or BF16."
 
 
@@ -56,10 +58,23 @@ class Parts:
             hint=CHECK_DOWNLOAD,
         )
 
-    def unsupported(self, what: object, hint: str = USE_INSTEAD) -> CheckpointError:
+    def unsupported(
+        self, what: object, hint: str = USE_INSTEAD, *, needed: str | None = None
+    ) -> CheckpointError:
         return CheckpointError(
-            NOT_SUPPORTED, file=self.weight.file.path, tensor=self.key, found=what, hint=hint
+            NOT_SUPPORTED,
+            file=self.weight.file.path,
+            tensor=self.key,
+            found=what,
+            needed=needed,
+            hint=hint,
         )
+
+    def variant(self, what: str) -> CheckpointError:
+        """The error for a description that is not known: it says of which version others are."""
+        version = self.quantization().get("format_version")
+        told = "" if version is None else f", format_version {str(version)[:20]}"
+        return self.unsupported(f"{what}{told}", needed=WRITTEN_BY)
 
     def json(self, role: str) -> dict[str, Any]:
         """A JSON object stored as a uint8 tensor, empty if there is none."""
@@ -78,14 +93,18 @@ class Parts:
 
     def check_understood(self, roles: Collection[str]) -> None:
         """CheckpointError for a stored tensor that this weight's format does not use."""
+        what = None
         if self.others:
             raw = self.others[0]
-            stated = self.quantization().get("format")
             what = told(raw, raw.key.removeprefix(self.key.rpartition(".")[0] + "."))
-            raise self.unsupported(what if stated is None else f"{stated} with {what}")
         for role, raw in self.roles.items():
             if role not in ("weight", "conf", *roles):
-                raise self.unsupported(f"{raw.key} beside {self.weight.dtype} values")
+                what = what or f"{raw.key} beside {self.weight.dtype} values"
+        if what is not None:
+            stated = self.quantization().get("format")
+            raise (
+                self.unsupported(what) if stated is None else self.variant(f"{stated} with {what}")
+            )
 
     def setting(self, name: str, default: Any) -> Any:
         """What the description says of ``name``, at its top or under ``params``."""
@@ -118,15 +137,15 @@ class Parts:
             return
         name = conf.get("format", known[0] if known else None)
         if name not in known:
-            raise self.unsupported(name if known else f"{name} of {self.weight.dtype} values")
+            raise self.variant(f"{name}" if known else f"{name} of {self.weight.dtype} values")
         params = conf.get("params")
         nested = params if isinstance(params, dict) else {}
         if params and not nested:
-            raise self.unsupported(f"{name} with params {str(params)[:40]}")
+            raise self.variant(f"{name} with params {str(params)[:40]}")
         for key, value in (*conf.items(), *nested.items()):
             told = key == "orig_shape" and value == list(self.weight.shape)
             if value and not told and key not in ("format", "params", *keys, *_HARMLESS):
-                raise self.unsupported(f"{name} with {key} {str(value)[:40]}")
+                raise self.variant(f"{name} with {key} {str(value)[:40]}")
 
     def rotation(self) -> int | None:
         """Group of the Hadamard rotation of the weight's rows (ConvRot); None without one."""

@@ -59,6 +59,12 @@ PUBLISHED = (
         "Comfy-Org/Qwen3-VL",
     ),
     Published(
+        "qwen3vl_8b_nvfp4.safetensors",
+        "text_encoders",
+        6_300_000_000,
+        "Comfy-Org/Qwen3-VL",
+    ),
+    Published(
         "diffusion_pytorch_model.safetensors",
         "text_encoders",
         None,
@@ -68,7 +74,10 @@ PUBLISHED = (
     Published("flux2-vae.safetensors", "vae", 336_000_000, "Comfy-Org/flux2-dev"),
 )
 # pages with files of a level whose names are not settled
-_PAGES = {"Q4_0": ("leejet/ideogram-4-GGUF", "molbal/ideogram-4-gguf")}
+_PAGES = {
+    "Q4_0": ("leejet/ideogram-4-GGUF", "molbal/ideogram-4-gguf"),
+    "SDNQ 4-bit": ("WaveCut/ideogram-4-sdnq-uint4",),
+}
 
 
 def most_wanted(kind: str) -> str:

@@ -2,8 +2,8 @@
 
 ``comfy_quant`` beside each weight names the format, as its layout describes itself. INT8 without
 smoothing and FP8 of one scale are stock formats, NF4 is bitsandbytes'. ``ideogram4_quant`` at the
-model's root is uint8 JSON: ``copy``, ``config`` and ``guidance``, which the host's metadata do not
-tell.
+model's root is uint8 JSON: ``copy``, ``config``, ``guidance`` and ``attention``, which the host's
+metadata do not tell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ..errors import CHECK_DOWNLOAD, CorruptFileError
 from ..ops.blocks import FORMATS
 from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor
-from ..ops.rotation import GROUPS
+from ..ops.rotation import is_order
+from .attention_wish import WISH_KEY
 from .branches import GUIDANCE_KEY, GUIDANCE_NONE, GUIDANCE_PAIR
 from .codecs import FOLDED_INT8, Blocks, Int8, Stored
 from .parts import Parts
@@ -96,8 +97,9 @@ class SavedFolded(Stored):
         rows, columns = cls.shape(parts)
         groups = [stated.get(name) for name in ("rotation", "row_rotation")]
         first = stated.get("first_row", 0)
-        if not all(g is None or g in GROUPS for g in groups) or type(first) is not int:
-            raise parts.corrupt("unusable fold in comfy_quant", repr(stated)[:80], f"{GROUPS}")
+        usable = all(g is None or (type(g) is int and is_order(g)) for g in groups)
+        if not usable or type(first) is not int:
+            raise parts.corrupt("unusable fold in comfy_quant", repr(stated)[:80], "powers of 2")
         vectors = {
             name: parts.vector(f"fold_{name}", (size,)) if f"fold_{name}" in parts.roles else None
             for name, size in (("smooth", columns), ("rows", rows))
@@ -133,6 +135,8 @@ def with_words(tensor_files: TensorFiles, prefixes: Mapping[str, str | None]) ->
             metadata["ideogram4.config"] = json.dumps(config)
         if said.get("guidance") in (GUIDANCE_NONE, GUIDANCE_PAIR):
             metadata[GUIDANCE_KEY] = said["guidance"]
+        if isinstance(said.get("attention"), str):
+            metadata[WISH_KEY] = said["attention"]
         return dataclasses.replace(tensor_files, metadata=metadata | tensor_files.metadata)
     return tensor_files
 

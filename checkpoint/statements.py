@@ -18,6 +18,7 @@ from .canonical import TEXT_ONLY
 from .entries import Entry
 from .files import RawTensor
 from .grammar import Key, module_of
+from .sdnq_config import sdnq_layers
 from .tensor_files import TensorFiles, json_object, read_json
 
 METADATA = "_quantization_metadata"
@@ -42,8 +43,9 @@ def stated_quantization(tensor_files: TensorFiles) -> dict[str, Any]:
     """Module -> description, from the metadata in which ComfyUI may keep it instead of tensors.
 
     Of shards each may describe its own; CheckpointError if two say different things of one weight.
+    SDNQ's config beside the files describes its weights alike.
     """
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = sdnq_layers(tensor_files)
     for metadata in tensor_files.stated():
         text = metadata.get(METADATA)
         if not isinstance(text, str):

@@ -43,6 +43,13 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
     "weight_codebook": ("weight", "codebook"),
     "weight_zeros": ("weight", "zeros"),
     "weight_correction": ("weight", "zeros"),
+    # SVDQuant in ComfyUI's container, under comfy-kitchen's names and comfy-quants'
+    "weight_proj_down": ("weight", "proj_down"),
+    "weight_proj_up": ("weight", "proj_up"),
+    "weight_smooth_factor": ("weight", "smooth_factor"),
+    "proj_down": ("weight", "proj_down"),
+    "proj_up": ("weight", "proj_up"),
+    "smooth_factor": ("weight", "smooth_factor"),
     "weight_scale_inv": ("weight", "scale"),  # FP8 in blocks; it is what is multiplied by
     # ComfyUI's older name
     "scale_weight": ("weight", "scale"),
@@ -76,8 +83,11 @@ _FOREIGN = tuple(
         (r"_weight_\w+", "torchao's"),
         (r"weight_packed|weight_shape|weight_zero_point|weight_g_idx", "compressed-tensors'"),
         (r"qweight|qzeros|scales|g_idx|wscales|wzeros|wtscale", "GPTQ's, AWQ's or Nunchaku's"),
-        (r"proj_(?:up|down)|lora_(?:up|down)|smooth_factor(?:_orig)?", "SVDQuant's (Nunchaku)"),
-        (r"svd_(?:up|down)|zero_point(?:_2|_scale)?|scale|scale_2|scale_zero_point", "SDNQ's"),
+        (r"lora_(?:up|down)|smooth_factor_orig", "SVDQuant's (Nunchaku)"),
+        (
+            r"svd_(?:up|down)|zero_point(?:_2|_scale)?|scale|scale_2|scale_zero_point",
+            "SDNQ's, whose quantization_config.json does not lie beside the file",
+        ),
         (r"quip_s_[uv]|quip_\w+|SU|SV|Qidxs\w*|codebook_id", "QuIP's"),
         (r"W_q|meta", "HQQ's"),
         (r"lora_[AB](?:\.\w+)?\.weight|lora_magnitude_vector.*", "a LoRA beside the weight"),

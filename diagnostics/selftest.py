@@ -2,7 +2,7 @@
 
 The formulas run on the CPU, so a device that computes wrongly cannot agree with itself. First come
 the shapes of real work (``selftest_shapes``), then every kind of linear at small and odd ones. On a
-GPU the first run compiles some seventy kernels; what the time leaves out is reported as not run.
+GPU the first run compiles some eighty kernels; what the time leaves out is reported as not run.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _EXACT = 1e-6
 _DENSE = 2e-3
 _ATTENTION = {attention.SDPA: 5e-3, attention.INT8: 5e-2}
 _K, _N, _M = 768, 200, 33
+_PACKED = (("W4A8", {}), ("W4A8", {"bits": 6}), ("W4A4", {}))
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ def checks(device: torch.device) -> Iterator[Check]:
             label = f"GGUF {qtype} through int8"
             allowed = 2 * _SAME_ROWS
             yield label, name, allowed, lambda n=name, q=qtype: _gguf(n, q, "w8a8", device)
+        for layout, options in _PACKED:
+            label = f"{layout} through int8{', 6 bits' if options else ''}"
+            run = lambda n=name, x=layout, o=options: _stock(x, n, device, **o)
+            yield label, name, 2 * _SAME_ROWS, run
     for qtype in blocks.FORMATS:
         yield f"GGUF {qtype} decoded", "torch", 0.0, lambda q=qtype: _decoded(q, device)
         yield (
@@ -126,8 +131,9 @@ def checks(device: torch.device) -> Iterator[Check]:
             _DENSE,
             lambda q=qtype: _gguf("auto", q, "dense", device),
         )
-    for layout in ("Ideogram4QuantFP8", "Ideogram4QuantNF4"):
-        yield f"{layout[14:]} dense", "torch", _DENSE, lambda x=layout: _dense(x, device)
+    for layout in ("FP8", "NF4", "NVFP4", "MXFP8", "AWQ"):
+        run = lambda x=layout: _dense(f"Ideogram4Quant{x}", device)
+        yield f"{layout} dense", "torch", _DENSE, run
     for name in attention.candidates(device):
         for dtype in dtypes:
             label, allowed = f"attention, {DTYPES[dtype]}", _ATTENTION[name] + EPS[dtype]
@@ -140,7 +146,7 @@ def checks(device: torch.device) -> Iterator[Check]:
 
 
 @cache
-def _packed(qtype: str) -> Tensor:
+def _blocks(qtype: str) -> Tensor:
     return blocks.quantize(randn(_N, _K, seed=1), qtype)
 
 
@@ -216,7 +222,7 @@ def _int8(name: str, kind: str, dtype: torch.dtype, device: torch.device) -> flo
 
 
 def _gguf(name: str, qtype: str, compute: str, device: torch.device) -> float:
-    packed = _packed(qtype)
+    packed = _blocks(qtype)
     x, bias, shape = _activations(), randn(_N, seed=2), (_N, _K)
     wanted = reference.gguf_linear(x, packed, qtype, shape, bias, compute=compute, rotation=256)
     x, packed, bias = (there(a, device) for a in (x, packed, bias))
@@ -225,9 +231,20 @@ def _gguf(name: str, qtype: str, compute: str, device: torch.device) -> float:
 
 
 def _decoded(qtype: str, device: torch.device) -> float:
-    packed = _packed(qtype)
+    packed = _blocks(qtype)
     wanted = blocks.dequantize(packed, qtype, (_N, _K))
     return _relative(blocks.dequantize(there(packed, device), qtype, (_N, _K)), wanted)
+
+
+def _stock(layout: str, name: str, device: torch.device, **options: int) -> float:
+    """Of the packed linears: rows of int8 and the weight's int8 grid, multiplied exactly."""
+    from ..ops.layouts import QuantizedTensor
+
+    weight = QuantizedTensor.from_float(randn(_N, _K, seed=1), f"Ideogram4Quant{layout}", **options)
+    x, bias = _activations(), randn(_N, seed=2)
+    wanted = linear(x, weight, bias, LinearOptions(backend="reference"))
+    arguments = (x.to(device), weight.to(device), bias.to(device))
+    return _relative(linear(*arguments, LinearOptions(backend=name)), wanted)
 
 
 def _dense(layout: str, device: torch.device) -> float:

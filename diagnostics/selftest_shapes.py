@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import blocks, dispatch
+from ..ops.grouped import int8_grid
 from ..ops.kernels.configs import FEED_FORWARD, HIDDEN, TEXT_FEATURES
 from ..ops.linear import int8_linear
 from ..ops.reference import SCALE_FLOOR
@@ -48,6 +49,13 @@ _QUANTIZERS = (
 _GROUP = 256
 _PACKED = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0")
 _FEW = 5
+# W4A8 with the codebook and without, W6A8, W4A4: bits, group (0: none), dtype of scales, codebook
+_GRIDS = {
+    "W4A8": (4, 16, torch.float8_e4m3fn, True),
+    "W4A8, uniform": (4, 32, torch.float32, False),
+    "W6A8": (6, 16, torch.float8_e4m3fn, False),
+    "INT4 W4A4": (4, 0, None, False),
+}
 
 
 def row_counts(device: torch.device) -> tuple[int, ...]:
@@ -84,6 +92,11 @@ def checks(device: torch.device, names: Sequence[str], rows: Sequence[int]) -> I
                 for k in DEPTHS:
                     run = lambda n=name, q=qtype, k=k: _decoder(n, q, k, device)
                     yield f"GGUF {qtype} to int8, K {k}", name, _QUANTIZED, run
+        if _has(name, "int8_grid", HIDDEN, device):
+            for kind in _GRIDS:
+                for k in DEPTHS:
+                    run = lambda n=name, i=kind, k=k: _grid(n, i, k, device)
+                    yield f"{kind} to its int8 grid, K {k}", name, 0.0, run
 
 
 def _products(rows: Sequence[int]) -> Iterator[tuple[int, int, torch.dtype]]:
@@ -148,6 +161,19 @@ def _decoder(name: str, qtype: str, k: int, device: torch.device) -> float:
     run = dispatch.choose(op, (_FEW, _FEW, k), device, name).get(op)
     found = run(packed.to(device), qtype, shape, _GROUP)
     return _rows_error(found, _rotated(blocks.dequantize(packed, qtype, shape).double()))
+
+
+def _grid(name: str, kind: str, k: int, device: torch.device) -> float:
+    """Of whole numbers: any difference is an error."""
+    bits, group, dtype, coded = _GRIDS[kind]
+    generator = torch.Generator().manual_seed(k)
+    packed = torch.randint(0, 256, (_FEW, k * bits // 8), generator=generator, dtype=torch.uint8)
+    s_rel = (4 + 12 * randn(_FEW, k // group, seed=1).abs()).to(dtype) if group else None
+    codebook = randn(16, seed=2).sort().values * 8 if coded else None
+    arguments = (packed.view(torch.int8), s_rel, codebook)
+    run = dispatch.choose("int8_grid", (_FEW, _FEW, k), device, name).get("int8_grid")
+    found = run(*(there(a, device) for a in arguments), group)
+    return _largest(found.cpu().double() - int8_grid(*arguments, group).double())
 
 
 # ---- inputs, and what is exact

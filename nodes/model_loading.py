@@ -13,6 +13,7 @@ import folder_paths
 import torch
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.attention_wish import NAME, attention_configs, told_name
 from ..checkpoint.saved import WORDS
 from ..ops.dispatch import AUTO
 from ..ops.tuning import choices
@@ -68,7 +69,10 @@ def load_model(
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
     # what the host's save nodes would lose: they write tensors, and metadata of their own
     said = {"copy": source.copy, "config": header.config.to_dict(), **words_of(header, source)}
+    if header.attention_wish is not None:
+        said["attention"] = told_name(header.attention_wish)
     model.diffusion_model.register_buffer(WORDS, text_tensor(said))
+    _keep_attention_configs(model.diffusion_model, header)
     patcher.cached_patcher_init = (load_model, (source,))
     patcher.set_attachments(ATTACHMENT, source)
     patcher.set_attachments(LAYERS, layers)
@@ -115,6 +119,18 @@ def _measure(
         heads=heads if source.attention == AUTO else None,
         inputs=inputs,
     )
+
+
+def _keep_attention_configs(model: torch.nn.Module, header: Checkpoint) -> None:
+    """What the file asks of the attention, where hosts that follow it look for it when saved."""
+    asked = attention_configs(header.tensor_files)
+    for number, layer in enumerate(model.layers):
+        text = asked.get(f"layers.{number}.{NAME}")
+        if text is not None:
+            _, child, buffer = NAME.split(".")
+            holder = torch.nn.Module()
+            holder.register_buffer(buffer, text)
+            layer.attention.add_module(child, holder)
 
 
 def _host_config(header: Checkpoint) -> comfy.supported_models.Ideogram4:

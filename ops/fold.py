@@ -2,7 +2,7 @@
 
 A host that computes ``y' = W' x'`` on a folded file sees ``x' = R(x / smooth)`` and gives
 ``y' = P(y / rows)``: what makes x divides by ``smooth``, what reads y multiplies by ``rows``. R and
-P are the regular Hadamard rotation of ``ops.rotation``, each its own inverse.
+P are Hadamard rotations of ``ops.rotation``, each its own inverse.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OpError
-from .rotation import check_group, rotate
+from .rotation import check_order, rotate
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,9 +79,9 @@ class Fold:
                     needed=[size],
                 )
         if self.rotation is not None:
-            check_group(k, self.rotation)
+            check_order(k, self.rotation)
         if self.row_rotation is not None:
-            check_group(n - self.first_row, self.row_rotation)
+            check_order(n - self.first_row, self.row_rotation)
 
     def _turn_rows(self, weight: Tensor) -> Tensor:
         if self.row_rotation is None:

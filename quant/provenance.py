@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..checkpoint.attention_wish import WISH_KEY, told_name
 from ..checkpoint.branches import GUIDANCE_KEY, GUIDANCE_NONE
 from ..errors import CheckpointError
 from ..files.pieces import pieces
@@ -130,10 +131,13 @@ class Provenance:
     source_level: str
     licence: str | None
     one_branch: bool = False
+    attention: str | None = None  # the source's wish, by this pack's name
 
     def _common(self) -> dict[str, str]:
         sources = [file.__dict__ for file in self.sources]
         mark = {GUIDANCE_KEY: GUIDANCE_NONE} if self.one_branch else {}
+        if self.attention is not None:
+            mark[WISH_KEY] = told_name(self.attention)
         return {
             **mark,
             "config": _json(self.config),

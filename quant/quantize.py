@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from ..checkpoint.attention_wish import attention_configs
 from ..checkpoint.writers import TensorSpec, check_output, check_space, write_safetensors
 from ..files.partial import Partial, check_unfinished
 from ..gguf_loader import GGUFSpec, write_gguf
@@ -111,12 +114,16 @@ def quantize_checkpoint(
     check_unfinished(target, resume=resume, overwrite=overwrite or not kept)
     counter = _Counter(progress, plan)
     provenance = _provenance(plan, counter)
+    asked: dict[str, Tensor] = {}
     if plan.container == "gguf":
         metadata = provenance.gguf(plan.recipe)
         write, specs = write_gguf, _gguf_specs(plan)
     else:
         metadata = provenance.safetensors()
         write, specs = write_safetensors, _safetensors_specs(plan)
+        if plan.container == "native":  # the host follows these where it knows them
+            asked = attention_configs(plan.source.checkpoints[0].tensor_files)
+            specs += [TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in asked.items()]
     partial = Partial(fingerprint(plan, metadata, device), resume=resume) if kept else None
     uncertain = _uncertain(plan, provenance)
     tensors = TensorStream(plan, uncertain, device=device, partial=partial, advance=counter.encoded)
@@ -124,7 +131,7 @@ def quantize_checkpoint(
         out,
         specs,
         metadata,
-        data=tensors,
+        data=chain(tensors, asked.items()),
         overwrite=overwrite,
         progress=counter.written,
         partial=partial,
@@ -179,6 +186,7 @@ def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
         source_level=plan.source.level,
         licence=licence_of(plan.source.metadata, plan.options),
         one_branch=any(each.one_branch is not None for each in plan.source.checkpoints),
+        attention=plan.source.checkpoints[0].attention_wish,
     )
 
 

@@ -75,6 +75,9 @@ SOURCE_BITS: dict[str, int] = {
     "NVFP4": 4,
     "INT4 W4A4": 4,
     "AWQ W4A16": 4,
+    "SVDQuant W4A4": 4,
+    "SDNQ 8-bit": 8,
+    "SDNQ 4-bit": 4,
     **{level: recipe.bits for level, recipe in RECIPES.items()},
 }
 """Class of precision of every level that can be read."""

@@ -219,3 +219,22 @@ def pack_stock(weight: torch.Tensor, level: str) -> tuple[dict[str, torch.Tensor
     }
     values = QuantizedTensor(data, name, params).dequantize()
     return {**parts, "comfy_quant": as_json(said)}, values
+
+
+def pack_awq(weight: torch.Tensor, group: int = 64) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """AWQ W4A16 by its formula: codes of 0 to 15 above the least of each group, in bf16 scales."""
+    grouped = weight.double().unflatten(1, (-1, group))
+    least = grouped.amin(2)
+    scale = ((grouped.amax(2) - least) / 15).clamp(min=1e-8).bfloat16()
+    zeros = (least + 8 * scale.double()).bfloat16()
+    wide = [each.double()[..., None] for each in (scale, zeros)]
+    codes = ((grouped - wide[1]) / wide[0]).round().add(8).clamp(0, 15)
+    values = ((codes - 8) * wide[0] + wide[1]).flatten(1).float()
+    codes = codes.flatten(1).to(torch.uint8)
+    parts = {
+        "weight": (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int8),
+        "weight_scale": scale.t().contiguous(),
+        "weight_zeros": zeros.t().contiguous(),
+        "comfy_quant": as_json({"format": "awq_w4a16"}),
+    }
+    return parts, values

@@ -1,5 +1,6 @@
 """What open_checkpoint and load refuse or leave out, and what they say of it."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -107,9 +108,9 @@ def test_stored_twice(tmp_path: Path, state):
             {
                 "weight": torch.zeros(64, 32, dtype=torch.int8),
                 "weight_scale": torch.ones(1, 64),
-                "comfy_quant": storage.as_json({"format": "svdquant_w4a4"}),
+                "comfy_quant": storage.as_json({"format": "svdquant_w4a16"}),
             },
-            "svdquant_w4a4",
+            "svdquant_w4a16",
         ),
         ({"weight": torch.zeros(64, 32, dtype=torch.uint8)}, "U8 without a description"),
         (
@@ -131,6 +132,52 @@ def test_formats_that_are_not_read(tmp_path: Path, state, parts: dict, found: st
     path = files.save(tmp_path / "m.safetensors", stored)
     with pytest.raises(CheckpointError, match=rf"adaln_proj.*not supported \(found .*{found}"):
         open_checkpoint(path)
+
+
+VARIANTS = {  # what a later release may write: (level, what is new in it, words)
+    "a key": ("W4A8", {"outliers": 3}, r"asym_w4a8_int8 with outliers 3"),
+    "a format": ("W4A8", {"format": "asym_w5a8_int8"}, r"asym_w5a8_int8"),
+    "a version": (
+        "NVFP4",
+        {"format_version": "3", "order": "row"},
+        r"nvfp4 with order row, format",
+    ),
+    "params": ("MXFP8", {"params": {"blocks": 16}}, r"mxfp8 with blocks 16"),
+    "a wish": ("INT4 W4A4", {"linear_dtype": "fp3"}, r"linear_dtype 'fp3'"),
+}
+
+
+@pytest.mark.parametrize("case", VARIANTS)
+@pytest.mark.parametrize("where", ["tensor", "metadata"])
+def test_one_weight_of_a_later_variant_in_a_mixed_file(tmp_path: Path, case: str, where: str):
+    """The weight, the format and what is known of it; all others are of kinds that are read."""
+    level, said, words = VARIANTS[case]
+    state = files.fuse(files.split_model(**files.WIDE))
+    names = [n for n in state if n.startswith("layers.") and state[n].dim() == 2]
+    stored, metadata = {}, {}
+    packers = [storage.pack_fp8, lambda w: storage.pack_comfy_int8(w, None), None]
+    for number, name in enumerate(names):
+        pack, module = packers[number % 3], name.removesuffix(".weight")
+        parts = {"weight": state[name].bfloat16()} if pack is None else pack(state[name])[0]
+        stored |= {f"{module}.{suffix}": value for suffix, value in parts.items()}
+        state.pop(name)
+    odd = "layers.0.feed_forward.w3"
+    weight = files.fuse(files.split_model(**files.WIDE))[f"{odd}.weight"]
+    stored = {k: v for k, v in stored.items() if not k.startswith(odd)}
+    parts, _ = storage.pack_stock(weight, level)
+    told = {**storage.STOCK[level][2], **said}
+    if where == "metadata":
+        del parts["comfy_quant"]
+        layers = {"layers": {odd: told}}
+        metadata = {"_quantization_metadata": json.dumps(layers)}
+    else:
+        parts["comfy_quant"] = storage.as_json(told)
+    stored |= {f"{odd}.{suffix}": value for suffix, value in parts.items()}
+    path = files.save(tmp_path / "mixed.safetensors", state | stored, metadata)
+    with pytest.raises(CheckpointError, match=rf"{odd}\.weight.*{words}") as caught:
+        open_checkpoint(path).load("conditional")
+    if case != "a wish":
+        assert "comfy-kitchen 0.2.40" in str(caught.value)
 
 
 def test_gguf_type_that_is_not_read(tmp_path: Path, state):

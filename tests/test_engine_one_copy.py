@@ -135,8 +135,10 @@ def test_what_is_no_lora_of_this_model_is_refused(tiny, lora, tmp_path):
     refused(CorruptFileError, "does not fit", lambda s: s.update({key: torch.zeros(4, 9)}))
     refused(CorruptFileError, "does not fit", lambda s: s.update({key: torch.zeros(3)}))
     strange = {"transformer.layers.0.attention.to_q.lora_A.weight": torch.zeros(4, 256)}
-    refused(CheckpointError, "not understood", lambda s: s.update(strange))
-    with pytest.raises(CheckpointError, match="holds no LoRA"):
+    refused(CorruptFileError, "one half", lambda s: s.update(strange))
+    named = {k.replace("diffusion_model.", "conditional_transformer."): v for k, v in good.items()}
+    refused(CheckpointError, "changes none", lambda s: (s.clear(), s.update(named)))
+    with pytest.raises(CheckpointError, match="LoRA"):
         load(tiny.conditional_file, stand_in=tiny.conditional_file)
     pair = open_pair(tiny.conditional_file, tiny.unconditional_file)
     with pytest.raises(PairMismatchError, match="a stand-in for it are given"):
@@ -154,3 +156,26 @@ def test_compare_knows_the_words_and_keeps_the_pictures_apart(tiny, lora, tmp_pa
     case = Case("a word", 0, 64, 32)
     plan = Plan(systems, [case], settings, Store(tmp_path / "cache"))
     assert len({plan.key(system, case) for system in systems}) == 4
+
+
+@pytest.mark.parametrize("naming", ["unconditional_transformer.", "split", "alpha"])
+def test_a_lora_of_any_naming_is_the_same(tiny, lora, tmp_path, naming):
+    wanted = latents(tiny, load(tiny.conditional_file, stand_in=lora))
+    state = {}
+    for key, half in load_file(lora).items():
+        name = key.removeprefix("diffusion_model.")
+        if naming == "split" and "attention.qkv." in name:
+            for i, part in enumerate("qkv"):
+                own = half.chunk(3)[i].contiguous() if "lora_B" in name else half.clone()
+                state[f"diffusion_model.{name.replace('qkv', f'to_{part}')}"] = own
+        elif naming == "alpha" and "input_proj" not in key:  # which has one
+            state[key] = half if "lora_A" in key else half / 2
+            module = key.rpartition(".lora_")[0]
+            rank = half.shape[0] if "lora_A" in key else half.shape[1]
+            state[f"{module}.alpha"] = torch.tensor(2.0 * rank)
+        else:
+            state[(naming if naming[-1] == "." else "diffusion_model.") + name] = half
+    path = tmp_path / "other.safetensors"
+    save_file(state, path)
+    found = latents(tiny, load(tiny.conditional_file, stand_in=path))
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,10 @@ import pytest
 from ideogram4_quant.tests.host.level_files import write_level
 
 pytestmark = pytest.mark.host
-LEVELS = ("BF16", "FP8", "INT8 W8A8 rotated", "INT8 W8A8", "Q8_0", "Q4_K", "NF4")
+LEVELS = (
+    *("BF16", "FP8", "INT8 W8A8 rotated", "INT8 W8A8", "Q8_0", "Q4_K", "IQ4_XS", "NF4"),
+    *("W4A8", "W6A8", "INT4 W4A4", "NVFP4", "MXFP8", "AWQ W4A16", "SDNQ 4-bit"),
+)
 FUSED = "INT8 W8A8 rotated"
 CASES = (*LEVELS, f"{FUSED}, fused")
 

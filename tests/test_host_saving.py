@@ -9,12 +9,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
+from ideogram4_quant.tests.fixtures_storage import as_json
 from ideogram4_quant.tests.host.level_files import write_level
 from ideogram4_quant.tests.test_host_lora import fused, update
 
 pytestmark = pytest.mark.host
 SMOOTHED = "INT8 W8A8 smoothed"
-LEVELS = ("BF16", "INT8 W8A8", "INT8 W8A8 rotated", SMOOTHED, "Q8_0", "Q4_K", "FP8", "NF4")
+LEVELS = (
+    *("BF16", "INT8 W8A8", "INT8 W8A8 rotated", SMOOTHED, "Q8_0", "Q4_K", "FP8", "NF4"),
+    "SDNQ 4-bit",
+)
+SAVED_AS = {"SDNQ 4-bit": "Q4_1"}  # the same codes, in blocks of GGUF
+ASKING = ("INT8 W8A8", "FP8")  # and what is made of the first
+ASKED = as_json({"attention": "comfy_kitchen_int8"})
 NAMES = [name for level in LEVELS for name in (level, f"{level}, LoRA")]
 
 
@@ -33,6 +40,15 @@ def write_smoothed(plain, out) -> str:
     return str(out)
 
 
+def ask_for_int8(path: str) -> None:
+    """Layers that ask for int8 attention, as files in circulation do."""
+    stored = load_file(path)
+    asked = {f"layers.{i}.attention.comfy_attention.config": ASKED.clone() for i in range(4)}
+    with safe_open(path, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(stored | asked, path, metadata)
+
+
 @pytest.fixture(scope="module")
 def found(pocket, in_host, tmp_path_factory) -> tuple[dict, dict]:
     folder = tmp_path_factory.mktemp("saving")
@@ -42,6 +58,8 @@ def found(pocket, in_host, tmp_path_factory) -> tuple[dict, dict]:
         for level in LEVELS
         if level != SMOOTHED
     }
+    for level in ASKING:
+        ask_for_int8(files[level])
     files[SMOOTHED] = write_smoothed(
         files["INT8 W8A8"], folder / "smoothed_conditional.safetensors"
     )
@@ -56,7 +74,9 @@ def test_a_saved_model_is_read_as_what_it_was(found, name):
     assert result["whole"] == 0
     assert result["copy"] == "conditional"
     assert "metadata" in result["reason"]
-    assert result["level"] == source.level
+    assert result["level"] == SAVED_AS.get(level, source.level)
+    assert result["attention"] == source.attention_wish
+    assert (source.attention_wish == "int8") == (level in (*ASKING, SMOOTHED))
     assert result["config"] == json.loads(json.dumps(source.config.to_dict()))
     assert result["effect"] > 0.01 if name.endswith("LoRA") else result["effect"] == 0
 

@@ -10,6 +10,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ideogram4_quant.checkpoint.loras import parse_lora
 from ideogram4_quant.ops import layouts
 from ideogram4_quant.ops.fold import Fold
+from ideogram4_quant.ops.layouts.packed import SIX_BITS
 from ideogram4_quant.ops.linear import linear
 from ideogram4_quant.tests.tensors import randn, relative
 
@@ -42,7 +43,18 @@ KINDS = {
     "Q4_K folded": (GGUF, {"qtype": "Q4_K"}, FOLD, 0.13),
     "fp8": (FP8, {}, None, 0.04),
     "nf4": (NF4, {}, None, 0.12),
+    "w4a8": ("Ideogram4QuantW4A8", {}, None, 0.1),
+    "w6a8": ("Ideogram4QuantW4A8", {"bits": 6}, None, 0.035),
+    "w4a4": ("Ideogram4QuantW4A4", {}, None, 0.22),
+    "nvfp4": ("Ideogram4QuantNVFP4", {}, None, 0.13),
+    "mxfp8": ("Ideogram4QuantMXFP8", {}, None, 0.04),
+    "awq": ("Ideogram4QuantAWQ", {}, None, 0.13),
+    "SDNQ uint4": (GGUF, {"qtype": "Q4_1"}, Fold(rotation=128), 0.11),
 }
+if not SIX_BITS:
+    del KINDS["w6a8"]  # comfy-kitchen cannot make it
+
+FLOAT_SLICES = ("bf16", "nvfp4", "mxfp8")  # rows share tiles of scales: a slice is decoded
 
 
 def make(kind, weight):
@@ -130,7 +142,7 @@ def test_patched_into_row_slices(kind):
         whole = make(kind, weight)
         for i, (down, up) in enumerate(thirds().values()):
             part = whole.narrow(0, i * K, K)
-            if kind == "bf16":
+            if kind in FLOAT_SLICES:
                 patched = (part.float() + up @ down).bfloat16()
             else:
                 assert isinstance(part, QuantizedTensor)

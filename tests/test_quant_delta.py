@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import Ideogram4Pipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -253,3 +254,39 @@ def test_the_command_prints_a_table_of_ranks(copies, tmp_path, capsys):
     truncated.write_bytes(uncond.read_bytes()[:-100])
     with pytest.raises(CorruptFileError):
         make_delta(cond, truncated, tmp_path / "x.safetensors", DeltaOptions(2))
+
+
+def test_diffusers_own_loader_takes_the_blocks(copies, tmp_path):
+    """Under its names every product of halves is what the file holds; a file that holds
+    ``input_proj`` as well it refuses (0.42.1), which is what ``--linears blocks`` is for."""
+    cond, uncond = copies[:2]
+    out = tmp_path / "blocks.safetensors"
+    make_delta(cond, uncond, out, DeltaOptions(rank=4, dtype="fp32", linears="blocks"))
+    state = load_file(out)
+    found = Ideogram4Pipeline.lora_state_dict(str(out))
+    converted: dict[str, torch.Tensor] = {}
+    for key in (k for k in found if "lora_A" in k):
+        name = key.removeprefix("transformer.").removesuffix(".lora_A.weight")
+        converted[name] = found[key.replace("lora_A", "lora_B")] @ found[key]
+    assert 2 * len(converted) == len(found)
+    own = {n: m.shape for n, m in fuse_names(converted).items()}
+    modules = {key.rpartition(".lora_")[0] for key in state}
+    assert {f"diffusion_model.{name}" for name in own} == modules
+    for name, product in fuse_names(converted).items():
+        down, up = (state[f"diffusion_model.{name}.lora_{half}.weight"] for half in "AB")
+        torch.testing.assert_close(product, up @ down, rtol=1e-5, atol=1e-7)
+    make_delta(cond, uncond, tmp_path / "all.safetensors", DeltaOptions(rank=4))
+    with pytest.raises(ValueError, match="LoRA"):
+        Ideogram4Pipeline.lora_state_dict(str(tmp_path / "all.safetensors"))
+
+
+def fuse_names(split: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By the canonical modules: q, k and v as rows of one, ``to_out.0`` as ``o``."""
+    fused = {}
+    for name, tensor in split.items():
+        if name.endswith("to_q"):
+            rows = [split[name.replace("to_q", f"to_{part}")] for part in "qkv"]
+            fused[name.replace("to_q", "qkv")] = torch.cat(rows)
+        elif not name.endswith(("to_k", "to_v")):
+            fused[name.replace("to_out.0", "o")] = tensor
+    return fused

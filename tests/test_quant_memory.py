@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 from ideogram4_quant.checkpoint.canonical import canonical_shapes
 from ideogram4_quant.checkpoint.config import ModelConfig
@@ -47,7 +48,7 @@ SCRIPT = """
 """
 
 
-def sparse(path, **changes):
+def sparse(path, copy="cond", **changes):
     """A bf16 file of zeros that takes no room; (bytes, values of the largest tensor)."""
     config = {**model.CONFIG, **changes}
     header, end, largest = {}, 0, 0
@@ -57,7 +58,7 @@ def sparse(path, **changes):
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": place}
         end += 2 * values
         largest = max(largest, values)
-    header["__metadata__"] = {"model_type": "ideogram4_cond", "config": json.dumps(config)}
+    header["__metadata__"] = {"model_type": f"ideogram4_{copy}", "config": json.dumps(config)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
@@ -113,3 +114,48 @@ def test_memory_on_a_file_of_several_gigabytes(tmp_path, level):
     assert size > 3e9
     assert extra < 10 * largest + 50e6
     assert extra < size / 10
+
+
+DELTA = """
+    import json, sys
+    import torch
+    from ideogram4_quant.quant.delta import DeltaOptions, make_delta
+    torch.set_num_threads(1)
+    small, other_small, big, other_big, out = sys.argv[1:]
+
+    def memory(kind):
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(kind)) * 1024
+
+    make_delta(small, other_small, out + ".small", DeltaOptions(rank=16))  # fills caches
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    base = memory("VmRSS")
+    report = make_delta(big, other_big, out, DeltaOptions(rank=16))
+    print(json.dumps({"extra": memory("VmHWM") - base, "size": report.size}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak in /proc")
+def test_a_delta_holds_one_linear_at_a_time(tmp_path):
+    """Of its two weights and their difference: fp32, and what its decomposition takes."""
+    paths = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "big", "other_big")]
+    large = {"num_layers": 24, "num_attention_heads": 1, "intermediate_size": 8192}
+    noise = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()
+    for number, path in enumerate(paths):
+        changes = large if number > 1 else {}
+        size, largest = sparse(path, ("cond", "uncond")[number % 2], **changes)
+        if number % 2:  # the copies differ in every weight but the last few
+            with open(path, "r+b") as file:
+                start = 8 + struct.unpack("<Q", file.read(8))[0]
+                file.seek(start)
+                for _ in range(max(1, (size - start) // noise.nbytes)):
+                    file.write(noise.view(torch.uint8).numpy().data[: size - start])
+    command = [sys.executable, "-c", textwrap.dedent(DELTA), *paths, tmp_path / "lora.safetensors"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    print(f"{found['extra'] / 1e6:.0f} MB for 2 x {size / 1e6:.0f} MB, largest {largest:,}")
+    assert size > 150e6
+    assert 4 * largest < found["extra"] < 20 * largest + 50e6
+    assert found["extra"] < size / 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ideogram4_quant.diagnostics import selftest, selftest_shapes
-from ideogram4_quant.ops import dispatch
+from ideogram4_quant.ops import dispatch, grouped
 from ideogram4_quant.ops.kernels import configs
 
 CPU = torch.device("cpu")
@@ -154,3 +154,19 @@ def test_a_residual_that_is_wrong_in_one_dtype_is_caught(monkeypatch):
 
     found = failing({op: residual}, monkeypatch, "residual")
     assert found == ["gate and residual, K 4608, fp16"]
+
+
+@pytest.mark.parametrize("kind", ["W4A8", "W4A8, uniform", "W6A8", "INT4 W4A4"])
+@pytest.mark.parametrize("k", [4608, 12288, 53248])
+def test_a_packed_grid_that_is_off_by_one_at_one_place_is_caught(kind, k, monkeypatch):
+    bits, group, dtype, coded = selftest_shapes._GRIDS[kind]
+
+    def decode(packed, s_rel, codebook, found_group):
+        out = grouped.int8_grid(packed, s_rel, codebook, found_group)
+        same = (out.shape[1], packed.shape[1], found_group) == (k, k * bits // 8, group)
+        if same and (codebook is not None) == coded and (s_rel is None or s_rel.dtype == dtype):
+            out[-1, -1] ^= 1
+        return out
+
+    broken = failing({"int8_grid": decode}, monkeypatch, "int8 grid")
+    assert broken == [f"{kind} to its int8 grid, K {k}"]

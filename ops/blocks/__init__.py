@@ -9,14 +9,22 @@ from torch import Tensor
 
 from ...errors import OpError
 from ..feedback import Feedback
-from .base import BlockFormat
+from .base import BlockFormat, half_bytes
 from .floats import BF16, F16, F32
 from .kquants import Q4_K, Q5_K, Q6_K
 from .kquants_low import Q2_K, Q3_K
 from .legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from .tables import IQ4_NL, IQ4_XS, MXFP4
 
-__all__ = ["FORMATS", "PACKED", "BlockFormat", "dequantize", "format_of", "quantize"]
+__all__ = [
+    "FORMATS",
+    "PACKED",
+    "BlockFormat",
+    "dequantize",
+    "format_of",
+    "from_codes",
+    "quantize",
+]
 
 FORMATS: dict[str, BlockFormat] = {
     each.name: each()
@@ -114,3 +122,14 @@ def quantize(
     encoder in ggml is not at hand (Q2_K, Q3_K, IQ4_NL, IQ4_XS, MXFP4).
     """
     return format_of(qtype).quantize(weight, importance, feedback, as_ggml)
+
+
+def from_codes(codes: Tensor, qtype: str, step: Tensor, low: Tensor | None = None) -> Tensor:
+    """Packed blocks of ``step * code (+ low)``: codes int8 [N, K] -> uint8 [N, bytes of a row].
+
+    qtype: Q8_0, Q4_0 or Q5_0, and with ``low`` Q4_1 or Q5_1; step and low: float [N, K / 32], which
+    the blocks hold in float16. Raises OpError for numbers that it cannot hold.
+    """
+    block = format_of(qtype)
+    heads = torch.cat([half_bytes(each.reshape(-1)) for each in (step, low) if each is not None], 1)
+    return block.recode(heads, codes.reshape(-1, block.block_size)).view(len(codes), -1)

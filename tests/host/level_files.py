@@ -9,19 +9,22 @@ from safetensors import safe_open
 
 from ideogram4_quant.quant import RECIPES, quantize_checkpoint
 from ideogram4_quant.tests import fixtures_files as files
+from ideogram4_quant.tests import fixtures_sdnq as sdnq_files
 from ideogram4_quant.tests import fixtures_storage as storage
 
 PACKERS = {
     "FP8": storage.pack_fp8,
     "NF4": storage.pack_nf4,
+    "AWQ W4A16": storage.pack_awq,
     **{level: partial(storage.pack_stock, level=level) for level in storage.STOCK},
+    **{level: partial(sdnq_files.pack, dtype=dtype) for level, dtype in sdnq_files.LEVELS.items()},
 }
 READ_ONLY_BLOCKS = ("MXFP4",)  # by gguf-py
 ALL_LEVELS = tuple(dict.fromkeys(("BF16", *PACKERS, *RECIPES, *READ_ONLY_BLOCKS)))
 
 
 def write_level(source: Path, level: str, folder: Path, copy: str) -> Path:
-    """The file of that level, below `folder`; for BF16 the source itself."""
+    """The file of that level, or SDNQ's folder, below `folder`; for BF16 the source itself."""
     if level == "BF16":
         return source
     stem = folder / f"{level.replace(' ', '_')}_{copy}"
@@ -42,6 +45,8 @@ def write_level(source: Path, level: str, folder: Path, copy: str) -> Path:
             parts, _ = PACKERS[level](tensor.float())
             module = name.removesuffix(".weight")
             stored |= {f"{module}.{suffix}": value for suffix, value in parts.items()}
+    if level in sdnq_files.LEVELS:
+        return sdnq_files.save(stem, stored, sdnq_files.config(sdnq_files.LEVELS[level]), metadata)
     return files.save(stem.with_suffix(".safetensors"), stored, metadata)
 
 

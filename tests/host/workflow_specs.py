@@ -187,6 +187,24 @@ def _one_branch() -> Workflow:
     return Workflow("Ideogram 4 one branch", _id(9), columns, _CAPTION_LINKS + links)
 
 
+def _one_copy() -> Workflow:
+    """Guidance from the conditional copy alone: half the memory of two copies."""
+    extra = """
+**The first file is enough here**: the conditional copy runs both passes, the second one on image
+tokens alone (*unconditional_from* in the sampler). Pictures differ from those of two copies.
+
+**Nearer to two copies**: pick an unconditional LoRA in *unconditional_lora* of the loader, and
+connect its **unconditional** output. `ideogram4-quant delta` makes one of your two files.
+"""
+    settings = {"unconditional_from": "conditional copy"}
+    column = _loaders("INT8 W8A8 rotated", extra, 460)
+    loader = replace(column.nodes[1], models=INT8[:1])
+    column = replace(column, nodes=[column.nodes[0], loader, *column.nodes[2:]])
+    columns = [column, _BOXES, _CAPTIONS, _sample("4. Sample", **settings), _PICTURE]
+    links = [link for link in _sample_links() if link[1] != "unconditional"]
+    return Workflow("Ideogram 4 one copy", _id(10), columns, _CAPTION_LINKS + links)
+
+
 def _lora() -> Workflow:
     text = """Put LoRAs for Ideogram 4 into **models/loras**. Any trainer's names will do, and any
 quantization level: the weights stay as they are.
@@ -383,4 +401,5 @@ WORKFLOWS = (
     _compare(),
     _quantize(),
     _one_branch(),
+    _one_copy(),
 )

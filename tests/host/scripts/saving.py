@@ -58,6 +58,7 @@ def load_as(pack: str, path: Path, result: dict):
     header = inside.load(pack, "checkpoint").open_checkpoint(path)
     result |= {"copy": header.copies[0], "reason": header.copy_reason, "level": header.level}
     result["config"] = header.config.to_dict()
+    result["attention"] = header.attention_wish
     loading = inside.load(pack, "nodes.model_loading")
     return loading.load_model(loading.ModelSource(path, header.copies[0]))
 
