@@ -276,6 +276,13 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         help="how GGUF weights are multiplied (default: auto)",
     )
     machine.add_argument(
+        "--int8-compute",
+        choices=("auto", "w8a8", "dense"),
+        default="auto",
+        help="how INT8, W4A8, W6A8 and INT4 weights are multiplied; dense: in 16 bits, slower and "
+        "nearer to BF16; auto: w8a8 but where the file wants the other (default)",
+    )
+    machine.add_argument(
         "--attention",
         choices=("sdpa", "int8", "auto"),
         default="sdpa",

@@ -22,7 +22,15 @@ from .attention_wish import attention_wish
 from .branches import OneBranch
 from .canonical import TEXT_ONLY, canonical_shapes
 from .config import ModelConfig, same_model
-from .entries import Entry, Progress, check_shapes, stream_entries, unquantized
+from .entries import (
+    Entry,
+    Progress,
+    Storage,
+    check_shapes,
+    storage_of,
+    stream_entries,
+    unquantized,
+)
 from .folding import Folding
 from .grammar import CONDITIONAL, UNCONDITIONAL
 from .tensor_files import TensorFiles
@@ -78,6 +86,12 @@ class Checkpoint:
             for copy in self.copies
             for module in unquantized(self.entries[copy])
         )
+
+    @property
+    def storage(self) -> tuple[Storage, ...]:
+        """How the linears of all copies are stored, by level, the one with most weights first."""
+        entries = (entry for copy in self.copies for entry in self.entries[copy].values())
+        return storage_of(entries)
 
     @cached_property
     def attention_wish(self) -> str | None:

@@ -22,7 +22,7 @@ from ..ops.blocks import FORMATS, dequantize
 from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor, gguf_tensor, int8_tensor
 from .files import BLOCK_TYPES
-from .parts import Parts, same_vector
+from .parts import DENSE_PRODUCT, Parts, same_vector
 
 SMOOTH_INT8 = "ideogram4_quant_int8"
 """Format name, in ``comfy_quant``, of int8 weights that need their smoothing vector."""
@@ -139,6 +139,7 @@ class Int8(Stored):
     scale: Tensor
     smooth: Tensor | None
     rotation: int | None
+    wants_dense: bool = False
 
     @classmethod
     def rotated(cls, parts: Parts) -> bool:
@@ -171,7 +172,8 @@ class Int8(Stored):
     def read(cls, parts: Parts) -> Int8:
         rows = parts.weight.shape[0]
         scale = parts.scale(rows).expand(rows).contiguous()
-        return cls(parts.weight.read(), scale, parts.smooth(), parts.rotation())
+        wish = parts.setting(DENSE_PRODUCT, False) is True
+        return cls(parts.weight.read(), scale, parts.smooth(), parts.rotation(), wish)
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         return int8_tensor(
@@ -180,6 +182,7 @@ class Int8(Stored):
             dtype=dtype,
             smooth=self.smooth,
             rotation=self.rotation,
+            dense=self.wants_dense,
             validate=True,
         )
 
@@ -194,6 +197,7 @@ class Int8(Stored):
             dtype=dtype,
             smooth=fold.smooth,
             rotation=self.rotation or fold.rotation,
+            dense=self.wants_dense,
             validate=True,
         )
         if fold.row_rotation is None:
@@ -205,10 +209,12 @@ class Int8(Stored):
     def stack(cls, items: Sequence[Int8]) -> Int8 | None:
         first = items[0]
         for item in items[1:]:
-            if item.rotation != first.rotation or not same_vector(item.smooth, first.smooth):
+            alike = (item.rotation, item.wants_dense) == (first.rotation, first.wants_dense)
+            if not alike or not same_vector(item.smooth, first.smooth):
                 return None
         data = torch.cat([item.data for item in items])
-        return cls(data, torch.cat([item.scale for item in items]), first.smooth, first.rotation)
+        scale = torch.cat([item.scale for item in items])
+        return dataclasses.replace(first, data=data, scale=scale)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .codecs import Blocks, Int8, Stored, Unquantized
 from .float8 import Fp8, Int8Blocks
 from .folding import StoredFolding
 from .nf4 import Nf4
-from .parts import Parts
+from .parts import DENSE_PRODUCT, Parts
 from .saved import SavedBlocks, SavedFolded
 from .sdnq import Sdnq
 from .stock import AWQ, MXFP8, NVFP4, W4A4, W4A8
@@ -87,6 +87,12 @@ class Entry:
         if any(len(shape) != 2 or shape[1] != width for shape in shapes):
             raise self.pieces[0].corrupt("the pieces differ in width", shapes, "[n, K] each")
         return sum(shape[0] for shape in shapes), width
+
+    @property
+    def wants_dense(self) -> bool:
+        """Whether the file asks for a 16-bit product of an int8 weight."""
+        int8 = all(codec is Int8 for codec in self.codecs)
+        return int8 and all(parts.setting(DENSE_PRODUCT, False) is True for parts in self.pieces)
 
     @property
     def nbytes(self) -> int:
@@ -203,6 +209,43 @@ def main_level(entries: Iterable[Entry]) -> str:
         if entry.linear:
             size[entry.level] = size.get(entry.level, 0) + math.prod(entry.shape)
     return max(size, key=size.__getitem__) if size else "BF16"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Linears of one level: how many, their weights, their stored bytes, and how many of them the
+    file wants multiplied in 16 bits though they are stored as int8.
+    """
+
+    level: str
+    linears: int
+    weights: int
+    nbytes: int
+    dense: int
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight, scales included."""
+        return 8 * self.nbytes / self.weights
+
+
+def storage_of(entries: Iterable[Entry]) -> tuple[Storage, ...]:
+    """One ``Storage`` a level, the one with most weights first.
+
+    Raises CheckpointError for a linear in a format that is not read.
+    """
+    found: dict[str, Storage] = {}
+    for entry in entries:
+        if entry.linear:
+            old = found.get(entry.level, Storage(entry.level, 0, 0, 0, 0))
+            found[entry.level] = Storage(
+                entry.level,
+                old.linears + 1,
+                old.weights + math.prod(entry.shape),
+                old.nbytes + entry.nbytes,
+                old.dense + entry.wants_dense,
+            )
+    return tuple(sorted(found.values(), key=lambda kind: (-kind.weights, kind.level)))
 
 
 def unquantized(entries: Mapping[str, Entry]) -> tuple[str, ...]:

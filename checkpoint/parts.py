@@ -18,9 +18,12 @@ from .files import RawTensor
 from .suffixes import whose
 
 _MAX_JSON = 1 << 12  # bytes; ComfyUI's and bitsandbytes' descriptions take 300
+DENSE_PRODUCT = "full_precision_matrix_mult"
+"""Key of a description: the host is to multiply in 16 bits."""
+
 # Keys of a description that change nothing of the weight: how a host should multiply, where the
 # weight came from, what its scales' shape tells too.
-_HARMLESS = ("full_precision_matrix_mult", "orig_dtype", "per_row", "format_version")
+_HARMLESS = (DENSE_PRODUCT, "orig_dtype", "per_row", "format_version")
 _ROTATION = ("convrot", "convrot_groupsize")
 NOT_SUPPORTED = "this storage format is not supported"
 WRITTEN_BY = "as ComfyUI 0.33 and comfy-kitchen 0.2.40 write it"

@@ -63,7 +63,7 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.backend != dispatch.AUTO:
         dispatch.choose("int8_linear", (1, 1, 1), device, args.backend)  # is it there?
     attention.check(args.attention, device)
-    options = LinearOptions(args.backend, args.gguf_compute)
+    options = LinearOptions(args.backend, args.gguf_compute, args.int8_compute)
     place = {"device": device, "options": options}
 
     request, features = _encode(args, request, place)

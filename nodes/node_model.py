@@ -41,6 +41,7 @@ _FILE_INPUTS = (
     "unconditional_level",
 )
 GGUF_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
+INT8_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
 
 
 class LoadIdeogram4(io.ComfyNode):
@@ -137,6 +138,7 @@ class LoadIdeogram4(io.ComfyNode):
         branches: str = AUTO,
         unconditional_lora: str = NONE,
         unconditional_level: str = SAME,
+        int8_compute: str = "auto",
         details: bool = False,
     ) -> io.NodeOutput:
         one_copy = unconditional_lora != NONE
@@ -150,7 +152,7 @@ class LoadIdeogram4(io.ComfyNode):
             unconditional_level,
             one_copy,
         )
-        options = LinearOptions(backend=backend, gguf_compute=GGUF_COMPUTE[gguf_compute])
+        options = LinearOptions(backend, GGUF_COMPUTE[gguf_compute], INT8_COMPUTE[int8_compute])
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
         if not one_copy:
             check_complete(pair, wanted[1], host_listing(FOLDERS).folder)
@@ -307,6 +309,17 @@ def _inputs() -> list:
             tooltip="A level of its own for the unconditional copy, to save memory: one step "
             "lower costs less there than in the conditional copy. With level auto, 'same' lets "
             "auto take a lower one where two equal copies do not fit; the report says so.",
+        ),
+        io.Combo.Input(
+            "int8_compute",
+            options=list(INT8_COMPUTE),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="How INT8, W4A8, W6A8 and INT4 weights are multiplied: W8A8 on int8 matrix "
+            "units (fast), or 16-bit after decoding: slower, nearer to BF16, above all where some "
+            "channels are far louder than the others. auto: W8A8 but for the linears that the file "
+            "wants in 16 bits.",
         ),
         details_input(),
     ]

@@ -15,6 +15,9 @@ the last of 53 bits of a target, and a code only where the target lies that near
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -31,20 +34,30 @@ _MOST_RIDGE = 1.0
 _LESS = 0.999
 
 
+Refit = Callable[[int, Tensor], Tensor]
+"""``refit(group, target [N, width]) -> step [N]``: the step of a group of columns for what is to be
+rounded, once earlier columns' errors are made up for. Of levels on a grid it is in units of it."""
+
+
 class ExactFeedback:
     """Codes of least ``e^T C e``, column after column, loudest inputs first.
 
-    ``moments`` C: floating point [K, K], symmetric, the mean products of the inputs. Raises OpError
-    for another shape, values that are not finite, and a diagonal that is not above zero.
+    ``moments`` C: floating point [K, K], symmetric, the mean products of the inputs. ``run``: so
+    many neighbouring columns follow each other, whatever their loudness: a group whose step is to
+    be refitted; a divisor of 64 and of K. Raises OpError for another shape, values that are not
+    finite, and a diagonal that is not above zero.
     """
 
-    def __init__(self, moments: Tensor) -> None:
+    def __init__(self, moments: Tensor, run: int = 1) -> None:
         _check(moments)
+        if _PANEL % run or len(moments) % run:
+            raise OpError("columns are no whole runs", found=run, needed=f"a divisor of {_PANEL}")
+        self.run = run
         place = torch.device("cpu") if not has_float64(moments.device) else moments.device
         c = moments.to(place, torch.float64)
         square = c.diagonal().clone()
         self.rest = square.float().cpu()
-        order = square.argsort(descending=True, stable=True)
+        order = _loudest_first(square, run)
         self.order: list[int] = order.tolist()
         root = _upper_root(c[order][:, order])
         self._energy = root.diagonal().square()
@@ -52,24 +65,34 @@ class ExactFeedback:
         self._feedback = (root / root.diagonal()).t().tril(-1).contiguous()
 
     def round(
-        self, weight: Tensor, step: Tensor, shift: Tensor | None, levels: Codes | Levels
+        self,
+        weight: Tensor,
+        step: Tensor,
+        shift: Tensor | None,
+        levels: Codes | Levels,
+        refit: Refit | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Codes int8 [N, K] of ``weight``, and whether less error is expected of them than of the
         nearest codes, bool [N].
 
-        Arguments and promises are those of ``Feedback.round``.
+        Arguments and promises are those of ``Feedback.round``. ``refit`` gives each group another
+        step as soon as it is its turn; the nearest codes are those of ``step``. It needs groups of
+        ``run`` columns.
         """
         place = self._feedback.device
         wanted = weight.to(place).t().double()
         steps, shifts = (None if each is None else each.to(place).t() for each in (step, shift))
-        levels = levels.on(place) if isinstance(levels, Levels) else levels
+        if isinstance(levels, Levels):
+            levels = levels.on(place)
+            if refit is not None and levels.grid is not None:
+                levels = replace(levels, grid=levels.grid.clone())
         grid = _Grid(steps, shifts, levels, weight.shape[1] // step.shape[1])
-        codes, lost = self._follow(wanted, grid)
         lost_by_nearest = self._lost(wanted, grid)
+        codes, lost = self._follow(wanted, grid, refit)
         better = lost < _LESS * lost_by_nearest
         return codes.t().contiguous().to(weight.device), better.to(weight.device)
 
-    def _follow(self, wanted: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    def _follow(self, wanted: Tensor, grid: _Grid, refit: Refit | None) -> tuple[Tensor, Tensor]:
         """Codes int8 [K, N] and the error expected of them, fp64 [N]. wanted: fp64 [K, N]."""
         k, n = wanted.shape
         order = torch.tensor(self.order, device=wanted.device)
@@ -82,6 +105,8 @@ class ExactFeedback:
             target = torch.addmm(true, self._feedback[start:stop, :start], errors[:start])
             for at in range(stop - start):
                 column = start + at
+                if refit is not None and column % self.run == 0:
+                    grid.refit(refit, self.order[column : column + self.run], target[at:])
                 code, value = grid.nearest(target[at], self.order[column])
                 codes[self.order[column]] = code
                 lost.add_((target[at] - value).square_(), alpha=self._energy[column].item())
@@ -111,6 +136,20 @@ class _Grid:
         self.inverse = inverse.masked_fill_(inverse.isinf(), 0)  # such steps decode to -shift
         self.levels, self.width = levels, width
 
+    def refit(self, refit: Refit, columns: list[int], target: Tensor) -> None:
+        """Another step for the group of ``columns``, whose targets are the first rows of
+        ``target`` fp64 [>= width, N], in the order of ``columns``."""
+        group = columns[0] // self.width
+        in_order = torch.tensor(columns, device=target.device).argsort()
+        step = refit(group, target[in_order].t().float().contiguous()).double()
+        if isinstance(self.levels, Levels) and self.levels.grid is not None:
+            self.step[group] *= step / self.levels.grid[group]
+            self.levels.grid[group] = step
+        else:
+            self.step[group] = step
+        inverse = self.step[group].reciprocal()
+        self.inverse[group] = inverse.masked_fill_(inverse.isinf(), 0)
+
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """(codes, what a reader takes them for) of ``values`` fp64 [N] in a column."""
         group = column // self.width
@@ -123,6 +162,14 @@ class _Grid:
             code = round_codes_(level, self.levels)[0]
         value = level[0].double() * self.step[group]
         return code.to(torch.int8), value if self.shift is None else value - self.shift[group]
+
+
+def _loudest_first(square: Tensor, run: int) -> Tensor:
+    """The order of columns by their mean squares, runs of ``run`` together by their sums."""
+    runs = square.view(-1, run)
+    inside = runs.argsort(dim=1, descending=True, stable=True)
+    order = runs.sum(1).argsort(descending=True, stable=True)
+    return (inside + run * torch.arange(len(runs), device=square.device)[:, None])[order].flatten()
 
 
 def _upper_root(c: Tensor) -> Tensor:

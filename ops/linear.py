@@ -19,6 +19,9 @@ from .rotation import check_group, largest_group
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+COMPUTES = ("auto", "w8a8", "dense")
+"""Through int8 activations, or decoded and multiplied in the dtype of the activations."""
+
 
 @dataclass(frozen=True)
 class LinearOptions:
@@ -27,10 +30,28 @@ class LinearOptions:
     ``backend``: ``"auto"`` or a name of ``dispatch.reports``. ``gguf_compute``: ``"w8a8"`` (int8
     tensor cores), ``"dense"`` (decode to the dtype of the activations) or ``"auto"`` (w8a8 for
     formats of 2 to 5 bits with in_features a multiple of 256, else dense; dense for few tokens).
+    ``int8_compute``: the same for weights on an int8 grid (INT8, W4A8, W6A8, INT4); ``"auto"`` is
+    w8a8 but for weights whose file wants the other. Raises OpError for another word there.
     """
 
     backend: str = dispatch.AUTO
     gguf_compute: str = "auto"
+    int8_compute: str = COMPUTES[0]
+
+    def __post_init__(self) -> None:
+        if self.int8_compute not in COMPUTES:
+            raise OpError(
+                "unknown compute mode of int8 weights",
+                found=repr(self.int8_compute),
+                needed=" or ".join(COMPUTES),
+            )
+
+    def int8_dense(self, wish: bool = False) -> bool:
+        """Whether a weight on an int8 grid is decoded, so that no activation is rounded.
+
+        ``wish``: its file says so.
+        """
+        return self.int8_compute == "dense" or (self.int8_compute == "auto" and wish)
 
 
 def linear(

@@ -14,6 +14,7 @@ from .layer_stats import LayerStats
 from .recipes import ROUNDINGS, TREATMENTS, QuantOptions, Recipe
 from .tables import human_bytes
 from .treatments import (
+    ROTATED_INPUTS,
     Treatment,
     group_loss,
     input_group,
@@ -28,6 +29,13 @@ Errors are measured without error feedback, which makes up for the smaller gains
 model vectors chosen for 0.5 dB end up to 0.8 dB behind rotation alone where rotation is right,
 those for 4 dB as near; and sick models still gain 6 to 35 dB (docs/pocket-table.md)."""
 
+DENSE_BELOW_DB = 40.0
+"""Output SQNR that rounded activations alone must leave a linear, or it is multiplied in 16 bits.
+
+Error feedback mends weights, nothing mends activations. Gaussian ones, rotated, leave the output 41
+dB at 12288 inputs (a peak of 4 sigma in 127 steps); on the pocket model all linears have more, w2
+with loud channels {loud}."""
+
 Linear = tuple[str, str]
 """Copy and canonical module name."""
 
@@ -37,13 +45,14 @@ class Choice:
     """One linear: ``treatment`` None means bf16; ``smooth`` fp32 [K] goes with its alpha.
 
     ``sqnr_db`` is the output's under the treatment, as calibrated (NaN: not measured); ``reason``
-    says why, for the file's metadata.
+    says why, for the file's metadata; ``dense``: multiplied in 16 bits, though stored as INT8.
     """
 
     treatment: Treatment | None
     reason: str
     sqnr_db: float = math.nan
     smooth: Tensor | None = None
+    dense: bool = False
 
 
 def check_choice_options(recipe: Recipe, options: QuantOptions) -> None:
@@ -116,6 +125,13 @@ def choice_notes(container: str, choices: Mapping[Linear, Choice]) -> list[str]:
     kept = [module for (_, module), c in choices.items() if c.treatment is None]
     if kept:
         notes.append(f"kept in bf16, by their error: {', '.join(kept)}")
+    dense = [module for (_, module), c in choices.items() if c.dense]
+    if dense:
+        notes.append(
+            f"{len(dense)} linears are multiplied in 16 bits by this pack, for what rounding their "
+            "activations would cost; stock ComfyUI 0.33 loads the file and multiplies them as "
+            f"int8: {', '.join(dense)}"
+        )
     smooth = sum(choice.smooth is not None for choice in choices.values())
     if smooth and container == "native":
         notes.append(
@@ -152,8 +168,11 @@ def _treat(
         )
         best = best if gain >= SMOOTHING_GAIN_DB else native
     smooth = None if best.alpha is None else smoothing(stats, best.alpha)
+    rounded = min(each.sqnr_db(ROTATED_INPUTS) for each in stats)  # NaN where not measured
+    dense = options.treatment == "auto-native" and best.rotated and rounded < DENSE_BELOW_DB
+    why = f"; in 16 bits, as rounded activations alone leave {rounded:.1f} dB" if dense else ""
     return [
-        Choice(best, _reason(each, best, allowed), each.sqnr_db(best.name), smooth)
+        Choice(best, _reason(each, best, allowed) + why, each.sqnr_db(best.name), smooth, dense)
         for each in stats
     ]
 
@@ -237,6 +256,7 @@ def _protect(
             choice,
             treatment=None,
             smooth=None,
+            dense=False,
             reason=f"bf16: {kept[linear]} ({choice.reason})",
         )
         if linear in kept

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint.codecs import SMOOTH_INT8
 from ..ops.blocks import FORMATS, dequantize, quantize
 from ..ops.feedback import Feedback
+from ..ops.gptq import ExactFeedback
 from ..ops.layouts.int8 import int8_label
 from ..ops.reference import quantize_rows
 from ..ops.rotation import rotate
@@ -84,16 +85,19 @@ class NativeInt8(Encoding):
     ``weight`` int8 [N, K], ``weight_scale`` fp32 [N, 1], ``comfy_quant`` the JSON that stock
     ComfyUI reads, in its own spelling. R is ConvRot's rotation in groups of ``rotation``. With
     ``smooth`` fp32 [K], stored beside them, the format is one of our own name: the stock loader
-    refuses it, where it would otherwise drop the vector and compute something else.
+    refuses it, where it would otherwise drop the vector and compute something else. ``dense`` asks
+    readers for a 16-bit product, in the words of stock ComfyUI, which does not follow them for this
+    format.
     """
 
     rotation: int | None = None
     smooth: Tensor | None = None
     feedback: Feedback | None = None
+    dense: bool = False
 
     @property
     def label(self) -> str:
-        return int8_label(self.rotation, smooth=self.smooth is not None)
+        return int8_label(self.rotation, smooth=self.smooth is not None, dense=self.dense)
 
     def parts(self, shape: Shape) -> dict[str, tuple[torch.dtype, Shape]]:
         return {"weight": (torch.int8, shape), "weight_scale": (torch.float32, (shape[0], 1))}
@@ -103,6 +107,8 @@ class NativeInt8(Encoding):
         config: dict[str, object] = {"format": SMOOTH_INT8 if smoothed else "int8_tensorwise"}
         if self.rotation is not None:
             config |= {"convrot": True, "convrot_groupsize": self.rotation}
+        if self.dense:
+            config["full_precision_matrix_mult"] = True
         text = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
         return {"comfy_quant": text} | ({"smooth": self.smooth.float()} if smoothed else {})
 
@@ -200,14 +206,18 @@ class Blocks(Encoding):
 
 
 def follow(
-    inputs: InputMoments, smooth: Tensor | None, rotation: int | None, wanted: bool
-) -> Feedback | None:
+    inputs: InputMoments,
+    smooth: Tensor | None,
+    rotation: int | None,
+    wanted: bool,
+    run: int = 1,
+) -> Feedback | ExactFeedback | None:
     """The feedback of a weight whose inputs are divided by ``smooth`` and rotated."""
     if not wanted:
         return None
     inputs = inputs.damped()
     inputs = inputs if smooth is None else inputs.scaled(1 / smooth)
-    return (inputs if rotation is None else inputs.rotated(rotation)).feedback()
+    return (inputs if rotation is None else inputs.rotated(rotation)).feedback(run)
 
 
 def _int8_rows(values: Tensor, feedback: Feedback | None) -> tuple[Tensor, Tensor]:

@@ -99,10 +99,13 @@ class InputMoments:
             blocks = blocks + torch.eye(blocks.shape[1]).to(blocks) * noise
         return InputMoments(self.square + noise, self.directions, blocks)
 
-    def feedback(self) -> Feedback | ExactFeedback | None:
-        """How to round weights of these inputs; None where nothing is known of pairs."""
+    def feedback(self, run: int = 1) -> Feedback | ExactFeedback | None:
+        """How to round weights of these inputs; None where nothing is known of pairs.
+
+        ``run``: columns whose scale may be refitted on the way, see ``ExactFeedback``.
+        """
         if self.blocks is not None:
-            return ExactFeedback(self.matrix())
+            return ExactFeedback(self.matrix(), run)
         return Feedback(self.square, self.directions) if self.directions.shape[1] else None
 
     def matrix(self) -> Tensor:

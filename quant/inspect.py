@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.entries import Storage
 from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import printable
 from .row_peaks import RowPeaks, divided_in_bf16
@@ -36,7 +37,8 @@ class TypeCount:
 class Inspection:
     """What :func:`inspect_file` found; ``copy_reason`` says which rule told the copies apart.
 
-    ``size`` in bytes, all files together; ``types`` in the file's own words, largest first;
+    ``size`` in bytes, all files together; ``storage``: how the linears are stored, by level;
+    ``types`` in the file's own words, largest first;
     ``protected``: linears that a quantized file keeps in high precision. ``folded``: linears whose
     inputs are divided, and some rotated, by the weights before them. ``bf16_division``: rows of
     int8 that show a quantizer which divided in bf16, None where none do. ``one_branch``: why it
@@ -51,6 +53,7 @@ class Inspection:
     copy_reason: str
     config: Mapping[str, object]
     size: int
+    storage: tuple[Storage, ...]
     types: tuple[TypeCount, ...]
     protected: tuple[str, ...]
     folded: tuple[str, ...]
@@ -75,6 +78,7 @@ class Inspection:
             ("size", f"{human_bytes(self.size)} in {len(self.files)} file(s)"),
             ("config", ", ".join(f"{key} {value}" for key, value in self.config.items())),
         ]
+        facts += [("linears" if i == 0 else "", _stored(s)) for i, s in enumerate(self.storage)]
         if self.protected:
             facts.append(("protected", f"{len(self.protected)}: {', '.join(self.protected)}"))
         if self.folded:
@@ -112,6 +116,7 @@ def inspect_file(
         copy_reason=checkpoint.copy_reason,
         config=checkpoint.config.to_dict(),
         size=checkpoint.size,
+        storage=checkpoint.storage,
         types=_types(checkpoint.paths),
         protected=tuple(checkpoint.protected),
         folded=_folded(checkpoint),
@@ -139,6 +144,12 @@ def _types(paths: tuple[Path, ...]) -> tuple[TypeCount, ...]:
         nbytes = sum(tensor.nbytes for tensor in of_kind)
         counts.append(TypeCount(kind, len(of_kind), values, nbytes))
     return tuple(sorted(counts, key=lambda count: (-count.nbytes, count.type)))
+
+
+def _stored(kind: Storage) -> str:
+    """``102 as W4A8, 4.51 bits a weight``"""
+    dense = f", {kind.dense} of them multiplied in 16 bits" if kind.dense else ""
+    return f"{kind.linears} as {kind.level}, {kind.bits:.2f} bits a weight{dense}"
 
 
 def _json_ready(value: object) -> object:

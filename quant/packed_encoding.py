@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..ops.codes import GRID_LIMIT, Levels
 from ..ops.feedback import Feedback
+from ..ops.gptq import ExactFeedback
 from ..ops.grouped import SCALE_FLOOR, SIX_BIT_LIMIT, int8_grid, pack_codes
 from ..ops.rotation import rotate
 from .encodings import Encoding, Shape, follow
@@ -43,7 +44,7 @@ class PackedInt8(Encoding):
     bits: int = 4
     group: int = 16
     rotation: int = 256
-    feedback: Feedback | None = None
+    feedback: Feedback | ExactFeedback | None = None
 
     @property
     def label(self) -> str:
@@ -68,14 +69,14 @@ class PackedInt8(Encoding):
         return {"comfy_quant": text, **table}
 
     def led_by(self, inputs: InputMoments, *, feedback: bool) -> PackedInt8:
-        return replace(self, feedback=follow(inputs, None, self.rotation, feedback))
+        return replace(self, feedback=follow(inputs, None, self.rotation, feedback, self.group))
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         values = rotate(rows, self.rotation)
         scale = self._scales(values)
         channel = (scale.amax(1) * self._largest / GRID_LIMIT).clamp_min(SCALE_FLOOR)
         relative = self._stored_scales(values, (scale / channel[:, None]).to(_E4M3), channel)
-        codes = self._codes(values, relative, channel)
+        codes, relative = self._codes(values, relative, channel)
         offset = 0 if self.bits == 4 else SIX_BIT_LIMIT + 1
         return {
             "weight": pack_codes(codes.short() + offset, self.bits),
@@ -143,15 +144,31 @@ class PackedInt8(Encoding):
         table = torch.tensor(CODEBOOK).to(values)
         return table[torch.bucketize(values, (table[1:] + table[:-1]) / 2)]
 
-    def _codes(self, values: Tensor, relative: Tensor, channel: Tensor) -> Tensor:
-        """int8 [N, K]: those of the feedback where it expects less error of a row."""
+    def _codes(self, values: Tensor, relative: Tensor, channel: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes int8 [N, K], their scales as ``relative``): those of the feedback where it expects
+        less error of a row. It refits the scales to what it rounds.
+        """
         levels = self._levels(relative)
         step = levels.grid * channel[:, None]
         nearest = self._to_grid(values, levels, channel)
         if self.feedback is None:
-            return nearest
-        codes, better = self.feedback.round(values, step, None, levels)
-        return torch.where(better[:, None], codes, nearest)
+            return nearest, relative
+        if not isinstance(self.feedback, ExactFeedback):
+            codes, better = self.feedback.round(values, step, None, levels)
+            return torch.where(better[:, None], codes, nearest), relative
+        fitted = relative.view(torch.uint8).clone()
+
+        def refit(group: int, target: Tensor) -> Tensor:
+            target = target.to(values.device)
+            scale = (self._scales(target) / channel[:, None]).to(_E4M3)
+            stored = self._stored_scales(target, scale, channel)
+            fitted[:, group] = stored.view(torch.uint8)[:, 0]
+            return stored.float()[:, 0]
+
+        codes, better = self.feedback.round(values, step, None, levels, refit)
+        better = better[:, None]
+        fitted = torch.where(better, fitted, relative.view(torch.uint8)).view(_E4M3)
+        return torch.where(better, codes, nearest), fitted
 
     def _to_grid(self, values: Tensor, levels: Levels, channel: Tensor) -> Tensor:
         """The codes whose decoded values, on the int8 grid, are nearest."""

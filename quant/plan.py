@@ -17,10 +17,13 @@ from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Shape, SmoothInt8, Unquantized, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
+from .int4_encoding import MULTIPLE as INT4_MULTIPLE
+from .int4_encoding import ConvrotInt4
 from .packed_encoding import PackedInt8
 from .recipes import (
     BLOCK_LINEARS,
     CONTAINERS,
+    NATIVE_TYPES,
     PACKED_BITS,
     PACKED_GROUP,
     READ_ONLY,
@@ -134,8 +137,8 @@ def plan_tensors(
             protected = kept or (linear and any(matches(p, copy, module) for p in options.protect))
             if quantized and recipe.weight_type == "INT8":
                 encoding = _int8(container, recipe, options, choice, (copy, module), shape)
-            elif quantized and recipe.weight_type in PACKED_BITS:
-                encoding = _packed(recipe, shape)
+            elif quantized and recipe.weight_type in NATIVE_TYPES:
+                encoding = _packed(recipe.type_of(module), shape, recipe.rotation or ROTATION)
             elif quantized:
                 encoding = Blocks(types[copy, module], shape)
             elif container == "gguf":
@@ -186,15 +189,19 @@ def _int8(
     if container == "transformer-lab":
         return SmoothInt8(smooth)
     group = rotation_group(shape[1], recipe.rotation or ROTATION) if rotated else None
-    return NativeInt8(group, smooth)
+    return NativeInt8(group, smooth, dense=choice is not None and choice.dense)
 
 
-def _packed(recipe: Recipe, shape: Shape) -> Encoding:
-    """W4A8 or W6A8; bf16 for rows that hold no whole groups of a rotation."""
-    rotation = rotation_group(shape[1], recipe.rotation or ROTATION)
-    if rotation is None or shape[1] % PACKED_MULTIPLE:
+def _packed(weight_type: str, shape: Shape, limit: int) -> Encoding:
+    """W4A8, W6A8 or W4A4, rotated in groups of up to ``limit``; bf16 for rows that hold no whole
+    groups of a rotation, or of the type's own."""
+    rotation = rotation_group(shape[1], limit)
+    multiple = INT4_MULTIPLE if weight_type == "W4A4" else PACKED_MULTIPLE
+    if rotation is None or shape[1] % multiple:
         return Unquantized(torch.bfloat16)
-    return PackedInt8(PACKED_BITS[recipe.weight_type], PACKED_GROUP, rotation)
+    if weight_type == "W4A4":
+        return ConvrotInt4(rotation)
+    return PackedInt8(PACKED_BITS[weight_type], PACKED_GROUP, rotation)
 
 
 def rounding_of(options: QuantOptions) -> str:
@@ -275,7 +282,10 @@ def rotation_notes(recipe: Recipe, plans: Sequence[TensorPlan]) -> list[str]:
     short: dict[int, list[TensorPlan]] = {}
     for plan in plans:
         group = rotation_group(plan.shape[-1], recipe.rotation)
-        if isinstance(plan.encoding, NativeInt8 | PackedInt8) and group != recipe.rotation:
+        if (
+            isinstance(plan.encoding, NativeInt8 | PackedInt8 | ConvrotInt4)
+            and group != recipe.rotation
+        ):
             short.setdefault(plan.shape[1], []).append(plan)
     notes = []
     for width, found in short.items():

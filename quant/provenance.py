@@ -20,6 +20,10 @@ TOOL = f"ideogram4-quant {__version__}"
 
 # Where safetensors, modelspec and GGUF files put it.
 _GROUP_SCALE = f"least squares over {PACKED_GROUP} columns, e4m3, over one per output channel"
+_SCALES = {
+    **dict.fromkeys(PACKED_BITS, _GROUP_SCALE),
+    "W4A4": "the least squared error of an output channel",
+}
 _LICENCE_KEYS = ("license", "licence", "general.license", "modelspec.license", "license_name")
 
 MODEL_TYPES = {"conditional": "ideogram4_cond", "unconditional": "ideogram4_uncond"}
@@ -85,6 +89,13 @@ def recipe_record(
     def names(chosen: Iterable[TensorPlan]) -> list[str]:
         return [f"{p.copy}.{p.module}" if several else p.module for p in chosen]
 
+    def others() -> dict[str, list[str]]:
+        mixed: dict[str, list[TensorPlan]] = {}
+        for plan in plans:
+            if plan.quantized and plan.encoding.label != recipe.weight_type:
+                mixed.setdefault(plan.encoding.label, []).append(plan)
+        return {label: names(found) for label, found in mixed.items()}
+
     led = any(plan.quantized and plan.inputs is not None for plan in plans)
     record: dict[str, object] = {
         "level": recipe.level,
@@ -97,8 +108,7 @@ def recipe_record(
     if led:
         record["rounding"] = rounding_of(options)
     if recipe.file_format == "safetensors":
-        packed = recipe.weight_type in PACKED_BITS
-        record["scale"] = _GROUP_SCALE if packed else "absmax / 127 per output channel"
+        record["scale"] = _SCALES.get(recipe.weight_type, "absmax / 127 per output channel")
         record["rotation"] = recipe.rotation
         record["smoothed"] = names(
             p for p in plans if getattr(p.encoding, "smooth", None) is not None
@@ -107,15 +117,13 @@ def recipe_record(
         if chosen:
             reasons = [plan.choice.reason for plan in chosen]
             record["treatments"] = dict(zip(names(chosen), reasons, strict=True))
+        if recipe.finer:
+            record["other_types"] = others()
     else:
         record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
         if options.target_bytes is not None:
             record["target_bytes"] = options.target_bytes
-        mixed: dict[str, list[TensorPlan]] = {}
-        for plan in plans:
-            if plan.quantized and plan.encoding.label != recipe.weight_type:
-                mixed.setdefault(plan.encoding.label, []).append(plan)
-        record["other_types"] = {qtype: names(found) for qtype, found in mixed.items()}
+        record["other_types"] = others()
         record["scales"] = "least output error on calibrated inputs" if led else "least error"
     return record
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.blocks import FORMATS
 from ..ops.chunks import row_chunks
 from ..ops.reference import int8_linear, smooth_rotate_quantize_rows
+from ..ops.rotation import rotate
 from ..ops.wide import wide, wide_sum
 from .encodings import Blocks
 from .errors import NonFiniteWeightError
@@ -19,7 +20,14 @@ from .input_moments import BLOCK, DIRECTIONS, block_sums, sketch
 from .layer_stats import LayerStats
 from .loudest import Loudest
 from .measure import dense_rows
-from .treatments import ALPHAS, BLOCK_CANDIDATES, Treatment, int8_treatments, rotation_group
+from .treatments import (
+    ALPHAS,
+    BLOCK_CANDIDATES,
+    ROTATED_INPUTS,
+    Treatment,
+    int8_treatments,
+    rotation_group,
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,7 @@ class Seen:
             for qtype in fitting
         }
         names = [treatment.name for treatment in self._int8] + fitting
+        names += [ROTATED_INPUTS] if rotatable else []
         zeros = torch.zeros_like(self.stats.signal)
         self.stats = replace(
             self.stats, signal=zeros, noise={name: zeros.clone() for name in names}
@@ -144,6 +153,11 @@ class Seen:
             q, scale = smooth_rotate_quantize_rows(columns, None, group)
             found = int8_linear(x, q, scale, smooth=smooth, rotation=group)
             self._add(treatment.name, column, found - wanted)
+        group = rotation_group(x.shape[1])
+        if group is not None:
+            q, scale = smooth_rotate_quantize_rows(x, None, group)
+            rounded = rotate(q.float() * scale[:, None], group)
+            self._add(ROTATED_INPUTS, column, (rounded - x) @ weight.T)
         for qtype, blocks in self._blocks.items():
             decoded = Blocks(qtype, tuple(weight.shape)).decode({"weight": blocks.to(x.device)})
             self._add(qtype, column, x @ decoded.T - wanted)

@@ -1,8 +1,8 @@
 """How a linear may be quantized to INT8, by name, and the smoothing vectors that takes.
 
 A calibration measures candidates under these names: ``int8``, ``int8 rotated``,
-``int8 smooth 0.5``, ``int8 smooth 0.5 rotated``; and GGUF types under their own (``Q4_K``: the
-weights alone).
+``int8 smooth 0.5``, ``int8 smooth 0.5 rotated``; GGUF types under their own (``Q4_K``: the weights
+alone); and ``int8 rotated inputs``, the activations alone.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ ALPHAS = (0.35, 0.5, 0.65, 0.8)
 """SmoothQuant strengths that a calibration tries; 0.5 is the paper's."""
 
 DEFAULT_ALPHA = 0.5
+
+ROTATED_INPUTS = "int8 rotated inputs"
+"""The candidate that tells what rounding the rotated activations alone costs, weights exact."""
 
 BLOCK_CANDIDATES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 

@@ -106,6 +106,59 @@ def test_levels_of_every_kind(levels):
             errors.append(float(weight[row, column]) - level * 0.3)
 
 
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_steps_refitted_on_the_way(on_grid):
+    """Against a column at a time in plain Python: groups stay together, the step is that of the
+    largest target."""
+    n, k, run = 2, 48, 16
+    x = inputs(300, k, 3)
+    c = (x.t() @ x / 300).double()
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(4))
+    step = torch.full((n, k // run), 0.3)
+    table = torch.arange(-3.0, 4.0)
+    grid = torch.full((n, k // run), 9.0)
+    levels = Levels((0, 6), table, grid) if on_grid else Levels((0, 6), table)
+    unit = 0.3 / 9
+
+    def refit(group, target):
+        assert target.shape == (n, run)
+        largest = target.abs().amax(1) / 3
+        return (largest / unit).round() if on_grid else largest
+
+    follow = ExactFeedback(c, run)
+    codes, better = follow.round(weight, step, None, levels, refit)
+    assert bool(better.all())
+    assert bool((grid == 9).all())  # the caller's own
+    groups = [column // run for column in follow.order]
+    assert groups == [g for i in range(0, k, run) for g in [groups[i]] * run]
+    order = follow.order
+    root = exact._upper_root(c[order][:, order])
+    for row in range(n):
+        errors, taken = [], 0.0
+        for at, column in enumerate(order):
+            feedback = root[:, at] / root[at, at]
+            made = sum(errors[i] * float(feedback[i]) for i in range(at))
+            target = float(weight[row, column]) + made
+            if at % run == 0:  # what all columns of the group are to be, as known by now
+                ahead = [
+                    float(weight[row, order[j]])
+                    + sum(errors[i] * float(root[i, j] / root[j, j]) for i in range(at))
+                    for j in range(at, at + run)
+                ]
+                taken = max(map(abs, ahead)) / 3
+                units = round(taken / unit)
+                taken = units * unit if on_grid else taken
+            place = min(range(7), key=lambda i: abs(i - 3 - target / taken))
+            level = round((place - 3) * units) / units if on_grid else place - 3
+            assert int(codes[row, column]) == place
+            errors.append(float(weight[row, column]) - level * taken)
+
+
+def test_runs_that_do_not_fill_the_columns():
+    with pytest.raises(OpError, match="no whole runs"):
+        ExactFeedback(torch.eye(40), 16)
+
+
 @pytest.mark.parametrize(
     ("moments", "match"),
     [

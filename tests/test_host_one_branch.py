@@ -76,7 +76,7 @@ def test_values_of_older_workflows_keep_their_places(found):
     older = [
         "level", "conditional_file", "unconditional_file", "base_file", "trust_files", "backend",
         "gguf_compute", "attention", "fused_blocks", "branches",
-        "unconditional_lora", "unconditional_level",
+        "unconditional_lora", "unconditional_level", "int8_compute",
     ]  # fmt: skip
     assert inputs["load"][: len(older)] == older
     older = ["residency", "unconditional_from", "sigmas", "schedule_mu", "last_sigma"]

@@ -16,7 +16,14 @@ from ideogram4_quant.ops import (
     reference,
 )
 from ideogram4_quant.ops import linear as ops_linear
-from ideogram4_quant.ops.linear import LinearOptions, gguf_linear, int8_linear, linear
+from ideogram4_quant.ops.fold import Fold
+from ideogram4_quant.ops.layouts import folded_tensor
+from ideogram4_quant.ops.linear import (
+    LinearOptions,
+    gguf_linear,
+    int8_linear,
+    linear,
+)
 from ideogram4_quant.tests.linear_cases import BACKENDS, EPS, KINDS, make
 from ideogram4_quant.tests.tensors import randn, relative
 
@@ -85,6 +92,36 @@ def test_gguf_compute_option():
     dense, int8 = (linear(x, qt, options=LinearOptions(gguf_compute=c)) for c in ("dense", "w8a8"))
     assert torch.equal(linear(x, qt), dense)
     assert 1e-4 < relative(int8, dense) < 0.012
+
+
+INT8_GRIDS = {
+    "INT8": lambda w: QuantizedTensor.from_float(w, "Ideogram4QuantInt8", rotation=256),
+    "INT8 smooth": lambda w: QuantizedTensor.from_float(
+        w, "Ideogram4QuantInt8", smooth=torch.linspace(0.5, 2, 256)
+    ),
+    "W4A8": lambda w: QuantizedTensor.from_float(w, "Ideogram4QuantW4A8"),
+    "W6A8": lambda w: QuantizedTensor.from_float(w, "Ideogram4QuantW4A8", bits=6),
+    "INT4": lambda w: QuantizedTensor.from_float(w, "Ideogram4QuantW4A4"),
+    "folded": lambda w: folded_tensor(
+        QuantizedTensor.from_float(w, "Ideogram4QuantInt8"),
+        Fold(smooth=torch.linspace(0.5, 2, 256)),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INT8_GRIDS)
+def test_dense_int8_rounds_no_activation(kind):
+    """The product of the decoded weight in fp64, which W8A8 is a hundredth from."""
+    x, qt, bias = randn(5, 256), INT8_GRIDS[kind](randn(8, 256, seed=1)), randn(8, seed=2)
+    want = F.linear(x.double(), qt.dequantize().double(), bias.double())
+    dense, int8 = (linear(x, qt, bias, LinearOptions(int8_compute=c)) for c in ("dense", "w8a8"))
+    assert relative(dense, want) < 1e-6
+    assert 1e-3 < relative(int8, want) < 0.02
+
+
+def test_unknown_int8_compute():
+    with pytest.raises(OpError, match="'int4', needed auto or w8a8 or dense"):
+        LinearOptions(int8_compute="int4")
 
 
 # ---- errors

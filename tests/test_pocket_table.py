@@ -12,6 +12,7 @@ from ideogram4_quant.engine.compare.metrics import psnr
 from ideogram4_quant.engine.generate import GenerateRequest, generate
 from ideogram4_quant.engine.loading import load_pair, open_pair
 from ideogram4_quant.ops.linear import LinearOptions, linear
+from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.pocket.paths import dit_path
 from ideogram4_quant.pocket.table import __main__ as table
@@ -23,6 +24,7 @@ from ideogram4_quant.quant import RECIPES, QuantOptions, Run, quantize_checkpoin
 from ideogram4_quant.quant.calibration import Calibration
 from ideogram4_quant.quant.layer_stats import LayerStats
 from ideogram4_quant.quant.provenance import hash_files
+from ideogram4_quant.tests.tensors import relative
 
 NAME = "layers.1.feed_forward.w2.weight"
 
@@ -55,7 +57,9 @@ def calibration(state) -> Calibration:
 
 
 @pytest.mark.parametrize(
-    "scheme", [s for s in systems.SCHEMES if s.treatment is None], ids=lambda s: s.name
+    "scheme",
+    [s for s in systems.SCHEMES if s.level is None and s.compute != "w4a4"],
+    ids=lambda s: s.name,
 )
 def test_unpacked_weights_multiply_as_the_packed_ones(state, calibration, scheme):
     """What a row computes with is what `ops.linear` makes of the stored weight at each call."""
@@ -64,6 +68,18 @@ def test_unpacked_weights_multiply_as_the_packed_ones(state, calibration, scheme
     x = torch.randn(96, 768, generator=torch.Generator().manual_seed(0))
     options = LinearOptions(gguf_compute=scheme.compute)
     assert torch.equal(linear(x, ready, None, options), linear(x, packed[NAME], None, options))
+
+
+def test_stocks_int4_rounds_activations_to_four_bits(state):
+    (scheme,) = [s for s in systems.SCHEMES if s.name == "INT4 W4A4 (comfy-kitchen)"]
+    packed = systems.weights(scheme, {NAME: state[NAME]})
+    x = torch.randn(96, 768, generator=torch.Generator().manual_seed(0))
+    turned = rotate(x, 256)
+    step = turned.abs().amax(1, keepdim=True) / 7
+    rounded = rotate((turned / step).round() * step, 256)
+    want = rounded @ packed[NAME].dequantize().T
+    assert relative(linear(x, systems.unpacked(packed, "w4a4")[NAME]), want) < 1e-5
+    assert relative(linear(x, packed[NAME]), want) > 0.1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ideogram4_quant.cli import main
 from ideogram4_quant.errors import CheckpointError, TruncatedFileError
 from ideogram4_quant.quant import (
     Calibration,
@@ -19,6 +20,7 @@ from ideogram4_quant.quant import (
     Run,
     quantize_checkpoint,
 )
+from ideogram4_quant.quant.input_moments import block_sums
 from ideogram4_quant.quant.provenance import hash_files
 from ideogram4_quant.tests import quant_model as model
 
@@ -225,7 +227,7 @@ def test_a_calibration_of_the_same_file_and_of_the_same_weights_passes(tmp_path,
         quantize_checkpoint(source, "Q8_0", tmp_path / f"{name}.gguf", options=options)
 
 
-@pytest.mark.parametrize("level", ["INT8 W8A8", "Q8_0"])
+@pytest.mark.parametrize("level", ["INT8 W8A8", "W4A8", "INT4 W4A4", "Q8_0"])
 def test_a_calibration_of_another_training_is_refused(tmp_path, source, level):
     options = QuantOptions(calibration=calibrated(model.weights(seed=5), "00" * 32))
     out = tmp_path / ("q.gguf" if level == "Q8_0" else "q.safetensors")
@@ -235,6 +237,37 @@ def test_a_calibration_of_another_training_is_refused(tmp_path, source, level):
     assert "00" * 32 in str(caught.value)
     assert file.sha256 in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.fill_(torch.nan), "blocks contradict|NaN or infinity"),
+        (lambda b: b[0, 0].__setitem__(1, torch.nan), "blocks hold NaN or infinity"),
+        (lambda b: b[0, 0].__setitem__(1, -torch.inf), "blocks hold NaN or infinity"),
+        (lambda b: b[1].fill_diagonal_(7), "blocks contradict square_sum"),
+        (lambda b: b.set_(b[:1].clone()), "blocks do not fit"),
+        (lambda b: b.set_(b[..., :9].clone()), "blocks do not fit"),
+    ],
+)
+def test_damaged_moments_are_refused_and_nothing_is_written(
+    tmp_path, source, capsys, change, message
+):
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    known = LayerStats.of(x, torch.ones(6, 16))
+    blocks = block_sums(x, 10)
+    good = tmp_path / "good.safetensors"
+    Calibration({f"conditional.{W2}": replace(known, blocks=blocks)}, (0.5,)).save(good)
+    assert Calibration.load(good).layer("conditional", W2).moments.blocks.shape == (2, 10, 10)
+    change(blocks)
+    bad = damage(good, tmp_path / "bad.safetensors", {"blocks": blocks.contiguous()})
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.load(bad)
+    out = tmp_path / "q.safetensors"
+    arguments = ["quantize", str(source), "--level", "W4A8", "--calibration", str(bad)]
+    assert main([*arguments, "--out", str(out)]) != 0
+    assert "bad.safetensors" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_calibration_of_another_size_or_copy_is_refused(tmp_path, source):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.cli import main
 from ideogram4_quant.errors import CorruptFileError
-from ideogram4_quant.ops.linear import linear
+from ideogram4_quant.ops.linear import LinearOptions, linear
 from ideogram4_quant.ops.reference import smooth_rotate_quantize_rows
 from ideogram4_quant.quant import (
     Calibration,
@@ -20,6 +20,7 @@ from ideogram4_quant.quant import (
     QuantOptionError,
     QuantOptions,
     Run,
+    inspect_file,
     plan_quantization,
     quantize_checkpoint,
 )
@@ -133,6 +134,55 @@ def test_auto_native_takes_what_comfyui_can_say(plan):
     assert set(names(found).values()) == {"int8", ROTATED}
     assert names(found)[QKV] == "int8"
     assert names(found)[W2] == ROTATED
+
+
+@pytest.fixture
+def loud_inputs(calibration):
+    """The same, with what rounded inputs alone leave of w2 (36.5 and 40.9 dB), w1 and w3."""
+    alone = {W2: 0.015, "layers.1.feed_forward.w2": 0.009, W1: 0.001, W3: 0.015, QKV: 0.02}
+    layers = {}
+    for key, stats in calibration.layers.items():
+        error = alone.get(key.removeprefix("conditional."), 0.001)
+        square = torch.tensor([error * error]).double()
+        layers[key] = replace(stats, noise={**stats.noise, "int8 rotated inputs": square})
+    return replace(calibration, layers=layers)
+
+
+def test_auto_native_multiplies_in_16_bits_what_rounded_inputs_would_hurt(plan, loud_inputs):
+    found = plan(treatment="auto-native", calibration=loud_inputs)
+    dense = {module for module, choice in found.items() if choice.dense}
+    assert dense == {W2, W1, W3}  # w1 has w3's input; qkv is not rotated
+    assert found[W2].reason.endswith("; in 16 bits, as rounded activations alone leave 36.5 dB")
+    assert names(found) == names(plan(treatment="auto-native"))
+    for other in ({"treatment": "auto"}, {"protect_below": 15.0}, {}):
+        assert not any(c.dense for c in plan(calibration=loud_inputs, **other).values())
+
+
+def test_a_file_asks_for_16_bit_products_as_stock_reads_it(source, loud_inputs, tmp_path):
+    out = tmp_path / "q.safetensors"
+    options = QuantOptions(calibration=loud_inputs, treatment="auto-native")
+    report = quantize_checkpoint(source, "INT8 W8A8 rotated", out, options=options)
+    assert any("3 linears are multiplied in 16 bits" in note for note in report.notes)
+    stored = load_file(out)
+    said = json.loads(stored[f"{W2}.comfy_quant"].numpy().tobytes())
+    assert said == {
+        "format": "int8_tensorwise",
+        "convrot": True,
+        "convrot_groupsize": 256,
+        "full_precision_matrix_mult": True,
+    }
+    other = stored["layers.1.attention.o.comfy_quant"].numpy().tobytes()
+    assert b"full_precision" not in other
+    seen = inspect_file(out)
+    assert [kind.dense for kind in seen.storage if kind.level == "INT8 W8A8 rotated"] == [3]
+    assert "3 of them multiplied in 16 bits" in seen.table()
+    weight = open_checkpoint(out).load("conditional")[f"{W2}.weight"].to(dtype=torch.float32)
+    assert weight._params.label == "INT8 rot256 16-bit"
+    x = torch.randn(7, 768, generator=torch.Generator().manual_seed(1))
+    exact = x @ weight.dequantize().T
+    assert torch.allclose(linear(x, weight), exact, rtol=1e-5, atol=1e-5)
+    rounded = linear(x, weight, None, LinearOptions(int8_compute="w8a8"))
+    assert (rounded - exact).norm() > 1e-3 * exact.norm()
 
 
 def test_smooth_keeps_the_level_and_searches_alpha(plan, calibration):

@@ -60,6 +60,12 @@ def test_figures_are_those_of_the_inputs():
             wanted = call[0] @ weight.T
             error = ((y - wanted).norm() / wanted.norm()).item()
             assert stats.errors[name][column].item() == pytest.approx(error, rel=1e-3), name
+    for column, call in enumerate(calls):  # activations alone: what an exact weight makes of them
+        q, scale = quantize_rows(rotate(call[0], 256))
+        rounded = rotate(q.float() * scale[:, None], 256)
+        error = ((rounded - call[0]) @ weight.T).norm() / (call[0] @ weight.T).norm()
+        found = stats.errors["int8 rotated inputs"][column].item()
+        assert found == pytest.approx(error.item(), rel=1e-3)
 
 
 def test_a_prompt_is_smoothed_as_the_others_say():

@@ -151,6 +151,14 @@ class FoldedInt8Layout(FoldedLayout):
     class Params(FoldParams, Int8Layout.Params):
         """Int8Layout's, of ``W'``, and the fold."""
 
+    @classmethod
+    def linear(
+        cls, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, options: LinearOptions
+    ) -> Tensor:
+        """As the others; a product that is wanted dense is one in original coordinates."""
+        way = super(FoldedLayout, cls) if options.int8_dense(weight._params.dense) else super()
+        return way.linear(x, weight, bias, options)
+
 
 class FoldedGGUFLayout(FoldedLayout):
     """GGUF blocks of a folded weight."""

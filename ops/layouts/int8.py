@@ -35,15 +35,19 @@ class Int8Layout(InputHooks, Layout):
 
     @dataclass(frozen=True, eq=False, kw_only=True)
     class Params(BaseParams):
-        """``scale fp32 [N, 1]``, ``smooth fp32 [K]`` or None, ``rotation`` a group or None."""
+        """``scale fp32 [N, 1]``, ``smooth fp32 [K]`` or None, ``rotation`` a group or None.
+
+        ``dense``: the file wants it multiplied in 16 bits (``full_precision_matrix_mult``).
+        """
 
         scale: Tensor
         smooth: Tensor | None = None
         rotation: int | None = None
+        dense: bool = False
 
         @property
         def label(self) -> str:
-            return int8_label(self.rotation, smooth=self.smooth is not None)
+            return int8_label(self.rotation, smooth=self.smooth is not None, dense=self.dense)
 
     @classmethod
     def quantize(
@@ -54,6 +58,7 @@ class Int8Layout(InputHooks, Layout):
         inplace_ops: bool = False,
         smooth: Tensor | None = None,
         rotation: int | None = None,
+        dense: bool = False,
         **_: object,
     ) -> tuple[Tensor, Any]:
         """``round(R(W * smooth) / scale)``, ``scale = absmax / 127`` of each row unless given.
@@ -85,6 +90,7 @@ class Int8Layout(InputHooks, Layout):
             scale=scales,
             smooth=smooth,
             rotation=rotation,
+            dense=dense,
         )
 
     @classmethod
@@ -105,21 +111,25 @@ class Int8Layout(InputHooks, Layout):
         """Stock's ``int8_tensorwise`` with its ConvRot; with smoothing a format of our name."""
         smoothed = params.smooth is not None
         said = {"format": "ideogram4_quant_int8" if smoothed else "int8_tensorwise"}
+        said |= {"full_precision_matrix_mult": True} if params.dense else {}
         if params.rotation is None:
             return said
         return {**said, "convrot": True, "convrot_groupsize": params.rotation}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
-        """Keep smoothing and rotation when a patched weight is quantized again."""
-        return {"smooth": qtensor._params.smooth, "rotation": qtensor._params.rotation}
+        """Keep all but codes and scales when a patched weight is quantized again."""
+        params = qtensor._params
+        return {"smooth": params.smooth, "rotation": params.rotation, "dense": params.dense}
 
     @classmethod
     def linear(
         cls, x: Tensor, weight: QuantizedTensor, bias: Tensor | None, options: LinearOptions
     ) -> Tensor:
-        """Dynamic W8A8: see ``ops.linear.int8_linear``."""
+        """Dynamic W8A8, see ``ops.linear.int8_linear``; or dense where the options say so."""
         params = weight._params
+        if options.int8_dense(params.dense):
+            return super().linear(x, weight, bias, options)
         return int8_linear(
             x,
             weight._qdata,
@@ -136,7 +146,9 @@ class Int8Layout(InputHooks, Layout):
     ) -> tuple[Tensor | None, int | None] | None:
         """Smoothing and rotation of this weight."""
         params = weight._params
-        return None if params.transposed else (params.smooth, params.rotation)
+        if params.transposed or options.int8_dense(params.dense):
+            return None
+        return params.smooth, params.rotation
 
     @classmethod
     def multiply_rows(
@@ -155,9 +167,11 @@ class Int8Layout(InputHooks, Layout):
         )
 
 
-def int8_label(rotation: int | None, *, smooth: bool) -> str:
-    """An int8 type as reports show it: with smoothing, with a rotation in groups of so many."""
-    return "INT8" + (" smooth" if smooth else "") + (f" rot{rotation}" if rotation else "")
+def int8_label(rotation: int | None, *, smooth: bool, dense: bool = False) -> str:
+    """An int8 type as reports show it: with smoothing, with a rotation in groups of so many,
+    multiplied in 16 bits."""
+    turned = f" rot{rotation}" if rotation else ""
+    return "INT8" + (" smooth" if smooth else "") + turned + (" 16-bit" if dense else "")
 
 
 def int8_tensor(
@@ -167,14 +181,16 @@ def int8_tensor(
     dtype: torch.dtype,
     smooth: Tensor | None = None,
     rotation: int | None = None,
+    dense: bool = False,
     validate: bool = False,
 ) -> QuantizedTensor:
     """A weight from int8 values: ``q = round(R(W * smooth) / scale)``.
 
     ``q int8 [N, K]``; ``scale`` floating point ``[N]``, ``[N, 1]`` or one value; ``smooth [K]``;
-    ``dtype`` what it dequantizes to. ``validate`` also looks at the values, once: a scale that is
-    not finite, or zero in a row that is not, raises OpError naming the row; in a row of zeros a
-    zero scale becomes 1. Raises OpError for shapes, dtypes and devices that do not fit.
+    ``dtype`` what it dequantizes to; ``dense`` a wish, see ``Params``. ``validate``
+    also looks at the values, once: a scale that is not finite, or zero in a row that is not, raises
+    OpError naming the row; in a row of zeros a zero scale becomes 1. Raises OpError for shapes,
+    dtypes and devices that do not fit.
     """
     check_dtype(dtype)
     if q.dtype != torch.int8 or q.dim() != 2:
@@ -206,7 +222,12 @@ def int8_tensor(
             channel = int((~usable).nonzero()[0])
             raise OpError("bad smoothing", found=f"{smooth[channel].item()} in channel {channel}")
     params = Int8Layout.Params(
-        orig_dtype=dtype, orig_shape=(n, k), scale=scale, smooth=smooth, rotation=rotation
+        orig_dtype=dtype,
+        orig_shape=(n, k),
+        scale=scale,
+        smooth=smooth,
+        rotation=rotation,
+        dense=dense,
     )
     return Weight(q.contiguous(), Int8Layout.NAME, params)
 

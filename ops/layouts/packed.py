@@ -70,7 +70,9 @@ class PackedLayout(InputHooks, Layout):
         cls, weight: QuantizedTensor, tokens: int, dtype: torch.dtype, options: LinearOptions
     ) -> tuple[Tensor | None, int | None] | None:
         """The rotation of this weight where our product runs it."""
-        if not cls.through_int8(weight._params) or cls.by_kitchen(weight, tokens, options):
+        if options.int8_dense() or not cls.through_int8(weight._params):
+            return None
+        if cls.by_kitchen(weight, tokens, options):
             return None
         return None, weight._params.convrot_groupsize
 
@@ -93,7 +95,7 @@ class PackedLayout(InputHooks, Layout):
     ) -> Tensor:
         """comfy-kitchen's kernels where they are chosen, else through int8 rows, else dense."""
         params, k = weight._params, weight.shape[1]
-        if x.shape[-1:] != (k,) or 0 in x.shape:
+        if x.shape[-1:] != (k,) or 0 in x.shape or options.int8_dense():
             return super().linear(x, weight, bias, options)
         if cls.by_kitchen(weight, x.numel() // k, options):
             return cls.kitchen_linear(x, weight, None if bias is None else bias.to(x.dtype))

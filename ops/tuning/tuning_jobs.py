@@ -130,7 +130,7 @@ def jobs(
 def _int8_layer(layer: Layer, options: LinearOptions) -> Layer | None:
     """The int8 product that a layer runs as; None for one that is computed densely."""
     if layer.kind == "int8":
-        return layer
+        return None if options.int8_dense() else layer
     through_int8 = options.gguf_compute == "w8a8" or (
         options.gguf_compute == "auto" and layer.kind in W8A8_FORMATS and layer.k % 256 == 0
     )

@@ -73,9 +73,9 @@ class Maker:
         calibration = None
         if job.scheme.calibrated:
             calibration = calibration_of(job.variant, self.store.folder)
-        if job.scheme.treatment is not None:
-            folder = self.store.folder
-            return written(job.variant, job.scheme.treatment, calibration, folder)
+        if job.scheme.level is not None:
+            how = (job.scheme.level, job.scheme.treatment)
+            return written(job.variant, *how, calibration, self.store.folder)
         return {
             copy: weights(job.scheme, state_of(job.variant, copy), copy, calibration)
             for copy in COPIES

@@ -55,13 +55,13 @@ def calibration_of(variant: Variant, work: Path) -> Calibration:
 
 
 def written(
-    variant: Variant, treatment: str, calibration: Calibration, work: Path
+    variant: Variant, level: str, treatment: str | None, calibration: Calibration, work: Path
 ) -> dict[str, dict[str, Tensor]]:
-    """Copy -> canonical names -> tensors of the INT8 files that the quantizer writes."""
+    """Copy -> canonical names -> tensors of the safetensors files that the quantizer writes."""
     options = QuantOptions(calibration=calibration, treatment=treatment)
     found = {}
     for copy, source in write_model(variant, work / "models").items():
-        out = source.with_name(f"{source.stem}-{treatment}.safetensors")
-        quantize_checkpoint(source, "INT8 W8A8", out, copy=copy, options=options, overwrite=True)
+        out = source.with_name(f"{source.stem}-{level}-{treatment}.safetensors")
+        quantize_checkpoint(source, level, out, copy=copy, options=options, overwrite=True)
         found[copy] = open_checkpoint(out, copy=copy).load(copy)
     return found

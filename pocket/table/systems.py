@@ -22,6 +22,7 @@ from ...ops.layouts import (
     GGUFLayout,
     Int8Layout,
     NF4Layout,
+    W4A4Layout,
     W4A8Layout,
     gguf_tensor,
     int8_tensor,
@@ -35,6 +36,7 @@ from ...quant.input_moments import InputMoments
 from ...quant.packed_encoding import PackedInt8
 from ...quant.recipes import BLOCK_LINEARS
 from ...quant.treatments import input_group, smoothing
+from .stock_int4 import as_stock
 
 REFERENCE = "BF16"
 ROTATION = 256
@@ -54,10 +56,11 @@ class Scheme:
     """One row of the table.
 
     ``store`` makes a quantized weight from the fp32 one (None: it stays in bf16). ``compute`` says
-    how GGUF weights are multiplied. What needs a calibration: ``smooth`` is SmoothQuant's alpha;
-    ``protect`` the number of linears of each copy that stay in bf16, the most fragile first; with
-    ``moments`` the encoder searches and rounds for the least output error; ``treatment`` is the
-    quantizer's, which writes files. With ``stress`` the row is made at stress strength too.
+    how GGUF weights are multiplied, and "w4a4" INT4 ones as stock ComfyUI does. What needs a
+    calibration: ``smooth`` is SmoothQuant's alpha; ``protect`` the number of linears of each copy
+    that stay in bf16, the most fragile first; with ``moments`` the encoder searches and rounds for
+    the least output error; ``level`` and ``treatment`` are the quantizer's, which writes files.
+    With ``stress`` the row is made at stress strength too.
     """
 
     name: str
@@ -66,12 +69,13 @@ class Scheme:
     smooth: float | None = None
     protect: int = 0
     moments: bool = False
+    level: str | None = None
     treatment: str | None = None
     stress: bool = False
 
     @property
     def calibrated(self) -> bool:
-        asked = (self.smooth is not None, self.protect > 0, self.moments, bool(self.treatment))
+        asked = (self.smooth is not None, self.protect > 0, self.moments, bool(self.level))
         return any(asked)
 
 
@@ -130,6 +134,8 @@ def stored(layout: str, **options: object) -> Store:
     return lambda weight, _: QuantizedTensor.from_float(weight, layout, **options)
 
 
+_ROTATED = "INT8 W8A8 rotated"
+
 SCHEMES: tuple[Scheme, ...] = (
     Scheme(REFERENCE, stress=True),
     Scheme("W8A8", _int8, stress=True),
@@ -138,7 +144,8 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("W8A8 + protect", _int8, protect=PROTECTED, stress=True),
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
     Scheme("ours: INT8 rotated, calibrated", _rotated_by, moments=True, stress=True),
-    Scheme("ours: INT8 auto", treatment="auto", stress=True),
+    Scheme("ours: INT8 auto-native", level=_ROTATED, treatment="auto-native", stress=True),
+    Scheme("ours: INT8 auto", level="INT8 W8A8", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
     Scheme("ours: Q4_K", stored(GGUFLayout.NAME, qtype="Q4_K")),
     Scheme("ours: Q4_K, calibrated", _blocks_by("Q4_K"), moments=True),
@@ -147,6 +154,9 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("ours: W6A8, calibrated", _packed_by(6), moments=True),
     Scheme("ours: IQ4_XS, calibrated", _blocks_by("IQ4_XS"), moments=True),
     Scheme("ours: Q8_0, calibrated", _blocks_by("Q8_0"), moments=True),
+    Scheme("ours: INT4 W4A4, calibrated", compute="w4a4", level="INT4 W4A4"),
+    Scheme("ours: INT4 W4A4, calibrated, as this pack computes it", level="INT4 W4A4"),
+    Scheme("INT4 W4A4 (comfy-kitchen)", stored(W4A4Layout.NAME), "w4a4"),
     Scheme("W4A8 (comfy-kitchen)", stored(W4A8Layout.NAME)),
     Scheme("W6A8 (comfy-kitchen)", stored(W4A8Layout.NAME, bits=6)),
     Scheme("FP8 per row", stored(FP8Layout.NAME, per_row=True)),
@@ -209,8 +219,8 @@ def unpacked(tensors: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
     """The tensors in the form in which they are multiplied, unpacked once instead of at every call.
 
     What `ops.linear` does at each call with FP8, NF4 and GGUF weights, done before: they become
-    fp32, or with ``compute`` "w8a8" rotated int8; W4A8 and W6A8 become the int8 they decode to. The
-    products are the same; a test compares them.
+    fp32, or with ``compute`` "w8a8" rotated int8; W4A8, W6A8 and INT4 become the int8 they decode
+    to, but INT4 with "w4a4". The products are the same; a test compares them.
     """
     return {name: _unpacked(tensor, compute) for name, tensor in tensors.items()}
 
@@ -218,11 +228,13 @@ def unpacked(tensors: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
 def _unpacked(tensor: Tensor, compute: str) -> Tensor:
     if not isinstance(tensor, QuantizedTensor) or tensor._layout_cls == Int8Layout.NAME:
         return tensor
+    if compute == "w4a4" and issubclass(tensor.layout_cls, W4A4Layout):
+        return as_stock(tensor)
     if issubclass(tensor.layout_cls, PackedLayout):
         packed, s_rel, scale, codebook, group = tensor.layout_cls.grid_parts(tensor)
         grid, rotation = int8_grid(packed, s_rel, codebook, group), tensor._params.convrot_groupsize
         return int8_tensor(grid, scale, dtype=torch.float32, rotation=rotation)
-    if compute == "dense":
+    if compute != "w8a8":
         return tensor.dequantize()
     params = tensor._params
     q, scale = dequantize_rotate_quantize(
