@@ -93,6 +93,9 @@ MAX_ROW = 16384
 LONG_ROW = RowConfig(head=4096, tail=0, num_warps=8)
 """How longer rows are walked, twice: only ``llm_cond_proj`` has one, of 53248 values."""
 
+DECODED = RowConfig(head=4096, tail=0, num_warps=8)
+"""How weights are decoded to floats: as many a program as make whole sectors of every format."""
+
 
 def table_digest() -> str:
     """A short hash of these tables: what was measured with others is no measure of these."""
