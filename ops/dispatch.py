@@ -8,6 +8,7 @@ int8_gemm                 yes                    yes     yes
 row quantizers            yes                    (2)     yes
 dequantize_rotate_q.      yes                            yes
 gate_residual_rmsnorm     yes                            yes
+rms_rope                  yes                            yes
 ========================  ======  =============  ======  =========
 
 (1) composed of its quantizer and its GEMM. (2) a few rows at a time; not the normed one. An op
@@ -43,6 +44,7 @@ REFERENCE_OPS: Mapping[str, Callable] = {
             "rmsnorm_scale_quantize_rows",
             "swiglu_quantize_rows",
             "gate_residual_rmsnorm",
+            "rms_rope",
             "dequantize_rotate_quantize",
         )
     },

@@ -54,6 +54,20 @@ def gate_residual_rmsnorm(
     return _gate_residual_op(x, gate, y, weight, eps, backend)
 
 
+def rms_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``reference.rms_rope``."""
+    return _rms_rope_op(q, k, q_weight, k_weight, cos, sin, eps, backend)
+
+
 def int8_product(
     q: Tensor,
     scale: Tensor,
@@ -112,6 +126,11 @@ def _gate_residual(x, gate, y, weight, eps, backend):
     return _choose("gate_residual_rmsnorm", x, x.shape[-1], backend)(x, gate, y, weight, eps)
 
 
+def _rms_rope(q, k, q_weight, k_weight, cos, sin, eps, backend):
+    run = _choose("rms_rope", q, q.shape[-1], backend, q.dtype)
+    return run(q, k, q_weight, k_weight, cos, sin, eps)
+
+
 def _int8_product(q, scale, weight, weight_scale, bias, dtype, backend):
     gemm = _choose("int8_gemm", q, weight.shape[0], backend, dtype)
     return gemm(q, scale, weight.contiguous(), weight_scale.reshape(-1), bias, dtype)
@@ -142,6 +161,10 @@ def _gate_residual_fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _rms_rope_fake(q, k, *_):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
+
+
 def _int8_product_fake(q, scale, weight, weight_scale, bias, dtype, backend):
     return q.new_empty((q.shape[0], weight.shape[0]), dtype=dtype)
 
@@ -164,6 +187,13 @@ _gate_residual_op = define(
     "(Tensor x, Tensor gate, Tensor y, Tensor weight, float eps, str backend) -> Tensor",
     _gate_residual,
     _gate_residual_fake,
+)
+_rms_rope_op = define(
+    "rms_rope",
+    "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
+    " str backend) -> (Tensor, Tensor)",
+    _rms_rope,
+    _rms_rope_fake,
 )
 _int8_product_op = define(
     "int8_product",

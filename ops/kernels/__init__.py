@@ -24,6 +24,7 @@ _LAUNCHERS = {
     "rmsnorm_scale_quantize_rows": "norms",
     "gate_residual_rmsnorm": "norms",
     "dequantize_rotate_quantize": "gguf",
+    "rms_rope": "rope",
     "dequantize": "gguf_floats",
     "dequantize_as_formula": "gguf_floats",
     "int8_grid": "packed",

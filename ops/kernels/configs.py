@@ -12,6 +12,9 @@ from dataclasses import dataclass
 HIDDEN, FEED_FORWARD, TEXT_ENCODER, TEXT_FEATURES = 4608, 12288, 4096, 53248
 """Lengths of Ideogram 4's rows: hidden, SwiGLU, a layer of the text encoder, ``llm_cond_proj``."""
 
+HEAD = 256
+"""Values of an attention head."""
+
 ARCHITECTURES = (80, 86, 89, 90, 120)
 """Compute capabilities that are compiled and checked: A100, RTX 30, RTX 40, H100, RTX 50."""
 
@@ -95,6 +98,9 @@ LONG_ROW = RowConfig(head=4096, tail=0, num_warps=8)
 
 DECODED = RowConfig(head=4096, tail=0, num_warps=8)
 """How weights are decoded to floats: as many a program as make whole sectors of every format."""
+
+MAX_HEAD, ROPE_ROWS, ROPE_WARPS = 1024, 8, 4
+"""Longest head of ``rms_rope``, and how one program covers heads: 8 of 256 values by 4 warps."""
 
 
 def table_digest() -> str:
