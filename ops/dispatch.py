@@ -9,6 +9,7 @@ row quantizers            yes                    (2)     yes
 dequantize_rotate_q.      yes                            yes
 gate_residual_rmsnorm     yes                            yes
 rms_rope                  yes                            yes
+dequantize                yes                            yes
 ========================  ======  =============  ======  =========
 
 (1) composed of its quantizer and its GEMM. (2) a few rows at a time; not the normed one. An op
@@ -46,6 +47,7 @@ REFERENCE_OPS: Mapping[str, Callable] = {
             "gate_residual_rmsnorm",
             "rms_rope",
             "dequantize_rotate_quantize",
+            "dequantize",
         )
     },
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import OpError
-from . import adapters, dispatch, prequantized
+from . import adapters, decoding, dispatch, prequantized
 from .chunks import MULTIPLIED, row_chunks
 from .fused import Activation
 from .gguf_compute import compute_here, resolve_compute
@@ -244,7 +244,7 @@ def _gguf_linear(
         return x.new_empty((*x.shape[:-1], n))
     shape = (rows.shape[0], n, k)
     if compute_here(compute, qtype, shape, x.device, x.dtype, backend) == "dense":
-        out = _gguf_dense(rows, blocks, qtype, bias)
+        out = _gguf_dense(rows, blocks, qtype, bias, backend)
     else:
         out = _gguf_w8a8(rows, blocks, qtype, bias, rotation or None, backend)
     return out.reshape(*x.shape[:-1], n)
@@ -266,13 +266,13 @@ def _gguf_w8a8(
     return prequantized.gguf_product(q, scale, blocks, qtype, bias, rotation, x.dtype, backend)
 
 
-def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None) -> Tensor:
+def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None, backend: str) -> Tensor:
     """``x [M, K]`` against the decoded weight in x's dtype; on a CPU in fp32, faster there."""
     from .blocks import dequantize
 
     n, (m, k) = blocks.shape[0], x.shape
     if x.device.type != "cpu":
-        weight = dequantize(blocks, qtype, (n, k), x.dtype)
+        weight = decoding.dequantize(blocks, qtype, (n, k), x.dtype, backend)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     values = x.float()
     out = torch.empty((m, n), dtype=x.dtype)

@@ -8,6 +8,8 @@ has to ask the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,7 @@ from .rotation import rotate
 
 __all__ = [
     "SCALE_FLOOR",
+    "dequantize",
     "dequantize_rotate_quantize",
     "gate_residual_rmsnorm",
     "gguf_linear",
@@ -178,7 +181,7 @@ def rms_rope(
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of each head of q and k, then its halves ``(a, b) -> (a cos - b sin, b cos + a sin)``.
+    """RMSNorm of each head, then of its halves ``(a, b) -> (a cos - b sin, b cos + a sin)``.
 
     ``q`` and ``k`` ``[B, L, H, D]``, weights ``[D]``, ``cos`` and ``sin`` broadcastable to ``[B, L,
     D / 2]`` -> both contiguous ``[B, L, H, D]``; fp32 between, cast once to the dtype of ``q``.
@@ -192,6 +195,15 @@ def _rms_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -
     low, high = normed.chunk(2, dim=-1)
     cos, sin = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)  # [B, L, 1, D / 2]
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def dequantize(
+    blocks: Tensor, qtype: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weights ``[*shape]`` of GGUF blocks, decoded in fp32 and rounded once to ``dtype``."""
+    from .blocks import dequantize as decode
+
+    return decode(blocks, qtype, shape, dtype)
 
 
 def dequantize_rotate_quantize(

@@ -40,9 +40,7 @@ def tables(batch: int, length: int, half: int):
 )
 def test_equals_the_formula(batch, length, count, d):
     inputs = (*heads(batch, length, count, d), *tables(batch, length, d // 2), EPS)
-    for found, wanted in zip(
-        kernel("rms_rope")(*inputs), reference.rms_rope(*inputs), strict=True
-    ):
+    for found, wanted in zip(kernel("rms_rope")(*inputs), reference.rms_rope(*inputs), strict=True):
         assert found.is_contiguous()
         assert relative(found, wanted) < 1e-6
 

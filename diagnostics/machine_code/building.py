@@ -32,7 +32,7 @@ def processes() -> int:
 
 
 def built(work: Work, jobs: int | None = None) -> Iterator[Built]:
-    """``work`` compiled, in its order, by up to ``jobs`` processes; raises what ``build`` raises."""
+    """``work`` compiled, in its order, by up to ``jobs`` processes; raises as ``build`` does."""
     jobs = min(jobs or processes(), len(work) // _EACH)
     if jobs < 2:
         yield from (offline.build(variant, arch) for variant, arch in work)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ...errors import OpError
-from .. import kernels
 from ..chunks import CACHED, ENCODED, chunk_size, even, for_each, uninitialised, workers
 from ..feedback import Feedback
 from ..wide import wide
@@ -98,8 +97,6 @@ class BlockFormat(ABC):
 
     def _decode_chunks(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         """[n_blocks, block_size] in ``dtype``, decoded in float32 a chunk at a time."""
-        if blocks.is_cuda and self._has_kernel(blocks.device, dtype):
-            return kernels.dequantize(blocks.contiguous(), self.name, dtype)
         out = uninitialised((len(blocks), self.block_size), dtype, blocks.device)
         step = chunk_size(blocks.device, CACHED) // self.block_size
         if torch.compiler.is_compiling():
@@ -115,16 +112,6 @@ class BlockFormat(ABC):
                 self.decode(chunk, scratch[: len(chunk)])
                 target.copy_(scratch[: len(chunk)])
         return out
-
-    def _has_kernel(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether one kernel decodes on ``device``, in place of a dozen launches a chunk."""
-        return (
-            self.block_size > 1
-            and dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and not torch.compiler.is_compiling()  # the compiler fuses by itself
-            and kernels.available(device)[0]
-            and kernels.dequantize_as_formula(self.name, device)
-        )
 
     @torch.no_grad()
     def quantize(

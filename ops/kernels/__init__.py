@@ -26,7 +26,6 @@ _LAUNCHERS = {
     "dequantize_rotate_quantize": "gguf",
     "rms_rope": "rope",
     "dequantize": "gguf_floats",
-    "dequantize_as_formula": "gguf_floats",
     "int8_grid": "packed",
 }
 

@@ -9,18 +9,21 @@ between them. Products and sums are rounded apart (no fused multiply-add), as in
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from ..probes import checked, kept
 from . import launch
 from .configs import DECODED
+from .gguf import PACKED, block_rows
 from .gguf_decode import decode
 
-__all__ = ["dequantize", "dequantize_as_formula"]
+__all__ = ["dequantize"]
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +46,28 @@ def dequantize_kernel(
     tl.store(out_ptr + cols, y.to(out_ptr.dtype.element_ty), mask=cols < left)
 
 
-def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    """Weights [n blocks, block size] of ``blocks`` uint8 [n blocks, type size] in ``dtype``.
+def dequantize(
+    blocks: Tensor, qtype: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weights ``[*shape]`` of packed blocks in ``dtype``, bit for bit those of ``ops.blocks``.
 
-    Bit for bit those of ``ops.blocks``: decoded in fp32 and rounded once to bf16, fp16 or fp32.
-    ``qtype`` is one of ``gguf.PACKED``, ``blocks`` is contiguous at an address that 4 divides.
+    ``blocks`` uint8 of any shape, the bytes of a tensor of ``shape`` -> decoded in fp32, rounded
+    once to bf16, fp16 or fp32. Other dtypes, the plain floats, and a device on which the kernel
+    gives other bits (tried once, said in the log) run the formula. Raises OpError for bytes that
+    do not make the shape.
     """
+    known = qtype in PACKED and dtype in launch.FLOATS
+    if not known or not _as_formula(qtype, blocks.device):
+        return reference.dequantize(blocks, qtype, shape, dtype)
+    from ..blocks import FORMATS
+
+    fmt = FORMATS[qtype]
+    n = fmt.nbytes(shape) // fmt.type_size
+    return _launch(block_rows(blocks, n, fmt.type_size), qtype, dtype).view(*shape)
+
+
+def _launch(blocks: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    """[n blocks, block size] of ``blocks`` uint8 [n blocks, type size], contiguous."""
     from ..blocks import FORMATS
 
     fmt = FORMATS[qtype]
@@ -70,21 +89,17 @@ def dequantize(blocks: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
 
 
 @kept
-def dequantize_as_formula(qtype: str, device: torch.device) -> bool:
-    """Whether the kernel gives the formula's bits on ``device``: tried once, on any bytes.
-
-    A device where it does not, or does not compile, decodes in torch, and the log says why.
-    """
+def _as_formula(qtype: str, device: torch.device) -> bool:
+    """Whether the kernel gives the formula's bits on ``device``, on any bytes."""
     from ..blocks import FORMATS
 
     fmt = FORMATS[qtype]
     generator = torch.Generator().manual_seed(0)
-    shape = (DECODED.head // fmt.block_size + 3, fmt.type_size)
-    sample = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    wanted = torch.empty((len(sample), fmt.block_size))
-    fmt.decode(sample, wanted)
+    count = DECODED.head // fmt.block_size + 3
+    sample = torch.randint(0, 256, (count, fmt.type_size), dtype=torch.uint8, generator=generator)
+    wanted = reference.dequantize(sample, qtype, (count, fmt.block_size))
     try:
-        found = dequantize(sample.to(device), qtype, torch.float32).cpu()
+        found = _launch(sample.to(device), qtype, torch.float32).cpu()
     except Exception as error:  # whatever compilers, linkers and drivers come up with
         problem = f"{type(error).__name__}: {str(error).strip()[:300]}"
     else:

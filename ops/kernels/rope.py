@@ -95,7 +95,7 @@ def rms_rope(
     sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm of each head of q and k, then its halves ``(a, b) -> (a cos - b sin, b cos + a sin)``.
+    """RMSNorm of each head, then of its halves ``(a, b) -> (a cos - b sin, b cos + a sin)``.
 
     ``q`` and ``k`` ``[B, L, H, D]`` of any strides with adjacent values of a head, weights ``[D]``,
     ``cos`` and ``sin`` broadcastable to ``[B, L, D / 2]``, of any strides -> both contiguous. Heads

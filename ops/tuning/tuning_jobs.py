@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import attention, dispatch, fused, prequantized
+from .. import attention, dispatch, fused, kitchen_rope, prequantized
 from ..chunks import CACHED, tile_values
 from ..gguf_compute import FEW_TOKENS, W8A8_FORMATS
 from ..linear import LinearOptions, gguf_linear, int8_linear
 from ..rotation import largest_group
 from . import choices
-from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Table, dtype_name
+from .choices import ATTENTION, FUSED, GGUF, LINEAR, ROPE, Key, Table, dtype_name
 
 # 1024 px with its text, 512 px, and few tokens. A CPU takes one count, or it would take minutes.
 _TOKENS = {"cpu": (512,)}
@@ -100,6 +100,7 @@ def jobs(
     heads: tuple[int, int] | None,
     memory: int,
     inputs: Iterable[tuple[str, Layer]] = (),
+    rope: tuple[int, int] | None = None,
 ) -> Iterator[Job]:
     """Everything that is left to ``"auto"`` and has more than one candidate, in order of weight.
 
@@ -118,6 +119,8 @@ def jobs(
                     yield from _fused_job(kind, layer, device, dtype, count, memory)
         if heads is not None:
             yield from _attention_job(heads, device, dtype, count)
+        if rope is not None:
+            yield from _rope_job(rope, device, dtype, count)
     if (options.backend, options.gguf_compute) != (dispatch.AUTO, "auto"):
         return
     for layer in layers:
@@ -259,6 +262,27 @@ def _attention_job(
     nbytes = tokens * number * size * (4 * dtype.itemsize + 3)
     key = Key(ATTENTION, number, size, choices.rounded(tokens), dtype_name(dtype))
     yield Job(key, names, nbytes, make, errors=errors)
+
+
+def _rope_job(
+    heads: tuple[int, int], device: torch.device, dtype: torch.dtype, tokens: int
+) -> Iterator[Job]:
+    names = kitchen_rope.candidates(device, dtype, heads[1])
+    if len(names) < 2:
+        return
+    number, size = heads
+
+    def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
+        q, k, _ = _random((1, count, 3, number, size), device, dtype).unbind(2)
+        weight = torch.ones(size, device=device, dtype=dtype)
+        table = _random((1, count, 1, size // 2, 2, 2), device, torch.float32)
+        ours = lambda: kitchen_rope.rms_rope_split_half(q, k, table, weight)[0]
+        own = lambda: kitchen_rope.kitchen(q, k, weight, table)
+        return {kitchen_rope.OURS: ours, kitchen_rope.KITCHEN: own}
+
+    nbytes = tokens * size * (5 * number * dtype.itemsize + 8)
+    key = Key(ROPE, number, size, choices.rounded(tokens), dtype_name(dtype))
+    yield Job(key, names, nbytes, make)
 
 
 def _rows(n: int, k: int, device: torch.device, fitting: int) -> int:
