@@ -63,18 +63,21 @@ def linear(
 def _product(
     x: Activation, weight: Tensor, bias: Tensor | None, options: LinearOptions
 ) -> Tensor | None:
-    """``linear`` by quantized rows; None where the weight or the backend takes values."""
+    """``linear`` by quantized rows, or with the input made inside; None where it takes values."""
     layout = getattr(weight, "layout_cls", None)
     recipe = getattr(layout, "input_recipe", None)
-    if recipe is None or options.backend in prequantized.WHOLE_LAYERS_ONLY or 0 in x.shape:
-        return None
-    if x.shape[-1] != weight.shape[1]:
+    if recipe is None or 0 in x.shape or x.shape[-1] != weight.shape[1]:
         return None
     found = recipe(weight, math.prod(x.shape[:-1]), x.dtype, options)
     if found is None:
         return None
-    if options.backend == dispatch.AUTO and not x.rows_pay(weight.shape[0], *found):
-        return None
+    whole = options.backend in prequantized.WHOLE_LAYERS_ONLY
+    if whole or (options.backend == dispatch.AUTO and not x.rows_pay(weight.shape[0], *found)):
+        operands = getattr(layout, "int8_operands", None)
+        smooth, rotation = found
+        if operands is None or smooth is not None:
+            return None
+        return x.within(*operands(weight), bias, rotation, options.backend)
     q, scale = x.rows(*found, options.backend)
     out = layout.multiply_rows(q, scale, weight, bias, x.dtype, options)
     return out.reshape(*x.shape[:-1], weight.shape[0])

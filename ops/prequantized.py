@@ -40,6 +40,25 @@ def normed_rows(
     return _normed_rows_op(x, weight, scale, eps, smooth, rotation or 0, backend)
 
 
+def normed_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    rotation: int | None,
+    backend: str,
+) -> Tensor:
+    """``reference.int8_linear`` of ``RMSNorm(x) * norm_weight * scale``, by one whole linear.
+
+    ``scale`` has K values: one modulation for all rows.
+    """
+    q = (weight, weight_scale, bias, rotation or 0, backend)
+    return _normed_linear_op(x, norm_weight, scale, eps, *q)
+
+
 def gated_rows(
     gate: Tensor, up: Tensor, smooth: Tensor | None, rotation: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -117,6 +136,21 @@ def _normed_rows(x, weight, scale, eps, smooth, rotation, backend):
     return run(x, weight, scale, eps, smooth, rotation or None)
 
 
+def _normed_linear(x, norm_weight, scale, eps, weight, weight_scale, bias, rotation, backend):
+    n, k = weight.shape
+    shape = (x.numel() // k, n, k)
+    more = {"dtype": x.dtype, "rotation": rotation}
+    chosen = dispatch.choose("int8_linear", shape, x.device, backend, **more)
+    operands = (weight, weight_scale.reshape(-1), bias)
+    whole = chosen.ops.get("normed_int8_linear")
+    if whole is not None:
+        return whole(x, norm_weight, scale, eps, *operands, rotation or None)
+    rows = chosen.get("rmsnorm_scale_quantize_rows")
+    q, scale_x = rows(x, norm_weight, scale, eps, None, rotation or None)
+    out = _int8_product(q, scale_x, *operands, x.dtype, backend)
+    return out.reshape(*x.shape[:-1], n)
+
+
 def _gated_rows(gate, up, smooth, rotation, backend):
     run = _choose("swiglu_quantize_rows", gate, gate.shape[-1], backend)
     return run(gate, up, smooth, rotation or None)
@@ -157,6 +191,10 @@ def _rows_fake(x, *_):
     return x.new_empty((m, k), dtype=torch.int8), x.new_empty((m,), dtype=torch.float32)
 
 
+def _normed_linear_fake(x, norm_weight, scale, eps, weight, *_):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _gate_residual_fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -180,6 +218,13 @@ _normed_rows_op = define(
     f"(Tensor x, Tensor weight, Tensor scale, float eps, {_ROWS}",
     _normed_rows,
     _rows_fake,
+)
+_normed_linear_op = define(
+    "normed_linear",
+    "(Tensor x, Tensor norm_weight, Tensor scale, float eps, Tensor weight, Tensor weight_scale,"
+    " Tensor? bias, int rotation, str backend) -> Tensor",
+    _normed_linear,
+    _normed_linear_fake,
 )
 _gated_rows_op = define("gated_rows", f"(Tensor gate, Tensor up, {_ROWS}", _gated_rows, _rows_fake)
 _gate_residual_op = define(

@@ -35,6 +35,12 @@ def test_fused_blocks_equal_the_hosts(found, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_the_kernel_of_q_and_k_makes_the_same_picture(found, level):
+    assert found[level]["rope"] < WITHIN
+    assert found[level]["rope, calls"] == 4  # once a block
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_removed_they_leave_no_trace(found, level):
     assert found[level]["removed"]
     assert found[level]["forwards left"] == 0

@@ -204,6 +204,9 @@ def _fused_job(
 
         def values(h: fused.Activation) -> Tensor:
             name = best["int8_linear"]
+            found = h.within(weight, scale, None, rotation, name)
+            if found is not None:
+                return found
             return int8_linear(h.dense(), weight, scale, rotation=rotation, backend=name)
 
         return {choices.ROWS: lambda: run(rows), choices.VALUES: lambda: run(values)}

@@ -8,7 +8,8 @@ relative errors against the same thing unfused, and how often the fused quantize
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import inside
@@ -54,6 +55,9 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
         "forwards left": count_foreign(without),
         "again": torch.equal(run(fused, inputs), out),
     }
+    with rope_kernel(pack) as asked:
+        found["rope"] = inside.relative(run(fused, inputs), wanted)
+        found["rope, calls"] = len(asked)
     changes = {
         "patches": lambda model: stock(model, loras, "fused.safetensors", 1.0),
         "side path": lambda model: side_path(pack, model, loras),
@@ -75,6 +79,23 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
     found["follows"] = own.forward.block is own
     counted.close()
     return found
+
+
+@contextmanager
+def rope_kernel(pack: str) -> Iterator[list]:
+    """q/k norms and rotary embedding as on a device where the pack's kernel is the faster one."""
+    module, asked = inside.load(pack, "ops.kitchen_rope"), []
+    own = module.pays, module.rms_rope_split_half
+
+    def counting(*args, **kwargs):
+        asked.append(1)
+        return own[1](*args, **kwargs)
+
+    module.pays, module.rms_rope_split_half = (lambda *_: True), counting
+    try:
+        yield asked
+    finally:
+        module.pays, module.rms_rope_split_half = own
 
 
 def others(pack: str, path: str, inputs) -> dict:
