@@ -36,8 +36,19 @@ def test_fused_blocks_equal_the_hosts(found, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_kernel_of_q_and_k_makes_the_same_picture(found, level):
-    assert found[level]["rope"] < WITHIN
+    # at Q4_K one ulp of q turns more roundings to int8 of what follows, and larger ones
+    assert found[level]["rope"] < (5 if level == "Q4_K" else 1) * WITHIN
     assert found[level]["rope, calls"] == 4  # once a block
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_comfy_kitchens_norms_make_the_same_picture(found, level):
+    if "kitchen" not in found[level]:
+        pytest.skip("this host's comfy-kitchen makes no norms (0.2.40 does)")
+    assert found[level]["kitchen"] < WITHIN
+    assert found[level]["kitchen, side path"] < WITHIN
+    # qkv, w1 and w3 of four blocks
+    assert found[level]["kitchen, norms"] == (12 if level == "INT8 W8A8 rotated" else 0)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -17,7 +17,7 @@ TOKEN_STEP = 512
 """Token counts are rounded up to a multiple of this: GEMMs of one bucket take one choice."""
 
 LINEAR, GGUF, ATTENTION = "int8_linear", "gguf_linear", "attention"
-FUSED, ROPE = "fused_linear", "rms_rope"
+FUSED, ROPE, TILE = "fused_linear", "rms_rope", "int8_tile"
 ROWS, VALUES = "rows", "values"
 """Candidates of FUSED: the input made as int8 rows, or as values for the fastest whole linear."""
 
@@ -32,7 +32,7 @@ class Key:
     ``op``: LINEAR and GGUF, a weight ``[n, k]`` on ``tokens`` rows; ATTENTION, ``n`` heads of ``k``
     values over ``tokens``, and ROPE the norms and rotary embedding before it; FUSED, as LINEAR and
     with what makes the input. ``detail``: the rotation group of LINEAR (``"0"``: none), the format
-    of GGUF, input and rotation of FUSED, else empty.
+    of GGUF, input and rotation of FUSED, the class of shapes of TILE (a LINEAR's), else empty.
     """
 
     op: str
@@ -48,6 +48,8 @@ class Key:
             return f"{name}, {self.n} heads of {self.k}, {self.tokens} tokens, {self.dtype}"
         if self.op == FUSED:
             name, kind = "fused int8 linear", self.detail
+        elif self.op == TILE:
+            name, kind = "tiles of the int8 product", self.detail
         elif self.op == LINEAR:
             name, kind = "int8 linear", "" if self.detail == "0" else f"rotated by {self.detail}"
         else:
