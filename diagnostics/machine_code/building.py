@@ -10,8 +10,10 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from ...errors import BackendUnavailableError
 from ...files.new_file import replaced
 from ...ops.tuning.choice_files import user_folder
 from . import offline, sass
@@ -41,6 +43,11 @@ def built(work: Work, jobs: int | None = None) -> Iterator[Built]:
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     try:
         yield from pool.map(offline.build, *zip(*work, strict=True))
+    except BrokenProcessPool as error:  # LLVM aborts on what it cannot select
+        raise BackendUnavailableError(
+            f"a process that compiled kernels ended ({error})",
+            hint="--jobs 1 compiles them one by one: the one after the last printed is it.",
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
