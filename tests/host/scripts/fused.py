@@ -115,6 +115,8 @@ def kitchen_norms(pack: str) -> Iterator[list | None]:
     names = ("adapters", "dispatch", "fused")
     adapters, dispatch, fused = (inside.load(pack, f"ops.{name}") for name in names)
     makes_norms = fused._makes_norms
+    choices, cpu = inside.load(pack, "ops.tuning.choices"), "cpu"
+    measured = choices.table(cpu)
     own = adapters.kitchen_backend, dispatch._PROBES, dispatch._ORDER, registry.get_implementation
     made: list = []
 
@@ -130,11 +132,13 @@ def kitchen_norms(pack: str) -> Iterator[list | None]:
     registry.get_implementation = watching
     # the pocket's rows are too short for groups of 256, which CUDA's quantizer wants
     fused._makes_norms = lambda *args: args[4] is not None
+    choices.remember(cpu, choices.Table())  # at load it was not there
     try:
         yield made if backend.fuses else None
     finally:
         adapters.kitchen_backend, dispatch._PROBES, dispatch._ORDER = own[:3]
         fused._makes_norms = makes_norms
+        choices.remember(cpu, measured)
         del registry.get_implementation
 
 
