@@ -240,7 +240,7 @@ def _activations(k: int, seed: int) -> Tensor:
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean(dim=1, keepdim=True) + eps).sqrt()
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
 def _rotated(x: Tensor) -> Tensor:
