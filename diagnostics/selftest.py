@@ -110,6 +110,7 @@ def checks(device: torch.device) -> Iterator[Check]:
         for op in ("smooth_rotate", "rmsnorm_scale", "swiglu"):
             yield f"{op} to int8", name, _EXACT, lambda n=name, o=op: _quantizer(n, o, device)
         yield "gate and residual", name, _EXACT, lambda n=name: _residual(n, device)
+        yield "q and k norms, rotary embedding", name, _EXACT, lambda n=name: _rope(n, device)
         for dtype in dtypes:
             for kind in ("plain", "smooth", "rotated", "smooth rotated"):
                 label = f"int8 linear, {kind}, {DTYPES[dtype]}"
@@ -204,6 +205,15 @@ def _residual(name: str, device: torch.device) -> float:
     run = dispatch.choose("gate_residual_rmsnorm", (_M, _K, _K), device, name)
     found = run.get("gate_residual_rmsnorm")(*(there(a, device) for a in arguments))
     return _relative(found, reference.gate_residual_rmsnorm(*arguments))
+
+
+def _rope(name: str, device: torch.device) -> float:
+    q, k, _ = randn(2, _M, 3, 2, 48).unbind(2)
+    arguments = (q, k, randn(48, seed=1), randn(48, seed=2))
+    arguments += (randn(1, _M, 24, seed=3), randn(1, _M, 24, seed=4), 1e-5)
+    run = dispatch.choose("rms_rope", (_M, 48, 48), device, name).get("rms_rope")
+    found = run(*(there(a, device) for a in arguments))
+    return max(map(_relative, found, reference.rms_rope(*arguments)))
 
 
 def _int8(name: str, kind: str, dtype: torch.dtype, device: torch.device) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops import blocks, dispatch
 from ..ops.grouped import int8_grid
-from ..ops.kernels.configs import FEED_FORWARD, HIDDEN, TEXT_FEATURES
+from ..ops.kernels.configs import FEED_FORWARD, HEAD, HIDDEN, TEXT_FEATURES
 from ..ops.linear import int8_linear
 from ..ops.reference import SCALE_FLOOR
 from ..ops.rotation import hadamard
@@ -87,6 +87,15 @@ def checks(device: torch.device, names: Sequence[str], rows: Sequence[int]) -> I
                 run = lambda n=name, d=dtype: _residual(n, d, device)
                 label = f"gate and residual, K {HIDDEN}, {short}"
                 yield label, name, _RESIDUAL + EPS[dtype], run
+        if _has(name, "rms_rope", HEAD, device):
+            for dtype, short in DTYPES.items():
+                run = lambda n=name, d=dtype: _rope(n, d, device)
+                yield f"q and k, heads of {HEAD}, {short}", name, _RESIDUAL + EPS[dtype], run
+        if _has(name, "dequantize", HIDDEN, device):
+            for qtype in blocks.PACKED:
+                for dtype, short in DTYPES.items():
+                    run = lambda n=name, q=qtype, d=dtype: _floats(n, q, d, device)
+                    yield f"GGUF {qtype} to {short}, K {HIDDEN}", name, 0.0, run
         if _has(name, "dequantize_rotate_quantize", HIDDEN, device):
             for qtype in _PACKED:
                 for k in DEPTHS:
@@ -153,6 +162,36 @@ def _residual(name: str, dtype: torch.dtype, device: torch.device) -> float:
     added = gate.double() * _normed(y.double(), 1e-5) * weight.double()
     size = (x.double().abs() + added.abs()).clamp_min(1e-3)
     return _largest((found.cpu().double() - x.double() - added) / size)
+
+
+def _rope(name: str, dtype: torch.dtype, device: torch.device) -> float:
+    """q and k as the qkv linear leaves them, 18 heads of a few tokens, against fp64."""
+    heads, half = HIDDEN // HEAD, HEAD // 2
+    q, k, _ = (30 * randn(1, _FEW, 3, heads, HEAD)).to(dtype).unbind(2)
+    weights = [(1 + 0.2 * randn(HEAD, seed=seed)).to(dtype) for seed in (1, 2)]
+    angles = 1000 * randn(1, _FEW, half, seed=3)
+    cos, sin = angles.cos(), angles.sin()
+    run = dispatch.choose("rms_rope", (_FEW, HEAD, HEAD), device, name).get("rms_rope")
+    there_qkv = torch.stack((q, k, k), 2).to(device)
+    moved = (t.to(device) for t in (*weights, cos, sin))
+    found = run(there_qkv[:, :, 0], there_qkv[:, :, 1], *moved, 1e-5)
+    errors = []
+    for x, weight, one in zip((q, k), weights, found, strict=True):
+        low, high = (_normed(x.double(), 1e-5) * weight.double()).chunk(2, -1)
+        c, s = cos.double().unsqueeze(2), sin.double().unsqueeze(2)
+        wanted = torch.cat((low * c - high * s, high * c + low * s), -1)
+        size = torch.cat(2 * ((low.abs() + high.abs()),), -1).clamp_min(1e-3)
+        errors.append(_largest((one.cpu().double() - wanted) / size))
+    return max(errors)
+
+
+def _floats(name: str, qtype: str, dtype: torch.dtype, device: torch.device) -> float:
+    """0 where every bit is the formula's."""
+    shape = (_FEW, HIDDEN)
+    packed = blocks.quantize(randn(*shape, seed=1), qtype)
+    run = dispatch.choose("dequantize", (_FEW, _FEW, HIDDEN), device, name).get("dequantize")
+    found = run(packed.to(device), qtype, shape, dtype).cpu()
+    return float(not torch.equal(found, blocks.dequantize(packed, qtype, shape, dtype)))
 
 
 def _decoder(name: str, qtype: str, k: int, device: torch.device) -> float:
@@ -227,7 +266,7 @@ def _activations(k: int, seed: int) -> Tensor:
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean(dim=1, keepdim=True) + eps).sqrt()
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
 
 
 def _rotated(x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..errors import OpError
 from ..ops.attention import SDPA, attention
 from ..ops.attention import check as check_attention
 from ..ops.dispatch import AUTO
+from ..ops.prequantized import rms_rope
 from ..ops.tuning.autotune import Measure, layers_of, tune
 from .linear import LinearOptions, QuantLinear, default_device, default_dtype, install_weights
 
@@ -46,13 +47,6 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin in fp32; x [B, L, heads, D], cos and sin [1, L, 1, D]."""
-    wide = x.float()
-    low, high = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
-
-
 class FusedAttnProcessor:
     """softmax(q k^T / sqrt(D)) v with q, k, v from one linear; an optional mask is honoured.
 
@@ -69,11 +63,12 @@ class FusedAttnProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        cos, sin = (table.unsqueeze(2) for table in image_rotary_emb)
         qkv = attn.to_qkv(hidden_states).unflatten(-1, (3, attn.num_heads, attn.head_dim))
         query, key, value = qkv.unbind(dim=2)  # [B, L, heads, D]
-        query = _rotate(attn.norm_q(query), cos, sin)
-        key = _rotate(attn.norm_k(key), cos, sin)
+        # diffusers' table has each angle twice, for the low half of a head and for the high one
+        cos, sin = (table[..., : attn.head_dim // 2] for table in image_rotary_emb)
+        norms = attn.norm_q.weight, attn.norm_k.weight
+        query, key = rms_rope(query, key, *norms, cos, sin, attn.norm_q.eps, AUTO)
         mixed = attention(
             query.transpose(1, 2),
             key.transpose(1, 2),

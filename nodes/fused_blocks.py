@@ -23,7 +23,7 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from ..ops import fused
+from ..ops import fused, kitchen_rope
 from ..ops.dispatch import AUTO
 from . import injected
 
@@ -84,7 +84,9 @@ class FusedForward:
         def attend(h: fused.Activation) -> Tensor:
             plain = self._changed("attention") or _watched_linear(attention.qkv)
             h = h.dense() if plain else h
-            return attention(h, attn_mask, freqs_cis, transformer_options=transformer_options)
+            heads = attention.num_heads, attention.head_dim
+            with kitchen_rope.on_our_kernel(freqs_cis, heads, x):
+                return attention(h, attn_mask, freqs_cis, transformer_options=transformer_options)
 
         parts = fused.BlockParts(
             modulation=block.adaln_modulation,

@@ -11,7 +11,8 @@ from ..ops.prequantized import WHOLE_LAYERS_ONLY
 
 AUTO, ON, OFF = "auto", "on", "off"
 CHOICES = (AUTO, ON, OFF)
-_KERNELS = "triton"
+_NAMES = {"triton": "the Triton kernels", "comfy_kitchen": "comfy-kitchen's norms"}
+"""Backends that fuse, in the order of preference, in words."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Decision:
 
 
 def decide(asked: str, backend: str, found: Sequence[BackendReport]) -> Decision:
-    """``auto``: on where the Triton kernels run, since elsewhere nothing is gained by fusing.
+    """``auto``: on where Triton kernels or a comfy-kitchen that makes norms fuse; else no gain.
 
     ``asked`` is one of CHOICES, ``backend`` what the linears were asked to use, ``found`` what
     there is on the device. Raises OpError for ``on`` with a backend that cannot be split.
     """
-    whole = backend in WHOLE_LAYERS_ONLY
+    fusing = {report.name: report for report in found if report.available and report.fuses}
     if asked == ON:
-        if whole:
+        if backend in WHOLE_LAYERS_ONLY and backend not in fusing:
             raise OpError(
                 f"the backend {backend} multiplies whole layers, so blocks cannot be fused",
                 found=f"fused_blocks {ON}, backend {backend}",
@@ -39,10 +40,12 @@ def decide(asked: str, backend: str, found: Sequence[BackendReport]) -> Decision
         return Decision(True, "on, as asked")
     if asked == OFF:
         return Decision(False, "off, as asked")
-    if backend not in (AUTO, _KERNELS):
-        return Decision(False, f"off: they gain on the Triton kernels, not with {backend}")
-    kernels = next((report for report in found if report.name == _KERNELS), None)
-    if kernels is None or not kernels.available:
-        why = "unknown device" if kernels is None else kernels.reason
-        return Decision(False, f"off: the Triton kernels do not run here ({why})")
-    return Decision(True, f"on: the Triton kernels run here ({kernels.reason})")
+    if backend not in (AUTO, *_NAMES):
+        known = " and ".join(_NAMES.values())
+        return Decision(False, f"off: they gain on {known}, not with {backend}")
+    for name in _NAMES if backend == AUTO else (backend,):
+        if name in fusing:
+            return Decision(True, f"on: {_NAMES[name]} run here ({fusing[name].reason})")
+    asked_for = next(iter(_NAMES)) if backend == AUTO else backend
+    reason = next((report.reason for report in found if report.name == asked_for), "unknown device")
+    return Decision(False, f"off: {_NAMES[asked_for]} do not run here ({reason})")

@@ -90,8 +90,8 @@ def measured(patchers: Iterable[comfy.model_patcher.ModelPatcher]) -> choices.Ta
     for patcher in patchers:
         shapes = {(layer.n, layer.k) for layer in patcher.get_attachment(LAYERS) or ()}
         table = choices.table(patcher.load_device)
-        attention = choices.ATTENTION
-        found += (m for m in table if m.key.op == attention or (m.key.n, m.key.k) in shapes)
+        whole = (choices.ATTENTION, choices.ROPE)
+        found += (m for m in table if m.key.op in whole or (m.key.n, m.key.k) in shapes)
     return choices.Table(found)
 
 
@@ -117,6 +117,7 @@ def _measure(
         Measure(folder, make_room=lambda nbytes: management.free_memory(nbytes, device)),
         options=source.options,
         heads=heads if source.attention == AUTO else None,
+        rope=heads if source.fused else None,
         inputs=inputs,
     )
 

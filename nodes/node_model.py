@@ -275,8 +275,8 @@ def _inputs() -> list:
             optional=True,
             advanced=True,
             tooltip="Runs norms, SwiGLU and residuals inside the int8 kernels. auto: on where the "
-            "Triton kernels run, off elsewhere. What another node patches or hooks runs as before, "
-            "and the log says so.",
+            "Triton kernels run or comfy-kitchen makes norms, off elsewhere. What another node "
+            "patches or hooks runs as before, and the log says so.",
         ),
         io.Combo.Input(
             "branches",

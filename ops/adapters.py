@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -38,19 +40,83 @@ def comfy_kitchen_linear(
     They know no smoothing, and rotations in groups of 16, 64 and 256 alone: what they lack is
     applied before them and rounded to the dtype of ``x``.
     """
-    from comfy_kitchen.registry import registry
-
     values = x if smooth is None else x.float() / smooth
     if rotation is not None and rotation not in KITCHEN_GROUPS:
         values, rotation = rotate(values.float(), rotation), None
+    return _kitchen_linear(values.to(x.dtype), weight, weight_scale, bias, rotation)
+
+
+def comfy_kitchen_normed_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    rotation: int | None,
+) -> Tensor:
+    """``int8_linear`` of ``x / sqrt(mean(x^2) + eps) * norm_weight * scale``, the norm inside it.
+
+    ``x [..., K]``, ``scale`` and ``norm_weight`` of K values -> ``[..., N]``. comfy-kitchen makes
+    the norm in its quantizer where that rotates in groups of 256, and before it elsewhere; the two
+    factors are one to it, rounded to the dtype of ``x``.
+    """
+    factors = (norm_weight.float().reshape(-1) * scale.float().reshape(-1)).to(x.dtype)
+    norm = {"input_act": "rms_norm", "input_act_weight": factors, "input_act_eps": eps}
+    return _kitchen_linear(x, weight, weight_scale, bias, rotation, **norm)
+
+
+def kitchen_ops() -> dict[str, Callable]:
+    """What this comfy-kitchen has of the ops: 0.2.40 makes a norm inside its int8 linear."""
+    from comfy_kitchen.registry import registry
+
+    ops = {"int8_linear": comfy_kitchen_linear}
+    linear = registry.get_implementation("int8_linear", kitchen_backend())
+    if "input_act_weight" in inspect.signature(linear).parameters:
+        ops["normed_int8_linear"] = comfy_kitchen_normed_linear
+        ops["gate_residual_rmsnorm"] = comfy_kitchen_residual
+    return ops
+
+
+def comfy_kitchen_residual(
+    x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, eps: float
+) -> Tensor:
+    """``reference.gate_residual_rmsnorm`` by ROCm's kernel, else two passes in the dtype of ``x``.
+
+    comfy-kitchen's CUDA backend has no such op. Rounded to the dtype after the norm, as unfused.
+    """
+    from comfy_kitchen.registry import registry
+
+    weight, gate, y = (t.to(x.dtype) for t in (weight, gate, y))
+    arguments = {"activation": y, "norm_weight": weight, "residual": x, "gate": gate, "eps": eps}
+    if registry.validate_backend_for_call(kitchen_backend(), _RESIDUAL, arguments).success:
+        return registry.get_implementation(_RESIDUAL, kitchen_backend())(**arguments)
+    return torch.addcmul(x, gate, F.rms_norm(y, (y.shape[-1],), weight, eps))
+
+
+_RESIDUAL = "rms_gated_residual"
+
+
+def _kitchen_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    rotation: int | None,
+    **norm: object,
+) -> Tensor:
+    from comfy_kitchen.registry import registry
+
     arguments = {
-        "x": values.to(x.dtype),
+        "x": x,
         "weight": weight,
         "weight_scale": weight_scale,
         "bias": None if bias is None else bias.to(x.dtype),
         "out_dtype": x.dtype,
         "convrot": rotation is not None,
         "convrot_groupsize": rotation or 256,
+        **norm,
     }
     return registry.get_implementation("int8_linear", kitchen_backend(), arguments)(**arguments)
 

@@ -4,10 +4,13 @@
 op                        triton  comfy_kitchen  int_mm  reference
 ========================  ======  =============  ======  =========
 int8_linear (as a whole)  (1)     CUDA, ROCm
+normed_int8_linear                from 0.2.40
 int8_gemm                 yes                    yes     yes
 row quantizers            yes                    (2)     yes
 dequantize_rotate_q.      yes                            yes
-gate_residual_rmsnorm     yes                            yes
+gate_residual_rmsnorm     yes     from 0.2.40            yes
+rms_rope                  yes                            yes
+dequantize                yes                            yes
 ========================  ======  =============  ======  =========
 
 (1) composed of its quantizer and its GEMM. (2) a few rows at a time; not the normed one. An op
@@ -43,7 +46,9 @@ REFERENCE_OPS: Mapping[str, Callable] = {
             "rmsnorm_scale_quantize_rows",
             "swiglu_quantize_rows",
             "gate_residual_rmsnorm",
+            "rms_rope",
             "dequantize_rotate_quantize",
+            "dequantize",
         )
     },
 }
@@ -56,6 +61,7 @@ class BackendReport:
     name: str
     available: bool
     reason: str
+    fuses: bool = False  # it has ops that a fused block gains by
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,12 @@ class Backend:
     def has(self, op: str) -> bool:
         """Whether ``op`` runs here without falling back to the reference formula."""
         return op in self.ops or (op == "int8_linear" and "int8_gemm" in self.ops)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether it makes a norm and the rows of a product in one kernel, or in the product."""
+        named = "rmsnorm_scale_quantize_rows", "normed_int8_linear"
+        return self.name != REFERENCE.name and any(op in self.ops for op in named)
 
     def get(self, op: str) -> Callable:
         """This backend's ``op``, else the reference formula."""
@@ -87,6 +99,10 @@ _ORDER: Mapping[str, tuple[str, ...]] = {
 }
 _ORDER_ELSEWHERE = ("int_mm",)
 _PRODUCTS = ("int8_linear", "int8_gemm")
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    return _ORDER.get(device.type, _ORDER_ELSEWHERE)
 
 
 def choose(
@@ -113,7 +129,10 @@ def choose(
         if measured is not None:
             return measured
     refused = []
-    for name in _ORDER.get(device.type, _ORDER_ELSEWHERE):
+    names = _order(device)
+    if op not in _PRODUCTS:  # what surrounds the products, Triton does best
+        names = sorted(names, key=lambda name: name != "triton")
+    for name in names:
         found, reason = _probe(name, device)
         if found is not None and found.has(op):
             return found
@@ -129,7 +148,7 @@ def candidates(op: str, device: torch.device) -> tuple[str, ...]:
     The reference is one where at most one other is there: it is what some processors do best.
     """
     names = []
-    for name in _ORDER.get(device.type, _ORDER_ELSEWHERE):
+    for name in _order(device):
         found, _ = _probe(name, device)
         if found is not None and found.has(op):
             names.append(name)
@@ -157,10 +176,22 @@ def _fastest(
 def reports(device: torch.device | str = "cpu") -> tuple[BackendReport, ...]:
     """What there is on ``device``, in the order of preference of ``"auto"`` and then the rest."""
     device = torch.device(device)
-    order = _ORDER.get(device.type, _ORDER_ELSEWHERE)
+    order = _order(device)
     names = [*order, *(name for name in _PROBES if name not in order)]
     found = ((name, *_probe(name, device)) for name in names)
-    return tuple(BackendReport(name, backend is not None, why) for name, backend, why in found)
+    return tuple(
+        BackendReport(name, backend is not None, why, backend is not None and backend.fuses)
+        for name, backend, why in found
+    )
+
+
+def quantizes_rows(device: torch.device) -> bool:
+    """Whether a kernel makes the int8 rows of a product, or no library has the linear as a whole.
+
+    What an unmeasured fused block goes by: formulas that make rows lose to comfy-kitchen.
+    """
+    rows, whole = (_probe(name, device)[0] for name in ("triton", "comfy_kitchen"))
+    return rows is not None or whole is None
 
 
 def _named(name: str, device: torch.device) -> Backend:
@@ -246,7 +277,7 @@ def _probe_comfy_kitchen(device: torch.device) -> tuple[Backend | None, str]:
         return None, f"its {label} backend has no int8_linear"
     if kind == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
         return None, "its int8 kernels need compute capability 7.5"
-    return Backend("comfy_kitchen", {"int8_linear": adapters.comfy_kitchen_linear}), label
+    return Backend("comfy_kitchen", adapters.kitchen_ops()), label
 
 
 @kept

@@ -41,7 +41,22 @@ def fused_detail(kind: str, rotation: int | None) -> str:
 def _where_rows_pay(
     n: int, k: int, device: torch.device, dtype: torch.dtype, detail: str
 ) -> tuple[tuple[float, bool], ...]:
-    return choices.table(device).where_rows_pay(n, k, choices.dtype_name(dtype), detail)
+    found = choices.table(device).where_rows_pay(n, k, choices.dtype_name(dtype), detail)
+    return found or ((math.inf, dispatch.quantizes_rows(device)),)
+
+
+# Of the tokens that backends were measured at, as a graph is compiled for all of them.
+_TOKENS = 4608
+
+
+@torch.compiler.assume_constant_result
+def _makes_norms(
+    n: int, k: int, device: torch.device, dtype: torch.dtype, rotation: int | None, backend: str
+) -> bool:
+    """Whether the backend that runs the linear as a whole makes a norm inside it."""
+    more = {"dtype": dtype, "rotation": rotation or 0}
+    chosen = dispatch.choose("int8_linear", (_TOKENS, n, k), device, backend, **more)
+    return rotation == 256 and "normed_int8_linear" in chosen.ops
 
 
 class Activation:
@@ -87,7 +102,8 @@ class Activation:
     def rows_pay(self, n: int, smooth: Tensor | None, rotation: int | None) -> bool:
         """Whether rows are faster than values for a linear of ``n`` features left to ``"auto"``.
 
-        A look-up; yes where it was not measured, and with smoothing, which only rows know.
+        A look-up; with smoothing yes, which only rows know. Unmeasured: yes, but where nothing
+        makes rows and comfy-kitchen the whole linear.
         """
         if smooth is not None or not self.kind:
             return True
@@ -95,6 +111,17 @@ class Activation:
         found = _where_rows_pay(n, self.shape[-1], self.device, self.dtype, detail)
         tokens = math.prod(self.shape[:-1])
         return next((faster for end, faster in found if tokens <= end), True)
+
+    def within(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        rotation: int | None,
+        backend: str,
+    ) -> Tensor | None:
+        """The int8 linear of the values, made inside it ``[..., N]``; None where nothing does."""
+        return None
 
     def _values(self) -> Tensor:
         raise NotImplementedError
@@ -123,6 +150,14 @@ class Normed(Activation):
         super().__init__(x, alike)
         self.kind = NORMED if users == 1 else NORMED_SHARED
         self._parts = x, weight, scale, eps
+
+    def within(self, weight, weight_scale, bias, rotation, backend):
+        x, _, scale, _ = self._parts
+        n, k = weight.shape
+        if scale.numel() != k or not _makes_norms(n, k, x.device, x.dtype, rotation, backend):
+            return None  # a modulation for each picture of a batch would take as many products
+        q = (weight, weight_scale, bias, rotation, backend)
+        return prequantized.normed_linear(*self._parts, *q)
 
     def _values(self) -> Tensor:
         x, weight, scale, eps = self._parts

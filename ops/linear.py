@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import OpError
-from . import adapters, dispatch, prequantized
+from . import adapters, decoding, dispatch, prequantized
 from .chunks import MULTIPLIED, row_chunks
 from .fused import Activation
 from .gguf_compute import compute_here, resolve_compute
@@ -84,18 +84,21 @@ def linear(
 def _product(
     x: Activation, weight: Tensor, bias: Tensor | None, options: LinearOptions
 ) -> Tensor | None:
-    """``linear`` by quantized rows; None where the weight or the backend takes values."""
+    """``linear`` by quantized rows, or with the input made inside; None where it takes values."""
     layout = getattr(weight, "layout_cls", None)
     recipe = getattr(layout, "input_recipe", None)
-    if recipe is None or options.backend in prequantized.WHOLE_LAYERS_ONLY or 0 in x.shape:
-        return None
-    if x.shape[-1] != weight.shape[1]:
+    if recipe is None or 0 in x.shape or x.shape[-1] != weight.shape[1]:
         return None
     found = recipe(weight, math.prod(x.shape[:-1]), x.dtype, options)
     if found is None:
         return None
-    if options.backend == dispatch.AUTO and not x.rows_pay(weight.shape[0], *found):
-        return None
+    whole = options.backend in prequantized.WHOLE_LAYERS_ONLY
+    if whole or (options.backend == dispatch.AUTO and not x.rows_pay(weight.shape[0], *found)):
+        operands = getattr(layout, "int8_operands", None)
+        smooth, rotation = found
+        if operands is None or smooth is not None:
+            return None
+        return x.within(*operands(weight), bias, rotation, options.backend)
     q, scale = x.rows(*found, options.backend)
     out = layout.multiply_rows(q, scale, weight, bias, x.dtype, options)
     return out.reshape(*x.shape[:-1], weight.shape[0])
@@ -265,7 +268,7 @@ def _gguf_linear(
         return x.new_empty((*x.shape[:-1], n))
     shape = (rows.shape[0], n, k)
     if compute_here(compute, qtype, shape, x.device, x.dtype, backend) == "dense":
-        out = _gguf_dense(rows, blocks, qtype, bias)
+        out = _gguf_dense(rows, blocks, qtype, bias, backend)
     else:
         out = _gguf_w8a8(rows, blocks, qtype, bias, rotation or None, backend)
     return out.reshape(*x.shape[:-1], n)
@@ -287,13 +290,13 @@ def _gguf_w8a8(
     return prequantized.gguf_product(q, scale, blocks, qtype, bias, rotation, x.dtype, backend)
 
 
-def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None) -> Tensor:
+def _gguf_dense(x: Tensor, blocks: Tensor, qtype: str, bias: Tensor | None, backend: str) -> Tensor:
     """``x [M, K]`` against the decoded weight in x's dtype; on a CPU in fp32, faster there."""
     from .blocks import dequantize
 
     n, (m, k) = blocks.shape[0], x.shape
     if x.device.type != "cpu":
-        weight = dequantize(blocks, qtype, (n, k), x.dtype)
+        weight = decoding.dequantize(blocks, qtype, (n, k), x.dtype, backend)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     values = x.float()
     out = torch.empty((m, n), dtype=x.dtype)

@@ -40,6 +40,25 @@ def normed_rows(
     return _normed_rows_op(x, weight, scale, eps, smooth, rotation or 0, backend)
 
 
+def normed_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    rotation: int | None,
+    backend: str,
+) -> Tensor:
+    """``reference.int8_linear`` of ``RMSNorm(x) * norm_weight * scale``, by one whole linear.
+
+    ``scale`` has K values: one modulation for all rows.
+    """
+    q = (weight, weight_scale, bias, rotation or 0, backend)
+    return _normed_linear_op(x, norm_weight, scale, eps, *q)
+
+
 def gated_rows(
     gate: Tensor, up: Tensor, smooth: Tensor | None, rotation: int | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -52,6 +71,20 @@ def gate_residual_rmsnorm(
 ) -> Tensor:
     """``reference.gate_residual_rmsnorm``."""
     return _gate_residual_op(x, gate, y, weight, eps, backend)
+
+
+def rms_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``reference.rms_rope``."""
+    return _rms_rope_op(q, k, q_weight, k_weight, cos, sin, eps, backend)
 
 
 def int8_product(
@@ -103,6 +136,21 @@ def _normed_rows(x, weight, scale, eps, smooth, rotation, backend):
     return run(x, weight, scale, eps, smooth, rotation or None)
 
 
+def _normed_linear(x, norm_weight, scale, eps, weight, weight_scale, bias, rotation, backend):
+    n, k = weight.shape
+    shape = (x.numel() // k, n, k)
+    more = {"dtype": x.dtype, "rotation": rotation}
+    chosen = dispatch.choose("int8_linear", shape, x.device, backend, **more)
+    operands = (weight, weight_scale.reshape(-1), bias)
+    whole = chosen.ops.get("normed_int8_linear")
+    if whole is not None:
+        return whole(x, norm_weight, scale, eps, *operands, rotation or None)
+    rows = chosen.get("rmsnorm_scale_quantize_rows")
+    q, scale_x = rows(x, norm_weight, scale, eps, None, rotation or None)
+    out = _int8_product(q, scale_x, *operands, x.dtype, backend)
+    return out.reshape(*x.shape[:-1], n)
+
+
 def _gated_rows(gate, up, smooth, rotation, backend):
     run = _choose("swiglu_quantize_rows", gate, gate.shape[-1], backend)
     return run(gate, up, smooth, rotation or None)
@@ -110,6 +158,11 @@ def _gated_rows(gate, up, smooth, rotation, backend):
 
 def _gate_residual(x, gate, y, weight, eps, backend):
     return _choose("gate_residual_rmsnorm", x, x.shape[-1], backend)(x, gate, y, weight, eps)
+
+
+def _rms_rope(q, k, q_weight, k_weight, cos, sin, eps, backend):
+    run = _choose("rms_rope", q, q.shape[-1], backend, q.dtype)
+    return run(q, k, q_weight, k_weight, cos, sin, eps)
 
 
 def _int8_product(q, scale, weight, weight_scale, bias, dtype, backend):
@@ -138,8 +191,16 @@ def _rows_fake(x, *_):
     return x.new_empty((m, k), dtype=torch.int8), x.new_empty((m,), dtype=torch.float32)
 
 
+def _normed_linear_fake(x, norm_weight, scale, eps, weight, *_):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 def _gate_residual_fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rms_rope_fake(q, k, *_):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k))
 
 
 def _int8_product_fake(q, scale, weight, weight_scale, bias, dtype, backend):
@@ -158,12 +219,26 @@ _normed_rows_op = define(
     _normed_rows,
     _rows_fake,
 )
+_normed_linear_op = define(
+    "normed_linear",
+    "(Tensor x, Tensor norm_weight, Tensor scale, float eps, Tensor weight, Tensor weight_scale,"
+    " Tensor? bias, int rotation, str backend) -> Tensor",
+    _normed_linear,
+    _normed_linear_fake,
+)
 _gated_rows_op = define("gated_rows", f"(Tensor gate, Tensor up, {_ROWS}", _gated_rows, _rows_fake)
 _gate_residual_op = define(
     "gate_residual_rmsnorm",
     "(Tensor x, Tensor gate, Tensor y, Tensor weight, float eps, str backend) -> Tensor",
     _gate_residual,
     _gate_residual_fake,
+)
+_rms_rope_op = define(
+    "rms_rope",
+    "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
+    " str backend) -> (Tensor, Tensor)",
+    _rms_rope,
+    _rms_rope_fake,
 )
 _int8_product_op = define(
     "int8_product",

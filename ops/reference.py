@@ -8,6 +8,8 @@ has to ask the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +20,7 @@ from .rotation import rotate
 
 __all__ = [
     "SCALE_FLOOR",
+    "dequantize",
     "dequantize_rotate_quantize",
     "gate_residual_rmsnorm",
     "gguf_linear",
@@ -25,6 +28,7 @@ __all__ = [
     "int8_linear",
     "int32_product",
     "quantize_rows",
+    "rms_rope",
     "rmsnorm_scale_quantize_rows",
     "rotate",
     "smooth_rotate_quantize_rows",
@@ -166,6 +170,40 @@ def gate_residual_rmsnorm(x: Tensor, gate: Tensor, y: Tensor, weight: Tensor, ep
     """
     normed = F.rms_norm(y.float(), (y.shape[-1],), weight.float(), eps)
     return (x.float() + gate.float() * normed).to(x.dtype)
+
+
+def rms_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of each head, then of its halves ``(a, b) -> (a cos - b sin, b cos + a sin)``.
+
+    ``q`` and ``k`` ``[B, L, H, D]``, weights ``[D]``, ``cos`` and ``sin`` broadcastable to ``[B, L,
+    D / 2]`` -> both contiguous ``[B, L, H, D]``; fp32 between, cast once to the dtype of ``q``.
+    diffusers and ComfyUI round to the dtype after the norm too.
+    """
+    return _rms_rope(q, q_weight, cos, sin, eps), _rms_rope(k, k_weight, cos, sin, eps)
+
+
+def _rms_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    normed = F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps)
+    low, high = normed.chunk(2, dim=-1)
+    cos, sin = cos.float().unsqueeze(-2), sin.float().unsqueeze(-2)  # [B, L, 1, D / 2]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def dequantize(
+    blocks: Tensor, qtype: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Weights ``[*shape]`` of GGUF blocks, decoded in fp32 and rounded once to ``dtype``."""
+    from .blocks import dequantize as decode
+
+    return decode(blocks, qtype, shape, dtype)
 
 
 def dequantize_rotate_quantize(

@@ -34,6 +34,8 @@ def run_apart(name: str, **environment: str) -> None:
         "test_kernels_rows.py",
         "test_kernels_fused.py",
         "test_kernels_packed.py",
+        "test_kernels_decode.py",
+        "test_kernels_rope.py",
     ],
 )
 @pytest.mark.parametrize(

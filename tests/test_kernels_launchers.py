@@ -92,6 +92,33 @@ def test_gemm_takes_the_tiling_of_the_table(compiled, m, k, tile, biased):
     assert metadata.shared <= 101376
 
 
+def test_q_and_k_are_read_where_they_lie(compiled):
+    q, k, _ = torch.zeros(1, 77, 3, 18, 256, dtype=BF16).unbind(2)
+    weight, table = torch.ones(256, dtype=BF16), torch.ones(1, 77, 1, 128, 2, 2)
+    plain = torch.ones(1, 77, 128), torch.zeros(1, 77, 128)
+    matrices = table[:, :, 0, :, 0, 0], table[:, :, 0, :, 1, 0]
+    for cos, sin in (plain, matrices):
+        with Watch() as watch:
+            kernels.rms_rope(q, k, weight, weight, cos, sin, 1e-5)
+        assert watch.largest <= 77 * 18 * 256  # the two results alone
+    assert [name for name, _, _ in compiled] == ["rms_rope_kernel"] * 2
+    assert {options["HALF"] for _, options, _ in compiled} == {128}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+def test_decoding_to_floats(compiled, dtype, monkeypatch):
+    from ideogram4_quant.ops.kernels import gguf_floats
+
+    monkeypatch.setattr(gguf_floats, "_as_formula", lambda *_: True)
+    blocks = torch.zeros(7, FORMATS["Q6_K"].row_bytes(4608), dtype=torch.uint8)
+    with Watch(torch.uint8) as watch:  # blocks are read in place
+        found = kernels.dequantize(blocks, "Q6_K", (7, 4608), dtype)
+    assert watch.largest == 0
+    assert (found.shape, found.dtype) == ((7, 4608), dtype)
+    assert compiled[0][0] == "dequantize_kernel"
+    assert not compiled[0][2].enable_fp_fusion
+
+
 @pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize("k", [4608, 53248])
 def test_decoding(compiled, qtype, k):

@@ -143,6 +143,7 @@ GOOD = offline.Report(
     blocks_per_sm=1,
     num_warps=8,
     instructions=1424,
+    ffma=0,
     imma=384,
     hmma=0,
     ldgsts=24,
@@ -229,6 +230,7 @@ def check_gates(document: dict, archs: set[int]) -> None:
 def test_what_the_selftest_runs_at_real_shapes_is_among_what_is_compiled(arch):
     from ideogram4_quant.diagnostics import selftest_shapes
     from ideogram4_quant.diagnostics.machine_code import shipped
+    from ideogram4_quant.ops import blocks
 
     labels = {(v.function, v.label) for v in shipped.variants(arch)}
     assert len(labels) == len(list(shipped.variants(arch)))
@@ -244,17 +246,22 @@ def test_what_the_selftest_runs_at_real_shapes_is_among_what_is_compiled(arch):
             ("quantize_rows", "swiglu K 12288 rotation 256"),
             ("rmsnorm_scale_quantize_rows", "K 4608 rotation 256"),
             ("gate_residual_rmsnorm", "K 4608"),
+            ("rms_rope", "D 256"),
+            ("rms_rope", "D 256 2 x 2"),
         ):
             assert (f"{kernel}_kernel", label + dtype) in labels
     for qtype in ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0"):
         long, rows = "dequantize_long_rows_kernel", "dequantize_rotate_quantize_kernel"
         assert (long, f"{qtype} K 53248 rotation 256") in labels
         assert {(rows, f"{qtype} K {k} rotation 256") for k in (4608, 12288)} <= labels
+    for qtype in blocks.PACKED:
+        found = {("dequantize_kernel", f"{qtype}{dtype}") for dtype in ("", " fp16", " fp32")}
+        assert found <= labels
 
 
 @has_compiler
-def test_gates_of_the_gemm_on_ampere_and_ada():
-    check_gates(compiled("--arch", "80", "86", "89", "--only", "int8_gemm"), {80, 86, 89})
+def test_gates_of_the_gemm_on_a_3090():
+    check_gates(compiled("--arch", "86", "--only", "int8_gemm"), {86})
 
 
 @has_compiler
@@ -265,6 +272,42 @@ def test_gates_of_the_row_kernels_on_a_3090():
         "rmsnorm_scale_quantize_rows",
         "gate_residual_rmsnorm",
     }
+
+
+@has_compiler
+@pytest.mark.parametrize("qtype", ["Q4_K", "Q5_1", "Q2_K"])
+def test_decoding_to_floats_rounds_products_and_sums_apart_as_the_formula_does(qtype, monkeypatch):
+    from ideogram4_quant.diagnostics.machine_code import shipped
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    variant = shipped.floats_variant(qtype)
+    assert offline.build(variant, 86).report.ffma == 0
+    fused = dataclasses.replace(variant, fp_fusion=True)
+    assert offline.build(fused, 86).report.ffma > 0
+
+
+@has_compiler
+def test_what_was_compiled_is_read_again_until_its_source_changes(tmp_path, monkeypatch):
+    from ideogram4_quant.diagnostics.machine_code import building, shipped
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    work = [(shipped.residual_variant(4608, dtype), 86) for dtype in ("bf16", "fp32")]
+    first = list(building.reports(work, folder=tmp_path))
+    asked, own = [], building.built
+    monkeypatch.setattr(building, "built", lambda work, jobs: asked.append(work) or own(work, jobs))
+    assert list(building.reports(work, folder=tmp_path)) == first
+    assert asked == [[]]
+    assert list(building.reports([(work[0][0], 80), *work], folder=tmp_path))[1:] == first
+    assert asked[1:] == [[(work[0][0], 80)]]
+    # another source of the kernel, and a file that was cut off
+    kernel = offline.kernel_of(work[0][0])
+    monkeypatch.setattr(building, "_reader", lambda: "another reader")
+    assert list(building.reports(work, folder=tmp_path)) == first
+    assert asked[2:] == [work]
+    assert kernel.cache_key != offline.kernel_of(shipped.rope_variant(interleaved=True)).cache_key
+    (tmp_path / "machine_code.json").write_bytes(b'{"cut": ')
+    assert list(building.reports(work, folder=tmp_path)) == first
+    assert asked[3:] == [work]
 
 
 @has_compiler
@@ -312,6 +355,7 @@ def test_gates_of_everything_on_every_architecture():
     document = compiled()
     check_gates(document, {80, 86, 89})
     assert {r["arch"] for r in document["reports"]} == set(configs.ARCHITECTURES)
+    assert {r["ffma"] for r in document["reports"] if r["kernel"] == "dequantize"} == {0}
     assert document["skipped"] == []
 
 

@@ -105,7 +105,8 @@ def test_the_kernels_pass_the_selftest_at_the_shapes_of_real_work():
     for name, _, allowed, measure in selftest_shapes.checks(device, ["triton"], rows):
         # the interpreter takes a minute for long products, and a second for a format's long rows
         deep = (name.startswith("product") and "x 46" not in name) or name.endswith("K 53248")
-        if DEVICE == "cuda" or not deep:
+        cut_off = " to bf16, " in name  # by the interpreter, where a GPU rounds
+        if DEVICE == "cuda" or not (deep or cut_off):
             assert measure() <= allowed, name
 
 

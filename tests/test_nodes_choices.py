@@ -10,8 +10,10 @@ from ideogram4_quant.nodes.connections import leads_anywhere
 from ideogram4_quant.nodes.fused_choice import decide
 from ideogram4_quant.ops.dispatch import BackendReport
 
-RUNS = (BackendReport("triton", True, "Triton 3.7, sm_86"),)
+RUNS = (BackendReport("triton", True, "Triton 3.7, sm_86", fuses=True),)
 LACKS = (BackendReport("triton", False, "no Triton"),)
+KITCHEN = (*LACKS, BackendReport("comfy_kitchen", True, "CUDA", fuses=True))
+OLD_KITCHEN = (*LACKS, BackendReport("comfy_kitchen", True, "CUDA"))
 
 
 @pytest.mark.parametrize(
@@ -21,8 +23,14 @@ LACKS = (BackendReport("triton", False, "no Triton"),)
         ("auto", "triton", RUNS, True, "on: "),
         ("auto", "auto", LACKS, False, "off: the Triton kernels do not run here (no Triton)"),
         ("auto", "auto", (), False, "off: the Triton kernels do not run here"),
-        ("auto", "int_mm", RUNS, False, "off: they gain on the Triton kernels, not with int_mm"),
+        ("auto", "int_mm", RUNS, False, "off: they gain on the Triton kernels and comfy-kitchen"),
         ("auto", "comfy_kitchen", RUNS, False, "off: "),
+        ("auto", "auto", (*RUNS, *KITCHEN), True, "on: the Triton kernels run here"),
+        ("auto", "auto", KITCHEN, True, "on: comfy-kitchen's norms run here (CUDA)"),
+        ("auto", "comfy_kitchen", KITCHEN, True, "on: comfy-kitchen's norms run here (CUDA)"),
+        ("on", "comfy_kitchen", KITCHEN, True, "on, as asked"),
+        ("auto", "auto", OLD_KITCHEN, False, "off: the Triton kernels do not run here (no Triton)"),
+        ("auto", "comfy_kitchen", OLD_KITCHEN, False, "off: comfy-kitchen's norms do not run here"),
         ("on", "auto", LACKS, True, "on, as asked"),
         ("off", "auto", RUNS, False, "off, as asked"),
         ("off", "comfy_kitchen", RUNS, False, "off, as asked"),

@@ -14,7 +14,7 @@ from ...files.new_file import replaced
 from ...ops.kernels.configs import ARCHITECTURES, unsupported_by
 
 if TYPE_CHECKING:
-    from .offline import Built, Report
+    from .offline import Built, Report, Variant
 
 # GeForce cards and the A100 are the goal; shared memory of the smallest of them.
 GATED = (80, 86, 89)
@@ -30,7 +30,8 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="compile the Triton kernels without a GPU and show their machine code",
         description="Compile every shipped kernel and configuration offline and print registers, "
         "stack, spills, shared memory, matrix instructions and blocks per multiprocessor. Fails if "
-        "a kernel spills, or one for sm_80, 86 or 89 breaks another gate.",
+        "a kernel spills, or one for sm_80, 86 or 89 breaks another gate. What was compiled before "
+        "from the same source is read from the user's cache folder.",
         epilog="example: ideogram4-quant kernels --arch 86 --only gemm",
     )
     parser.add_argument(
@@ -43,29 +44,27 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--only", metavar="TEXT", help="only kernels whose name contains TEXT")
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubins and disassembly")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes that compile (default: one a core)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print, and return 1 if a gate is broken, 2 if nothing can be compiled here."""
-    from . import offline
+    from . import building, offline
 
     try:
         reports = []
-        skipped = []
         version, _ = offline.require_tools()
-        for arch in args.arch:
-            reason = unsupported_by(version, arch)
-            if reason:
-                skipped.append({"arch": arch, "reason": reason})
-                continue
-            for built in _build_all(arch, args.only):
-                reports.append(built.report)
-                if args.dump:
-                    _dump(built, args.dump)
-                if not args.json:
-                    print(_row(built.report) if len(reports) > 1 else _table_head(built.report))
+        refused = {arch: unsupported_by(version, arch) for arch in args.arch}
+        skipped = [{"arch": arch, "reason": why} for arch, why in refused.items() if why]
+        work = _work([arch for arch, why in refused.items() if not why], args.only)
+        for report in _dumped(work, args) if args.dump else building.reports(work, args.jobs):
+            reports.append(report)
+            if not args.json:
+                print(_row(report) if len(reports) > 1 else _table_head(report), flush=True)
     except BackendUnavailableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -102,12 +101,19 @@ def broken_gates(report: Report) -> list[str]:
     return [f"{name}: {text}" for text in broken]
 
 
-def _build_all(arch: int, only: str | None) -> Iterator[Built]:
-    from . import offline, shipped
+def _work(archs: Sequence[int], only: str | None) -> list[tuple[Variant, int]]:
+    from . import shipped
 
-    for variant in shipped.variants(arch):
-        if only is None or only in variant.function:
-            yield offline.build(variant, arch)
+    found = [(variant, arch) for arch in archs for variant in shipped.variants(arch)]
+    return [pair for pair in found if only is None or only in pair[0].function]
+
+
+def _dumped(work: Sequence[tuple[Variant, int]], args: argparse.Namespace) -> Iterator[Report]:
+    from . import building
+
+    for each in building.built(work, args.jobs):
+        _dump(each, args.dump)
+        yield each.report
 
 
 def _dump(built: Built, folder: Path) -> None:

@@ -28,7 +28,8 @@ class Variant:
 
     ``module`` and ``function`` name the kernel inside this folder, ``signature`` the types of its
     run-time arguments (``"*bf16"``, ``"i32"``), ``constants`` its constexprs. ``divisible`` names
-    the arguments that are multiples of 16, as aligned pointers and most strides are.
+    the arguments that are multiples of 16, as aligned pointers and most strides are. ``fp_fusion``:
+    products and sums may be fused, which rounds once in place of twice.
     """
 
     module: str
@@ -39,6 +40,7 @@ class Variant:
     divisible: tuple[str, ...]
     num_warps: int
     num_stages: int = 1
+    fp_fusion: bool = True
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Report:
     blocks_per_sm: int
     num_warps: int
     instructions: int
+    ffma: int
     imma: int
     hmma: int
     ldgsts: int
@@ -114,6 +117,12 @@ def require_tools() -> tuple[str, Path]:
     return triton.__version__, folder
 
 
+def kernel_of(variant: Variant) -> Any:
+    """The ``triton.jit`` function that a variant names."""
+    module = importlib.import_module(f"...ops.kernels.{variant.module}", __package__)
+    return getattr(module, variant.function)
+
+
 def build(variant: Variant, arch: int, kernel: Any = None) -> Built:
     """Compile ``variant`` for ``sm_arch`` and read its machine code. Takes 1 to 5 s.
 
@@ -121,10 +130,7 @@ def build(variant: Variant, arch: int, kernel: Any = None) -> Built:
     Raises BackendUnavailableError without Triton or its tools; Triton's own errors pass through.
     """
     version, folder = require_tools()
-    if kernel is None:
-        module = importlib.import_module(f"...ops.kernels.{variant.module}", __package__)
-        kernel = getattr(module, variant.function)
-    compiled = _compile(kernel, variant, arch)
+    compiled = _compile(kernel_of(variant) if kernel is None else kernel, variant, arch)
     cubin = compiled.asm["cubin"]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "kernel.cubin"
@@ -157,6 +163,7 @@ def _report(
         blocks_per_sm=sass.blocks_per_sm(arch, usage["REG"], shared, variant.num_warps),
         num_warps=variant.num_warps,
         instructions=whole.total(),
+        ffma=whole["FFMA"] + whole["FFMA2"],
         imma=sum(whole[name] for name in sass.INTEGER_MMA),
         hmma=sum(whole[name] for name in sass.FLOAT_MMA),
         ldgsts=whole["LDGSTS"],
@@ -201,7 +208,11 @@ def _compile(kernel: Any, variant: Variant, arch: int) -> Any:
                 }
             ),
         )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": variant.fp_fusion,
+    }
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -10,10 +10,14 @@ from collections.abc import Iterator
 
 from ...ops.blocks import FORMATS
 from ...ops.kernels.configs import (
+    DECODED,
     FEED_FORWARD,
     GEMM_CONFIGS,
+    HEAD,
     HIDDEN,
     MAX_ROW,
+    ROPE_ROWS,
+    ROPE_WARPS,
     TEXT_ENCODER,
     TEXT_FEATURES,
     GemmConfig,
@@ -167,6 +171,38 @@ def residual_variant(k: int, dtype: str = BF16) -> Variant:
     )
 
 
+def rope_variant(*, interleaved: bool, dtype: str = BF16) -> Variant:
+    """``rms_rope`` of heads of 256; ``interleaved``: the host's table of 2 x 2 matrices."""
+    pointers = ("q_ptr", "k_ptr", "q_weight_ptr", "k_weight_ptr")
+    strides = tuple(f"stride_{t}_{d}" for t in "qk" for d in ("batch", "token", "head"))
+    table = tuple(f"stride_table_{d}" for d in ("batch", "token", "pair"))
+    signature = {
+        **dict.fromkeys(pointers, f"*{dtype}"),
+        "cos_ptr": "*fp32",
+        "sin_ptr": "*fp32",
+        "q_out_ptr": f"*{dtype}",
+        "k_out_ptr": f"*{dtype}",
+        **dict.fromkeys(("rows", "length", "heads", *strides, *table), "i32"),
+        "eps": "fp32",
+    }
+    constants = {"HALF": HEAD // 2, "WIDTH": HEAD // 2, "ROWS": ROPE_ROWS}
+    if not interleaved:
+        del signature["stride_table_pair"]
+        constants["stride_table_pair"] = 1
+    uneven = {"rows", "length", "heads", "eps", "stride_table_pair"}
+    if interleaved:
+        uneven.add("sin_ptr")  # the third of four numbers
+    return Variant(
+        "rope",
+        "rms_rope_kernel",
+        f"D {HEAD}" + (" 2 x 2" if interleaved else "") + _suffix(dtype),
+        signature,
+        constants,
+        tuple(name for name in signature if name not in uneven),
+        ROPE_WARPS,
+    )
+
+
 def dequantize_variant(k: int, qtype: str, *, rotation: int) -> Variant:
     """``dequantize_rotate_quantize``; rows of most formats are multiples of 16 B."""
     cover, num_warps = row_blocks(k)
@@ -191,6 +227,31 @@ def dequantize_variants() -> Iterator[Variant]:
             yield dequantize_variant(k, qtype, rotation=256)
     for qtype in ("Q8_0", "Q4_K"):
         yield dequantize_variant(HIDDEN, qtype, rotation=0)
+
+
+def floats_variant(qtype: str, dtype: str = BF16) -> Variant:
+    """``dequantize``: blocks of any number to ``dtype``, no product fused with a sum."""
+    fmt = FORMATS[qtype]
+    return Variant(
+        "gguf_floats",
+        "dequantize_kernel",
+        f"{qtype}{_suffix(dtype)}",
+        {"bytes_ptr": "*u8", "out_ptr": f"*{dtype}", "total": "i32"},
+        {
+            "BLOCK": DECODED.head,
+            "BLOCK_BYTES": DECODED.head // fmt.block_size * fmt.type_size,
+            "FORMAT": qtype,
+        },
+        ("bytes_ptr", "out_ptr", "total"),
+        DECODED.num_warps,
+        fp_fusion=False,
+    )
+
+
+def floats_variants() -> Iterator[Variant]:
+    """Every block format to every dtype."""
+    for qtype in PACKED:
+        yield from (floats_variant(qtype, dtype) for dtype in (BF16, *OTHERS))
 
 
 def grid_variant(k: int, *, bits: int, group: int) -> Variant:
@@ -245,7 +306,10 @@ def row_variants() -> Iterator[Variant]:
         yield quantize_variant(FEED_FORWARD, swiglu=True, rotation=256, smooth=False, dtype=dtype)
         yield rmsnorm_variant(HIDDEN, rotation=256, smooth=False, dtype=dtype)
         yield residual_variant(HIDDEN, dtype)
+    for dtype in (BF16, *OTHERS):
+        yield from (rope_variant(interleaved=known, dtype=dtype) for known in (False, True))
     yield from dequantize_variants()
+    yield from floats_variants()
     yield from grid_variants()
 
 

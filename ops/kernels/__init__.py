@@ -24,6 +24,8 @@ _LAUNCHERS = {
     "rmsnorm_scale_quantize_rows": "norms",
     "gate_residual_rmsnorm": "norms",
     "dequantize_rotate_quantize": "gguf",
+    "rms_rope": "rope",
+    "dequantize": "gguf_floats",
     "int8_grid": "packed",
 }
 

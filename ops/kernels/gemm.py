@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...errors import OpError
 from .. import reference
+from ..tuning import choices
 from . import launch
-from .configs import GemmConfig, gemm_candidates
+from .configs import GemmConfig, gemm_candidates, shape_class
 
 __all__ = ["int8_gemm"]
 
@@ -96,16 +97,16 @@ def int8_gemm(
     """``(q @ weight.T) * scale_x * weight_scale + bias``: exact int32 sums, fp32 epilogue, a cast.
 
     ``q int8 [M, K]``, ``scale_x fp32 [M]``, ``weight int8 [N, K]``, ``weight_scale fp32 [N]`` or
-    ``[N, 1]``, ``bias [N]`` or None -> ``[M, N]`` in ``out_dtype``. ``config`` overrides the table
-    of ``configs.py``. K that no tile divides runs the formula in torch, logged once. Raises OpError
-    for shapes, dtypes or devices that do not fit together.
+    ``[N, 1]``, ``bias [N]`` or None -> ``[M, N]`` in ``out_dtype``. ``config`` overrides the tile
+    that was measured as fastest at load, else the first in the table of ``configs.py``. K that no
+    tile divides runs the formula in torch, logged once. Raises OpError for shapes, dtypes or
+    devices that do not fit together.
     """
     _check(q, scale_x, weight, weight_scale, bias)
     m, k = q.shape
     n = weight.shape[0]
     if config is None:
-        candidates = gemm_candidates(launch.architecture(q.device), m, k)
-        config = candidates[0] if candidates else None
+        config = _tile(m, n, k, q.device)
     if config is None or k % config.block_k:
         launch.log_fallback("int8_gemm", k)
         return reference.int8_gemm(q, scale_x, weight, weight_scale, bias, out_dtype)
@@ -137,6 +138,17 @@ def int8_gemm(
             num_stages=config.num_stages,
         )
     return out
+
+
+def _tile(m: int, n: int, k: int, device: torch.device) -> GemmConfig | None:
+    """The fastest measured tile for the shape, else the table's first; None where none fits."""
+    candidates = gemm_candidates(launch.architecture(device), m, k)
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+    found = choices.table(device).nearest(choices.TILE, n, k, m, None, shape_class(m))
+    by_name = {str(tile): tile for tile in candidates}
+    ranking = () if found is None else found.ranking
+    return next((by_name[name] for name in ranking if name in by_name), candidates[0])
 
 
 def _check(

@@ -94,14 +94,14 @@ def dequantize_rotate_quantize(
     if not launch.rotates("dequantize_rotate_quantize", k, rotation):
         return reference.dequantize_rotate_quantize(blocks, qtype, shape, rotation)
     if qtype in _FLOATS:
-        rows = _rows(blocks, n, _FLOATS[qtype].itemsize * k).view(_FLOATS[qtype])
+        rows = block_rows(blocks, n, _FLOATS[qtype].itemsize * k).view(_FLOATS[qtype])
         return smooth_rotate_quantize_rows(rows, None, rotation)
     if qtype not in PACKED:
         launch.log_fallback(f"dequantize_rotate_quantize of {qtype}", k)
         return reference.dequantize_rotate_quantize(blocks, qtype, shape, rotation)
     from ..blocks import FORMATS
 
-    rows = _rows(blocks, n, FORMATS[qtype].row_bytes(k))
+    rows = block_rows(blocks, n, FORMATS[qtype].row_bytes(k))
     q, scale = launch.int8_rows(n, k, blocks.device)
     if n == 0:
         return q, scale
@@ -113,7 +113,7 @@ def dequantize_rotate_quantize(
     return q, scale
 
 
-def _rows(blocks: Tensor, n: int, row_bytes: int) -> Tensor:
+def block_rows(blocks: Tensor, n: int, row_bytes: int) -> Tensor:
     """``blocks`` as contiguous uint8 ``[n, row_bytes]`` at an even address."""
     if blocks.dtype != torch.uint8 or blocks.numel() != n * row_bytes:
         raise OpError(

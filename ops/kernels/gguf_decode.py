@@ -1,4 +1,4 @@
-"""GGUF blocks in registers: the decoders inside the kernels of ``gguf.py``.
+"""GGUF blocks in registers: the decoders inside the kernels of ``gguf.py`` and ``gguf_floats.py``.
 
 In every format 16 adjacent weights, a *unit*, share their scale, their minimum and the way their
 codes lie in 16 adjacent bytes. Scales are read once a unit; codes once a weight, as one run over
@@ -188,7 +188,7 @@ def _table(bytes_ptr, unit, in_row, column, mask, BLOCK: tl.constexpr, FORMAT: t
 def decode(
     bytes_ptr,
     start,  # a multiple of 256, or of BLOCK where that is less
-    K: tl.constexpr,
+    K,
     BLOCK: tl.constexpr,
     FORMAT: tl.constexpr,
     ROTATION: tl.constexpr,

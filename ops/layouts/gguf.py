@@ -10,7 +10,7 @@ from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor
 
 from ...errors import OpError
-from .. import blocks
+from .. import blocks, decoding
 from ..chunks import row_chunks
 from ..gguf_compute import compute_here
 from ..linear import LinearOptions, gguf_linear
@@ -69,12 +69,7 @@ class GGUFLayout(InputHooks, Layout):
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
         """The decoded weight in ``orig_dtype``."""
-        n, k = params.matrix_shape
-        out = torch.empty((n, k), dtype=params.orig_dtype, device=qdata.device)
-        for rows in row_chunks((n, k), qdata.device):
-            part = (rows.stop - rows.start, k)
-            out[rows] = blocks.dequantize(qdata[rows], params.qtype, part)
-        return out
+        return decoding.dequantize(qdata, params.qtype, params.matrix_shape, params.orig_dtype)
 
     @classmethod
     def description(cls, params: Any) -> dict[str, Any]:

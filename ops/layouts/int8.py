@@ -151,6 +151,11 @@ class Int8Layout(InputHooks, Layout):
         return params.smooth, params.rotation
 
     @classmethod
+    def int8_operands(cls, weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales as an int8 linear takes them."""
+        return weight._qdata, weight._params.scale
+
+    @classmethod
     def multiply_rows(
         cls,
         q: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import blocks
 from ..blocks.coded import CodedFormat
 from ..chunks import FED_BACK, row_chunks
+from ..decoding import dequantize
 from ..feedback import MOST_SHARED, Feedback
 
 _KEPT, _MUCH = 0.95, 0.5
@@ -43,7 +44,7 @@ def change_blocks(weight: Tensor, stored: Tensor, qtype: str) -> Tensor:
         out[rows] = blocks.quantize(true, qtype)
         same = ~change.any(1)
         out[rows][same] = stored[rows][same]
-        found = blocks.dequantize(out[rows], qtype, tuple(true.shape)) - before
+        found = dequantize(out[rows], qtype, tuple(true.shape), torch.float32) - before
         kept += (found * change).sum(dtype=torch.float).item()
         energy += change.square().sum(dtype=torch.float).item()
         sketch += change.t() @ (change @ probe)
@@ -83,7 +84,7 @@ def _along_directions(
 
 def _pair(weight: Tensor, stored: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
     """The rows as they shall be and as they were, float32, free of the dtype's own rounding."""
-    before = blocks.dequantize(stored, qtype, tuple(weight.shape))
+    before = dequantize(stored, qtype, tuple(weight.shape), torch.float32)
     return before + (weight.float() - before.to(weight.dtype).float()), before
 
 

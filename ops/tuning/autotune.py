@@ -53,14 +53,15 @@ def tune(
     *,
     options: LinearOptions | None = None,
     heads: tuple[int, int] | None = None,
+    rope: tuple[int, int] | None = None,
     inputs: Iterable[tuple[str, Layer]] = (),
 ) -> Table:
     """Measure what ``"auto"`` has to choose for ``layers`` on activations of ``dtype``.
 
     ``options``: only what they leave to ``"auto"`` is measured. ``heads``: (number, size) where
-    attention is left to ``"auto"`` too. ``inputs``: ``inputs_of(state)`` where blocks run fused.
-    Known results are read from the folder; new ones are logged and kept there. Returns everything
-    known about the device. Never call it inside a step.
+    attention is left to ``"auto"`` too. ``rope``: the same, and ``inputs``: ``inputs_of(state)``,
+    where blocks run fused. Known results are read from the folder; new ones are logged and kept
+    there. Returns everything known about the device. Never call it inside a step.
     """
     device, measure = choices.named(device), measure or Measure()
     if torch.compiler.is_compiling():
@@ -74,7 +75,7 @@ def tune(
     memory = measure.memory - cache_bytes(device)  # the timer writes so much between runs
     with torch.inference_mode():
         options = options or LinearOptions()
-        for job in jobs(layers, device, dtype, options, heads, memory, inputs):
+        for job in jobs(layers, device, dtype, options, heads, memory, inputs, rope):
             if job.is_settled(table):
                 continue
             if measure.make_room is not None and not (new or missing):

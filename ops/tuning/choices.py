@@ -17,7 +17,7 @@ TOKEN_STEP = 512
 """Token counts are rounded up to a multiple of this: GEMMs of one bucket take one choice."""
 
 LINEAR, GGUF, ATTENTION = "int8_linear", "gguf_linear", "attention"
-FUSED = "fused_linear"
+FUSED, ROPE, TILE = "fused_linear", "rms_rope", "int8_tile"
 ROWS, VALUES = "rows", "values"
 """Candidates of FUSED: the input made as int8 rows, or as values for the fastest whole linear."""
 
@@ -30,8 +30,9 @@ class Key:
     """What a measurement is of.
 
     ``op``: LINEAR and GGUF, a weight ``[n, k]`` on ``tokens`` rows; ATTENTION, ``n`` heads of ``k``
-    values over ``tokens``; FUSED, as LINEAR and with what makes the input. ``detail``: the rotation
-    group of LINEAR (``"0"``: none), the format of GGUF, input and rotation of FUSED, else empty.
+    values over ``tokens``, and ROPE the norms and rotary embedding before it; FUSED, as LINEAR and
+    with what makes the input. ``detail``: the rotation group of LINEAR (``"0"``: none), the format
+    of GGUF, input and rotation of FUSED, the class of shapes of TILE (a LINEAR's), else empty.
     """
 
     op: str
@@ -42,10 +43,13 @@ class Key:
     detail: str = ""
 
     def __str__(self) -> str:
-        if self.op == ATTENTION:
-            return f"attention, {self.n} heads of {self.k}, {self.tokens} tokens, {self.dtype}"
+        if self.op in (ATTENTION, ROPE):
+            name = "q and k norms and rotary embedding" if self.op == ROPE else self.op
+            return f"{name}, {self.n} heads of {self.k}, {self.tokens} tokens, {self.dtype}"
         if self.op == FUSED:
             name, kind = "fused int8 linear", self.detail
+        elif self.op == TILE:
+            name, kind = "tiles of the int8 product", self.detail
         elif self.op == LINEAR:
             name, kind = "int8 linear", "" if self.detail == "0" else f"rotated by {self.detail}"
         else:

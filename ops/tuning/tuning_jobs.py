@@ -14,8 +14,9 @@ from ..chunks import CACHED, tile_values
 from ..gguf_compute import FEW_TOKENS, W8A8_FORMATS
 from ..linear import LinearOptions, gguf_linear, int8_linear
 from ..rotation import largest_group
-from . import choices
-from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Table, dtype_name
+from . import choices, kernel_jobs
+from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, dtype_name
+from .job import Job, random_values, some_rows
 
 # 1024 px with its text, 512 px, and few tokens. A CPU takes one count, or it would take minutes.
 _TOKENS = {"cpu": (512,)}
@@ -23,10 +24,6 @@ _TOKENS_DEVICE = (4608, 1536, 512)
 # From many to few: where decoding to floats has won, it wins for fewer tokens too.
 _GGUF_TOKENS = (2048, 512, 256, 128, FEW_TOKENS)
 _ERROR_TOKENS = 512
-# A part of the output channels stands for the whole: on a CPU, where time grows with them, as many
-# as make this many weights; elsewhere as many as fit the memory, in steps of this many.
-_CPU_WEIGHTS = 1 << 22
-_ROW_STEP = 256
 # Products whose int32 sums are written out, and whose quantizers may be formulas.
 _IN_TILES = ("int_mm", dispatch.REFERENCE.name)
 
@@ -66,32 +63,6 @@ def inputs_of(weights: Mapping[str, Tensor]) -> tuple[tuple[str, Layer], ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One measurement to make: what it is of, its candidates and the bytes that it takes.
-
-    ``make(tokens)`` allocates the inputs and returns one closure a candidate; ``scale`` is the
-    whole layer over the part of it that is timed; ``after``: not needed where decoding to floats
-    won one of those.
-    """
-
-    key: Key
-    candidates: tuple[str, ...]
-    nbytes: int
-    make: Callable[[int], Mapping[str, Callable[[], Tensor]]]
-    scale: float = 1.0
-    errors: Callable[[], Mapping[str, float]] | None = None
-    after: tuple[Key, ...] = ()
-
-    def is_settled(self, table: Table) -> bool:
-        """Whether ``table`` says already what this would tell."""
-        before = (table.get(key) for key in self.after)
-        if any(m is not None and m.ranking[0] == "dense" for m in before):
-            return True
-        known = table.get(self.key)
-        return known is not None and set(self.candidates) <= set(known.seconds)
-
-
 def jobs(
     layers: Iterable[Layer],
     device: torch.device,
@@ -100,6 +71,7 @@ def jobs(
     heads: tuple[int, int] | None,
     memory: int,
     inputs: Iterable[tuple[str, Layer]] = (),
+    rope: tuple[int, int] | None = None,
 ) -> Iterator[Job]:
     """Everything that is left to ``"auto"`` and has more than one candidate, in order of weight.
 
@@ -112,12 +84,15 @@ def jobs(
         if options.backend == dispatch.AUTO:
             for layer in dict.fromkeys(_int8_layer(layer, options) for layer in layers):
                 if layer is not None:
+                    yield from kernel_jobs.tile_job(layer.n, layer.k, device, dtype, count, memory)
                     yield from _linear_job(layer, device, dtype, count, memory)
             for kind, layer in dict.fromkeys((i, _int8_layer(own, options)) for i, own in inputs):
                 if layer is not None:
                     yield from _fused_job(kind, layer, device, dtype, count, memory)
         if heads is not None:
             yield from _attention_job(heads, device, dtype, count)
+        if rope is not None:
+            yield from kernel_jobs.rope_job(rope, device, dtype, count)
     if (options.backend, options.gguf_compute) != (dispatch.AUTO, "auto"):
         return
     for layer in layers:
@@ -148,11 +123,11 @@ def _linear_job(
     # x and its int8 copy; a channel's weights, and its outputs as int32, fp32 and in dtype
     fixed = tokens * k * (dtype.itemsize + 1) + _fp32_copies(tokens * k, device, formula)
     each = k * (1 + 4 * formula) + tokens * (8 + dtype.itemsize)
-    rows = _rows(n, k, device, (memory - fixed) // each)
+    rows = some_rows(n, k, device, (memory - fixed) // each)
 
     def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
-        x = _random((count, k), device, dtype)
-        weight = _random((rows, k), device, torch.int8)
+        x = random_values((count, k), device, dtype)
+        weight = random_values((rows, k), device, torch.int8)
         scale = torch.full((rows,), 1e-3, device=device)
         run = lambda name: int8_linear(x, weight, scale, rotation=rotation, backend=name)
         return {name: lambda name=name: run(name) for name in names}
@@ -182,8 +157,8 @@ def _fused_job(
         return
 
     def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
-        x, one = _random((count, k), device, dtype), torch.ones(k, device=device, dtype=dtype)
-        weight = _random((n, k), device, torch.int8)
+        x, one = random_values((count, k), device, dtype), torch.ones(k, device=device, dtype=dtype)
+        weight = random_values((n, k), device, torch.int8)
         scale = torch.full((n,), 1e-3, device=device)
         users = 2 if kind == fused.NORMED_SHARED else 1
 
@@ -201,6 +176,9 @@ def _fused_job(
 
         def values(h: fused.Activation) -> Tensor:
             name = best["int8_linear"]
+            found = h.within(weight, scale, None, rotation, name)
+            if found is not None:
+                return found
             return int8_linear(h.dense(), weight, scale, rotation=rotation, backend=name)
 
         return {choices.ROWS: lambda: run(rows), choices.VALUES: lambda: run(values)}
@@ -220,11 +198,11 @@ def _gguf_job(
     fixed = tokens * k * (dtype.itemsize + 1) + _fp32_copies(tokens * k, device)
     fixed += 3 * 4 * min(n * k, CACHED)
     each = k * (1 + dtype.itemsize + 4) + tokens * (8 + dtype.itemsize)
-    rows = _rows(n, k, device, (memory - fixed) // each)
+    rows = some_rows(n, k, device, (memory - fixed) // each)
     fmt = FORMATS[layer.kind]
 
     def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
-        x = _random((count, k), device, dtype)
+        x = random_values((count, k), device, dtype)
         shape = (rows, k // fmt.block_size * fmt.type_size)
         blocks = torch.zeros(shape, device=device, dtype=torch.uint8)  # as slow as any values
         backend = dispatch.choose("int8_linear", (count, n, k), device, dtype=dtype).name
@@ -247,7 +225,7 @@ def _attention_job(
 
     def inputs(count: int) -> tuple[Tensor, ...]:
         shape = (1, number, count, size)
-        return tuple(_random(shape, device, dtype, seed) for seed in range(3))
+        return tuple(random_values(shape, device, dtype, seed) for seed in range(3))
 
     def make(count: int) -> Mapping[str, Callable[[], Tensor]]:
         q, k, v = inputs(count)
@@ -261,23 +239,6 @@ def _attention_job(
     yield Job(key, names, nbytes, make, errors=errors)
 
 
-def _rows(n: int, k: int, device: torch.device, fitting: int) -> int:
-    """How many of the N output channels are timed, of which ``fitting`` fit the memory."""
-    if device.type == "cpu":
-        return min(n, max(1, _CPU_WEIGHTS // k))
-    return n if fitting >= n else min(n, max(1, fitting // _ROW_STEP) * _ROW_STEP)
-
-
 def _fp32_copies(values: int, device: torch.device, formula: bool = False) -> int:
     """Bytes of activations on their way to int8; the reference ``formula`` takes all at once."""
     return 3 * 4 * (values if formula else min(values, tile_values(device)))
-
-
-def _random(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Tensor:
-    """Standard normal, or int8 of -127..127, from a generator of its own: seeds are the user's."""
-    generator = torch.Generator(device).manual_seed(seed)
-    if dtype == torch.int8:
-        return torch.randint(-127, 128, shape, generator=generator, device=device, dtype=dtype)
-    return torch.randn(shape, generator=generator, device=device, dtype=dtype)

@@ -8,7 +8,8 @@ relative errors against the same thing unfused, and how often the fused quantize
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import inside
@@ -54,6 +55,15 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
         "forwards left": count_foreign(without),
         "again": torch.equal(run(fused, inputs), out),
     }
+    with rope_kernel(pack) as asked:
+        found["rope"] = inside.relative(run(fused, inputs), wanted)
+        found["rope, calls"] = len(asked)
+    with kitchen_norms(pack) as made:
+        if made is not None:
+            found["kitchen"] = inside.relative(run(fused, inputs), wanted)
+            found["kitchen, norms"] = made.count("rms_norm")
+            changed = [run(side_path(pack, model, loras), inputs) for model in (plain, fused)]
+            found["kitchen, side path"] = inside.relative(*reversed(changed))
     changes = {
         "patches": lambda model: stock(model, loras, "fused.safetensors", 1.0),
         "side path": lambda model: side_path(pack, model, loras),
@@ -75,6 +85,61 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
     found["follows"] = own.forward.block is own
     counted.close()
     return found
+
+
+@contextmanager
+def rope_kernel(pack: str) -> Iterator[list]:
+    """q/k norms and rotary embedding as on a device where the pack's kernel is the faster one."""
+    module, asked = inside.load(pack, "ops.kitchen_rope"), []
+    own = module.pays, module.rms_rope_split_half
+
+    def counting(*args, **kwargs):
+        asked.append(1)
+        return own[1](*args, **kwargs)
+
+    module.pays, module.rms_rope_split_half = (lambda *_: True), counting
+    try:
+        yield asked
+    finally:
+        module.pays, module.rms_rope_split_half = own
+
+
+@contextmanager
+def kitchen_norms(pack: str) -> Iterator[list | None]:
+    """As on a card without Triton: comfy-kitchen's eager backend in the place of its CUDA one.
+
+    None where the host's comfy-kitchen makes no norms.
+    """
+    from comfy_kitchen.registry import registry
+
+    names = ("adapters", "dispatch", "fused")
+    adapters, dispatch, fused = (inside.load(pack, f"ops.{name}") for name in names)
+    makes_norms = fused._makes_norms
+    choices, cpu = inside.load(pack, "ops.tuning.choices"), "cpu"
+    measured = choices.table(cpu)
+    own = adapters.kitchen_backend, dispatch._PROBES, dispatch._ORDER, registry.get_implementation
+    made: list = []
+
+    def watching(name, backend=None, kwargs=None):
+        if name == "int8_linear" and kwargs:
+            made.append(kwargs.get("input_act"))
+        return own[3](name, backend, kwargs)
+
+    adapters.kitchen_backend = lambda: "eager"
+    backend = dispatch.Backend("comfy_kitchen", adapters.kitchen_ops())
+    dispatch._PROBES = {**own[1], "comfy_kitchen": lambda device: (backend, "eager")}
+    dispatch._ORDER = {"cpu": ("comfy_kitchen", "int_mm")}
+    registry.get_implementation = watching
+    # the pocket's rows are too short for groups of 256, which CUDA's quantizer wants
+    fused._makes_norms = lambda *args: args[4] is not None
+    choices.remember(cpu, choices.Table())  # at load it was not there
+    try:
+        yield made if backend.fuses else None
+    finally:
+        adapters.kitchen_backend, dispatch._PROBES, dispatch._ORDER = own[:3]
+        fused._makes_norms = makes_norms
+        choices.remember(cpu, measured)
+        del registry.get_implementation
 
 
 def others(pack: str, path: str, inputs) -> dict:
