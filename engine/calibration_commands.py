@@ -37,9 +37,7 @@ def run_calibrate(args: argparse.Namespace) -> int:
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
     texts, size = _prompts(args, pair[0])
     preset = preset_for(args.preset, pair[0])
-    request = GenerateRequest(
-        "", *size, preset=preset, steps=args.steps, guidance=args.guidance
-    )
+    request = GenerateRequest("", *size, preset=preset, steps=args.steps, guidance=args.guidance)
     steps = len(request.plan(one_branch=pair[0].one_branch is not None))
     check_branches(request, pair[0].one_branch is not None, pair[1] is not None)
     device = default_device(args.device)

@@ -188,10 +188,10 @@ def test_what_cannot_work_is_refused(gguf, tmp_path):
     assert pipe.vae.dtype == torch.float32
 
 
-def test_the_readmes_lines_run(gguf, tmp_path):
+def test_the_documents_lines_run(gguf, tmp_path):
     """The lines as printed, in a folder with files of those names; the picture's size is smaller,
     so that a CPU paints it in seconds."""
-    part = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Without ComfyUI")[2]
+    part = (ROOT / "docs/library.md").read_text(encoding="utf-8").partition("## In Python")[2]
     lines = re.search(r"```python\n(.*?)```", part, re.DOTALL)[1]
     assert len([line for line in lines.splitlines() if line]) <= 5
     for file, source in zip(re.findall(r"[\w.]+\.gguf", lines), gguf, strict=True):

@@ -240,10 +240,10 @@ def test_the_readme_says_of_cards_what_the_sizes_say():
         assert _range(need.running for need in needs) == running
 
 
-def test_the_readme_says_of_one_branch_what_the_sizes_say():
-    readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_page_says_of_one_branch_what_the_sizes_say():
+    page = (Path(examine.__file__).parents[2] / "docs/levels.md").read_text("utf-8")
     row = r"^\| (.+?) \| (.+?) GB \| (\d+) GB \| (.+?) GB \| (.+?) GB \| (.+?) \|$"
-    rows = re.findall(row, readme, re.MULTILINE)
+    rows = re.findall(row, page, re.MULTILINE)
     assert [level for level, *_ in rows] == ["BF16", "Q8_0", "INT8 W8A8 rotated", "IQ4_XS"]
     for level, size, card, loaded, running, passes in rows:
         nbytes = copy_bytes(level)
@@ -256,15 +256,15 @@ def test_the_readme_says_of_one_branch_what_the_sizes_say():
         assert passes == f"{PRESETS['fast'].steps}, {PRESETS['instant'].steps}"
 
 
-def test_the_readme_says_of_one_copy_what_the_sizes_say():
+def test_the_page_says_of_one_copy_what_the_sizes_say():
     """Beside it a LoRA of rank 16 in 16 bits, on every linear that an unconditional pass runs."""
     shapes = canonical_shapes(ModelConfig())
     linears = [s for n, s in shapes.items() if is_linear(n) and not n.startswith("llm_cond")]
     lora = sum(2 * 16 * (n + k) for n, k in linears)
-    readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"with {lora / 1e6:.0f} MB for a LoRA of rank 16" in readme.replace("\n", " ")
+    page = (Path(examine.__file__).parents[2] / "docs/levels.md").read_text("utf-8")
+    assert f"with {lora / 1e6:.0f} MB for a LoRA of rank 16" in page.replace("\n", " ")
     row = r"^\| (\d+) GB, one copy \| (.+?) \| (.+?) GB \| resident \| (.+?) GB \| (.+?) GB \|$"
-    rows = re.findall(row, readme, re.MULTILINE)
+    rows = re.findall(row, page, re.MULTILINE)
     assert [int(memory) for memory, *_ in rows] == [12, 8]
     for memory, levels, sizes, loaded, running in rows:
         copies = sorted(copy_bytes(level) + lora for level in levels.split(", "))
