@@ -13,10 +13,8 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import re
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 
 from ...files.new_file import WriteError, new_file
+from ...files.user_folder import user_folder
 from ...version import __version__
 from ..kernels.configs import table_digest
 from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Measurement, Table, named
@@ -37,18 +36,6 @@ _PREFIX = "measured"
 # What a document of another form ends in; OverflowError: an integer beyond floats.
 _UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _LARGEST = 1 << 31  # of a weight's sizes and of token counts
-
-
-def user_folder() -> Path:
-    """The user's cache folder for this pack; nothing is created. ComfyUI has a folder of its own,
-    which the nodes give."""
-    if os.name == "nt":
-        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "ideogram4_quant"
 
 
 def environment(device: torch.device) -> dict[str, str]:
