@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..checkpoint.stored_rows import StoredRows
 from ..errors import OpError
 from ..ops.blocks.base import all_finite
-from ..checkpoint.stored_rows import StoredRows
 from ..ops.chunks import CACHED, FED_BACK, for_each, row_chunks, uninitialised
-from .errors import NonFiniteWeightError, QuantOptionError
 from .encodings import Encoding
+from .errors import NonFiniteWeightError, QuantOptionError
 from .measure import ErrorMeter, stored_rows
 from .plan import TensorPlan
 
@@ -52,9 +52,9 @@ def encode_tensor(
 
     ``tensor`` is quantized or not, ``[N, K]`` or ``[K]``; beyond the result only a few rows of
     it exist in fp32, on ``device``. On a CPU chunks of rows are encoded in as many threads as
-    PyTorch may use; neither the bytes nor the meter depend on their number. Raises NonFiniteWeightError, naming ``file`` and the tensor,
-    for a value that is NaN or infinite or that the encoding cannot hold. ``advance`` is told the
-    share that is done, after every few rows.
+    PyTorch may use; neither the bytes nor the meter depend on their number. Raises
+    NonFiniteWeightError, naming ``file`` and the tensor, for a value that is NaN or infinite or
+    that the encoding cannot hold. ``advance`` is told the share that is done, after every few rows.
     """
     matrix = tensor if tensor.ndim == 2 else tensor.reshape(1, -1)
     shape = tuple(matrix.shape)

@@ -20,8 +20,7 @@ from ..ops.blocks import FORMATS, dequantize, quantize
 from ..ops.feedback import Feedback
 from ..ops.gptq import ExactFeedback
 from ..ops.layouts.int8 import int8_label
-from ..ops.native import encode as native
-from ..ops.native.encode import Lost
+from ..ops.native.encode import Lost, encoder_for
 from ..ops.reference import quantize_rows
 from ..ops.rotation import rotate
 from .input_moments import InputMoments
@@ -129,9 +128,10 @@ class NativeInt8(Encoding):
         return {"weight": q, "weight_scale": scale[:, None]}
 
     def encode_compiled(self, rows: Tensor) -> tuple[dict[str, Tensor], Lost] | None:
-        if self.smooth is not None or self.feedback is not None:
+        encoder = encoder_for(rows)
+        if encoder is None or self.smooth is not None or self.feedback is not None:
             return None
-        found = native.int8_rows(rows, self.rotation)
+        found = encoder.int8_rows(rows, self.rotation)
         if found is None:
             return None
         q, scale, lost = found
@@ -217,9 +217,10 @@ class Blocks(Encoding):
         return {self.suffix: blocks}
 
     def encode_compiled(self, rows: Tensor) -> tuple[dict[str, Tensor], Lost] | None:
-        if self.qtype != "Q8_0" or self.importance is not None or self.feedback is not None:
+        encoder = encoder_for(rows)
+        if encoder is None or self.qtype != "Q8_0" or self.importance is not None:
             return None
-        found = native.q8_0(rows)
+        found = encoder.q8_0(rows)
         return None if found is None else ({self.suffix: found[0]}, found[1])
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:

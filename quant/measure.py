@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checkpoint.stored_rows import StoredRows
 from ..ops.chunks import row_chunks
-from ..ops.native import encode as native
+from ..ops.native.encode import Lost, encoder_for
 from ..ops.wide import wide
 from .input_moments import InputMoments
 
@@ -31,7 +31,8 @@ class ErrorMeter:
 
     def add(self, weight: Tensor, stored: Tensor, inputs: InputMoments | None = None) -> None:
         """Count one chunk: the true values and what the file gives back, same shape, any float."""
-        found = native.lost(weight, stored) if inputs is None else None
+        encoder = encoder_for(weight) if inputs is None else None
+        found = None if encoder is None else encoder.lost(weight, stored)
         if found is not None:
             self.count(found)
             return
@@ -45,7 +46,7 @@ class ErrorMeter:
             low, high = torch.aminmax(error)
             self._largest(max(high.item(), -low.item()))
 
-    def count(self, lost: native.Lost) -> None:
+    def count(self, lost: Lost) -> None:
         """Count a chunk whose sums are known."""
         self.signal += lost.signal
         self.noise += lost.noise

@@ -19,9 +19,9 @@ from .coded import CodedFormat
 from .columns import every_row, ordered_sum
 from .refine import Limits, StoredFit, best_codes, group_errors, refine, settle
 
-
-# A fit, its codes int8 [n, groups, group]; where ggml is to be asked, what it lost and which blocks.
-_Fitted = tuple[StoredFit, Tensor, Tensor | None, Tensor | None]
+Fitted = tuple[StoredFit, Tensor, Tensor | None, Tensor | None]
+"""A fit and its codes int8 [n, groups, group]; what it lost and which blocks ggml is
+to be asked for, both [n], where it is."""
 
 
 class KQuant(CodedFormat):
@@ -34,7 +34,7 @@ class KQuant(CodedFormat):
     gaussian_loss: ClassVar[float] = 0.0
 
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
-        fit, codes, lost, lucky = self._fit_natively(weights, importance) or self._fit_in_torch(
+        fit, codes, lost, lucky = self._fit_natively(weights, importance) or self.fit_in_torch(
             weights, importance
         )
         blocks = self._pack(fit, codes)
@@ -42,7 +42,8 @@ class KQuant(CodedFormat):
             self._take_luckier(weights, blocks, lost, lucky)
         return blocks
 
-    def _fit_in_torch(self, weights: Tensor, importance: Tensor | None) -> _Fitted:
+    def fit_in_torch(self, weights: Tensor, importance: Tensor | None) -> Fitted:
+        """What ``encode`` packs, for the same arguments."""
         x = columns_of(weights, self.group)  # [group, groups, n]
         plain = importance is None
         fit = self._fit(x, None if plain else every_row(columns_of(importance, self.group), x))
@@ -53,13 +54,12 @@ class KQuant(CodedFormat):
         lost = ordered_sum(group_errors(x, None, fit, codes))
         return fit, rows, lost, ggml.worth_trying(x, lost / self.gaussian_loss)
 
-    def _fit_natively(self, weights: Tensor, importance: Tensor | None) -> _Fitted | None:
+    def _fit_natively(self, weights: Tensor, importance: Tensor | None) -> Fitted | None:
         """The same, compiled; None where that is not at hand, and for codes from a table."""
-        if isinstance(self.code_limits, Codebook):
+        encoder = native.encoder_for(weights)
+        if encoder is None or isinstance(self.code_limits, Codebook):
             return None
-        found = native.fit_blocks(weights, importance, self._search(importance is None))
-        if found is None:
-            return None
+        found = encoder.fit_blocks(weights, importance, self.search_of(importance is None))
         codes, d, scale, dmin, minimum, lost, lucky = found
         if not bool(d.isfinite().all() and dmin.isfinite().all()):
             return None  # refused in torch, with the number of such blocks
@@ -70,7 +70,7 @@ class KQuant(CodedFormat):
         return fit, codes, *((lost, lucky) if asked else (None, None))
 
     @abstractmethod
-    def _search(self, plain: bool) -> native.Search:
+    def search_of(self, plain: bool) -> native.Search:
         """What ``_fit`` tries, without importance and with."""
 
     def _take_luckier(self, weights: Tensor, blocks: Tensor, lost: Tensor, where: Tensor) -> None:
@@ -119,7 +119,7 @@ class AffineK(KQuant):
             return settle(x, importance, fit, self.code_limits)
         return refine(x, importance, fit, Limits(self.code_limits, (0, most), (0, most), moves))
 
-    def _search(self, plain: bool) -> native.Search:
+    def search_of(self, plain: bool) -> native.Search:
         top = self.code_limits[1]
         return native.search(
             self.group,
@@ -157,7 +157,7 @@ class SymmetricK(KQuant):
         steps = tuple((step, 0) for step in moves)
         return refine(x, importance, fit, Limits(self.code_limits, self.scale_limits, moves=steps))
 
-    def _search(self, plain: bool) -> native.Search:
+    def search_of(self, plain: bool) -> native.Search:
         return native.search(
             self.group,
             self.code_limits,

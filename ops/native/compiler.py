@@ -24,11 +24,11 @@ from ...files.user_folder import user_folder
 
 _log = logging.getLogger(__name__)
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
 SOURCES = ("kquants.c", "rows.c")
-_HEADERS = ("vectors.h",)
+HEADERS = ("vectors.h",)
 # No fused multiply-add and no reordering: bits are those of the formulas in torch.
-_FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
+FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 _THIS_PROCESSOR = ("-march=native", "-mcpu=native")  # clang on ARM knows the second alone
 _SECONDS = 120
 # GCC on Windows aligns the stack to 16 bytes and vectors to 64
@@ -39,9 +39,9 @@ COMMAND = "ideogram4-quant kernels --cpu"
 def library_path() -> Path:
     """Where this version's library for this processor lies, or would."""
     digest = hashlib.sha256()
-    for name in (*SOURCES, *_HEADERS):
-        digest.update((_FOLDER / name).read_bytes())
-    digest.update(repr((_FLAGS, platform.machine(), _processor())).encode())
+    for name in (*SOURCES, *HEADERS):
+        digest.update((FOLDER / name).read_bytes())
+    digest.update(repr((FLAGS, platform.machine(), processor())).encode())
     suffix = ".dll" if os.name == "nt" else ".so"
     return user_folder() / "native" / f"encode-{digest.hexdigest()[:24]}{suffix}"
 
@@ -95,11 +95,11 @@ def build(check: Callable[[ctypes.CDLL], None]) -> Path:
 
 
 def _compile(compiler: str, out: Path) -> None:
-    sources = [str(_FOLDER / name) for name in SOURCES]
+    sources = [str(FOLDER / name) for name in SOURCES]
     shared = ["-shared"] if os.name == "nt" else ["-shared", "-fPIC", "-lm"]
     problem = ""
     for processor in _THIS_PROCESSOR:
-        command = [compiler, *_FLAGS, processor, *sources, *shared, "-o", str(out)]
+        command = [compiler, *FLAGS, processor, *sources, *shared, "-o", str(out)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -116,7 +116,7 @@ def _compile(compiler: str, out: Path) -> None:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
     """What the processor can do, as far as the system says."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from ...files.new_file import WriteError, new_file
-from ...files.user_folder import user_folder
 from ...version import __version__
 from ..kernels.configs import table_digest
 from .choices import ATTENTION, FUSED, GGUF, LINEAR, Key, Measurement, Table, named
