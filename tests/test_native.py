@@ -1,4 +1,4 @@
-"""The compiled encoder: torch's bits in every format, on awkward sizes and values, in any threads."""
+"""The compiled encoder: torch's bits in every format, on awkward sizes and values."""
 
 from __future__ import annotations
 
