@@ -128,17 +128,19 @@ class Checkpoint:
         dtype: torch.dtype = torch.bfloat16,
         progress: Progress | None = None,
         only: Collection[str] | None = None,
+        by_rows: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
         """``(canonical name, tensor)`` one by one; memory holds one tensor at a time.
 
         A quantized linear is a QuantizedTensor that dequantizes to ``dtype``; everything else is
         in ``dtype``. ``progress(done, total)`` counts stored bytes. ``only``: the names wanted,
-        all of them if None. Raises what :meth:`shapes`
-        raises, before anything is read.
+        all of them if None. ``by_rows``: matrices of plain floats come as ``StoredRows``, which
+        reads rows in their stored dtype when they are indexed. Raises what :meth:`shapes` raises,
+        before anything is read.
         """
         entries, shapes = self._plan(copy)
         names = [name for name in shapes if only is None or name in only]
-        return stream_entries(entries, names, dtype, progress)
+        return stream_entries(entries, names, dtype, progress, by_rows=by_rows)
 
     def load(
         self,

@@ -22,6 +22,7 @@ from .parts import DENSE_PRODUCT, Parts
 from .saved import SavedBlocks, SavedFolded
 from .sdnq import Sdnq
 from .stock import AWQ, MXFP8, NVFP4, W4A4, W4A8
+from .stored_rows import StoredRows
 from .svdquant import SvdQuant
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,13 @@ class Entry:
                 hint=CHECK_DOWNLOAD,
             ) from error
 
+    def rows(self) -> StoredRows | None:
+        """The tensor as rows that are read when asked for; None unless it lies there as it is:
+        one matrix of plain floats, with nothing folded into it."""
+        plain = self.codecs == (Unquantized,) and self._fold() is None
+        raw = self.pieces[0].weight
+        return StoredRows(raw) if plain and StoredRows.fits(raw) else None
+
     def _fold(self) -> Fold | None:
         if self.stored_folding is None or not self.name.endswith(".weight"):
             return None
@@ -163,15 +171,18 @@ def stream_entries(
     needed: Collection[str],
     dtype: torch.dtype,
     progress: Progress | None,
-) -> Iterator[tuple[str, Tensor]]:
+    *,
+    by_rows: bool = False,
+) -> Iterator[tuple[str, Tensor | StoredRows]]:
     """``(name, tensor)`` for each of ``needed``, holding one at a time.
 
-    ``progress(done, total)`` counts stored bytes. Raises OpError, at once, for a dtype that weights
+    ``by_rows``: matrices that lie there as they are come as StoredRows. ``progress(done, total)``
+    counts stored bytes. Raises OpError, at once, for a dtype that weights
     are not dequantized to.
     """
     if dtype not in ACTIVATION_DTYPES:
         raise OpError("a weight has no such dtype", found=dtype, needed=ACTIVATION_DTYPES)
-    return _stream(entries, needed, dtype, progress)
+    return _stream(entries, needed, dtype, progress, by_rows)
 
 
 def _stream(
@@ -179,11 +190,13 @@ def _stream(
     needed: Collection[str],
     dtype: torch.dtype,
     progress: Progress | None,
-) -> Iterator[tuple[str, Tensor]]:
+    by_rows: bool,
+) -> Iterator[tuple[str, Tensor | StoredRows]]:
     total = sum(entries[name].nbytes for name in needed)
     done = 0
     for name in needed:
-        yield name, entries[name].read(dtype)
+        rows = entries[name].rows() if by_rows else None
+        yield name, entries[name].read(dtype) if rows is None else rows
         done += entries[name].nbytes
         if progress is not None:
             progress(done, total)

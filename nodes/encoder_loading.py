@@ -18,7 +18,6 @@ import comfy.text_encoders.ideogram4 as host_encoder
 import comfy.utils
 import folder_paths
 import torch
-from transformers import AutoTokenizer
 
 from ..captions.check import PLAIN_TEXT, STRIPPED, is_plain, is_stripped
 from ..captions.instruction import PICTURE
@@ -126,6 +125,8 @@ def _tokenizer_data(encoder: EncoderCheckpoint, path: Path) -> dict:
             needed=f"tokenizer.json, or the {HOST_VOCABULARY} tokens of Qwen3-VL",
             hint="Copy the whole folder of the encoder, not only its weights.",
         )
+    from transformers import AutoTokenizer  # a third of a second, which the host's start is spared
+
     # the settings of the host's Qwen3VLTokenizer, on another folder
     tokenizer = partial(
         comfy.sd1_clip.SDTokenizer,

@@ -14,6 +14,7 @@ from ..checkpoint.copy_names import COPIES
 from ..files.new_file import check_output
 from ..files.partial import partial_path
 from .command_parts import calibration_of, check_files, progress_bar
+from .compiled import prepare
 from .errors import QuantOptionError
 from .output_names import output_name
 from .recipes import CONTAINERS, QuantOptions, Recipe, TypeRule, recipe_of
@@ -51,6 +52,8 @@ def quantize(args: argparse.Namespace) -> int:
         **budget,
     )
     pair = args.pair if args.container == _TRANSFORMER_LAB else None
+    if not args.dry_run and args.device == "cpu":
+        prepare()
     for source, copy, out in runs:
         choice = {
             "copy": copy,
