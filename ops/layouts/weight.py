@@ -19,17 +19,20 @@ from ...errors import OpError
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.dtype_layout)
+MAPPED = "ideogram4_quant_origin"
+"""Attribute of memory that is a view of a file: where in which, see ``checkpoint.mapped``."""
 _WHOLE = "Change the whole weight, or its `.dequantize()`, and quantize that."
 
 
 class Weight(QuantizedTensor):
     """A weight in one of our layouts.
 
-    ``borrowed``: a copy to the caller (another dtype) over the memory of the weight it was made of,
-    so it takes memory of its own before it is written to.
+    ``borrowed``: over memory that is not its own, a mapped file's or that of the weight it was made
+    of (a copy to the caller, in another dtype), so it takes its own before it is written to.
     """
 
     borrowed = False
+    home: Weight | None = None
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -40,9 +43,13 @@ class Weight(QuantizedTensor):
             return None
         if func is aten.detach.default:
             # comfy-kitchen copies the scales: a change would reach half of the original
-            return args[0]._copy_with(args[0]._qdata.detach(), clone_params=False)
+            alias = args[0]._copy_with(args[0]._qdata.detach(), clone_params=False)
+            alias.home = getattr(args[0], "home", None)
+            return alias
         if func._schema.is_mutable and not _plain_copy(func, args):
             return change(func, args, kwargs)
+        if func is aten.copy_.default and isinstance(args[0], QuantizedTensor):
+            _take_memory(args[0])
         result = super().__torch_dispatch__(func, types, args, kwargs)
         return _cast(func, args, kwargs, result) if func in _CASTS else result
 
@@ -91,6 +98,11 @@ class Weight(QuantizedTensor):
     def numpy(self, *, force: bool = False):
         """The true values, as of ``dequantize()``: the memory holds codes."""
         return self.dequantize().numpy(force=force)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a plain tensor lies in a mapped file, which the process holds no memory for."""
+    return hasattr(tensor.untyped_storage(), MAPPED)
 
 
 def derived(qt: QuantizedTensor, qdata: Tensor, params: Any) -> Weight:
@@ -183,12 +195,18 @@ def _encoded(qt: QuantizedTensor, values: Tensor, what: str) -> tuple[Tensor, An
 
 def _write(changes: Sequence[tuple[QuantizedTensor, tuple[Tensor, Any]]]) -> None:
     for qt, (qdata, fresh) in changes:
-        if getattr(qt, "borrowed", False):
-            qt._qdata, qt._params = qt._qdata.clone(), qt._params.clone()
-            qt.borrowed = False
+        _take_memory(qt)
         qt._qdata.copy_(qdata)
         for name in qt._params._tensor_fields():
             getattr(qt._params, name).copy_(getattr(fresh, name))
+
+
+def _take_memory(qt: QuantizedTensor) -> None:
+    """Before a write: memory of its own for one that shares a weight's, or a file's."""
+    qt.home = None
+    if getattr(qt, "borrowed", False):
+        qt._qdata, qt._params = qt._qdata.clone(), qt._params.clone()
+        qt.borrowed = False
 
 
 def _bytes_of_float8(value: Any) -> Any:
