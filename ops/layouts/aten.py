@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..linear import LinearOptions
 from .base import Layout
-from .weight import Weight, change, is_mapped
+from .weight import Weight, change
 
 aten = torch.ops.aten
 
@@ -100,14 +100,10 @@ def _to_device(
     moves = torch.device(device) != qt._qdata.device
     if not (moves or copy) and dtype == params.orig_dtype:
         return qt
-    home = getattr(qt, "home", None)
-    if moves and not copy and home is not None and home._qdata.device == torch.device(device):
-        return _to_device(home, device, dtype)
     params = params.to_device(device) if moves else params.clone()
     qdata = qt._qdata.to(device, non_blocking=non_blocking, copy=copy)
     moved = Weight(qdata, qt._layout_cls, dataclasses.replace(params, orig_dtype=dtype))
     moved.borrowed = not (moves or copy)
-    moved.home = qt if moves and is_mapped(qt._qdata) else None
     return moved
 
 

@@ -19,6 +19,7 @@ from ...errors import OpError
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.dtype_layout)
+_MOVES = (aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.to.other)
 MAPPED = "ideogram4_quant_origin"
 """Attribute of memory that is a view of a file: where in which, see ``checkpoint.mapped``."""
 _WHOLE = "Change the whole weight, or its `.dequantize()`, and quantize that."
@@ -50,7 +51,12 @@ class Weight(QuantizedTensor):
             return change(func, args, kwargs)
         if func is aten.copy_.default and isinstance(args[0], QuantizedTensor):
             _take_memory(args[0])
+        back = _home(args, kwargs) if func in _MOVES else None
+        if back is not None:
+            return back
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _MOVES and isinstance(result, Weight) and is_mapped(args[0]._qdata):
+            result.home = args[0] if result.device != args[0].device else None
         return _cast(func, args, kwargs, result) if func in _CASTS else result
 
     def _copy_with(
@@ -147,6 +153,19 @@ def _cast(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Wei
     if result is not args[0]:
         result.borrowed = True
     return result
+
+
+def _home(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The weight in a mapped file that ``to`` asks for, where this one was moved from it."""
+    home = getattr(args[0], "home", None)
+    if home is None:
+        return None
+    given = [*args[1:], *kwargs.values()]
+    given += [t for like in given if isinstance(like, Tensor) for t in (like.device, like.dtype)]
+    device = next((value for value in given if isinstance(value, torch.device)), None)
+    dtype = next((value for value in given if isinstance(value, torch.dtype)), args[0].dtype)
+    asked = kwargs.get("copy", False) or any(value is True for value in args[4:5])
+    return home.to(dtype) if device == home._qdata.device and not asked else None
 
 
 def _plain_copy(func: Any, args: Sequence[Any]) -> bool:
