@@ -26,6 +26,7 @@ from .host_ops import make_ops, text_tensor
 from .mapped_weights import check_before_use, disk_options, new_mapping, tell_host
 from .model_source import ATTACHMENT, ModelSource, header_of, source_of
 from .one_branch import BRANCH, words_of
+from .streaming import add_streaming
 
 __all__ = ["ModelSource", "compute_dtype", "load_model", "measured", "source_of"]
 
@@ -72,7 +73,7 @@ def load_model(
     if not management.is_device_cpu(offload):
         model.to(offload)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
-    check_before_use(model.diffusion_model.layers, mapping)
+    check_before_use((model.diffusion_model, *model.diffusion_model.layers), mapping)
     # what the host's save nodes would lose: they write tensors, and metadata of their own
     said = {"copy": source.copy, "config": header.config.to_dict(), **words_of(header, source)}
     if header.attention_wish is not None:
@@ -85,6 +86,7 @@ def load_model(
     patcher.set_attachments(BRANCH, header.one_branch)
     install(patcher, source.attention)
     take_hooks(patcher)
+    add_streaming(patcher)
     if source.fused:
         add_fused_blocks(patcher, source.options.backend)
     return patcher

@@ -172,7 +172,7 @@ def _sizes_of_two(row: dict) -> str:
     if " + " not in row["level"]:
         return ""
     sizes = f"{_size(row['copy_bytes'])} + {_size(row['unconditional_bytes'])}"
-    needs = f"RAM {row['ram_loaded'] / 1e9:.0f}, {row['ram_running'] / 1e9:.0f} GB"
+    needs = f"RAM {row['ram_needed'] / 1e9:.0f}, {row['ram_at_speed'] / 1e9:.0f} GB"
     return f" (conditional + unconditional): {sizes}; {_FITS[row['on_this_device']]}; {needs}"
 
 
