@@ -1,16 +1,16 @@
 """How long a step takes whose weights come over the bus: a simulation of the order of events.
 
 Two things happen beside each other on a card: copies, one after the other, and the work, one kernel
-after the other. An event is ``(what, index, after)``, as `ops.weight_stream.HostLane` writes them
+after the other. An event is ``(what, index, after)``, as `ops.lanes.HostLane` writes them
 down in a real run: ``("fetch", 2, 0)`` may begin when run 0 has ended, ``("run", 2, 2)`` when fetch
-2 has. Each waits besides for those of its kind that were asked for before it. Assumed: the host asks
-for them earlier than the card gets to them, and weights lie in pinned memory.
+2 has. Each waits besides for those of its kind that were asked for before it. Assumed: the host
+asks for them earlier than the card gets to them, and weights lie in pinned memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from . import sizes
 from .block import FUSED, LAYERS, LINEARS, How, block_seconds
@@ -84,31 +84,38 @@ class Step:
 
 
 def step(
-    card: Card, level: str, job: Job = QUALITY, how: How = FUSED, fetched: Sequence[int] | None = None
+    card: Card,
+    level: str,
+    job: Job = QUALITY,
+    how: How = FUSED,
+    fetched: Sequence[int] | None = None,
 ) -> Step:
     """A step of every copy, with those blocks ``fetched`` that are given; None: all."""
     fetched = tuple(range(LAYERS)) if fetched is None else tuple(fetched)
+    passes = [_pass(card, level, tokens, how, fetched) for tokens in job.copies]
+    return Step(*(sum(seconds) for seconds in zip(*map(astuple, passes), strict=True)))
+
+
+def _pass(card: Card, level: str, tokens: int, how: How, fetched: Sequence[int]) -> Step:
+    """The same of one copy."""
     transfer = card.transfer_seconds(sizes.block_bytes(level), how.efficiency)
-    found = Step(0.0, 0.0, 0.0, 0.0)
-    for tokens in job.copies:
-        work = block_seconds(card, level, tokens, how).total
-        shares = _shares(card, level, tokens, how)
-        n = len(_ORDER)
-        weighing = [i for i in range(n * LAYERS) if i // n in fetched and _ORDER[i % n] in LINEARS]
-        weights = sum(a * b for a, b in LINEARS.values())
-        found = Step(
-            found.compute + LAYERS * work,
-            found.transfer + len(fetched) * transfer,
-            found.ahead
-            + simulate(list(ahead(LAYERS, fetched)), lambda _: transfer, lambda _, w=work: w),
-            found.one_by_one
-            + simulate(
-                list(one_by_one(n * LAYERS, weighing)),
-                lambda i: transfer * _weights(_ORDER[i % n]) / weights,
-                lambda i, s=shares: s[_ORDER[i % n]],
-            ),
-        )
-    return found
+    work = block_seconds(card, level, tokens, how).total
+    shares = _shares(card, level, tokens, how)
+    weights = sum(_weights(name) for name in LINEARS)
+    operations = [(block, name) for block in range(LAYERS) for name in _ORDER]
+    weighing = [
+        i for i, (block, name) in enumerate(operations) if block in fetched and name in LINEARS
+    ]
+    return Step(
+        compute=LAYERS * work,
+        transfer=len(fetched) * transfer,
+        ahead=simulate(list(ahead(LAYERS, fetched)), lambda _: transfer, lambda _: work),
+        one_by_one=simulate(
+            list(one_by_one(len(operations), weighing)),
+            lambda i: transfer * _weights(operations[i][1]) / weights,
+            lambda i: shares[operations[i][1]],
+        ),
+    )
 
 
 def _weights(operation: str) -> int:
@@ -120,7 +127,7 @@ def _shares(card: Card, level: str, tokens: int, how: How) -> dict[str, float]:
     """Seconds of a block's operations: attention as modelled, all else by the linears' weights."""
     parts = block_seconds(card, level, tokens, how)
     attention = parts.attention + parts.heads
-    weights = sum(n * k for n, k in LINEARS.values())
+    weights = sum(_weights(name) for name in LINEARS)
     rest = {name: (parts.total - attention) * _weights(name) / weights for name in LINEARS}
     return {**rest, "attention": attention}
 

@@ -174,8 +174,8 @@ def stream_entries(
     """``(name, tensor)`` for each of ``needed``, holding one at a time.
 
     ``progress(done, total)`` counts stored bytes. ``mapping``: read views of mapped files, which
-    takes no memory but for what is not used as it is stored. Raises OpError, at once, for a dtype that weights
-    are not dequantized to.
+    takes no memory but for what is not used as it is stored. Raises OpError, at once, for a dtype
+    that weights are not dequantized to.
     """
     if dtype not in ACTIVATION_DTYPES:
         raise OpError("a weight has no such dtype", found=dtype, needed=ACTIVATION_DTYPES)

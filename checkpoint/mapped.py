@@ -127,7 +127,10 @@ class MappedFile(SourceFile):
         self.check()
         if rest:
             raise TruncatedFileError(
-                "the file ends early", file=self.path, found=f"{len(rest):,} bytes less", hint=_AGAIN
+                "the file ends early",
+                file=self.path,
+                found=f"{len(rest):,} bytes less",
+                hint=_AGAIN,
             )
 
 

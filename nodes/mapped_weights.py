@@ -80,7 +80,9 @@ class _Look:
                 file.check()
 
     def _in_memory(self) -> bool:
-        return any(p["weight"] is not None and p["weight"].device.type == "cpu" for p in self._parameters)
+        return any(
+            p["weight"] is not None and p["weight"].device.type == "cpu" for p in self._parameters
+        )
 
 
 def tensors_in(module: nn.Module) -> Iterator[Tensor]:

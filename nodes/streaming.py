@@ -2,9 +2,9 @@
 
 Under the host's dynamic memory its own prefetch queue does it, which the host's Ideogram 4 does not
 drive: here it is driven, block by block. Under the host's older patcher, which fetches each weight
-when its linear comes, `ops.weight_stream` does it. Both hang on hooks of the blocks, so a fused block
-and the host's own are served alike, and both leave what the host does with a weight (patches, casts)
-to the host.
+when its linear comes, `ops.weight_stream` does it. Both hang on hooks of the blocks, so a fused
+block and the host's own are served alike, and both leave what the host does with a weight (patches,
+casts) to the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
 from ..checkpoint.mapped import origin
-from ..ops.weight_stream import SLOTS, DeviceLane, Lane, WeightStream
+from ..ops.lanes import DeviceLane, Lane
+from ..ops.weight_stream import SLOTS, WeightStream
 from . import injected
 
 try:

@@ -2,17 +2,15 @@
 
 Two slots on the device each hold one block's weights. While block i runs out of one, the next block
 that has to be fetched comes into the other; when i is done, its slot takes the one after. A fetch
-reads mapped files (or memory) into pinned memory and copies that to the slot on a stream of its own:
-what the budget allows keeps its pinned copy for later passes, the rest goes through two staging
-buffers. The order of events is all that the class `Lane` knows of a device; on a CPU `HostLane`
-computes the same and writes the order down.
+reads mapped files (or memory) into pinned memory and copies that to the slot on a stream of its
+own: what the budget allows keeps its pinned copy for later passes, the rest goes through two
+staging buffers. Streams and events are a `lanes.Lane`'s.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from comfy_kitchen.tensor.base import QuantizedTensor
 from torch import Tensor, nn
+
+from .lanes import Lane
 
 logger = logging.getLogger(__name__)
 
@@ -34,104 +34,6 @@ Away = Callable[[nn.Module, nn.Parameter], bool]
 
 _SLOW = 1.5e9  # bytes a second: memory gives more, most disks do not
 _TELLING = 1 << 20  # bytes: of less a rate says nothing
-
-
-class Lane(ABC):
-    """How fetches run beside the work of a device. A mark is what others can wait for."""
-
-    @abstractmethod
-    def pinned(self, nbytes: int) -> Tensor | None:
-        """uint8 [nbytes] of pinned memory; None where the system gives none."""
-
-    @abstractmethod
-    def fetch(self, index: int, after: object, copy: Callable[[], None]) -> object:
-        """Run ``copy`` beside the work, once ``after`` is reached; the mark of its end."""
-
-    @abstractmethod
-    def wait(self, index: int, fetched: object) -> None:
-        """The work waits for the mark."""
-
-    @abstractmethod
-    def done(self, index: int) -> object:
-        """The mark of all work so far, block ``index`` the last of it."""
-
-    @abstractmethod
-    def finish(self, mark: object) -> None:
-        """The caller itself waits until the mark is reached."""
-
-
-class DeviceLane(Lane):
-    """A stream for copies on a device that has streams (``torch.cuda``, ``torch.xpu``)."""
-
-    def __init__(self, device: torch.device, pins: bool = True):
-        self.device, self.pins = device, pins
-        self.api = getattr(torch, device.type)
-        with self.api.device(device):
-            self.stream = self.api.Stream()
-
-    def pinned(self, nbytes: int) -> Tensor | None:
-        if not self.pins:
-            return None
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            return None
-
-    def fetch(self, index: int, after: object, copy: Callable[[], None]) -> object:
-        with self.api.device(self.device), self.api.stream(self.stream):
-            if after is not None:
-                self.stream.wait_event(after)
-            copy()
-            return self.stream.record_event()
-
-    def wait(self, index: int, fetched: object) -> None:
-        self.api.current_stream(self.device).wait_event(fetched)
-
-    def done(self, index: int) -> object:
-        return self.api.current_stream(self.device).record_event()
-
-    def finish(self, mark: object) -> None:
-        mark.synchronize()
-
-
-class HostLane(Lane):
-    """No streams: everything happens at once, and ``events`` says in which order it was asked for.
-
-    An event is ``(what, block, after)``: ``("fetch", 2, 0)`` may begin when block 0 has run,
-    ``("run", 2, 2)`` when fetch 2 has come; None waits for nothing.
-    """
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int, int | None]] = []
-
-    def pinned(self, nbytes: int) -> Tensor | None:
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    def fetch(self, index: int, after: object, copy: Callable[[], None]) -> object:
-        self.events.append(("fetch", index, after))
-        copy()
-        return index
-
-    def wait(self, index: int, fetched: object) -> None:
-        self.events.append(("run", index, fetched))
-
-    def done(self, index: int) -> object:
-        return index
-
-    def finish(self, mark: object) -> None:
-        pass
-
-
-class Inline(Executor):
-    """Runs what it is given at once."""
-
-    def submit(self, function, /, *args, **kwargs) -> Future:
-        future: Future = Future()
-        try:
-            future.set_result(function(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
 
 
 @dataclass(frozen=True)
@@ -339,8 +241,8 @@ class WeightStream:
         elif rate < _SLOW and block.nbytes > _TELLING and not self._said_slow:
             self._said_slow = True
             logger.warning(
-                "weights come from the disk in every pass, at %.2f GB/s: main memory is too small to "
-                "keep them, and steps wait for it; a smaller level or fewer other programs help",
+                "weights come from the disk in every pass, at %.2f GB/s: main memory is too small "
+                "to keep them, and steps wait for it; a smaller level or fewer other programs help",
                 rate / 1e9,
             )
 

@@ -74,7 +74,9 @@ def entries(files, name: str) -> list:
 def test_a_load_holds_what_the_doctor_says(found, files, name):
     """The rest is mapped: of 45 MB and more a few hundred kB are held, the model's own objects."""
     assert bytes_in_memory(entries(files, name), 2) > 45 * MB
-    assert found[name]["counted"] == pytest.approx(bytes_in_memory(entries(files, name), 2), rel=0.01)
+    assert found[name]["counted"] == pytest.approx(
+        bytes_in_memory(entries(files, name), 2), rel=0.01
+    )
     assert found[name]["loaded"] == pytest.approx(bytes_held(entries(files, name), 2), abs=2 * MB)
 
 

@@ -43,7 +43,7 @@ def test_values_are_those_of_a_copy(file):
     mapping = FileMapping()
     for name, raw in open_tensor_files(file).tensors.items():
         found, wanted = mapping.over(raw).read(), raw.read()
-        assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
+        assert (found.dtype, found.shape) == (wanted.dtype, wanted.shape), name
         assert torch.equal(found.view(-1).view(torch.uint8), wanted.view(-1).view(torch.uint8))
     assert len(mapping.files) == 1  # mapped once
 
@@ -51,7 +51,8 @@ def test_values_are_those_of_a_copy(file):
 def test_memory_is_the_files_own(file):
     raw, source = over(file)
     place = origin(raw.read())
-    assert place.file is source and (place.offset, place.nbytes) == (raw.offset, raw.nbytes)
+    assert place.file is source
+    assert (place.offset, place.nbytes) == (raw.offset, raw.nbytes)
     assert origin(raw.read()[1:]) is None  # part of it
     assert origin(open_tensor_files(file).tensors["bytes"].read()) is None
     first, second = raw.read(), raw.read()
@@ -94,7 +95,7 @@ def test_a_file_that_is_cut_is_an_error_at_the_next_look(file):
     raw, source = over(file)
     os.truncate(file, 100)
     for use in (source.check, raw.read):
-        with pytest.raises(TruncatedFileError, match="cut short while .* in use.*Load the model"):
+        with pytest.raises(TruncatedFileError, match=r"cut short while .* in use.*Load the model"):
             use()
 
 
@@ -144,7 +145,9 @@ def test_where_nothing_can_be_mapped_it_is_copied_and_said(file, monkeypatch, ca
     assert torch.equal(read["bytes"], torch.arange(200).to(torch.uint8))
     assert mapping.files == ()
     (line,) = caplog.messages
-    assert str(file) in line and "cannot be mapped" in line and "file's size in memory" in line
+    assert str(file) in line
+    assert "cannot be mapped" in line
+    assert "file's size in memory" in line
 
 
 def test_blocks_of_gguf_are_mapped_as_they_lie(tmp_path):

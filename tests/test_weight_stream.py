@@ -8,9 +8,10 @@ from torch import nn
 
 from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops import weight_stream
+from ideogram4_quant.ops.lanes import HostLane, Inline
 from ideogram4_quant.ops.layouts import int8_tensor
 from ideogram4_quant.ops.linear import LinearOptions, linear
-from ideogram4_quant.ops.weight_stream import HostLane, Inline, WeightStream
+from ideogram4_quant.ops.weight_stream import WeightStream
 
 HERE = torch.device("cpu")
 
@@ -81,7 +82,8 @@ def test_weights_are_those_of_the_slot_while_a_block_runs(blocks):
     stored = blocks[0].w.weight
     streamed.enter(0)
     lent = blocks[0].w.weight
-    assert lent is not stored and type(lent) is type(stored)
+    assert lent is not stored
+    assert type(lent) is type(stored)
     assert torch.equal(lent.dequantize(), stored.dequantize())
     streamed.leave(0)
     assert blocks[0].w.weight is stored
@@ -162,7 +164,8 @@ def test_without_pinned_memory_it_is_slower_and_said_once(blocks, caplog):
     for _ in range(2):
         assert all(map(torch.equal, run(blocks, streamed, X), wanted))
     (line,) = caplog.messages
-    assert "no pinned memory" in line and "slowly" in line
+    assert "no pinned memory" in line
+    assert "slowly" in line
 
 
 def test_a_disk_in_every_pass_is_said_once(blocks, caplog, monkeypatch):
@@ -178,7 +181,8 @@ def test_a_disk_in_every_pass_is_said_once(blocks, caplog, monkeypatch):
     for _ in range(3):
         run(blocks, streamed, X)
     (line,) = caplog.messages
-    assert "from the disk in every pass" in line and "GB/s" in line
+    assert "from the disk in every pass" in line
+    assert "GB/s" in line
 
 
 def test_what_is_on_the_device_is_not_fetched(blocks):

@@ -148,7 +148,7 @@ def _writes(file: dict) -> str:
 
 def _levels(found: dict) -> Iterator[str]:
     yield "levels on this device (sizes of your files, else computed; times are not measured; RAM:"
-    yield "needed, with 4 GB for all else, and, modelled, with which nothing is read twice from disk):"
+    yield "needed, with 4 GB for all else, and, modelled, so that no file is read twice):"
     published = {item["level"] for item in found["expected"]}
     rows = [r for r in found["levels"] if r["conditional"] is not None or r["level"] in published]
     for row in rows:

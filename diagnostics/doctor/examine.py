@@ -177,8 +177,8 @@ def _short_of_memory(levels: list[dict], row: dict | None, memory: int | None) -
     so = "it will swap or end" if short else "it will be slow"
     return [
         f"{row['level']} {what} {amount} of main memory and this machine has "
-        f"{gigabytes(memory)}: {so}. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits)"
-        f"{', or enlarge the swap file' if short else ''}."
+        f"{gigabytes(memory)}: {so}. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 "
+        f"bits){', or enlarge the swap file' if short else ''}."
     ]
 
 

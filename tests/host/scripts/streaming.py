@@ -53,16 +53,16 @@ def copies_of(pack: str, paths: dict, fused: bool, lora: str | None = None) -> l
 def streamed(pack: str):
     """The lanes that were made within."""
     streaming = inside.load(pack, "nodes.streaming")
-    stream = inside.load(pack, "ops.weight_stream")
+    lanes_of = inside.load(pack, "ops.lanes")
     lanes, before = [], {n: getattr(streaming, n) for n in ("lane_for", "is_away", "WeightStream")}
 
     def lane_for(device):
-        lanes.append(stream.HostLane())
+        lanes.append(lanes_of.HostLane())
         return lanes[-1]
 
     streaming.lane_for = lane_for
     streaming.is_away = lambda device, module, stored: hasattr(module, "prev_comfy_cast_weights")
-    streaming.WeightStream = partial(stream.WeightStream, executor=stream.Inline())
+    streaming.WeightStream = partial(before["WeightStream"], executor=lanes_of.Inline())
     try:
         yield lanes
     finally:
