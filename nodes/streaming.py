@@ -10,6 +10,7 @@ casts) to the host.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -70,6 +71,7 @@ class Ahead:
         self._stream: WeightStream | None = None
         self._fetched: tuple[int, ...] = ()  # what the stream was made for
         self._refused: tuple[int, ...] = ()  # what there was no room to make one for
+        self.off = False  # for the rest of a run
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward pre-hook."""
@@ -88,13 +90,26 @@ class Ahead:
         if torch.compiler.is_compiling():
             return
         index = self._index[id(block)]
-        failed = output is None
         if self._stream is not None:
             self._stream.leave(index)
-        if self._queue is not None and (index == len(self.blocks) - 1 or failed):
+        if output is None:
+            self._failed(sys.exc_info()[1])
+        elif self._queue is not None and index == len(self.blocks) - 1:
             queue, self._queue = self._queue, None
-            if not failed:  # after an error the host cleans up what it fetched
-                prefetch.prefetch_queue_pop(queue, args[0].device, None)
+            prefetch.prefetch_queue_pop(queue, args[0].device, None)
+
+    def _failed(self, error: BaseException | None) -> None:
+        """A block raised: what was fetched for the next is let go, before anyone tries again."""
+        if self._queue is not None:
+            prefetch.cleanup_prefetch_queues()
+        held = self._stream is not None
+        self.close()
+        if held and error is not None and management.is_oom(error):
+            self.off = True
+            logger.warning(
+                "out of device memory: in the rest of this run weights that do not fit come one by "
+                "one as they are used, more slowly, which needs less"
+            )
 
     def close(self) -> None:
         """Nothing of a pass is left on the device."""
@@ -107,7 +122,11 @@ class Ahead:
         self._queue = None
         if prefetch is not None:
             self._queue = prefetch.make_prefetch_queue(list(self.blocks), x.device, options)
-        if self._queue is None and not options.get("prefetch_dynamic_vbars", False):
+        if (
+            self._queue is None
+            and not self.off
+            and not options.get("prefetch_dynamic_vbars", False)
+        ):
             self._settle(x)
 
     def _settle(self, x: Tensor) -> None:
@@ -166,14 +185,17 @@ def _end(patcher: comfy.model_patcher.ModelPatcher) -> None:
     ahead = vars(patcher.model).get(KEY)
     if ahead is not None:
         ahead.close()
+        ahead.off = False
 
 
 def _hook(
     patcher: comfy.model_patcher.ModelPatcher, modules: injected.Modules
 ) -> Iterator[injected.TakeOut]:
     blocks = [modules[f"layers.{index}"] for index in range(len(modules["layers"]))]
-    ahead = Ahead(blocks)
-    setattr(patcher.model, KEY, ahead)
+    ahead = vars(patcher.model).get(KEY)
+    if ahead is None or ahead.blocks != blocks:
+        ahead = Ahead(blocks)
+        setattr(patcher.model, KEY, ahead)
     yield ahead.close
     for block in blocks:
         yield block.register_forward_pre_hook(ahead.before, with_kwargs=True).remove

@@ -26,8 +26,8 @@ class Lane(ABC):
         """The work waits for the mark."""
 
     @abstractmethod
-    def done(self, index: int) -> object:
-        """The mark of all work so far, block ``index`` the last of it."""
+    def done(self, index: int | None) -> object:
+        """The mark of all work so far, block ``index`` the last of it (None: no block yet)."""
 
     @abstractmethod
     def finish(self, mark: object) -> None:
@@ -61,7 +61,7 @@ class DeviceLane(Lane):
     def wait(self, index: int, fetched: object) -> None:
         self.api.current_stream(self.device).wait_event(fetched)
 
-    def done(self, index: int) -> object:
+    def done(self, index: int | None) -> object:
         return self.api.current_stream(self.device).record_event()
 
     def finish(self, mark: object) -> None:
@@ -89,7 +89,7 @@ class HostLane(Lane):
     def wait(self, index: int, fetched: object) -> None:
         self.events.append(("run", index, fetched))
 
-    def done(self, index: int) -> object:
+    def done(self, index: int | None) -> object:
         return index
 
     def finish(self, mark: object) -> None:

@@ -92,7 +92,7 @@ class _Block:
 @dataclass
 class _Slot:
     memory: Tensor
-    free: object = None  # the mark after which it may be written; None: at once
+    free: object  # the mark after which it may be written
 
 
 @dataclass
@@ -133,9 +133,9 @@ class WeightStream:
         self._lane, self._read, self._budget = lane, read, budget
         largest = max((block.nbytes for block in self._blocks.values()), default=0)
         self._largest = largest
-        self._free = [
-            _Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(SLOTS)
-        ]
+        memory = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        # what the work has freed before, it may still be using
+        self._free = [_Slot(slot, lane.done(None)) for slot in memory]
         self._coming: dict[int, _Coming] = {}
         self._lent: dict[int, _Slot] = {}
         self._kept: dict[int, Tensor] = {}

@@ -85,3 +85,10 @@ def test_a_file_that_is_cut_is_an_error_and_copies_do_not_care(found):
 def test_without_room_for_slots_it_is_slower_and_said_once_a_copy(found):
     assert found["room"]["same"]
     assert len(found["room"]["said"]) == 2
+
+
+def test_a_block_out_of_memory_is_run_again_without_slots(found):
+    assert found["oom"]["raised"] == 1
+    assert found["oom"]["same"]
+    assert len(found["oom"]["said"]) == 1
+    assert found["oom"]["off"] is False  # the next run tries again

@@ -35,6 +35,7 @@ def main() -> None:
         found["slices"] = slices(pack, first["conditional"])
         found["cut"] = cut(pack, first["conditional"])
         found["room"] = no_room(pack, first)
+        found["oom"] = out_of_memory(pack, first)
     inside.report(found)
 
 
@@ -236,6 +237,44 @@ def no_room(pack: str, paths: dict) -> dict:
             same = torch.equal(lowvram.sample(pack, copies), wanted)
     logger.removeHandler(handler)
     return {"same": same, "said": [line for line in said if "no room" in line]}
+
+
+def out_of_memory(pack: str, paths: dict) -> dict:
+    """A block that runs out of memory once: the latents of the second try, and what was said."""
+    import logging
+
+    import comfy.model_management as management
+    import torch
+
+    copies = copies_of(pack, paths, True)
+    said, raised = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger(f"{pack}.nodes.streaming")
+
+    def fail(module, args):
+        if not raised:
+            raised.append(True)
+            raise torch.OutOfMemoryError("planted")
+
+    management.unload_all_models()
+    with lowvram.short_of_memory("NO_VRAM"):
+        wanted = lowvram.sample(pack, copies)
+        management.unload_all_models()
+        logger.addHandler(handler)
+        block = copies[1].model.diffusion_model.layers[1]
+        hook = block.attention.o.register_forward_pre_hook(fail)
+        with streamed(pack):
+            found = lowvram.sample(pack, copies)
+        hook.remove()
+        logger.removeHandler(handler)
+    ahead = vars(copies[1].model)["ideogram4_quant_streaming"]
+    return {
+        "raised": len(raised),
+        "same": torch.equal(found, wanted),
+        "said": [line for line in said if "out of device memory" in line],
+        "off": ahead.off,
+    }
 
 
 if __name__ == "__main__":
