@@ -16,6 +16,7 @@ from ..quant.block_types import check_policy
 from ..quant.errors import QuantOptionError
 from ..quant.quantize import SUFFIXES, quantize_checkpoint
 from ..quant.recipes import RECIPES, QuantOptions, recipe_of
+from ..quant.target import Request, Target, quantize_to_target
 from .made_files import remember_file, times_lost
 from .model_files import host_listing
 from .node_calibrate import CalibrationType
@@ -97,8 +98,9 @@ class Quantize(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     advanced=True,
-                    tooltip="Size of the GGUF file in GB: types are chosen from the level up for "
-                    "the least error. 0: the level throughout.",
+                    tooltip="Size of the file in GB instead of a level: each linear is stored as "
+                    "brings the picture nearest. Of the level only the format counts: GGUF, or "
+                    "safetensors that ComfyUI's own nodes load too. 0: the level throughout.",
                 ),
                 io.Combo.Input(
                     "base_file",
@@ -178,7 +180,8 @@ class Quantize(io.ComfyNode):
             found = open_checkpoint(path, base, copy=which)
             name = "-".join(found.copies if which is None else (which,))
             name = name if found.one_branch is None else "one-branch"
-            filename = f"ideogram4-{name}-{recipe.level.replace(' ', '_')}"
+            stored = f"{target_gb:g}GB" if target_gb > 0 else recipe.level.replace(" ", "_")
+            filename = f"ideogram4-{name}-{stored}"
         out = Path(listing.folder) / new_name(filename, suffix)
         bar: comfy.utils.ProgressBar | None = None
 
@@ -188,22 +191,25 @@ class Quantize(io.ComfyNode):
             bar = bar or comfy.utils.ProgressBar(total)
             bar.update_absolute(done, total)
 
-        options = QuantOptions(
-            calibration=calibration,
-            target_bytes=int(target_gb * 1e9) or None,
-        )
-        report = quantize_checkpoint(
-            path,
-            level,
-            out,
-            copy=which,
-            base=base,
-            options=options,
-            overwrite=overwrite,
-            progress=progress,
-            device=management.get_torch_device() if device == "gpu" else "cpu",
-            resume=not overwrite,
-            keep_partial=True,
-        )
+        choice = {
+            "copy": which,
+            "base": base,
+            "overwrite": overwrite,
+            "device": management.get_torch_device() if device == "gpu" else "cpu",
+            "resume": not overwrite,
+        }
+        if target_gb > 0:
+            options = QuantOptions(calibration=calibration, native=suffix == SUFFIXES["native"])
+            target = Target(int(target_gb * 1e9), f"{target_gb:g} GB")
+            chosen, reports = quantize_to_target(
+                Request(path, out, target, options=options, **choice),
+                lambda what, done, total: progress(done, total),
+            )
+            report = "\n\n".join([chosen.table(), *(each.table() for each in reports)])
+        else:
+            options = QuantOptions(calibration=calibration)
+            report = quantize_checkpoint(
+                path, level, out, options=options, progress=progress, keep_partial=True, **choice
+            ).table()
         remember_file(str(cls.hidden.unique_id), out)
-        return io.NodeOutput(str(out), f"{report.table()}\n\nPress R to see it in the loaders.")
+        return io.NodeOutput(str(out), f"{report}\n\nPress R to see it in the loaders.")

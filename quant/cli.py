@@ -6,22 +6,19 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..checkpoint.grammar import CONDITIONAL, UNCONDITIONAL
-from ..files.partial import partial_path
 from .block_types import check_policy
 from .calibration import Calibration
 from .errors import QuantOptionError
 from .inspect import inspect_file
 from .inspect_pair import inspect_pair
 from .quantize import plan_quantization, quantize_checkpoint
+from .progress import progress_bar, saying_what_is_left
 from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
 from .tables import human_db
+from .target_cli import add_sizes, quantize_to_size, wants_size
 from .verify import verify_file
 
 COPIES = (CONDITIONAL, UNCONDITIONAL)
@@ -41,7 +38,7 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         description="Write a copy of Ideogram 4 at another level, layer by layer.",
     )
     parser.add_argument("source", metavar="SRC", help="a model file or folder, of any origin")
-    parser.add_argument("--level", required=True, metavar="L", help=", ".join(RECIPES))
+    parser.add_argument("--level", metavar="L", help=", ".join(RECIPES) + "; or give a size")
     parser.add_argument("--out", required=True, metavar="F", help=".safetensors or .gguf")
     parser.add_argument(
         "--copy", choices=COPIES, help="which copy: where SRC holds both, or does not say"
@@ -49,7 +46,9 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--base", nargs="+", metavar="F", help="gives a linears-only SRC its other tensors"
     )
-    parser.add_argument("--pair", metavar="F", help="the other copy, for Transformer Lab's files")
+    parser.add_argument(
+        "--pair", metavar="F", help="the other copy: for a size, and for Transformer Lab's files"
+    )
     parser.add_argument(
         "--container",
         "--layout",  # its name before 0.2.0
@@ -75,15 +74,9 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--policy", default="uniform", help=argparse.SUPPRESS)  # of older versions
     parser.add_argument(
-        "--target-gb",
-        type=float,
-        metavar="GB",
-        help="size of the GGUF file (10^9 bytes): a type for each linear, from the level up, with "
-        "the least summed output error; as calibrated, with --calibration",
-    )
-    parser.add_argument(
         "--linears", choices=("blocks", "all"), help="quantize those in the blocks, or all"
     )
+    add_sizes(parser)
     _add_calibrated(parser)
     parser.add_argument("--licence", metavar="TEXT", help="recorded where SRC names none")
     parser.add_argument(
@@ -176,37 +169,6 @@ def _add_verify(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(func=_verify)
 
 
-@contextmanager
-def progress_bar(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress callback ``(done, total)`` that draws a bar with rate and time left on stderr.
-
-    The bar appears with the first call, so that an error before the work stands alone.
-    """
-    with ExitStack() as stack:
-        bar: tqdm | None = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            if bar is None:
-                made = tqdm(desc=title, total=total, unit=unit, unit_scale=True, dynamic_ncols=True)
-                bar = stack.enter_context(made)
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-@contextmanager
-def _saying_what_is_left(out: Path) -> Iterator[None]:
-    """On Ctrl-C: how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        left = partial_path(out)
-        if left.exists():
-            print(f"{left} holds what is done: --resume goes on with it", file=sys.stderr)
-        raise
-
-
 def _type_rule(text: str) -> TypeRule:
     pattern, equals, qtype = text.rpartition("=")
     if not equals or not pattern or not qtype:
@@ -240,7 +202,7 @@ def _quantize(args: argparse.Namespace) -> int:
         container=args.container,
         protect=tuple(args.protect),
         types=tuple(map(_type_rule, args.types)),
-        target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),
+        native=args.native,
         linears=args.linears,
         licence=args.licence,
         calibration=_calibration(args),
@@ -250,6 +212,10 @@ def _quantize(args: argparse.Namespace) -> int:
         protect_below=args.protect_below,
         **_budget(args.protect_budget),
     )
+    if wants_size(args):
+        return quantize_to_size(args, options)
+    if args.level is None:
+        raise QuantOptionError("what to write?", needed="--level L, or a size: --target-gb GB")
     choice = {
         "copy": args.copy,
         "base": args.base,
@@ -260,7 +226,7 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(plan_quantization(args.source, args.level, args.out, **choice).table())
         return 0
-    with progress_bar(args.level, "B") as progress, _saying_what_is_left(Path(args.out)):
+    with progress_bar(args.level, "B") as progress, saying_what_is_left(Path(args.out)):
         report = quantize_checkpoint(
             args.source,
             args.level,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from .calibration import Calibration
-from .cli import progress_bar
 from .delta import DTYPES, LINEARS, DeltaOptions, make_delta
 from .encode import encoding_device
+from .progress import progress_bar
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.canonical import is_linear
 from ..ops.blocks import FORMATS
-from .block_types import block_types, check_type_options, header_reserve
+from .block_types import block_types
 from .choose import Choice, Linear, check_choice_options, choose
 from .encodings import Blocks, Encoding, NativeInt8, Shape, SmoothInt8, Unquantized, stored_bytes
 from .errors import QuantOptionError
@@ -24,14 +24,13 @@ from .recipes import (
     PACKED_BITS,
     PACKED_GROUP,
     READ_ONLY,
+    RECIPES,
     QuantOptions,
     Recipe,
     matches,
 )
+from .storage import INT8, PACKED_MULTIPLE, UNQUANTIZED, storage_encoding
 from .treatments import ROTATION, rotation_group
-
-PACKED_MULTIPLE = 32
-"""Columns that a row of 6-bit codes is a multiple of, so that its two planes are aligned."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,13 @@ def plan_tensors(
     container = container_of(recipe, options)
     check_choice_options(recipe, options)
     _check_patterns(options, shapes)
-    check_type_options(recipe, options)
-    targets = _targets(container, options, shapes)
-    choices = choose(recipe, container, options, targets)
-    types = {}
-    if container == "gguf":
-        types = block_types(recipe, options, targets, _other_bytes(shapes, targets))
+    targets = targets_of(container, options, shapes)
+    mixed = options.storage
+    if mixed is None:
+        choices = choose(recipe, container, options, targets)
+    else:
+        choices = int8_choices(container, options, _stored_as(INT8, mixed, targets))
+    types = block_types(recipe, options, targets) if container == "gguf" and mixed is None else {}
     plans = []
     for copy, tensors in shapes.items():
         for name, shape in tensors.items():
@@ -131,8 +131,13 @@ def plan_tensors(
             choice = choices.get((copy, module)) if linear else None
             kept = choice is not None and choice.treatment is None
             quantized = linear and (copy, module) in targets and not kept
+            if quantized and mixed is not None:
+                quantized = mixed[f"{copy}.{module}"] != UNQUANTIZED
             protected = kept or (linear and any(matches(p, copy, module) for p in options.protect))
-            if quantized and recipe.weight_type == "INT8":
+            if quantized and mixed is not None:
+                name_of = mixed[f"{copy}.{module}"]
+                encoding = storage_encoding(name_of, container, tuple(shape), choice)
+            elif quantized and recipe.weight_type == "INT8":
                 encoding = _int8(container, recipe, options, choice, (copy, module), shape)
             elif quantized and recipe.weight_type in PACKED_BITS:
                 encoding = _packed(recipe, shape)
@@ -155,7 +160,7 @@ def plan_tensors(
     return plans
 
 
-def _targets(
+def targets_of(
     container: str, options: QuantOptions, shapes: Mapping[str, Mapping[str, Shape]]
 ) -> dict[Linear, Shape]:
     """The linears that the recipe applies to, without those that a pattern protects."""
@@ -168,6 +173,28 @@ def _targets(
             if wanted and not any(matches(p, copy, module) for p in options.protect):
                 targets[copy, module] = tuple(shape)
     return targets
+
+
+def int8_choices(
+    container: str, options: QuantOptions, linears: Mapping[Linear, Shape]
+) -> dict[Linear, Choice]:
+    """What a calibration chooses for INT8 where a file mixes it with others; empty without one."""
+    if options.calibration is None or container == "gguf":
+        return {}
+    measured = any(name.startswith("int8") for name in options.calibration.candidates)
+    treatment = options.treatment or ("auto-native" if options.native else "auto")
+    chosen = replace(options, treatment=treatment if measured else None)
+    return choose(RECIPES["INT8 W8A8 rotated"], container, chosen, linears)
+
+
+def _stored_as(
+    name: str, storage: Mapping[str, str], targets: Mapping[Linear, Shape]
+) -> dict[Linear, Shape]:
+    return {
+        (copy, module): shape
+        for (copy, module), shape in targets.items()
+        if storage[f"{copy}.{module}"] == name
+    }
 
 
 def _int8(
@@ -212,18 +239,6 @@ def rounding_notes(options: QuantOptions) -> list[str]:
         "codes are rounded to nearest, each on its own: the calibration watched a single step, and "
         "inputs of the others differ; calibrate with all steps for error feedback"
     ]
-
-
-def _other_bytes(shapes: Mapping[str, Mapping[str, Shape]], targets: Mapping[Linear, Shape]) -> int:
-    """Bytes of a GGUF file without the linears that get a type."""
-    total = 0
-    for copy, tensors in shapes.items():
-        total += header_reserve(len(tensors))
-        for name, shape in tensors.items():
-            module, _, suffix = name.rpartition(".")
-            if not (is_linear(name) and (copy, module) in targets):
-                total += stored_bytes(_unquantized_blocks(suffix, shape, is_linear(name)), shape)
-    return total
 
 
 def _unquantized_blocks(suffix: str, shape: Shape, linear: bool) -> Blocks:

@@ -108,15 +108,25 @@ def recipe_record(
             record["treatments"] = dict(zip(names(chosen), reasons, strict=True))
     else:
         record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
-        if options.target_bytes is not None:
-            record["target_bytes"] = options.target_bytes
-        mixed: dict[str, list[TensorPlan]] = {}
-        for plan in plans:
-            if plan.quantized and plan.encoding.label != recipe.weight_type:
-                mixed.setdefault(plan.encoding.label, []).append(plan)
-        record["other_types"] = {qtype: names(found) for qtype, found in mixed.items()}
+        if options.storage is None:
+            other = (p for p in plans if p.encoding.label != recipe.weight_type)
+            record["other_types"] = _by_label(other, names)
         record["scales"] = "least output error on calibrated inputs" if led else "least error"
+    if options.storage is not None:
+        record["storage"] = _by_label(plans, names)
+        record["prediction"] = dict(options.prediction or {})
     return record
+
+
+def _by_label(
+    plans: Iterable[TensorPlan], names: Callable[[Iterable[TensorPlan]], list[str]]
+) -> dict[str, list[str]]:
+    """How linears are stored -> which."""
+    found: dict[str, list[TensorPlan]] = {}
+    for plan in plans:
+        if plan.quantized:
+            found.setdefault(plan.encoding.label, []).append(plan)
+    return {label: names(some) for label, some in found.items()}
 
 
 @dataclass(frozen=True)

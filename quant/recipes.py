@@ -59,6 +59,13 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
+MIXED: dict[str, Recipe] = {
+    "mixed": Recipe("mixed", "safetensors", "mixed", 8, rotation=256),
+    "mixed GGUF": Recipe("mixed GGUF", "gguf", "mixed", 8),
+}
+"""What a size is given for instead of a level: ``QuantOptions.storage`` says how each linear is
+stored."""
+
 SOURCE_BITS: dict[str, int] = {
     "BF16": 16,
     "FP8": 8,
@@ -118,8 +125,10 @@ class QuantOptions:
       multiplied by it, the activations divided. For INT8; in the native container stock ComfyUI
       refuses the file.
     - ``types``: GGUF types of single linears, first match wins.
-    - ``target_bytes``: the size of the file, for which types are chosen from the level up so that
-      the summed output error is least, as calibrated if a calibration is given.
+    - ``storage``: ``conditional.layers.0.attention.qkv`` -> one of ``storage.STORAGES``, for every
+      linear that is quantized; ``quant.target`` chooses it for a size. For mixed levels alone.
+      ``prediction`` is what was foretold of it, for the file's metadata.
+    - ``native``: mix only what ComfyUI's own loader reads.
     - ``linears``: ``"blocks"``, ``"all"``, or None for the container's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
@@ -139,7 +148,9 @@ class QuantOptions:
     protect: tuple[str, ...] = ()
     smooth: Mapping[str, Tensor] | None = None
     types: tuple[TypeRule, ...] = ()
-    target_bytes: int | None = None
+    storage: Mapping[str, str] | None = None
+    prediction: Mapping[str, object] | None = None
+    native: bool = False
     linears: str | None = None
     licence: str | None = None
     calibration: Calibration | None = None
@@ -161,7 +172,7 @@ def recipe_of(level: str) -> Recipe:
         return re.sub(r"[\s_-]", "", text).lower()
 
     wanted = _ALIASES.get(plain(level), level)
-    for name, recipe in RECIPES.items():
+    for name, recipe in (RECIPES | MIXED).items():
         if plain(name) == plain(wanted):
             return recipe
     raise QuantOptionError(
