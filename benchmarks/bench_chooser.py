@@ -37,9 +37,9 @@ from ideogram4_quant.pocket.table.painting import PRESET, Studio
 from ideogram4_quant.pocket.table.systems import is_block_linear, unpacked
 from ideogram4_quant.quant.allocation import Rung, allocate
 from ideogram4_quant.quant.candidate_errors import candidate_errors
+from ideogram4_quant.quant.choose import int8_choices
 from ideogram4_quant.quant.encodings import Blocks, Encoding, NativeInt8, stored_bytes
 from ideogram4_quant.quant.packed_encoding import PackedInt8
-from ideogram4_quant.quant.plan import int8_choices
 from ideogram4_quant.quant.recipes import QuantOptions
 from ideogram4_quant.quant.sensitivity import Sensitivity, default_gain
 from ideogram4_quant.quant.storage import STORAGES, storage_encoding
@@ -52,7 +52,7 @@ SINGLE = {
     "gguf": ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
 }
 BUILT_IN = ((4.6, "native"), (6.0, "native"))
-RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 16, 17
+RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 8, 17
 CALIBRATION_PROMPTS = 16
 REFERENCE = "W4A8 g16"
 FIELDS = ("model", "container", "chosen", "bits", "foretold", "dB", "low", "high", "prompts")
@@ -189,11 +189,6 @@ def sampled(both: Models, studio: Studio, prompts: int) -> Tensor:
 
 def choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
     """(container, what was asked, the choice) of every point of the plot."""
-    for container, names in SINGLE.items():
-        for name in names:
-            rungs = model.rungs(container)
-            single = {k: next(r for r in own if r.name == name) for k, own in rungs.items()}
-            yield container, name, single
     for container, budgets in BITS.items():
         for bits in budgets:
             budget = int(bits * model.values / 8)
@@ -202,6 +197,11 @@ def choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
         budget = int(bits * model.values / 8)
         found = allocate(model.rungs(container, "built-in"), budget)
         yield container, f"{bits:g} bits, built-in gains", found
+    for container, names in SINGLE.items():
+        for name in names:
+            rungs = model.rungs(container)
+            single = {k: next(r for r in own if r.name == name) for k, own in rungs.items()}
+            yield container, name, single
 
 
 def random_choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:

@@ -14,6 +14,7 @@ blocks run again on the way back. The quantized weights stay where they were loa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ from .transformer import Prepared, prepare, recorded_velocity
 
 Progress = Callable[[int, int], None]
 
+_LEAST = 1e-250  # energy of which a logarithm is taken
+
 
 @dataclass(frozen=True)
 class Probes:
-    """``directions`` a picture, drawn from ``seed``."""
+    """Random ``directions`` of a picture's final latents, drawn from ``seed``."""
 
     directions: int = 2
     seed: int = 0
@@ -98,27 +101,30 @@ class _Walk:
         self.taps = {key: _Tap(key, linears[key], weight) for key, weight in quantized.items()}
 
     def back(self, prompt: Prompt, probes: Probes, index: int) -> dict[str, Sums]:
-        """What the probes of one picture give for each linear."""
+        """What one picture gives for each linear."""
         device = self.models.conditional.embed_image_indicator.weight.device
         conditional = prepare(self.models.conditional, *self.grid, prompt.features[None].to(device))
         channels = self.models.conditional.config.in_channels
         tokens = self.grid[0] * self.grid[1]
-        x = initial_noise(probes.seed + index, tokens, channels).to(device)
-        before = [x.cpu()]
-        for _, x in sample(self.models, self.steps, x, conditional, self.unconditional):
-            before.append(x.cpu())
+        noise = initial_noise(probes.seed + index, tokens, channels)
+        walk = sample(self.models, self.steps, noise.to(device), conditional, self.unconditional)
+        before = [noise, *(x.cpu() for _, x in walk)]
         size = before.pop().double().norm().item()
         generator = torch.Generator().manual_seed((probes.seed << 32) + index)
-        total = dict.fromkeys(self.taps, Sums())
+        arrived = dict.fromkeys(self.taps, 0.0)
         with self._tapped():
             for _ in range(probes.directions):
-                direction = torch.randn(x.shape, generator=generator).to(device) / size
+                direction = torch.randn(noise.shape, generator=generator).to(device) / size
                 for tap in self.taps.values():
                     tap.begin()
                 for step, latents in zip(reversed(self.steps), reversed(before), strict=True):
                     direction = self._step_back(step, latents.to(device), direction, conditional)
-                total = {key: total[key].plus(tap.end()) for key, tap in self.taps.items()}
-        return total
+                for key, tap in self.taps.items():
+                    arrived[key] += tap.arrived / probes.directions
+        return {
+            key: Sums(1, math.log(max(arrived[key], _LEAST)), tap.error, tap.signal)
+            for key, tap in self.taps.items()
+        }
 
     def _step_back(
         self, step: StepPlan, x: Tensor, direction: Tensor, conditional: Prepared
@@ -176,11 +182,12 @@ class _Tap:
     def begin(self) -> None:
         """Forget what was summed."""
         self._rows = torch.zeros(self._module.weight.shape[0], dtype=torch.float64)
-        self._error = self._signal = 0.0
+        self.error = self.signal = 0.0
 
-    def end(self) -> Sums:
-        """What one walk back has summed."""
-        return Sums(1, self._rows.square().sum().item(), self._error, self._signal)
+    @property
+    def arrived(self) -> float:
+        """Energy in the final latents, along the direction of one walk back."""
+        return self._rows.square().sum().item()
 
     def attach(self):
         """Follow the module's outputs until the handle is removed."""
@@ -198,8 +205,8 @@ class _Tap:
         x, gradient = (each.reshape(-1, each.shape[-1]).float() for each in (x, gradient))
         error = x @ off.t()
         self._rows += wide_sum(gradient * error, 0).cpu()
-        self._error += wide_sum(error.square()).item()
-        self._signal += wide_sum((x @ true.t()).square()).item()
+        self.error += wide_sum(error.square()).item()
+        self.signal += wide_sum((x @ true.t()).square()).item()
 
 
 def _anchor(like: Tensor) -> Tensor:

@@ -41,9 +41,10 @@ def candidate_errors(
 ) -> dict[str, float]:
     """Storage -> relative error energy of a linear's outputs, for those that fit its rows.
 
-    ``weight`` [N, K], quantized or not; ``stats``: its calibration, without which all inputs count
-    alike; ``int8``: what that chose for INT8. Codes of ``tried`` rows are rounded as the file's
-    will be, with ``feedback`` or without. What int8 inputs cost is added where a storage is multiplied so: as calibrated.
+    ``weight`` [N, K], quantized or not; ``stats``: its calibration, without which all inputs
+    count alike; ``int8``: what that chose for INT8. Codes of ``tried`` rows are rounded as the
+    file's will be, with ``feedback`` or without. What int8 inputs cost is added where a storage is
+    multiplied so: as calibrated.
     """
     shape: Shape = tuple(weight.shape)
     rows = _some_rows(weight, tried)

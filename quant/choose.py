@@ -11,7 +11,7 @@ from torch import Tensor
 from .encodings import Shape
 from .errors import QuantOptionError
 from .layer_stats import LayerStats
-from .recipes import ROUNDINGS, TREATMENTS, QuantOptions, Recipe
+from .recipes import RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, Recipe
 from .tables import human_bytes
 from .treatments import (
     Treatment,
@@ -108,6 +108,18 @@ def choose(
         chosen.update(zip(members, choices, strict=True))
     chosen = {linear: chosen[linear] for linear in linears}
     return _protect(chosen, options, linears)
+
+
+def int8_choices(
+    container: str, options: QuantOptions, linears: Mapping[Linear, Shape]
+) -> dict[Linear, Choice]:
+    """What a calibration chooses for INT8 where a file mixes it with others; empty without one."""
+    if options.calibration is None or container == "gguf":
+        return {}
+    measured = any(name.startswith("int8") for name in options.calibration.candidates)
+    treatment = options.treatment or ("auto-native" if options.native else "auto")
+    chosen = replace(options, treatment=treatment if measured else None)
+    return choose(RECIPES["INT8 W8A8 rotated"], container, chosen, linears)
 
 
 def choice_notes(container: str, choices: Mapping[Linear, Choice]) -> list[str]:

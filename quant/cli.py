@@ -14,8 +14,8 @@ from .calibration import Calibration
 from .errors import QuantOptionError
 from .inspect import inspect_file
 from .inspect_pair import inspect_pair
-from .quantize import plan_quantization, quantize_checkpoint
 from .progress import progress_bar, saying_what_is_left
+from .quantize import plan_quantization, quantize_checkpoint
 from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, TypeRule
 from .tables import human_db
 from .target_cli import add_sizes, quantize_to_size, wants_size

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint.canonical import is_linear
 from ..ops.blocks import FORMATS
 from .block_types import block_types
-from .choose import Choice, Linear, check_choice_options, choose
+from .choose import Choice, Linear, check_choice_options, choose, int8_choices
 from .encodings import Blocks, Encoding, NativeInt8, Shape, SmoothInt8, Unquantized, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
@@ -21,10 +21,10 @@ from .packed_encoding import PackedInt8
 from .recipes import (
     BLOCK_LINEARS,
     CONTAINERS,
+    MIXED,
     PACKED_BITS,
     PACKED_GROUP,
     READ_ONLY,
-    RECIPES,
     QuantOptions,
     Recipe,
     matches,
@@ -114,6 +114,11 @@ def plan_tensors(
     linear, and for a smoothing vector of the wrong size.
     """
     container = container_of(recipe, options)
+    if (options.storage is None) == (recipe.level in MIXED):
+        raise QuantOptionError(
+            "a mixed level and the storage of each linear go together, as a target size chooses it",
+            found=recipe.level,
+        )
     check_choice_options(recipe, options)
     _check_patterns(options, shapes)
     targets = targets_of(container, options, shapes)
@@ -173,18 +178,6 @@ def targets_of(
             if wanted and not any(matches(p, copy, module) for p in options.protect):
                 targets[copy, module] = tuple(shape)
     return targets
-
-
-def int8_choices(
-    container: str, options: QuantOptions, linears: Mapping[Linear, Shape]
-) -> dict[Linear, Choice]:
-    """What a calibration chooses for INT8 where a file mixes it with others; empty without one."""
-    if options.calibration is None or container == "gguf":
-        return {}
-    measured = any(name.startswith("int8") for name in options.calibration.candidates)
-    treatment = options.treatment or ("auto-native" if options.native else "auto")
-    chosen = replace(options, treatment=treatment if measured else None)
-    return choose(RECIPES["INT8 W8A8 rotated"], container, chosen, linears)
 
 
 def _stored_as(

@@ -19,6 +19,7 @@ TOOL = f"ideogram4-quant {__version__}"
 
 # Where safetensors, modelspec and GGUF files put it.
 _GROUP_SCALE = f"least squares over {PACKED_GROUP} columns, e4m3, over one per output channel"
+_ROW_SCALE = "absmax / 127 per output channel"
 _LICENCE_KEYS = ("license", "licence", "general.license", "modelspec.license", "license_name")
 
 MODEL_TYPES = {"conditional": "ideogram4_cond", "unconditional": "ideogram4_uncond"}
@@ -97,7 +98,9 @@ def recipe_record(
         record["rounding"] = rounding_of(options)
     if recipe.file_format == "safetensors":
         packed = recipe.weight_type in PACKED_BITS
-        record["scale"] = _GROUP_SCALE if packed else "absmax / 127 per output channel"
+        record["scale"] = _GROUP_SCALE if packed else _ROW_SCALE
+        if options.storage is not None:
+            record["scale"] = f"INT8: {_ROW_SCALE}; others: {_GROUP_SCALE}"
         record["rotation"] = recipe.rotation
         record["smoothed"] = names(
             p for p in plans if getattr(p.encoding, "smooth", None) is not None
@@ -109,11 +112,12 @@ def recipe_record(
     else:
         record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
         if options.storage is None:
-            other = (p for p in plans if p.encoding.label != recipe.weight_type)
+            quantized = (p for p in plans if p.quantized)
+            other = (p for p in quantized if p.encoding.label != recipe.weight_type)
             record["other_types"] = _by_label(other, names)
         record["scales"] = "least output error on calibrated inputs" if led else "least error"
     if options.storage is not None:
-        record["storage"] = _by_label(plans, names)
+        record["storage"] = _by_label((p for p in plans if p.linear), names)
         record["prediction"] = dict(options.prediction or {})
     return record
 
@@ -124,8 +128,7 @@ def _by_label(
     """How linears are stored -> which."""
     found: dict[str, list[TensorPlan]] = {}
     for plan in plans:
-        if plan.quantized:
-            found.setdefault(plan.encoding.label, []).append(plan)
+        found.setdefault(plan.encoding.label, []).append(plan)
     return {label: names(some) for label, some in found.items()}
 
 

@@ -25,38 +25,61 @@ FORMAT = "ideogram4-quant sensitivity"
 VERSION = 1
 _MAX_BYTES = 32 << 20
 _MAX_LINEARS = 10_000
+_MOST_LOG = 600.0  # a double's exponent
 
 DEFAULT_LAYERS = 4
 """Transformer blocks of the model that :data:`DEFAULT_GAINS` were measured on."""
 
-# Medians over the pocket model's layers: 16 training captions, default preset; the command is in
-# docs/chooser.md. First match wins.
+# Of the pocket model, each linear quantized alone to calibrated W4A8: the relative error energy of
+# the final latents over that of its outputs, geometric means over blocks (16 held-out captions,
+# default preset). First match wins; linears outside the blocks count as w1 does.
 DEFAULT_GAINS: dict[str, tuple[tuple[str, float], ...]] = {
-    "conditional": (("*", 1.0),),
-    "unconditional": (("*", 1.0),),
+    "conditional": (
+        ("*.feed_forward.w2", 2.5),
+        ("*.feed_forward.w3", 0.025),
+        ("*.attention.o", 0.2),
+        ("*.attention.qkv", 0.0045),
+        ("*.adaln_modulation", 0.04),
+        ("*", 0.12),
+    ),
+    "unconditional": (
+        ("*.feed_forward.w2", 0.2),
+        ("*.feed_forward.w3", 0.003),
+        ("*.attention.o", 0.0085),
+        ("*.attention.qkv", 0.00013),
+        ("*.adaln_modulation", 0.0026),
+        ("*", 0.0085),
+    ),
 }
+"""Gains by kind of linear and copy, for a model that was not measured."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What probes added up of one linear: ``arrived`` energy in the final latents, relative to
-    theirs, a probe; ``error`` and ``signal`` energy of its outputs."""
+    """What was summed of one linear: the natural logarithm of the energy that ``arrived`` in a
+    picture's final latents, relative to theirs; ``error`` and ``signal`` energy of its outputs."""
 
-    probes: int = 0
-    arrived: float = 0.0
+    pictures: int = 0
+    log_arrived: float = 0.0
     error: float = 0.0
     signal: float = 0.0
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
-        return Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+        return Sums(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
     @property
     def gain(self) -> float:
-        """Relative error energy that arrives, for one of 1 in the outputs; 0 for no error."""
+        """Relative error energy that arrives, for one of 1 in the outputs; 0 for no error.
+
+        Of the typical picture: a mean of logarithms, as a mean of decibels is. A few pictures are
+        near to becoming others, and would be most of a mean of energies.
+        """
         if not self.error:
             return 0.0
-        return self.arrived / self.probes * self.signal / self.error
+        return math.exp(self.log_arrived / self.pictures) * self.signal / self.error
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,7 @@ class Sensitivity:
     """``linears``: ``conditional.layers.0.attention.qkv`` -> what was summed.
 
     ``models``: copy -> SHA-256 of its file; ``settings``: what was sampled; ``done``: names of the
-    probes that are in it, so that a run which was broken off goes on.
+    pictures that are in it, so that a run which was broken off goes on.
     """
 
     linears: Mapping[str, Sums]
@@ -179,12 +202,14 @@ def _sums(path: Path, key: str, entry: object) -> Sums:
         isinstance(entry, list)
         and len(entry) == len(vars(Sums()))
         and type(entry[0]) is int
-        and all(type(value) in (int, float) and 0 <= value < math.inf for value in entry)
+        and all(type(value) in (int, float) and abs(value) < math.inf for value in entry)
         and entry[0] > 0
+        and abs(entry[1]) < _MOST_LOG * entry[0]
+        and min(entry[2:]) >= 0
     )
     if not usable:
         raise CalibrationError(
             "sums are not usable", file=path, tensor=key[:120], found=repr(entry)[:80],
-            needed="probes, arrived, error, signal: finite, none negative",
+            needed="pictures, log_arrived, error, signal: finite, none negative but the second",
         )  # fmt: skip
     return Sums(*entry)

@@ -7,9 +7,10 @@ fewer bytes. One file a copy.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,19 +22,20 @@ from ..files.partial import check_unfinished
 from .allocation import Rung, allocate
 from .candidate_errors import candidate_errors
 from .choice_report import Chosen
-from .choose import Choice, Linear
+from .choose import Choice, Linear, int8_choices
 from .encode import encoding_device
-from .encodings import Shape, stored_bytes
+from .encodings import Shape
 from .errors import NonFiniteWeightError, QuantOptionError
 from .measure import channel_absmax
-from .plan import int8_choices, plan_tensors, rounding_of, targets_of
+from .plan import rounding_of, targets_of
 from .provenance import combined_hash, hash_files
 from .quantize import SUFFIXES, quantize_checkpoint
 from .recipes import MIXED, QuantOptions
 from .report import QuantReport
 from .sensitivity import Sensitivity, gains_of
 from .source import BaseLike, Source, check_levels, files_of
-from .storage import STORAGES, UNQUANTIZED, storage_encoding
+from .storage import STORAGES
+from .target_sizes import check_target, level_of, other_bytes, sizes
 
 Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: weights under MEASURING, then bytes of a copy under its name."""
@@ -65,7 +67,7 @@ class Request:
     pair_out: str | os.PathLike[str] | None = None
     copy: str | None = None
     base: BaseLike | Sequence[BaseLike] | None = None
-    options: QuantOptions = QuantOptions()
+    options: QuantOptions = field(default_factory=QuantOptions)
     sensitivity: Sensitivity | None = None
     device: str | torch.device = "cpu"
     overwrite: bool = False
@@ -91,15 +93,15 @@ def choose_storage(
     """What would be written, and where; nothing is. Reads the weights once.
 
     Raises QuantOptionError for a target below the smallest there is, which it names, and for
-    options that a mixed file does not have, CalibrationError for a calibration or sensitivities of another
-    model, NonFiniteWeightError, and what ``open_checkpoint`` raises.
+    options that a mixed file does not have, CalibrationError for a calibration or sensitivities of
+    another model, NonFiniteWeightError, and what ``open_checkpoint`` raises.
     """
     container = _container(request)
     files = _files(request)
     options = request.options
     device = encoding_device(request.device)
     for file in files:
-        target = check_output(file.out, overwrite=request.overwrite)
+        target = check_output(file.out, overwrite=request.overwrite or request.resume)
         check_unfinished(target, resume=request.resume, overwrite=request.overwrite)
         if options.calibration is not None:
             options.calibration.check_shapes(file.copy, file.checkpoint.shapes(file.copy))
@@ -107,17 +109,18 @@ def choose_storage(
     targets = targets_of(container, options, shapes)
     for file in files:
         named = [(c, f"{m}.weight") for c, m in targets if c == file.copy]
-        check_levels(file.source, MIXED[_level(container)], named)
+        check_levels(file.source, MIXED[level_of(container)], named)
     digests = _digests(request, files)
     gains = gains_of(request.sensitivity, list(targets), digests if request.sensitivity else {})
     int8 = int8_choices(container, options, targets)
-    sizes = {key: _sizes(container, shape, int8.get(key)) for key, shape in targets.items()}
-    others = _other_bytes(container, options, shapes, targets)
-    _check_target(request.target, container, sizes, others)
+    offered = {key: sizes(container, shape, int8.get(key)) for key, shape in targets.items()}
+    others = other_bytes(container, options, shapes, targets)
+    check_target(request.target.nbytes, request.target.said, container, offered, others)
     errors = _measured(container, options, files, targets, int8, digests, device, progress)
     rungs = {
         key: [
-            Rung(sizes[key][name], gains[key] * error, name) for name, error in errors[key].items()
+            Rung(offered[key][name], gains[key] * error, name)
+            for name, error in errors[key].items()
         ]
         for key in targets
     }
@@ -137,15 +140,19 @@ def choose_storage(
 def quantize_to_target(
     request: Request, progress: Progress = lambda what, done, total: None
 ) -> tuple[Chosen, tuple[QuantReport, ...]]:
-    """Choose and write, a file a copy. Raises what ``choose_storage`` and ``quantize_checkpoint``
+    """Choose and write, a file a copy; with ``resume`` a finished file of this choice stays, and
+    has no report. Raises what ``choose_storage`` and ``quantize_checkpoint``
     raise; a choice that cannot be made writes nothing."""
     chosen, files = choose_storage(request, progress)
     options = replace(request.options, storage=chosen.by_name(), prediction=chosen.prediction())
     reports = []
     for file in files:
+        if request.resume and not request.overwrite and file.out.exists():
+            _check_finished(file, options)
+            continue
         report = quantize_checkpoint(
             file.checkpoint,
-            _level(chosen.container),
+            level_of(chosen.container),
             file.out,
             copy=file.copy,
             options=options,
@@ -159,8 +166,19 @@ def quantize_to_target(
     return chosen, tuple(reports)
 
 
-def _level(container: str) -> str:
-    return "mixed GGUF" if container == "gguf" else "mixed"
+def _check_finished(file: _File, options: QuantOptions) -> None:
+    """Raise QuantOptionError unless the output is what an earlier run of this choice wrote."""
+    record = open_checkpoint(file.out, copy=file.copy).metadata
+    text = record.get("quantization", record.get("ideogram4.quantization"))
+    found = json.loads(text) if isinstance(text, str) else text
+    if not isinstance(found, dict) or found.get("prediction") != options.prediction:
+        raise QuantOptionError(
+            "is there already, and not of this choice",
+            file=file.out,
+            found=None if not isinstance(found, dict) else found.get("prediction"),
+            needed=options.prediction,
+            hint="Replace it (--overwrite), or choose another name.",
+        )
 
 
 def _container(request: Request) -> str:
@@ -224,46 +242,6 @@ def _digests(request: Request, files: Sequence[_File]) -> dict[str, str]:
     if request.sensitivity is None and request.options.calibration is None:
         return {}
     return {f.copy: combined_hash(hash_files(files_of(f.checkpoint))) for f in files}
-
-
-def _sizes(container: str, shape: Shape, int8: Choice | None) -> dict[str, int]:
-    """Storage -> bytes, of those that a linear's rows fit."""
-    found = {n: storage_encoding(n, container, shape, int8) for n in STORAGES[container]}
-    return {n: stored_bytes(e, shape) for n, e in found.items() if e is not None}
-
-
-def _other_bytes(
-    container: str,
-    options: QuantOptions,
-    shapes: Mapping[str, Mapping[str, Shape]],
-    targets: Mapping[Linear, Shape],
-) -> int:
-    """Bytes of the files without the linears that are chosen for: other tensors, headers."""
-    everything = {f"{copy}.{module}": UNQUANTIZED for copy, module in targets}
-    options = replace(options, storage=everything, calibration=None)
-    plans = plan_tensors(MIXED[_level(container)], options, shapes)
-    rest = sum(p.nbytes for p in plans if not p.linear or (p.copy, p.module) not in targets)
-    stored = 1 if container == "gguf" else 3  # names a linear has in the header
-    entries = len(plans) + (stored - 1) * len(targets)
-    return rest + len(shapes) * _HEADER + entries * _HEADER_ENTRY
-
-
-_HEADER = 1 << 14  # metadata: config, source, choice
-_HEADER_ENTRY = 224  # name, type, shape and offsets of a tensor, its name in the choice, padding
-
-
-def _check_target(
-    target: Target, container: str, sizes: Mapping[Linear, Mapping[str, int]], others: int
-) -> None:
-    least = others + sum(min(each.values()) for each in sizes.values())
-    if target.nbytes < least:
-        raise QuantOptionError(
-            f"the target ({target.said}) is below the smallest that {SUFFIXES[container]} can be",
-            found=f"{target.nbytes / 1e9:.4g} GB",
-            needed=f"at least {least / 1e9:.4g} GB ({least:,} bytes)",
-            hint="Ask for more"
-            + ("." if container == "gguf" else ", or for GGUF (--out F.gguf), which goes lower."),
-        )
 
 
 def _measured(

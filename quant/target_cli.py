@@ -6,10 +6,11 @@ import argparse
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from ..checkpoint.levels import WORKING_MEMORY
 from .errors import QuantOptionError
-from .progress import progress_bar
+from .progress import progress_bar, saying_what_is_left
 from .recipes import QuantOptions
 from .sensitivity import Sensitivity
 from .target import MEASURING, Request, Target, choose_storage, quantize_to_target
@@ -85,7 +86,7 @@ def quantize_to_size(args: argparse.Namespace, options: QuantOptions) -> int:
         print(chosen.table())
         print("\n".join(f"would write {file.out} ({file.copy})" for file in files))
         return 0
-    with _bars() as progress:
+    with _bars() as progress, saying_what_is_left(Path(args.out)):
         chosen, reports = quantize_to_target(request, progress)
     print(chosen.table())
     for report in reports:
