@@ -110,7 +110,8 @@ class _Walk:
         walk = sample(self.models, self.steps, noise.to(device), conditional, self.unconditional)
         before = [noise, *(x.cpu() for _, x in walk)]
         size = before.pop().double().norm().item()
-        generator = torch.Generator().manual_seed((probes.seed << 32) + index)
+        generator = torch.Generator().manual_seed(probes.seed + index)
+        torch.randn(noise.shape, generator=generator)  # the picture's own noise is no chance to it
         arrived = dict.fromkeys(self.taps, 0.0)
         with self._tapped():
             for _ in range(probes.directions):

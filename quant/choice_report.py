@@ -89,6 +89,8 @@ class Chosen:
             text_table(["copy", "linear", *names], rows, left=2),
             f"foretold: final latents {near} from the source's: {in_words(self.decibels)}",
         ]
+        if any(name.startswith("W6A8") for name in names):
+            lines.append("W6A8 runs in ComfyUI's own loader with comfy-kitchen 0.2.40 or newer")
         if not self.measured:
             lines.append(
                 "sensitivities are the pocket model's, by kind of linear and copy: which linears "
