@@ -191,8 +191,12 @@ def choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
     """(container, what was asked, the choice) of every point of the plot."""
     for container, budgets in BITS.items():
         for bits in budgets:
-            budget = int(bits * model.values / 8)
-            yield container, f"{bits:g} bits", allocate(model.rungs(container), budget)
+            rungs = model.rungs(container)
+            least = sum(min(rung.nbytes for rung in own) for own in rungs.values())
+            budget = max(
+                least, int(bits * model.values / 8)
+            )  # a row's scale is much of a short row
+            yield container, f"{bits:g} bits", allocate(rungs, budget)
     for bits, container in BUILT_IN:
         budget = int(bits * model.values / 8)
         found = allocate(model.rungs(container, "built-in"), budget)

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#777777", "#2f855a"
-PACK = {"native": (BLUE, "chosen, ComfyUI's container"), "gguf": (ORANGE, "chosen, GGUF")}
+PACK = {"native": (BLUE, "chosen, safetensors"), "gguf": (ORANGE, "chosen, GGUF")}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -64,6 +64,7 @@ def _pareto(rows: list[dict[str, str]], peers: list[dict[str, str]], path: Path)
             _points(panel, single, "chosen", colour, "s", None)
         _points(panel, [r for r in peers if r["model"] == model], "system", GREY, "x", "peers")
         panel.set_title(model)
+        panel.set_xlim(3.8, 9.8)  # names stand right of their points
         panel.set_xlabel("bits a weight of the linears in the blocks")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
