@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..checkpoint.levels import WORKING_MEMORY
+from ..checkpoint.pairs import WORKING_MEMORY
 from .errors import QuantOptionError
 from .progress import progress_bar, saying_what_is_left
 from .recipes import QuantOptions
