@@ -16,7 +16,14 @@ from torch import Tensor
 
 from ..ops import blocks, dispatch
 from ..ops.grouped import int8_grid
-from ..ops.kernels.configs import FEED_FORWARD, HEAD, HIDDEN, TEXT_FEATURES
+from ..ops.kernels.configs import (
+    FEED_FORWARD,
+    HEAD,
+    HIDDEN,
+    TEXT_FEATURES,
+    GemmConfig,
+    gemm_candidates,
+)
 from ..ops.linear import int8_linear
 from ..ops.reference import SCALE_FLOOR
 from ..ops.rotation import hadamard
@@ -76,6 +83,10 @@ def checks(device: torch.device, names: Sequence[str], rows: Sequence[int]) -> I
             run = lambda n=name, k=k, m=m, d=dtype: _product(n, m, k, d, device)
             label = f"product {m} x {COLUMNS} x {k}, {DTYPES[dtype]}"
             yield label, name, _PRODUCT + EPS[dtype], run
+        for m, tile in _other_tiles(name, device, rows):
+            run = lambda n=name, m=m, t=tile: _product(n, m, HIDDEN, torch.bfloat16, device, t)
+            label = f"product {m} x {COLUMNS} x {HIDDEN}, bf16, tile {tile}"
+            yield label, name, _PRODUCT + EPS[torch.bfloat16], run
         for op, k in _QUANTIZERS:
             if not _has(name, f"{op}_quantize_rows", k, device):
                 continue
@@ -115,6 +126,21 @@ def _products(rows: Sequence[int]) -> Iterator[tuple[int, int, torch.dtype]]:
     yield from ((HALF_DEPTH, m, torch.float32) for m in rows)
 
 
+def tiles(capability: int, rows: Sequence[int]) -> list[tuple[int, GemmConfig]]:
+    """(tokens, tile) of every tile that may be measured as the fastest, beside the first ones."""
+    return [(m, tile) for m in rows for tile in gemm_candidates(capability, m, HIDDEN)[1:]]
+
+
+def _other_tiles(
+    name: str, device: torch.device, rows: Sequence[int]
+) -> list[tuple[int, GemmConfig]]:
+    if name != "triton" or device.type != "cuda":  # the interpreter has no tiles to choose from
+        return []
+    from ..ops.kernels import launch
+
+    return tiles(launch.architecture(device), rows)
+
+
 def _has(name: str, op: str, k: int, device: torch.device) -> bool:
     """Whether a backend has ``op`` of its own: the formula it falls back to is checked once."""
     return op in dispatch.choose(op, (_FEW, k, k), device, name).ops
@@ -123,14 +149,22 @@ def _has(name: str, op: str, k: int, device: torch.device) -> bool:
 # ---- one function a check: the largest error of a value against what is exact
 
 
-def _product(name: str, m: int, k: int, dtype: torch.dtype, device: torch.device) -> float:
+def _product(
+    name: str,
+    m: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tile: GemmConfig | None = None,
+) -> float:
     q, scale_x, w, scale_w, bias = (t.to(device) for t in _factors(k, m))
     if name == "comfy_kitchen":  # it multiplies whole layers alone; these rows quantize exactly
         x = (q.float() * scale_x[:, None]).to(dtype)
         found = int8_linear(x, w, scale_w, bias, backend=name)
     else:
         run = dispatch.choose("int8_gemm", (m, COLUMNS, k), device, name).get("int8_gemm")
-        found = run(q, scale_x, w, scale_w, bias, dtype)
+        chosen = {} if tile is None else {"config": tile}
+        found = run(q, scale_x, w, scale_w, bias, dtype, **chosen)
     _, scale_x, _, scale_w, bias = _factors(k, m)
     product = _sums(k, m) * scale_x.double()[:, None] * scale_w.double()
     return _largest((found.cpu().double() - product - bias) / (product.abs() + bias.abs()))

@@ -34,6 +34,7 @@ def failing(ops: dict, monkeypatch, wanted: str) -> list[str]:
 def test_every_tile_of_the_tables_multiplies(capability):
     shapes = {(m, k) for k, m, _ in PRODUCTS}
     used = {configs.gemm_candidates(capability, m, k)[0] for m, k in shapes}
+    used |= {tile for _, tile in selftest_shapes.tiles(capability, ON_A_GPU)}
     assert used == {c for group in configs.GEMM_CONFIGS[capability].values() for c in group}
     # full tiles and ragged ones both ways, and a second group of tiles that share columns
     wide = configs.gemm_candidates(capability, max(ON_A_GPU), 4608)[0]

@@ -65,12 +65,14 @@ def test_doctor_says_what_auto_pairs_and_what_each_copy_takes():
         "ram_loaded": 27e9,
         "ram_running": 12e9,
     }
-    *_, line = _levels({"levels": [], "auto": row["level"], "auto_pair": row})
+    *_, line = _levels({"levels": [], "expected": [], "auto": row["level"], "auto_pair": row})
     assert line == (
         "auto picks Q6_K + Q5_K (conditional + unconditional): 8.00 GB + 7.00 GB; both copies fit; "
         "RAM 27, 12 GB"
     )
-    *_, line = _levels({"levels": [], "auto": "Q4_K", "auto_pair": row | {"level": "Q4_K"}})
+    *_, line = _levels(
+        {"levels": [], "expected": [], "auto": "Q4_K", "auto_pair": row | {"level": "Q4_K"}}
+    )
     assert line == "auto picks Q4_K"
 
 

@@ -149,7 +149,9 @@ def _writes(file: dict) -> str:
 def _levels(found: dict) -> Iterator[str]:
     yield "levels on this device (sizes of your files, else computed; times are not measured; RAM:"
     yield "both copies, the encoder and 4 GB for all else, loaded and, modelled, while running):"
-    for row in found["levels"]:
+    published = {item["level"] for item in found["expected"]}
+    rows = [r for r in found["levels"] if r["conditional"] is not None or r["level"] in published]
+    for row in rows:
         have = "" if row["conditional"] is None else "  you have it"
         if have and row["one_branch"]:
             have += ", one branch: needs no other copy"
@@ -159,6 +161,8 @@ def _levels(found: dict) -> Iterator[str]:
         needs = f"RAM {row['ram_loaded'] / 1e9:.0f}, {row['ram_running'] / 1e9:.0f} GB"
         needs += ", MORE THAN HERE" if row["fits_ram"] is False else ""
         yield f"  {row['level']:<18} {size:<16} {_FITS[row['on_this_device']]}; {needs}{have}"
+    if others := len(found["levels"]) - len(rows):
+        yield f"  and {others} levels that no file here and none above has: --json lists them too"
     if found["auto"] is not None:
         yield f"auto picks {found['auto']}{_sizes_of_two(found['auto_pair'])}"
 

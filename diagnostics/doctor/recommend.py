@@ -43,8 +43,10 @@ def _for(row: dict, expected: Sequence[dict], encoder: bool, vae: bool) -> dict:
     there = {"text_encoders": encoder, "vae": vae}
     wanted = [] if _here(row) else [item for item in expected if item["level"] == row["level"]]
     wanted = [item for item in wanted if not item["here"]]
-    ends = (item for item in expected if item["kind"] in _ENDS and item["use"] is None)
-    wanted += [item for item in ends if not there[item["kind"]]]
+    ends = [item for item in expected if item["use"] is None]
+    for kind in _ENDS:  # of several encoders the first will do
+        if not there[kind]:
+            wanted += [item for item in ends if item["kind"] == kind][:1]
     files = [{k: item[k] for k in ("name", "nbytes", "url", "folder")} for item in wanted]
     return {
         "level": row["level"],
