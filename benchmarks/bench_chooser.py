@@ -49,7 +49,7 @@ from ideogram4_quant.sampling import grid_size
 MODELS = tuple(v for v in VARIANTS if not v.stress)
 BITS = {"native": (4.3, 4.6, 5.0, 5.5, 6.0, 7.0, 8.0), "gguf": (4.3, 5.0, 6.0, 7.0, 8.0)}
 SINGLE = {
-    "native": ("W4A8 g32", "W4A8 g16", "W6A8 g16", "INT8"),
+    "native": ("W4A4", "W4A8 g32", "W4A8 g16", "W6A8 g16", "INT8"),
     "gguf": ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
 }
 BUILT_IN = ((4.6, "native"), (6.0, "native"))
@@ -254,6 +254,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs"), metavar="DIR")
     parser.add_argument("--work", type=Path, default=Path("pocket-table"), metavar="DIR")
     parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument(
+        "--models", nargs="+", metavar="M", default=[v.name for v in MODELS], help="only these"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw what the files hold")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -261,11 +264,10 @@ def main() -> None:
     pareto, by_chance = args.out / "chooser.csv", args.out / "chooser-random.csv"
     if not args.plot:
         studio = Studio()
-        models = [Model(variant, args.work, studio) for variant in MODELS]
-        for model in models[:1]:
-            fill(by_chance, ((model, *each) for each in random_choices(model)), RANDOM_PROMPTS)
-        for model in models:
+        for variant in (v for v in MODELS if v.name in args.models):
+            model = Model(variant, args.work, studio)
             fill(pareto, ((model, *each) for each in choices(model)), args.prompts)
+            fill(by_chance, ((model, *each) for each in random_choices(model)), RANDOM_PROMPTS)
     from chooser_plots import draw
 
     draw(pareto, by_chance, args.out / "chooser-peers.csv", args.out / "images")
