@@ -87,7 +87,7 @@ def allocate_within(
 
 
 _MIXTURES = 8
-_HALVINGS = 12
+_WALK, _HALVINGS = 24, 6
 _UNIT = 10**9  # of a cost, to whole numbers
 
 
@@ -100,25 +100,32 @@ def _filled(
     costs: Mapping[Linear, Sequence[Rung]],
     fits: Callable[[Mapping[Linear, Rung]], bool],
 ) -> dict[Linear, Rung] | None:
-    """The choice of the largest summed cost that ``fits``, by halving."""
+    """The least loss of those that ``fits`` along the costs, which need not fit from the least on:
+    a coarse walk, then halvings after its best."""
     named = {key: {rung.name: rung for rung in own} for key, own in rungs.items()}
     low = sum(min(rung.nbytes for rung in own) for own in costs.values())
     high = sum(max(rung.nbytes for rung in own) for own in costs.values())
-    best = None
-    for at in range(_HALVINGS + 2):
-        cost = (low, high)[at] if at < 2 else (low + high) // 2
-        chosen = allocate(costs, cost)
-        found = {key: named[key][rung.name] for key, rung in chosen.items()}
-        if fits(found):
-            best = found if best is None or _loss(found) < _loss(best) else best
-            if at == 1:
-                return best
-            low = cost
-        elif at == 0:
-            return None
-        elif at > 1:
-            high = cost
-    return best
+    best: tuple[float, int, dict[Linear, Rung]] | None = None
+
+    def tried(cost: int) -> bool:
+        nonlocal best
+        found = {k: named[k][rung.name] for k, rung in allocate(costs, cost).items()}
+        if not fits(found):
+            return False
+        if best is None or _loss(found) < best[0]:
+            best = _loss(found), cost, found
+        return True
+
+    for at in range(_WALK + 1):
+        tried(low + (high - low) * at // _WALK)
+    if best is None:
+        return None
+    start, step = best[1], (high - low) // _WALK
+    for _ in range(_HALVINGS):
+        step //= 2
+        if tried(start + step):
+            start += step
+    return best[2]
 
 
 def _useful(options: Sequence[Rung]) -> list[Rung]:
