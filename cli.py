@@ -28,6 +28,10 @@ DELEGATED = {
     "verify": (".quant.cli", "compare the weights of two files"),
     "delta": (".quant.delta_cli", "make an unconditional LoRA of two copies"),
     "calibrate": (".engine.calibration_cli", "watch every linear while captions are sampled"),
+    "sensitivity": (
+        ".engine.sensitivity_cli",
+        "measure how much of each linear's error arrives in the picture",
+    ),
     "fragility": (".engine.calibration_cli", "rank the linears of a calibration"),
     "compare": (".engine.compare.cli", "compare levels at the same seeds: fidelity and text"),
     "compare-merge": (".engine.compare.cli", "collect the pictures that shards made"),

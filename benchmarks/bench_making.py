@@ -156,9 +156,8 @@ def beside_ggml(threads: int, repeats: int) -> None:
                 ratios.append(seconds[1] / seconds[0])
                 rates.append([weight.numel() / s / 1e6 for s in seconds])
         mine, other = (median(values) for values in zip(*rates, strict=True))
-        print(
-            f"{name:6}{mine:10.0f}{other:10.0f}{median(ratios):8.1f}x  {min(ratios):.1f} to {max(ratios):.1f}"
-        )
+        spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
+        print(f"{name:6}{mine:10.0f}{other:10.0f}{median(ratios):8.1f}x  {spread}")
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 AUTO = "auto"
 SAME = "same as the conditional"
+MIXED = ("mixed", "mixed GGUF")
+"""What the quantizer writes for a size: each linear at a level of its own, as the file says."""
 LEVELS = (
     "BF16",
     "FP8",
@@ -35,6 +37,7 @@ LEVELS = (
     "MXFP4",
     "Q3_K",
     "Q2_K",
+    *MIXED,
 )
 # Last everywhere: there are better types of their size, or (Q3_K, Q2_K) their loss shows.
 _RARE = ("Q5_1", "Q5_0", "IQ4_NL", "Q4_1", "MXFP4", "Q3_K", "Q2_K")
@@ -48,12 +51,14 @@ _LARGE = ("FP8", "INT8 blockwise", "BF16")
 AUTO_ORDER = {
     "fp4, int8 and bfloat16": (  # NVIDIA from Blackwell (RTX 50) on
         *_INT8_FIRST,
+        *MIXED,
         "MXFP8",
         *("Q8_0", "SDNQ 8-bit", "Q6_K", "W6A8", "Q5_K", "NVFP4", "W4A8", "Q4_K", "IQ4_XS"),
         *("Q4_0", "SDNQ 4-bit", "AWQ W4A16", "NF4", "INT4 W4A4", "SVDQuant W4A4", *_LARGE, *_RARE),
     ),
     "int8 and bfloat16": (  # NVIDIA from Ampere (RTX 30) on
         *_INT8_FIRST,
+        *MIXED,
         *("Q8_0", "SDNQ 8-bit", "Q6_K", "W6A8", "MXFP8", "Q5_K", "W4A8", "Q4_K", "IQ4_XS"),
         *(
             "Q4_0",
@@ -69,6 +74,7 @@ AUTO_ORDER = {
     ),
     "int8 alone": (  # NVIDIA Turing (RTX 20), CPUs
         *_INT8_FIRST,
+        *MIXED,
         *("W6A8", "Q5_K", "W4A8", "Q4_K", "IQ4_XS", "Q4_0", "Q8_0", "SDNQ 8-bit", "Q6_K"),
         *(
             "MXFP8",
@@ -90,6 +96,7 @@ AUTO_ORDER = {
             "FP8",
             "INT8 blockwise",
             "MXFP8",
+            *reversed(MIXED),
             "Q6_K",
             "W6A8",
             "Q5_K",

@@ -32,7 +32,7 @@ from .grammar import (
 from .origins import check_is_ideogram4, origin_of
 from .placing import check_placed
 from .saved import with_words
-from .statements import check_heeded, matched, stated_quantization
+from .statements import check_heeded, matched, stated_quantization, told_mix
 from .tensor_files import TensorFiles, json_object, open_tensor_files
 
 logger = logging.getLogger(__name__)
@@ -93,9 +93,10 @@ def open_checkpoint(
     keys = {key: raw for _, part, _ in found.values() for key, raw in part.items()}
     stated = bool(stated_quantization(opened[0]))
     origin = origin_of(opened[0], keys, stated=stated)
+    mix = told_mix(opened)
     return Checkpoint(
-        origin=origin.name,
-        level=main_level(entry for part in entries.values() for entry in part.values()),
+        origin=origin.name if mix is None else f"ideogram4-quant, {mix}",
+        level=mix or main_level(entry for part in entries.values() for entry in part.values()),
         linears_only=origin.linears_only,
         copies=tuple(chosen),
         copy_reason=verdict.reason,

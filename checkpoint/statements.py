@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import CheckpointError, CorruptFileError, printable
@@ -18,11 +18,13 @@ from .canonical import TEXT_ONLY
 from .entries import Entry
 from .files import RawTensor
 from .grammar import Key, module_of
+from .level_order import MIXED
 from .sdnq_config import sdnq_layers
 from .tensor_files import TensorFiles, json_object, read_json
 
 METADATA = "_quantization_metadata"
 _CONFIG = "quantization_config"
+_RECORDS = ("quantization", "ideogram4.quantization")  # of this pack's quantizer
 _LONGEST_JSON = 1 << 20  # characters; a config takes some hundred
 _TAIL, _LONG = 12, 400  # components and characters of a name that are compared; ours have 6 and 60
 
@@ -37,6 +39,20 @@ _UNUSED_SIZES = ("hadamard_group_size", "svd_rank")  # SDNQ states them in use o
 
 # Methods of quantization_config whose tensors tell all there is to know.
 _TOLD_BY_TENSORS = re.compile(r"bitsandbytes|compressed.tensors|.*(?:fp8|float8).*", re.IGNORECASE)
+
+
+def told_mix(opened: Sequence[TensorFiles]) -> str | None:
+    """One of ``level_order.MIXED`` where the quantizer's own record says that a size was asked for:
+    the level of most weights would part the two copies of one choice."""
+    for tensor_files in opened:
+        for text in map(tensor_files.metadata.get, _RECORDS):
+            try:
+                record = json.loads(text) if isinstance(text, str) else text
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and record.get("level") in MIXED:
+                return record["level"]
+    return None
 
 
 def stated_quantization(tensor_files: TensorFiles) -> dict[str, Any]:

@@ -35,13 +35,13 @@ def run_calibrate(args: argparse.Namespace) -> int:
     earlier = [Calibration.load(path) for path in args.merge]
     options = _options(args)
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
-    texts, size = _prompts(args, pair[0])
+    texts, size = prompts_and_size(args, pair[0])
     preset = preset_for(args.preset, pair[0])
     request = GenerateRequest("", *size, preset=preset, steps=args.steps, guidance=args.guidance)
     steps = len(request.plan(one_branch=pair[0].one_branch is not None))
     check_branches(request, pair[0].one_branch is not None, pair[1] is not None)
     device = default_device(args.device)
-    digests = _digests(pair)
+    digests = digests_of(pair)
 
     encoder = load_encoder(args.encoder, tokenizer=args.tokenizer, device=device)
     prompts = [Prompt(text, encoder.encode([text])[0].cpu()) for text in texts]  # 60 MB each
@@ -77,7 +77,7 @@ def _options(args: argparse.Namespace) -> ProfilerOptions:
     return ProfilerOptions(args.tokens, args.channels, **chosen)
 
 
-def _prompts(args: argparse.Namespace, ck: Checkpoint) -> tuple[list[str], tuple[int, int]]:
+def prompts_and_size(args: argparse.Namespace, ck: Checkpoint) -> tuple[list[str], tuple[int, int]]:
     """The captions and the size (width, height)."""
     pocket = _is_pocket(ck)
     usual = (128, 64) if pocket else (_FULL_SIZE, _FULL_SIZE)
@@ -100,7 +100,7 @@ def _is_pocket(ck: Checkpoint) -> bool:
     return all(config[name] == CONFIG[name] for name in names)
 
 
-def _digests(pair: Sequence[Checkpoint | None]) -> dict[str, str]:
+def digests_of(pair: Sequence[Checkpoint | None]) -> dict[str, str]:
     """Copy -> hash of the files that it is read from."""
     copies = zip(COPIES, pair, strict=True)
     return {copy: combined_hash(hash_files(files_of(ck))) for copy, ck in copies if ck is not None}

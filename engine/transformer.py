@@ -226,6 +226,18 @@ def velocity(
     Equal to diffusers' forward at the image tokens. The time embedding is computed in fp32: bf16
     holds only 8 bits of t.
     """
+    return recorded_velocity(model, latents, time, prepared)
+
+
+def recorded_velocity(
+    model: Ideogram4Transformer2DModel,
+    latents: Tensor,
+    time: float,
+    prepared: Prepared,
+    run_block: Callable[..., Tensor] = lambda block, *inputs: block(*inputs),
+) -> Tensor:
+    """:func:`velocity`, recorded for gradients where they are on; ``run_block(block, *inputs)``
+    may record a block by its inputs alone."""
     weight = model.embed_image_indicator.weight
     moment = torch.full((1,), time, dtype=torch.float32, device=weight.device)
     embedded = model.t_embedding(moment)[:, None]
@@ -237,5 +249,5 @@ def velocity(
         length = prepared.text.shape[1]
         hidden = torch.cat([prepared.text.expand(len(hidden), -1, -1), hidden], dim=1)
     for block in model.layers:
-        hidden = block(hidden, None, (prepared.cos, prepared.sin), condition)
+        hidden = run_block(block, hidden, None, (prepared.cos, prepared.sin), condition)
     return model.final_layer(hidden[:, length:], conditioning=condition).float()

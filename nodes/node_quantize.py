@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.model_management as management
-import comfy.utils
 from comfy_api.latest import io
 
 from ..checkpoint.copies import COPIES
-from ..checkpoint.listing import Listing, new_name, stamp
+from ..checkpoint.listing import stamp
 from ..checkpoint.published import most_wanted
-from ..files.new_file import check_output
 from ..quant.block_types import check_policy
 from ..quant.errors import QuantOptionError
-from ..quant.output_names import output_name, suffix_of
 from ..quant.presets import AS_PICKED, PRESETS, preset_of
-from ..quant.quantize import quantize_checkpoint
-from ..quant.recipes import RECIPES, QuantOptions, Recipe, recipe_of
+from ..quant.recipes import RECIPES, QuantOptions, recipe_of
 from .file_choices import choices, fitting_first
 from .made_files import remember_files, times_lost
 from .model_files import host_listing
 from .node_calibrate import CalibrationType
+from .quantize_jobs import AS_IN_FILE, BOTH, NONE, at_level, at_size, parts_of, size_of
 from .schema import CATEGORY
 from .switches import in_words_of_the_node
 
 FOLDERS = "diffusion_models"
-NONE = "none"
-AS_IN_FILE = "as in the file"
-BOTH = "both"
 
 
 class Quantize(io.ComfyNode):
@@ -104,8 +97,10 @@ class Quantize(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     advanced=True,
-                    tooltip="Size of the GGUF file in GB: types are chosen from the level up for "
-                    "the least error. 0: the level throughout.",
+                    tooltip="Size of all that is written in GB instead of a level: each linear is "
+                    "stored as brings the picture nearest. Of the level only the format counts: "
+                    "GGUF, or safetensors that ComfyUI's own nodes load too. With pair or both, "
+                    "the two copies are weighed against each other. 0: the level throughout.",
                 ),
                 io.Combo.Input(
                     "base_file",
@@ -203,87 +198,26 @@ class Quantize(io.ComfyNode):
             check_policy(policy)
             listing = host_listing(FOLDERS)
             base = None if base_file == NONE else listing.path(base_file)
+            size = size_of(target_gb, preset)
             more: Mapping[str, object] = {}
             if preset != AS_PICKED:
                 chosen = preset_of(preset, calibration is not None)
                 level, more = chosen.level, chosen.options
-            options = QuantOptions(
-                calibration=calibration, target_bytes=int(target_gb * 1e9) or None, **more
-            )
-            jobs = _jobs(listing, source, recipe_of(level), copy, filename, pair)
-            if not overwrite:
-                for job in jobs:
-                    check_output(job.out)
-            reports = []
-            for job in jobs:
-                report = quantize_checkpoint(
-                    job.source,
-                    level,
-                    job.out,
-                    copy=job.copy,
-                    base=base,
-                    options=options,
-                    overwrite=overwrite,
-                    progress=_progress(),
-                    device=management.get_torch_device() if device == "gpu" else "cpu",
-                    resume=not overwrite,
-                    keep_partial=True,
-                )
-                reports.append(report.table())
-        remember_files(str(cls.hidden.unique_id), [job.out for job in jobs])
+            options = QuantOptions(calibration=calibration, **more)
+            parts = parts_of(listing, source, recipe_of(level), size, copy, filename, pair)
+            choice = {
+                "base": base,
+                "overwrite": overwrite,
+                "device": management.get_torch_device() if device == "gpu" else "cpu",
+                "resume": not overwrite,
+            }
+            if size is None:
+                reports = at_level(level, parts, options, choice)
+            else:
+                reports = at_size(size, parts, options, choice)
+        remember_files(str(cls.hidden.unique_id), [Path(part.out) for part in parts])
         told = [*reports, "Press R to see it in the loaders."]
-        return io.NodeOutput("\n".join(str(job.out) for job in jobs), "\n\n".join(told))
+        return io.NodeOutput("\n".join(str(part.out) for part in parts), "\n\n".join(told))
 
 
 _INPUTS = ("overwrite", "copy", "calibration", "target_gb", "device")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A copy, where it is and where it goes."""
-
-    source: Path
-    copy: str | None
-    out: Path
-
-
-def _jobs(
-    listing: Listing, source: str, recipe: Recipe, copy: str, filename: str, pair: str
-) -> list[_Job]:
-    """The files that a run makes: one, or one for each copy."""
-    path = listing.path(source)
-    if pair != NONE and copy == BOTH:
-        raise QuantOptionError(
-            "copy says that the file holds both copies, and pair names the file of the other one",
-            needed="one of the two",
-            hint=f"Set pair to {NONE!r}, or copy to {AS_IN_FILE!r}.",
-        )
-    if copy == BOTH:
-        parts: list[tuple[Path, str | None]] = [(path, each) for each in COPIES]
-    else:
-        parts = [(path, None if copy == AS_IN_FILE else copy)]
-    if pair != NONE:
-        other = dict(zip(COPIES, reversed(COPIES), strict=True)).get(copy)
-        parts.append((listing.path(pair), other))
-    jobs = []
-    for part, which in parts:
-        name = output_name(part, recipe, which if copy == BOTH else None)
-        if filename.strip():
-            own = filename.strip() if copy != BOTH else f"{filename.strip()}-{which}"
-            name = own if part == path else name
-        out = Path(listing.folder) / new_name(name, suffix_of(recipe))
-        jobs.append(_Job(part, which, out))
-    return jobs
-
-
-def _progress() -> Callable[[int, int], None]:
-    """A callback that draws the host's bar and ends when the user says so."""
-    bar: comfy.utils.ProgressBar | None = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        management.throw_exception_if_processing_interrupted()
-        bar = bar or comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
-
-    return progress

@@ -28,7 +28,7 @@ from .report_levels import PLAIN_LEVEL, by_level, copies, protected_lines
 
 HOST_ATTENTION = "host"
 ONE_BRANCH = "one branch: needs no guidance and no unconditional copy; half the memory and passes"
-_INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated", "W6A8", "W4A8", "INT4 W4A4")
+_INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated", "W6A8", "W4A8", "INT4 W4A4", "mixed")
 _RESIDENCY = {
     BOTH: "everything stays there",
     ALTERNATING: "one copy at a time, the other waits in RAM",

@@ -11,7 +11,7 @@ from torch import Tensor
 from .encodings import Shape
 from .errors import QuantOptionError
 from .layer_stats import LayerStats
-from .recipes import ROUNDINGS, TREATMENTS, QuantOptions, Recipe
+from .recipes import RECIPES, ROUNDINGS, TREATMENTS, QuantOptions, Recipe
 from .tables import human_bytes
 from .treatments import (
     ROTATED_INPUTS,
@@ -119,6 +119,18 @@ def choose(
     return _protect(chosen, options, linears)
 
 
+def int8_choices(
+    container: str, options: QuantOptions, linears: Mapping[Linear, Shape]
+) -> dict[Linear, Choice]:
+    """What a calibration chooses for INT8 where a file mixes it with others; empty without one."""
+    if options.calibration is None or container == "gguf":
+        return {}
+    measured = any(name.startswith("int8") for name in options.calibration.candidates)
+    treatment = options.treatment or ("auto-native" if options.native else "auto")
+    chosen = replace(options, treatment=treatment if measured else None)
+    return choose(RECIPES["INT8 W8A8 rotated"], container, chosen, linears)
+
+
 def choice_notes(container: str, choices: Mapping[Linear, Choice]) -> list[str]:
     """What is protected, and what smoothing means for other programs, a line each."""
     notes = []
@@ -169,7 +181,8 @@ def _treat(
         best = best if gain >= SMOOTHING_GAIN_DB else native
     smooth = None if best.alpha is None else smoothing(stats, best.alpha)
     rounded = min(each.sqnr_db(ROTATED_INPUTS) for each in stats)  # NaN where not measured
-    dense = options.treatment == "auto-native" and best.rotated and rounded < DENSE_BELOW_DB
+    asked = options.treatment == "auto-native" and not options.native  # a mix has finer storages
+    dense = asked and best.rotated and rounded < DENSE_BELOW_DB
     why = f"; in 16 bits, as rounded activations alone leave {rounded:.1f} dB" if dense else ""
     return [
         Choice(best, _reason(each, best, allowed) + why, each.sqnr_db(best.name), smooth, dense)

@@ -15,12 +15,15 @@ from .command_parts import calibration_of, check_files, progress_bar
 from .quantize_command import BOTH, how_to_go_on, quantize
 from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS
 from .tables import human_db
+from .target_cli import add_sizes
 
 _QUANTIZE = """examples:
   ideogram4-quant quantize my-tune-v2.safetensors --level Q4_K
   ideogram4-quant quantize my-tune-v2.safetensors --pair my-tune-v2-uncond.safetensors --level INT8
   ideogram4-quant quantize my-tune-v2.safetensors --level INT8 --calibration cal.safetensors \\
-      --treatment auto --out my-tune-v2-best.safetensors"""
+      --treatment auto --out my-tune-v2-best.safetensors
+  ideogram4-quant quantize my-tune-v2.safetensors --pair my-tune-v2-uncond.safetensors \\
+      --target-gb 10.4 --native --calibration cal.safetensors"""
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -41,12 +44,15 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="a model file or folder, of any origin")
     parser.add_argument(
-        "--level", required=True, metavar="L", help=", ".join(RECIPES) + "; INT8 is the rotated one"
+        "--level",
+        metavar="L",
+        help=", ".join(RECIPES) + "; INT8 is the rotated one; or give a size",
     )
     parser.add_argument(
         "--out",
         metavar="F|DIR",
-        help="the new file, or the folder for it (default: beside SRC, named SRC-LEVEL)",
+        help="the new file, or the folder for it (default: beside SRC, named SRC-LEVEL, or "
+        "SRC-10.4GB.safetensors for a size)",
     )
     parser.add_argument(
         "--copy",
@@ -87,15 +93,9 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--policy", default="uniform", help=argparse.SUPPRESS)  # of older versions
     parser.add_argument(
-        "--target-gb",
-        type=float,
-        metavar="GB",
-        help="size of the GGUF file (10^9 bytes): a type for each linear, from the level up, with "
-        "the least summed output error; as calibrated, with --calibration",
-    )
-    parser.add_argument(
         "--linears", choices=("blocks", "all"), help="quantize those in the blocks, or all"
     )
+    add_sizes(parser)
     _add_calibrated(parser)
     parser.add_argument("--licence", metavar="TEXT", help="recorded where SRC names none")
     parser.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.entries import Storage
+from ..checkpoint.level_order import MIXED
 from ..checkpoint.tensor_files import open_tensor_files
 from ..errors import printable
 from .row_peaks import RowPeaks, divided_in_bf16
@@ -69,10 +70,11 @@ class Inspection:
 
     def table(self) -> str:
         """For reading: facts, types, protected linears, metadata."""
+        levels = ", ".join(kind.level for kind in self.storage)
         facts = [
             ("file", self.path),
             ("origin", self.origin),
-            ("level", self.level),
+            ("level", f"{self.level}: {levels}" if self.level in MIXED else self.level),
             ("copies", f"{' + '.join(self.copies)} ({self.copy_reason})"),
             *([("guidance", f"none: one branch ({self.one_branch})")] if self.one_branch else []),
             ("size", f"{human_bytes(self.size)} in {len(self.files)} file(s)"),

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..checkpoint.canonical import is_linear
 from ..ops.blocks import FORMATS
-from .block_types import block_types, check_type_options, header_reserve
-from .choose import Choice, Linear, check_choice_options, choose
+from .block_types import block_types
+from .choose import Choice, Linear, check_choice_options, choose, int8_choices
 from .encodings import Blocks, Encoding, NativeInt8, Shape, SmoothInt8, Unquantized, stored_bytes
 from .errors import QuantOptionError
 from .input_moments import InputMoments
@@ -23,6 +23,7 @@ from .packed_encoding import PackedInt8
 from .recipes import (
     BLOCK_LINEARS,
     CONTAINERS,
+    MIXED,
     NATIVE_TYPES,
     PACKED_BITS,
     PACKED_GROUP,
@@ -31,10 +32,8 @@ from .recipes import (
     Recipe,
     matches,
 )
+from .storage import INT8, PACKED_MULTIPLE, UNQUANTIZED, storage_encoding
 from .treatments import ROTATION, rotation_group
-
-PACKED_MULTIPLE = 32
-"""Columns that a row of 6-bit codes is a multiple of, so that its two planes are aligned."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +117,20 @@ def plan_tensors(
     linear, and for a smoothing vector of the wrong size.
     """
     container = container_of(recipe, options)
+    if (options.storage is None) == (recipe.level in MIXED):
+        raise QuantOptionError(
+            "a mixed level and the storage of each linear go together, as a target size chooses it",
+            found=recipe.level,
+        )
     check_choice_options(recipe, options)
     _check_patterns(options, shapes)
-    check_type_options(recipe, options)
-    targets = _targets(container, options, shapes)
-    choices = choose(recipe, container, options, targets)
-    types = {}
-    if container == "gguf":
-        types = block_types(recipe, options, targets, _other_bytes(shapes, targets))
+    targets = targets_of(container, options, shapes)
+    mixed = options.storage
+    if mixed is None:
+        choices = choose(recipe, container, options, targets)
+    else:
+        choices = int8_choices(container, options, _stored_as(INT8, mixed, targets))
+    types = block_types(recipe, options, targets) if container == "gguf" and mixed is None else {}
     plans = []
     for copy, tensors in shapes.items():
         for name, shape in tensors.items():
@@ -134,8 +139,13 @@ def plan_tensors(
             choice = choices.get((copy, module)) if linear else None
             kept = choice is not None and choice.treatment is None
             quantized = linear and (copy, module) in targets and not kept
+            if quantized and mixed is not None:
+                quantized = mixed[f"{copy}.{module}"] != UNQUANTIZED
             protected = kept or (linear and any(matches(p, copy, module) for p in options.protect))
-            if quantized and recipe.weight_type == "INT8":
+            if quantized and mixed is not None:
+                name_of = mixed[f"{copy}.{module}"]
+                encoding = storage_encoding(name_of, container, tuple(shape), choice)
+            elif quantized and recipe.weight_type == "INT8":
                 encoding = _int8(container, recipe, options, choice, (copy, module), shape)
             elif quantized and recipe.weight_type in NATIVE_TYPES:
                 encoding = _packed(recipe.type_of(module), shape, recipe.rotation or ROTATION)
@@ -158,7 +168,7 @@ def plan_tensors(
     return plans
 
 
-def _targets(
+def targets_of(
     container: str, options: QuantOptions, shapes: Mapping[str, Mapping[str, Shape]]
 ) -> dict[Linear, Shape]:
     """The linears that the recipe applies to, without those that a pattern protects."""
@@ -171,6 +181,16 @@ def _targets(
             if wanted and not any(matches(p, copy, module) for p in options.protect):
                 targets[copy, module] = tuple(shape)
     return targets
+
+
+def _stored_as(
+    name: str, storage: Mapping[str, str], targets: Mapping[Linear, Shape]
+) -> dict[Linear, Shape]:
+    return {
+        (copy, module): shape
+        for (copy, module), shape in targets.items()
+        if storage[f"{copy}.{module}"] == name
+    }
 
 
 def _int8(
@@ -219,18 +239,6 @@ def rounding_notes(options: QuantOptions) -> list[str]:
         "codes are rounded to nearest, each on its own: the calibration watched a single step, and "
         "inputs of the others differ; calibrate with all steps for error feedback"
     ]
-
-
-def _other_bytes(shapes: Mapping[str, Mapping[str, Shape]], targets: Mapping[Linear, Shape]) -> int:
-    """Bytes of a GGUF file without the linears that get a type."""
-    total = 0
-    for copy, tensors in shapes.items():
-        total += header_reserve(len(tensors))
-        for name, shape in tensors.items():
-            module, _, suffix = name.rpartition(".")
-            if not (is_linear(name) and (copy, module) in targets):
-                total += stored_bytes(_unquantized_blocks(suffix, shape, is_linear(name)), shape)
-    return total
 
 
 def _unquantized_blocks(suffix: str, shape: Shape, linear: bool) -> Blocks:

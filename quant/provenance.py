@@ -20,6 +20,7 @@ TOOL = f"ideogram4-quant {__version__}"
 
 # Where safetensors, modelspec and GGUF files put it.
 _GROUP_SCALE = f"least squares over {PACKED_GROUP} columns, e4m3, over one per output channel"
+_ROW_SCALE = "absmax / 127 per output channel"
 _SCALES = {
     **dict.fromkeys(PACKED_BITS, _GROUP_SCALE),
     "W4A4": "the least squared error of an output channel",
@@ -90,11 +91,8 @@ def recipe_record(
         return [f"{p.copy}.{p.module}" if several else p.module for p in chosen]
 
     def others() -> dict[str, list[str]]:
-        mixed: dict[str, list[TensorPlan]] = {}
-        for plan in plans:
-            if plan.quantized and plan.encoding.label != recipe.weight_type:
-                mixed.setdefault(plan.encoding.label, []).append(plan)
-        return {label: names(found) for label, found in mixed.items()}
+        quantized = (p for p in plans if p.quantized)
+        return _by_label((p for p in quantized if p.encoding.label != recipe.weight_type), names)
 
     led = any(plan.quantized and plan.inputs is not None for plan in plans)
     record: dict[str, object] = {
@@ -108,7 +106,9 @@ def recipe_record(
     if led:
         record["rounding"] = rounding_of(options)
     if recipe.file_format == "safetensors":
-        record["scale"] = _SCALES.get(recipe.weight_type, "absmax / 127 per output channel")
+        record["scale"] = _SCALES.get(recipe.weight_type, _ROW_SCALE)
+        if options.storage is not None:
+            record["scale"] = f"INT8: {_ROW_SCALE}; others: {_GROUP_SCALE}"
         record["rotation"] = recipe.rotation
         record["smoothed"] = names(
             p for p in plans if getattr(p.encoding, "smooth", None) is not None
@@ -121,11 +121,23 @@ def recipe_record(
             record["other_types"] = others()
     else:
         record["types"] = [[rule.pattern, rule.qtype] for rule in options.types]
-        if options.target_bytes is not None:
-            record["target_bytes"] = options.target_bytes
-        record["other_types"] = others()
+        if options.storage is None:
+            record["other_types"] = others()
         record["scales"] = "least output error on calibrated inputs" if led else "least error"
+    if options.storage is not None:
+        record["storage"] = _by_label((p for p in plans if p.linear), names)
+        record["prediction"] = dict(options.prediction or {})
     return record
+
+
+def _by_label(
+    plans: Iterable[TensorPlan], names: Callable[[Iterable[TensorPlan]], list[str]]
+) -> dict[str, list[str]]:
+    """How linears are stored -> which."""
+    found: dict[str, list[TensorPlan]] = {}
+    for plan in plans:
+        found.setdefault(plan.encoding.label, []).append(plan)
+    return {label: names(some) for label, some in found.items()}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from ..files.partial import partial_path
 from .command_parts import calibration_of, check_files, progress_bar
 from .compiled import prepare
 from .errors import QuantOptionError
-from .output_names import output_name
-from .recipes import CONTAINERS, QuantOptions, Recipe, TypeRule, recipe_of
+from .output_names import named_after, output_name
+from .recipes import CONTAINERS, QuantOptions, TypeRule, recipe_of
+from .target_cli import quantize_to_size, target_of
+from .target_goal import Target
 
 BOTH = "both"
 _TRANSFORMER_LAB = CONTAINERS[1]
@@ -25,13 +27,14 @@ _TRANSFORMER_LAB = CONTAINERS[1]
 
 def quantize(args: argparse.Namespace) -> int:
     """Everything that can be wrong with the arguments is said before torch is imported."""
-    check_files(args.source, args.pair, args.calibration, *(args.base or ()))
-    recipe = recipe_of(args.level)
-    runs = _runs(args, recipe)
+    read = (args.source, args.pair, args.calibration, args.sensitivity, *(args.base or ()))
+    check_files(*read)
+    target = target_of(args)
+    runs = _runs(args, target)
     types, budget = tuple(map(_type_rule, args.types)), _budget(args.protect_budget)
     if not args.dry_run:
         for _, _, out in runs:
-            check_output(out, overwrite=args.overwrite)
+            check_output(out, overwrite=args.overwrite or (target is not None and args.resume))
 
     from .block_types import check_policy
     from .quantize import plan_quantization, quantize_checkpoint
@@ -41,7 +44,7 @@ def quantize(args: argparse.Namespace) -> int:
         container=args.container,
         protect=tuple(args.protect),
         types=types,
-        target_bytes=None if args.target_gb is None else int(args.target_gb * 1e9),
+        native=args.native,
         linears=args.linears,
         licence=args.licence,
         calibration=calibration_of(args),
@@ -51,6 +54,12 @@ def quantize(args: argparse.Namespace) -> int:
         protect_below=args.protect_below,
         **budget,
     )
+    if target is not None:
+        from .target_files import Part
+
+        parts = [Part(source, out, copy) for source, copy, out in runs]
+        return quantize_to_size(args, target, parts, options)
+    level = recipe_of(args.level).level
     pair = args.pair if args.container == _TRANSFORMER_LAB else None
     if not args.dry_run and args.device == "cpu":
         prepare()
@@ -63,13 +72,13 @@ def quantize(args: argparse.Namespace) -> int:
             "overwrite": args.overwrite,
         }
         if args.dry_run:
-            print(plan_quantization(source, recipe.level, out, **choice).table())
+            print(plan_quantization(source, level, out, **choice).table())
             continue
         resume = args.resume and (len(runs) == 1 or partial_path(Path(out)).exists())
-        with progress_bar(recipe.level, "B") as progress:
+        with progress_bar(level, "B") as progress:
             report = quantize_checkpoint(
                 source,
-                recipe.level,
+                level,
                 out,
                 **choice,
                 progress=progress,
@@ -81,7 +90,7 @@ def quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-def _runs(args: argparse.Namespace, recipe: Recipe) -> list[tuple[str, str | None, str]]:
+def _runs(args: argparse.Namespace, target: Target | None) -> list[tuple[str, str | None, str]]:
     """(source, copy, output) of each file that will be written."""
     together = args.container == _TRANSFORMER_LAB
     if args.copy == BOTH and args.pair is not None:
@@ -98,28 +107,32 @@ def _runs(args: argparse.Namespace, recipe: Recipe) -> list[tuple[str, str | Non
         parts.append((args.pair, other))
     both = args.copy == BOTH and not together
     return [
-        (source, copy, _output(args, recipe, source, copy if both else None, place))
+        (source, copy, _output(args, target, source, copy if both else None, place))
         for place, (source, copy) in enumerate(parts)
     ]
 
 
 def _output(
-    args: argparse.Namespace, recipe: Recipe, source: str, copy: str | None, place: int
+    args: argparse.Namespace, target: Target | None, source: str, copy: str | None, place: int
 ) -> str:
     """Where a file goes: --out for the first one, unless it is a folder; else named after its
-    source, in the folder of --out or beside the source."""
-    name = output_name(source, recipe, copy)
-    if args.out is None:
+    source, in the folder of --out or beside the source. A size is written as --out's format."""
+    out = None if args.out is None else Path(args.out)
+    file = out is not None and not out.is_dir()
+    if target is None:
+        name = output_name(source, recipe_of(args.level), copy)
+    else:
+        name = named_after(source, target.name, out.suffix if file else ".safetensors", copy)
+    if out is None:
         return str(Path(source).parent / name)
-    out = Path(args.out)
-    if out.is_dir():
+    if not file:
         return str(out / name)
     return str(out if place == 0 else out.parent / name)
 
 
 def how_to_go_on(args: argparse.Namespace) -> str:
     """After Ctrl-C: how to go on."""
-    left = [str(partial_path(Path(out))) for _, _, out in _runs(args, recipe_of(args.level))]
+    left = [str(partial_path(Path(out))) for _, _, out in _runs(args, target_of(args))]
     left = [path for path in left if Path(path).exists()]
     if not left:
         return "nothing was written; the same command begins anew"

@@ -91,6 +91,13 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
+MIXED: dict[str, Recipe] = {
+    "mixed": Recipe("mixed", "safetensors", "mixed", 8, rotation=256),
+    "mixed GGUF": Recipe("mixed GGUF", "gguf", "mixed", 8),
+}
+"""What a size is given for instead of a level: ``QuantOptions.storage`` says how each linear is
+stored."""
+
 SOURCE_BITS: dict[str, int] = {
     "BF16": 16,
     "FP8": 8,
@@ -142,8 +149,10 @@ class QuantOptions:
       multiplied by it, the activations divided. For INT8; in the native container stock ComfyUI
       refuses the file.
     - ``types``: GGUF types of single linears, first match wins.
-    - ``target_bytes``: the size of the file, for which types are chosen from the level up so that
-      the summed output error is least, as calibrated if a calibration is given.
+    - ``storage``: ``conditional.layers.0.attention.qkv`` -> one of ``storage.STORAGES``, for every
+      linear that is quantized; ``quant.target`` chooses it for a size. For mixed levels alone.
+      ``prediction`` is what was foretold of it, for the file's metadata.
+    - ``native``: mix only what ComfyUI's own loader reads.
     - ``linears``: ``"blocks"``, ``"all"``, or None for the container's habit: all in Transformer
       Lab's, else those in the blocks.
     - ``licence``: recorded where the source names none.
@@ -163,7 +172,9 @@ class QuantOptions:
     protect: tuple[str, ...] = ()
     smooth: Mapping[str, Tensor] | None = None
     types: tuple[TypeRule, ...] = ()
-    target_bytes: int | None = None
+    storage: Mapping[str, str] | None = None
+    prediction: Mapping[str, object] | None = None
+    native: bool = False
     linears: str | None = None
     licence: str | None = None
     calibration: Calibration | None = None
@@ -181,11 +192,11 @@ def recipe_of(level: str) -> Recipe:
     Names of other tools are taken where they leave no doubt; where one may mean several levels, the
     nearer one is taken and the log says so. Raises QuantOptionError with the list of levels.
     """
-    name, note = resolve(level, RECIPES)
+    name, note = resolve(level, RECIPES | MIXED)
     if note is not None:
         _log.warning("%s", note)
     if name is not None:
-        return RECIPES[name]
+        return (RECIPES | MIXED)[name]
     if level.upper() in SOURCE_BITS:
         raise QuantOptionError(
             "this level is read, and not written",

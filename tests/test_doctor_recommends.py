@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ideogram4_quant.cards.sizes import copy_bytes
-from ideogram4_quant.checkpoint.level_order import AUTO_ORDER, LEVELS
+from ideogram4_quant.checkpoint.level_order import AUTO_ORDER, LEVELS, MIXED
 from ideogram4_quant.checkpoint.pairs import residency
 from ideogram4_quant.checkpoint.published import PUBLISHED
 from ideogram4_quant.diagnostics.doctor.cli import _recommendation
@@ -26,6 +26,7 @@ def rows(memory: int, here: tuple[str, ...] = (), fits_ram: bool = True) -> list
             "one_branch": None,
         }
         for level in LEVELS
+        if level not in MIXED  # which have no size of their own
     ]
 
 

@@ -3,6 +3,7 @@ pack computes the same from them; a wish for 16-bit products of INT8 stock leave
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import textwrap
@@ -72,7 +73,16 @@ SCRIPT = """
             save_file({name: y.contiguous() for name, y in found.items()}, path + ".y")
 """
 
-LEVELS = ("W4A8", "W6A8", "INT4 W4A4", "INT8 W8A8 rotated")
+LEVELS = ("W4A8", "W6A8", "INT4 W4A4", "INT8 W8A8 rotated", "mixed")
+STORED = {
+    f"conditional.{name}": storage
+    for name, storage in zip(
+        model.linear_names(),
+        itertools.cycle(("W4A4", "W4A8 g32", "INT8", "W4A8 g16", "W6A8 g16", "W6A8 g32")),
+        strict=False,
+    )
+}
+"""How each linear of a mix is stored."""
 LOUD = "layers.1.feed_forward.w2"
 """Whose activations a calibration says to leave in 16 bits."""
 
@@ -98,9 +108,12 @@ def files(tmp_path_factory):
     source = model.write(folder / "s.safetensors", model.weights())
     made = {}
     for level in LEVELS:
-        if level == "W6A8" and not NEWEST.is_dir():
+        if level in ("W6A8", "mixed") and not NEWEST.is_dir():
             continue
         made[level] = folder / f"{level}.safetensors"
+        if level == "mixed":
+            quantize_checkpoint(source, level, made[level], options=QuantOptions(storage=STORED))
+            continue
         led = level == "INT8 W8A8 rotated"
         told = {"calibration": loud_inputs(), "treatment": "auto-native"} if led else {}
         quantize_checkpoint(source, level, made[level], options=QuantOptions(**told))
@@ -156,3 +169,18 @@ def test_a_wish_for_16_bits_is_followed_here_and_harmless_in_stock(files):
         assert (relative(y, dense) < 1e-5) == (name == LOUD), name
         assert 1e-3 < relative(stock, dense) < 0.02, name
         assert name == LOUD or relative(y, stock) < 1e-3, name
+
+
+def test_each_linear_of_a_mix_runs_as_its_own_kind_does(files):
+    theirs, ours = both(files, "mixed")
+    weights = model.weights()
+    for name, y in ours.items():
+        stock, stored = theirs[f"{name}.stock"], STORED[f"conditional.{name}"]
+        if stored != "INT8":  # whose reference here is a product in floats
+            assert torch.equal(stock, theirs[f"{name}.eager"]), name
+        if stored == "W4A4":
+            weight = weights[f"{name}.weight"].float()
+            x = torch.randn(9, weight.shape[1], generator=torch.Generator().manual_seed(0))
+            assert relative(y, x @ weight.T) < 0.9 * relative(stock, x @ weight.T), name
+        else:
+            assert relative(y, stock) < 1e-3, name  # 60 dB

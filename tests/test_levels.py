@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ideogram4_quant.cards.sizes import copy_bytes
 from ideogram4_quant.checkpoint import ModelConfig, open_checkpoint
-from ideogram4_quant.checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
+from ideogram4_quant.checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, MIXED, capability
 from ideogram4_quant.checkpoint.levels import read_catalogue, resolve
 from ideogram4_quant.checkpoint.listing import list_files
 from ideogram4_quant.checkpoint.pairs import WORKING_MEMORY, find_pair
@@ -202,11 +202,11 @@ def test_auto_takes_linears_alone_only_with_a_base():
 
 def test_ampere_tries_the_levels_in_the_documented_order():
     listed = (
-        "INT8 W8A8 rotated, INT8 W8A8, Q8_0, SDNQ 8-bit, Q6_K, W6A8, MXFP8, Q5_K, W4A8, Q4_K, "
-        "IQ4_XS, Q4_0, SDNQ 4-bit"
+        "INT8 W8A8 rotated, INT8 W8A8, mixed, mixed GGUF, Q8_0, SDNQ 8-bit, Q6_K, W6A8, MXFP8, "
+        "Q5_K, W4A8, Q4_K, IQ4_XS, Q4_0, SDNQ 4-bit"
     )
     found = AUTO_ORDER[capability(int8=True, bfloat16=True)]
-    assert ", ".join(found[:13]) == listed
+    assert ", ".join(found[:15]) == listed
     blackwell = AUTO_ORDER[capability(int8=True, bfloat16=True, fp4=True)]
     assert blackwell.index("NVFP4") < blackwell.index("W4A8")  # where the device multiplies it
     assert found.index("NVFP4") > found.index("Q4_0")
@@ -224,8 +224,9 @@ def test_help_page_lists_what_auto_tries():
 def test_every_level_has_its_place_in_every_order():
     for order in AUTO_ORDER.values():
         assert sorted(order) == sorted(LEVELS)
-    assert sorted(SOURCE_BITS) == sorted(LEVELS)  # what files are made from
-    assert all(copy_bytes(level) > 0 for level in LEVELS)  # what the doctor says of their size
+    single = sorted(set(LEVELS) - set(MIXED))
+    assert sorted(SOURCE_BITS) == single  # what files are made from
+    assert all(copy_bytes(level) > 0 for level in single)  # what the doctor says of their size
 
 
 def test_missing_level_says_what_there_is_and_what_to_put_where():

@@ -33,7 +33,7 @@ def calibration(tmp_path_factory):
         ("INT8 W8A8 rotated", ("--treatment", "auto", "--protect-budget", "8%"), 50),
         ("INT8 W8A8", (), 45),
         ("Q4_K", (), 30),
-        ("Q4_K", ("--target-gb", "0.0045"), 35),
+        (None, ("--target-gb", "0.0045"), 35),
     ],
 )
 def test_a_model_of_ones_own_from_calibration_to_report(
@@ -41,8 +41,9 @@ def test_a_model_of_ones_own_from_calibration_to_report(
 ):
     files = []
     for copy, source in COPIES.items():
-        out = tmp_path / f"{copy}.{'gguf' if level[0] == 'Q' else 'safetensors'}"
-        words = ["quantize", str(source), "--level", level, "--out", str(out)]
+        out = tmp_path / f"{copy}.{'gguf' if level in (None, 'Q4_K') else 'safetensors'}"
+        words = ["quantize", str(source), "--out", str(out)]
+        words += [] if level is None else ["--level", level]
         words += ["--calibration", str(calibration), *options]
         assert main([*words, "--dry-run"]) == 0
         assert not out.exists()

@@ -11,7 +11,13 @@ from safetensors import safe_open
 
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.ops.rotation import rotate
-from ideogram4_quant.quant import QuantOptions, inspect_file, quantize_checkpoint, verify_file
+from ideogram4_quant.quant import (
+    QuantOptions,
+    TypeRule,
+    inspect_file,
+    quantize_checkpoint,
+    verify_file,
+)
 from ideogram4_quant.quant.errors import QuantOptionError
 from ideogram4_quant.quant.input_moments import InputMoments, block_sums
 from ideogram4_quant.quant.int4_encoding import ConvrotInt4
@@ -119,7 +125,7 @@ def test_a_file_is_read_and_described(pocket, file):
         ({"container": "transformer-lab"}, "cannot say that a weight is rotated"),
         ({"smooth": {}}, "INT4 W4A4 container cannot carry smoothing"),
         ({"treatment": "auto"}, "treatment is for INT8"),
-        ({"target_bytes": 1 << 20}, "for GGUF levels"),
+        ({"types": (TypeRule("layers.*", "Q8_0"),)}, "for GGUF levels"),
     ],
 )
 def test_what_the_container_cannot_hold_writes_nothing(pocket, options, match, tmp_path):

@@ -13,7 +13,7 @@ from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.ops.codes import Levels
 from ideogram4_quant.ops.layouts import packed
 from ideogram4_quant.ops.rotation import rotate
-from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
+from ideogram4_quant.quant import QuantOptions, TypeRule, quantize_checkpoint
 from ideogram4_quant.quant.errors import QuantOptionError
 from ideogram4_quant.quant.input_moments import InputMoments, block_sums
 from ideogram4_quant.quant.packed_encoding import CODEBOOK, PackedInt8
@@ -170,7 +170,7 @@ def test_a_file_is_read_by_this_pack(pocket, level, tmp_path):
         ({"container": "transformer-lab"}, "cannot say that a weight is rotated"),
         ({"smooth": {}}, "W4A8 container cannot carry smoothing"),
         ({"treatment": "auto"}, "treatment is for INT8"),
-        ({"target_bytes": 1 << 20}, "for GGUF levels"),
+        ({"types": (TypeRule("layers.*", "Q8_0"),)}, "for GGUF levels"),
     ],
 )
 def test_options_that_the_container_has_not(pocket, options, match, tmp_path):

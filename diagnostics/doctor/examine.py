@@ -9,7 +9,7 @@ from pathlib import Path
 from ...cards.sizes import copy_bytes, encoder_bytes
 from ...checkpoint import EncoderCheckpoint
 from ...checkpoint.encoder_writing import find_head, find_vision, head_beside, is_head
-from ...checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, capability
+from ...checkpoint.level_order import AUTO, AUTO_ORDER, LEVELS, MIXED, capability
 from ...checkpoint.levels import Catalogue, resolve
 from ...checkpoint.listing import Listing
 from ...checkpoint.pairs import Candidate, Pair, find_pair, residency
@@ -38,7 +38,8 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
     pairs = {level: find_pair(level, models.candidates) for level in LEVELS}
     memory = ram()
     encoder = _encoder_in_memory(encoders)
-    levels = [_level(level, pairs[level], device, encoder, memory) for level in LEVELS]
+    here = [level for level in LEVELS if level not in MIXED or pairs[level] is not None]
+    levels = [_level(level, pairs[level], device, encoder, memory) for level in here]
     chosen = _auto(models, device)
     auto = chosen and _level(chosen.label, chosen, device, encoder, memory)
     expected = [_expected(item, listings[item.kind]) for item in PUBLISHED]

@@ -1,0 +1,70 @@
+"""``sensitivity``: how much of each linear's error arrives in the picture."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parsers(subparsers: argparse._SubParsersAction) -> None:
+    """Register the command; nothing heavy is imported until it runs."""
+    parser = subparsers.add_parser(
+        "sensitivity",
+        help="measure how much of each linear's error arrives in the picture",
+        description="Sample captions and follow them back: how much of the error that the linears "
+        "of quantized files make arrives in the final latents. For quantize --target-gb.",
+        epilog="example: ideogram4-quant sensitivity my-tune-v2.safetensors --uncond "
+        "my-tune-v2-uncond.safetensors --against my-tune-v2-W4A8.safetensors "
+        "my-tune-v2-uncond-W4A8.safetensors --encoder qwen3vl_8b.safetensors --prompts "
+        "captions.txt --out sens.json",
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument("model", metavar="MODEL", help="the conditional copy, or a file with both")
+    files.add_argument("--uncond", metavar="F", help="the unconditional copy")
+    files.add_argument(
+        "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
+    )
+    files.add_argument(
+        "--against",
+        nargs="+",
+        required=True,
+        metavar="Q",
+        help="the same copies at a low level (quantize --level W4A8 --calibration CAL), whose "
+        "errors are followed",
+    )
+    files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
+    files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
+    files.add_argument("--out", type=Path, required=True, metavar="SENS", help="*.json")
+    files.add_argument("--overwrite", action="store_true", help="replace SENS if it exists")
+    files.add_argument("--resume", action="store_true", help="go on with SENS")
+
+    picture = parser.add_argument_group("what is sampled")
+    picture.add_argument(
+        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl; for the pocket "
+        "model's size some of its training captions by default",
+    )  # fmt: skip
+    picture.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
+    picture.add_argument("--width", type=int, help="multiple of 16 (default: 1024)")
+    picture.add_argument("--height", type=int, help="multiple of 16 (default: 1024)")
+    picture.add_argument(
+        "--preset",
+        choices=("quality", "default", "turbo", "instant", "fast", "turbotime"),
+        help="schedule and guidance (default: as calibrate's)",
+    )
+    picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
+    picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
+    picture.add_argument(
+        "--copies", choices=("both", "conditional"), default="both", help="conditional: one copy"
+    )
+    picture.add_argument(
+        "--directions", type=int, default=1, metavar="N", help="walks back a picture (default: 1)"
+    )
+    picture.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
+    parser.set_defaults(func=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .sensitivity_commands import run_sensitivity
+
+    return run_sensitivity(args)

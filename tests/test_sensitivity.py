@@ -1,0 +1,178 @@
+"""What arrives of a linear's error: against differences, going on, and against pictures."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from ideogram4_quant.checkpoint.canonical import is_linear
+from ideogram4_quant.cli import main
+from ideogram4_quant.engine.calibrate import Prompt, watched
+from ideogram4_quant.engine.encoder import load_encoder
+from ideogram4_quant.engine.generate import GenerateRequest, Models, initial_noise, sample
+from ideogram4_quant.engine.loading import open_pair
+from ideogram4_quant.engine.sensitivity import Probes, measure_sensitivity
+from ideogram4_quant.engine.transformer import load_transformer, prepare
+from ideogram4_quant.errors import OpError
+from ideogram4_quant.pocket import data, paths
+from ideogram4_quant.quant.sensitivity import Sensitivity
+
+FILES = paths.dit_path("cond"), paths.dit_path("uncond")
+REQUEST = GenerateRequest("", 128, 64, steps=3, guidance=3.0)
+DIGESTS = {"conditional": "a", "unconditional": "b"}
+
+
+@pytest.fixture(scope="module")
+def models():
+    pair = open_pair(*FILES)
+    return Models(*(load_transformer(ck, ck.copies[0], device="cpu") for ck in pair), None, None)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    texts = [prompt.caption for prompt in data.prompt_batch("calibration", 2)]
+    features = load_encoder(paths.encoder_dir(), device="cpu").encode(texts)
+    return [Prompt(t, f) for t, f in zip(texts, features, strict=True)]
+
+
+def measured(models, quantized, prompts, **changes):
+    choice = {"probes": Probes(), "digests": DIGESTS, "settings": {}, **changes}
+    return measure_sensitivity(models, quantized, prompts, REQUEST, **choice)
+
+
+def latents(models, prompt, seed=0):
+    unconditional = prepare(models.unconditional, 4, 8)
+    conditional = prepare(models.conditional, 4, 8, prompt.features[None])
+    x = initial_noise(seed, 32, models.conditional.config.in_channels)
+    *_, (_, x) = sample(models, REQUEST.plan(), x, conditional, unconditional)
+    return x.double()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "conditional.layers.0.attention.o",
+        "conditional.layers.2.feed_forward.w2",
+        "conditional.layers.1.adaln_modulation",
+        "unconditional.layers.3.feed_forward.w1",
+    ],
+)
+def test_what_arrives_of_one_rows_error_is_what_the_picture_changes_by(models, prompts, key):
+    """Along the drawn direction, by the difference of two samplings."""
+    module = watched(models)[key]
+    weight = module.weight.data
+    error = torch.zeros_like(weight, dtype=torch.float32)
+    error[5] = 5e-3 * torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(4))
+    changed = weight.float() + error
+    found = measured(
+        models, {key: changed}, prompts[:1], probes=Probes(directions=1, seed=0)
+    ).linears[key]
+    size = latents(models, prompts[0]).norm()
+    ends = []
+    for changed in (weight.float() - error, weight.float() + error):
+        module.weight.data = changed
+        ends.append(latents(models, prompts[0]))
+    module.weight.data = weight
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.randn(1, 32, 128, generator=generator), initial_noise(0, 32, 128))
+    direction = torch.randn(1, 32, 128, generator=generator).double()
+    moved = (direction * (ends[1] - ends[0])).sum() / 2 / size
+    assert math.exp(found.log_arrived) == pytest.approx(moved.square().item(), rel=0.05)
+    assert found.pictures == 1
+
+
+def test_a_run_that_was_broken_off_ends_in_the_same_sums(models, prompts, tmp_path):
+    key = "conditional.layers.2.feed_forward.w2"
+    quantized = {key: watched(models)[key].weight.data.float().mul(16).round().div(16)}
+    whole = measured(models, quantized, prompts)
+    kept = []
+    measured(models, quantized, prompts[:1], keep=kept.append)
+    kept[0].save(tmp_path / "s.json")
+    earlier = Sensitivity.load(tmp_path / "s.json")
+    again = measured(models, quantized, prompts, earlier=earlier)
+    assert again.linears == whole.linears
+    assert again.done == ("0", "1")
+    with pytest.raises(OpError, match="measured otherwise"):
+        measured(models, quantized, prompts, earlier=earlier, settings={"steps": 9})
+    with pytest.raises(OpError, match="another shape"):
+        measured(models, {key: torch.zeros(3, 3)}, prompts)
+
+
+def test_what_is_foretold_ranks_random_choices_as_their_pictures_do(models, prompts):
+    """Weights of a step each by chance: their rank correlation with the pictures' own errors."""
+    linears = {k: m for k, m in watched(models).items() if ".layers." in k}
+    true = {key: module.weight.data for key, module in linears.items()}
+    chance = random.Random(3)
+
+    def rounded(weight, step):
+        size = weight.float().std() * step
+        return weight.float().div(size).round() * size
+
+    gains = measured(models, {k: rounded(w, 0.3) for k, w in true.items()}, prompts).linears
+    truth = [latents(models, prompt, at) for at, prompt in enumerate(prompts)]
+    foretold, found = [], []
+    for _ in range(12):
+        steps = {k: chance.choice((0.05, 0.1, 0.2, 0.4)) for k in true}
+        foretold.append(
+            sum(
+                math.exp(gains[k].log_arrived / gains[k].pictures) * (steps[k] / 0.3) ** 2
+                for k in true
+            )
+        )
+        for key, module in linears.items():
+            module.weight.data = rounded(true[key], steps[key])
+        painted = [latents(models, prompt, at) for at, prompt in enumerate(prompts)]
+        ratios = [
+            (((a - b).square().sum() / b.square().sum()).item())
+            for a, b in zip(painted, truth, strict=True)
+        ]
+        found.append(math.prod(ratios))
+    for key, module in linears.items():
+        module.weight.data = true[key]
+    assert rank_correlation(foretold, found) >= 0.9
+
+
+def rank_correlation(first, second):
+    """Spearman's, of values without ties."""
+    ranks = [[sorted(v).index(x) for x in v] for v in (first, second)]
+    n = len(first)
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n * n - 1))
+
+
+def test_by_command_from_quantized_files_to_a_file(tmp_path, capsys):
+    against = []
+    for copy, source in zip(("conditional", "unconditional"), FILES, strict=True):
+        out = tmp_path / f"{copy}.safetensors"
+        assert main(["quantize", str(source), "--level", "W4A8", "--out", str(out)]) == 0
+        against.append(str(out))
+    out = tmp_path / "sens.json"
+    words = ["sensitivity", FILES[0], "--uncond", FILES[1], "--encoder", paths.encoder_dir()]
+    words += ["--limit", 1, "--steps", 1, "--out", out, "--device", "cpu"]
+    words = [str(word) for word in words]
+    assert main([*words, "--against", against[0]]) == 1
+    assert "no quantized file of the unconditional copy" in capsys.readouterr().err
+    assert main([*words, "--against", *against]) == 0
+    said = capsys.readouterr().out
+    assert "largest" in said
+    found = Sensitivity.load(out)
+    blocks = [n for n in model_linears() if n.startswith("layers.")]
+    assert set(found.linears) == {f"{c}.{n}" for c in DIGESTS for n in blocks}
+    assert all(sums.gain > 0 for sums in found.linears.values())
+    assert main([*words, "--against", *against]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*words, "--against", *against, "--resume"]) == 0
+    assert Sensitivity.load(out).linears == found.linears
+    mixed = tmp_path / "mixed.safetensors"
+    line = ["quantize", str(FILES[0]), "--pair", str(FILES[1]), "--out", str(mixed)]
+    line += ["--target-gb", "0.008", "--sensitivity", str(out), "--native"]
+    assert main(line) == 0
+    assert json.loads(out.read_text())["settings"]["directions"] == 1
+
+
+def model_linears():
+    from ideogram4_quant.checkpoint import open_checkpoint
+
+    shapes = open_checkpoint(FILES[0], copy="conditional").shapes("conditional")
+    return [name.removesuffix(".weight") for name in shapes if is_linear(name)]
