@@ -126,7 +126,7 @@ def test_bf16_files_paint_the_unmodified_pipelines_picture(pocket):
 
 def test_one_branch_paints_the_unmodified_pipelines_picture_in_its_own_steps(pocket):
     """diffusers' pipeline at a guidance of 1, where any second copy is weighed with 0."""
-    theirs = replace(pocket, conditional=load_transformer("one_branch")).pipeline()
+    theirs = replace(pocket, conditional=load_transformer("one_branch", paths.WEIGHTS)).pipeline()
     asked = {"width": PROMPT.width, "height": PROMPT.height, "max_sequence_length": 128}
 
     def paint(pipe, **more):
