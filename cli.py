@@ -235,8 +235,8 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     sampling.add_argument(
         "--preset",
         choices=PRESET_NAMES,
-        default="default",
-        help="instant (8 steps), fast (20), turbotime (4): for models without guidance",
+        help="instant (8 steps), fast (20), turbotime (4): for models without guidance (default: "
+        "that of such a model's name, else default)",
     )
     sampling.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
     sampling.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from .tensor_files import read_json
 GUIDANCE_KEY = "ideogram4.guidance"
 """Metadata key of our own files: ``none`` for one branch, ``pair`` for a copy of two."""
 GUIDANCE_NONE, GUIDANCE_PAIR = "none", "pair"
+PRESET_KEY = "ideogram4.preset"
+"""Metadata key of our own files: the preset of a one-branch model, where its source told it."""
 
 _TITLES = ("modelspec.title", "general.name", "general.basename", "title", "base_model")
 _FOLDERS_ABOVE = 2  # instant/transformer/model.safetensors
@@ -30,18 +32,47 @@ _ONE_BRANCH = re.compile(
     r"|no ?cfg|(?:one|single) ?branch)\b"
     r"|\b(?:ideogram ?v? ?4(?: ?0)?(?: fal)?|fal) fast\b"
 )
+# the preset of a name that is one of one branch already, so "fast" alone is enough here
+_PRESETS = {
+    "instant": re.compile(r"\binstant\b"),
+    "turbotime": re.compile(r"\bturbo ?time\b"),
+    "fast": re.compile(r"\bfast\b"),
+}
 
 
 @dataclass(frozen=True)
 class OneBranch:
-    """The rule that told that a model needs no guidance; ``certain``: the file itself says so."""
+    """The rule that told that a model needs no guidance; ``certain``: the file itself says so.
+
+    ``preset``: that of the model which the file says it is (``instant``, ``fast``, ``turbotime``).
+    """
 
     reason: str
     certain: bool = False
+    preset: str | None = None
 
 
 def tell_one_branch(path: Path, metadata: Mapping[str, Any]) -> OneBranch | None:
-    """The first rule that says one branch; None for a copy of a pair."""
+    """The first rule that says one branch, with the file's preset; None for a copy of a pair."""
+    told = _tell(path, metadata)
+    return None if told is None else replace(told, preset=tell_preset(path, metadata))
+
+
+def tell_preset(path: Path, metadata: Mapping[str, Any]) -> str | None:
+    """The preset that the metadata, or the names, of a one-branch model tell; None if none does."""
+    stated = metadata.get(PRESET_KEY)
+    if stated in _PRESETS:
+        return stated
+    titles = (metadata.get(key) for key in _TITLES)
+    names = (path.name, *(folder.name for folder in list(path.parents)[:_FOLDERS_ABOVE]))
+    for name in (*(title for title in titles if isinstance(title, str)), *names):
+        if named_one_branch(name):
+            spaced = _spaced(name)
+            return next((p for p, word in _PRESETS.items() if word.search(spaced)), None)
+    return None
+
+
+def _tell(path: Path, metadata: Mapping[str, Any]) -> OneBranch | None:
     stated = metadata.get(GUIDANCE_KEY)
     if stated == GUIDANCE_NONE:
         return OneBranch(f"metadata {GUIDANCE_KEY} is {GUIDANCE_NONE!r}", certain=True)
@@ -62,8 +93,11 @@ def tell_one_branch(path: Path, metadata: Mapping[str, Any]) -> OneBranch | None
 
 def named_one_branch(name: str) -> bool:
     """Whether a name has the words of a one-branch model: ``Ideogram4-instant_int8``."""
-    spaced = _SEPARATOR.sub(" ", _WORD_INSIDE.sub(" ", name[:200])).lower()
-    return _ONE_BRANCH.search(spaced) is not None
+    return _ONE_BRANCH.search(_spaced(name)) is not None
+
+
+def _spaced(name: str) -> str:
+    return _SEPARATOR.sub(" ", _WORD_INSIDE.sub(" ", name[:200])).lower()
 
 
 def _by_index(path: Path) -> OneBranch | None:

@@ -33,6 +33,7 @@ from .entries import (
 )
 from .folding import Folding
 from .grammar import CONDITIONAL, UNCONDITIONAL
+from .mapped import FileMapping
 from .tensor_files import TensorFiles
 
 
@@ -128,17 +129,21 @@ class Checkpoint:
         dtype: torch.dtype = torch.bfloat16,
         progress: Progress | None = None,
         only: Collection[str] | None = None,
+        by_rows: bool = False,
+        mapping: FileMapping | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """``(canonical name, tensor)`` one by one; memory holds one tensor at a time.
 
         A quantized linear is a QuantizedTensor that dequantizes to ``dtype``; everything else is
         in ``dtype``. ``progress(done, total)`` counts stored bytes. ``only``: the names wanted,
-        all of them if None. Raises what :meth:`shapes`
-        raises, before anything is read.
+        all of them if None. ``by_rows``: matrices of plain floats come as ``StoredRows``, which
+        reads rows in their stored dtype when they are indexed. ``mapping``: quantized weights, and
+        floats that are ``dtype`` in the file, are views of mapped files. Raises what
+        :meth:`shapes` raises, before anything is read.
         """
         entries, shapes = self._plan(copy)
         names = [name for name in shapes if only is None or name in only]
-        return stream_entries(entries, names, dtype, progress)
+        return stream_entries(entries, names, dtype, progress, mapping, by_rows=by_rows)
 
     def load(
         self,
@@ -146,9 +151,10 @@ class Checkpoint:
         *,
         dtype: torch.dtype = torch.bfloat16,
         progress: Progress | None = None,
+        mapping: FileMapping | None = None,
     ) -> dict[str, Tensor]:
         """All tensors of a copy: what :meth:`stream` yields, as a dict."""
-        return dict(self.stream(copy, dtype=dtype, progress=progress))
+        return dict(self.stream(copy, dtype=dtype, progress=progress, mapping=mapping))
 
     def _plan(self, copy: str) -> tuple[dict[str, Entry], dict[str, tuple[int, ...]]]:
         """(entries, shapes) of a copy, the file's own before those of the bases, all checked."""

@@ -19,6 +19,7 @@ from ..errors import CHECK_DOWNLOAD, CorruptFileError, NotIdeogram4Error
 from .encoder_config import check_architecture, config_beside, encoder_config
 from .encoder_names import NAMINGS, parse_encoder_keys
 from .entries import Entry, Progress, check_shapes, main_level, stream_entries
+from .mapped import FileMapping
 from .origins import what_else
 from .statements import check_heeded
 from .tensor_files import TensorFiles, open_tensor_files
@@ -75,16 +76,24 @@ class EncoderCheckpoint:
         return needed
 
     def stream(
-        self, *, dtype: torch.dtype = torch.bfloat16, progress: Progress | None = None
+        self,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: Progress | None = None,
+        mapping: FileMapping | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """``(name, tensor)`` one by one; see :meth:`Checkpoint.stream`."""
-        return stream_entries(self.entries, self.shapes(), dtype, progress)
+        return stream_entries(self.entries, self.shapes(), dtype, progress, mapping)
 
     def load(
-        self, *, dtype: torch.dtype = torch.bfloat16, progress: Progress | None = None
+        self,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        progress: Progress | None = None,
+        mapping: FileMapping | None = None,
     ) -> dict[str, Tensor]:
         """All tensors: quantized linears as QuantizedTensor, everything else in ``dtype``."""
-        return dict(self.stream(dtype=dtype, progress=progress))
+        return dict(self.stream(dtype=dtype, progress=progress, mapping=mapping))
 
 
 def open_encoder(path: str | os.PathLike[str]) -> EncoderCheckpoint:

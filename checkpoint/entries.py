@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,15 +13,18 @@ from torch import Tensor
 
 from ..errors import CHECK_DOWNLOAD, CorruptFileError, OpError
 from ..ops.fold import Fold
+from ..ops.layouts.weight import Weight
 from ..ops.linear import ACTIVATION_DTYPES
 from .codecs import Blocks, Int8, Stored, Unquantized
 from .float8 import Fp8, Int8Blocks
 from .folding import StoredFolding
+from .mapped import FileMapping, origin
 from .nf4 import Nf4
 from .parts import DENSE_PRODUCT, Parts
 from .saved import SavedBlocks, SavedFolded
 from .sdnq import Sdnq
 from .stock import AWQ, MXFP8, NVFP4, W4A4, W4A8
+from .stored_rows import StoredRows
 from .svdquant import SvdQuant
 
 logger = logging.getLogger(__name__)
@@ -134,6 +137,17 @@ class Entry:
                 hint=CHECK_DOWNLOAD,
             ) from error
 
+    def rows(self) -> StoredRows | None:
+        """The tensor as rows that are read when asked for; None unless it lies there as it is:
+        one matrix of plain floats, with nothing folded into it."""
+        plain = self.codecs == (Unquantized,) and self._fold() is None
+        raw = self.pieces[0].weight
+        return StoredRows(raw) if plain and StoredRows.fits(raw) else None
+
+    def mapped(self, mapping: FileMapping) -> Entry:
+        """The same tensor, read as views of mapped files where it is stored as it is used."""
+        return replace(self, pieces=tuple(parts.mapped(mapping.over) for parts in self.pieces))
+
     def _fold(self) -> Fold | None:
         if self.stored_folding is None or not self.name.endswith(".weight"):
             return None
@@ -163,15 +177,20 @@ def stream_entries(
     needed: Collection[str],
     dtype: torch.dtype,
     progress: Progress | None,
-) -> Iterator[tuple[str, Tensor]]:
+    mapping: FileMapping | None = None,
+    *,
+    by_rows: bool = False,
+) -> Iterator[tuple[str, Tensor | StoredRows]]:
     """``(name, tensor)`` for each of ``needed``, holding one at a time.
 
-    ``progress(done, total)`` counts stored bytes. Raises OpError, at once, for a dtype that weights
-    are not dequantized to.
+    ``progress(done, total)`` counts stored bytes. ``mapping``: read views of mapped files, which
+    takes no memory but for what is not used as it is stored. ``by_rows``: matrices that lie there
+    as they are come as StoredRows. Raises OpError, at once, for a dtype that weights are not
+    dequantized to.
     """
     if dtype not in ACTIVATION_DTYPES:
         raise OpError("a weight has no such dtype", found=dtype, needed=ACTIVATION_DTYPES)
-    return _stream(entries, needed, dtype, progress)
+    return _stream(entries, needed, dtype, progress, mapping, by_rows)
 
 
 def _stream(
@@ -179,11 +198,18 @@ def _stream(
     needed: Collection[str],
     dtype: torch.dtype,
     progress: Progress | None,
-) -> Iterator[tuple[str, Tensor]]:
+    mapping: FileMapping | None,
+    by_rows: bool,
+) -> Iterator[tuple[str, Tensor | StoredRows]]:
     total = sum(entries[name].nbytes for name in needed)
     done = 0
     for name in needed:
-        yield name, entries[name].read(dtype)
+        entry = entries[name] if mapping is None else entries[name].mapped(mapping)
+        rows = entry.rows() if by_rows else None
+        tensor = entry.read(dtype) if rows is None else rows
+        if isinstance(tensor, Weight) and origin(tensor._qdata) is not None:
+            tensor.borrowed = True  # whoever writes to it gets memory of its own
+        yield name, tensor
         done += entries[name].nbytes
         if progress is not None:
             progress(done, total)

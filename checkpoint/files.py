@@ -45,8 +45,8 @@ class SourceFile:
         state = os.fstat(file.fileno())
         return cls(path, state.st_size, state.st_mtime_ns)
 
-    def read(self, offset: int, nbytes: int) -> Tensor:
-        """``nbytes`` bytes from ``offset`` on, as uint8.
+    def read(self, offset: int, nbytes: int, itemsize: int = 1) -> Tensor:
+        """``nbytes`` bytes from ``offset`` on, as uint8, at an address that ``itemsize`` divides.
 
         Raises CheckpointError if the file changed since it was opened, or while this reads it, or
         cannot be read.
@@ -120,9 +120,11 @@ class RawTensor:
                 found=self.dtype,
                 needed=f"one of {', '.join(TORCH_DTYPES)}",
             )
-        data = self.file.read(self.offset, self.nbytes)
         if self.dtype in BLOCK_TYPES:
             kind = BLOCK_TYPES[self.dtype]
             row_bytes = self.shape[-1] // kind.block_size * kind.type_size
+            data = self.file.read(self.offset, self.nbytes)
             return data.reshape(*self.shape[:-1], row_bytes)
-        return data.view(TORCH_DTYPES[self.dtype]).reshape(self.shape)
+        dtype = TORCH_DTYPES[self.dtype]
+        data = self.file.read(self.offset, self.nbytes, dtype.itemsize)
+        return data.view(dtype).reshape(self.shape)

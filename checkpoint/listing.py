@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 
 from ..errors import CheckpointError
 
@@ -123,14 +124,13 @@ def stamp(path: str | os.PathLike[str]) -> tuple:
 
     A file that is not there has the path alone.
     """
-    path = Path(path)
-    if not path.is_dir():
-        try:
-            status = path.stat()
-        except OSError:
-            return (str(path),)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return (str(path),)
+    if not S_ISDIR(status.st_mode):
         return (str(path), status.st_size, status.st_mtime_ns)
-    return tuple(stamp(p) for p in sorted(path.rglob("*")) if p.is_file())
+    return tuple(stamp(p) for p in sorted(Path(path).rglob("*")) if p.is_file())
 
 
 def _scan(root: Path) -> Iterator[tuple[str, Path]]:
@@ -147,9 +147,10 @@ def _scan(root: Path) -> Iterator[tuple[str, Path]]:
             yield relative.as_posix(), here
             folders[:] = []
             continue
+        prefix = "" if here == root else relative.as_posix() + "/"
         for file in sorted(files):
             if file.casefold().endswith(EXTENSIONS) and not file.startswith("."):
-                yield (relative / file).as_posix(), here / file
+                yield prefix + file, here / file
 
 
 def _is_one_model(folders: list[str], files: list[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CHECK_DOWNLOAD, CorruptFileError, PairMismatchError
 from .beside import config_beside, told_beside
-from .branches import OneBranch, tell_one_branch
+from .branches import OneBranch, tell_one_branch, tell_preset
 from .canonical import TEXT_ONLY
 from .checkpoints import Checkpoint
 from .config import ModelConfig, config_from, sizes_from_shapes
@@ -118,7 +118,11 @@ def _one_branch(path: Path, found: Mapping[str, Part], said: bool | None) -> One
     if others or said is False or not any(name in entries for name in TEXT_ONLY):
         return None
     metadata = tensor_files.metadata
-    told = OneBranch("the caller says so") if said else tell_one_branch(path, metadata)
+    told = (
+        OneBranch("the caller says so", preset=tell_preset(path, metadata))
+        if said
+        else tell_one_branch(path, metadata)
+    )
     if told is None or told.certain or UNCONDITIONAL not in found:
         return told
     return None if tell_copy(tensor_files, TEXT_ONLY, None).copy == UNCONDITIONAL else told

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,6 +50,10 @@ class Parts:
     @property
     def nbytes(self) -> int:
         return sum(raw.nbytes for raw in self.roles.values())
+
+    def mapped(self, over: Callable[[RawTensor], RawTensor]) -> Parts:
+        """The same tensors, each where ``over`` says that it lies."""
+        return replace(self, roles={role: over(raw) for role, raw in self.roles.items()})
 
     def corrupt(self, message: str, found: object, needed: object) -> CorruptFileError:
         return CorruptFileError(

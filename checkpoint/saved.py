@@ -23,7 +23,7 @@ from ..ops.fold import Fold
 from ..ops.layouts import folded_tensor
 from ..ops.rotation import is_order
 from .attention_wish import WISH_KEY
-from .branches import GUIDANCE_KEY, GUIDANCE_NONE, GUIDANCE_PAIR
+from .branches import GUIDANCE_KEY, GUIDANCE_NONE, GUIDANCE_PAIR, PRESET_KEY
 from .codecs import FOLDED_INT8, Blocks, Int8, Stored
 from .parts import Parts
 from .tensor_files import TensorFiles, json_object
@@ -135,6 +135,8 @@ def with_words(tensor_files: TensorFiles, prefixes: Mapping[str, str | None]) ->
             metadata["ideogram4.config"] = json.dumps(config)
         if said.get("guidance") in (GUIDANCE_NONE, GUIDANCE_PAIR):
             metadata[GUIDANCE_KEY] = said["guidance"]
+        if isinstance(said.get("preset"), str):
+            metadata[PRESET_KEY] = said["preset"]
         if isinstance(said.get("attention"), str):
             metadata[WISH_KEY] = said["attention"]
         return dataclasses.replace(tensor_files, metadata=metadata | tensor_files.metadata)

@@ -57,8 +57,8 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     picture.add_argument(
         "--preset",
         choices=("quality", "default", "turbo", "instant", "fast", "turbotime"),
-        default="default",
-        help="steps and guidance (default: default, 20 steps)",
+        help="steps and guidance (default: that of a one-branch model's name, such as instant; "
+        "else default, 20 steps)",
     )
     picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
     picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")

@@ -20,7 +20,7 @@ from .encoder import load_encoder
 from .files_here import fill_in
 from .generate import GenerateRequest, check_branches
 from .linear import default_device
-from .loading import COPIES, load_pair, open_pair
+from .loading import COPIES, load_pair, open_pair, preset_for
 
 POCKET_PROMPTS = 8
 _FULL_SIZE = 1024
@@ -36,9 +36,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     options = _options(args)
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
     texts, size = prompts_and_size(args, pair[0])
-    request = GenerateRequest(
-        "", *size, preset=args.preset, steps=args.steps, guidance=args.guidance
-    )
+    preset = preset_for(args.preset, pair[0])
+    request = GenerateRequest("", *size, preset=preset, steps=args.steps, guidance=args.guidance)
     steps = len(request.plan(one_branch=pair[0].one_branch is not None))
     check_branches(request, pair[0].one_branch is not None, pair[1] is not None)
     device = default_device(args.device)

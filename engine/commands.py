@@ -28,7 +28,7 @@ from .encoder import load_encoder
 from .files_here import fill_in
 from .generate import GenerateRequest, check_branches, generate
 from .linear import default_device
-from .loading import Copies, load_pair, open_pair, pair_label
+from .loading import Copies, load_pair, open_pair, pair_label, preset_for
 from .one_copy import SELF, StandIn
 from .pictures import read_picture
 from .vae import load_vae
@@ -58,6 +58,7 @@ def run_generate(args: argparse.Namespace) -> int:
     fill_in(args, words=(NONE, SELF), one_copy=alone)
     init_image = None if args.init_image is None else read_picture(args.init_image)
     pair, stand_in = _open(args, request)
+    request = replace(request, preset=preset_for(args.preset, pair[0]))
     plan = request.plan(one_branch=pair[0].one_branch is not None)
     device = default_device(args.device)
     if args.backend != dispatch.AUTO:
@@ -134,7 +135,7 @@ def _request(args: argparse.Namespace) -> GenerateRequest:
         width,
         height,
         args.seed,
-        args.preset,
+        args.preset or "default",  # until the file tells its own
         args.steps,
         args.guidance,
         args.denoise,

@@ -65,6 +65,13 @@ def open_pair(
     return first, second
 
 
+def preset_for(asked: str | None, checkpoint: Checkpoint) -> str:
+    """The name of the preset to paint with: the one asked for, else that which a one-branch model's
+    file tells, else the reference's default (whose guidance one branch leaves out)."""
+    branch = checkpoint.one_branch
+    return asked or (branch and branch.preset) or "default"
+
+
 def pair_label(pair: tuple[Checkpoint, Checkpoint | None]) -> str:
     """The level of opened checkpoints; of two levels ``INT8 W8A8 rotated + Q4_K``, the conditional
     copy's first."""

@@ -17,10 +17,11 @@ from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..errors import OpError
 from ..ops.attention import SDPA
 from ..ops.tuning.autotune import Measure
+from ..sampling import Preset, preset
 from . import loras
 from .encoder import TextEncoder, load_encoder
 from .linear import LinearOptions
-from .loading import load_pair, open_pair
+from .loading import load_pair, open_pair, preset_for
 from .transformer import PackTransformer
 from .vae import Vae, load_vae
 
@@ -70,7 +71,11 @@ class PackPipeline(Ideogram4Pipeline):
         conditional copy), "conditional", "unconditional" or "both". Returns what was understood.
         CheckpointError for a file that does not fit, or that changes the weights themselves.
         """
-        copies = {CONDITIONAL: self.transformer, UNCONDITIONAL: self.unconditional_transformer}
+        second = self.unconditional_transformer
+        copies = {
+            CONDITIONAL: self.transformer,
+            UNCONDITIONAL: None if isinstance(second, _NoCopy) else second,
+        }
         return loras.add(copies, Path(file), strength, apply_to)
 
     def unload_lora_weights(self) -> None:
@@ -114,6 +119,51 @@ class PackPipeline(Ideogram4Pipeline):
                     found=f"quantized weights in {name}, of codes and scales",
                     hint="Use enable_model_cpu_offload(), which moves one whole model at a time.",
                 )
+
+
+class OneBranchPipeline(PackPipeline):
+    """The same around a model that holds its guidance in itself: one pass a step."""
+
+    own: Preset
+
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int = 2048,
+        width: int = 2048,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_schedule: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+        std: float | None = None,
+        **more: object,
+    ) -> object:
+        """diffusers' arguments; steps, ``mu`` and ``std`` are those of the model's preset where
+        they are left out. OpError for guidance other than 1."""
+        given = () if guidance_scale is None else (guidance_scale,)
+        factors = [
+            float(g) for g in (*given, *(() if guidance_schedule is None else guidance_schedule))
+        ]
+        if any(factor != 1.0 for factor in factors):
+            raise OpError(
+                "guidance is asked of a model of one branch, which holds it in itself",
+                found=factors[0],
+                needed="no guidance, or 1",
+            )
+        steps = self.own.steps if num_inference_steps is None else num_inference_steps
+        curve = (self.own.mu if mu is None else mu, self.own.std if std is None else std)
+        return super().__call__(prompt, height, width, steps, 1.0, None, *curve, **more)
+
+
+class _NoCopy(nn.Module):
+    """In the unconditional copy's place: zeros, which a guidance of 1 weighs with 0."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor]:
+        return (torch.zeros_like(hidden_states),)
 
 
 class _Vision2Text(nn.Module):
@@ -163,7 +213,8 @@ def load_pipeline(
 ) -> Ideogram4Pipeline:
     """diffusers' ``Ideogram4Pipeline`` from files of any level that the pack reads.
 
-    ``unconditional`` is None where ``model`` holds both copies; ``encoder`` and ``vae`` as in
+    ``unconditional`` is None where ``model`` holds both copies, or is of one branch: the pipeline
+    then makes one pass a step, with the steps of the model's preset. ``encoder`` and ``vae`` as in
     `load_encoder` and `load_vae`; ``base`` gives a linears-only file its other tensors; the rest as
     in `load_transformer`. The pipeline's arguments and defaults are diffusers'; fp32 pictures equal
     those of the dequantized weights in diffusers' own modules, but for the quantized inputs of
@@ -171,12 +222,6 @@ def load_pipeline(
     compute dtype by ``.to``, and what `PackPipeline` says. Raises what the loaders raise.
     """
     pair = open_pair(model, unconditional, base=base)
-    if pair[1] is None:
-        raise OpError(
-            "diffusers' pipeline runs both copies, and this model is of one branch",
-            found=f"{model} ({pair[0].one_branch.reason})",
-            hint="Use engine.generate, or ideogram4-quant generate --preset instant.",
-        )
     text = load_encoder(encoder, tokenizer=tokenizer, device=device, dtype=dtype, options=options)
     decoder = load_vae(vae, device=device, dtype=dtype)
     models = load_pair(
@@ -189,24 +234,35 @@ def load_pipeline(
         attention=attention,
         measure=measure,
     )
-    return as_pipeline(models.conditional, models.unconditional, text, decoder)
+    own = preset(preset_for(None, pair[0]))
+    return as_pipeline(models.conditional, models.unconditional, text, decoder, own)
 
 
 def as_pipeline(
-    conditional: PackTransformer, unconditional: PackTransformer, encoder: TextEncoder, vae: Vae
+    conditional: PackTransformer,
+    unconditional: PackTransformer | None,
+    encoder: TextEncoder,
+    vae: Vae,
+    own: Preset,
 ) -> Ideogram4Pipeline:
     """The pipeline around loaded models, which it takes over: the unconditional copy gets modules
-    in place of its text projection, the VAE its statistics in diffusers' order, in fp32."""
-    unconditional.llm_cond_norm = nn.Identity()
-    unconditional.llm_cond_proj = _NoText(unconditional.hidden_size)
+    in place of its text projection, the VAE its statistics in diffusers' order, in fp32. Without an
+    unconditional copy it runs one branch, by its ``own`` preset."""
+    if unconditional is not None:
+        unconditional.llm_cond_norm = nn.Identity()
+        unconditional.llm_cond_proj = _NoText(unconditional.hidden_size)
     vae.model.bn.running_mean = vae.mean
     vae.model.bn.running_var = vae.std.square() - vae.model.config.batch_norm_eps
     encoder.tokenizer.chat_template = TURNS
-    return PackPipeline(
+    kind = PackPipeline if unconditional is not None else OneBranchPipeline
+    pipe = kind(
         FlowMatchEulerDiscreteScheduler(),
         vae.model,
         _Vision2Text(encoder.model),
         encoder.tokenizer,
         conditional,
-        unconditional,
+        _NoCopy(conditional.dtype) if unconditional is None else unconditional,
     )
+    if unconditional is None:
+        pipe.own = own
+    return pipe

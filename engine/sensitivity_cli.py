@@ -49,8 +49,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     picture.add_argument(
         "--preset",
         choices=("quality", "default", "turbo", "instant", "fast", "turbotime"),
-        default="default",
-        help="schedule and guidance (default: default)",
+        help="schedule and guidance (default: as calibrate's)",
     )
     picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
     picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")

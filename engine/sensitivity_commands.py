@@ -22,7 +22,7 @@ from .calibration_commands import digests_of, prompts_and_size
 from .encoder import load_encoder
 from .generate import GenerateRequest, check_branches
 from .linear import default_device
-from .loading import load_pair, open_pair
+from .loading import load_pair, open_pair, preset_for
 from .sensitivity import Probes, measure_sensitivity
 
 
@@ -37,9 +37,8 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
     quantized = _open_quantized(pair, args)
     texts, size = prompts_and_size(args, pair[0])
-    request = GenerateRequest(
-        "", *size, preset=args.preset, steps=args.steps, guidance=args.guidance
-    )
+    preset = preset_for(args.preset, pair[0])
+    request = GenerateRequest("", *size, preset=preset, steps=args.steps, guidance=args.guidance)
     steps = request.plan(one_branch=pair[0].one_branch is not None)
     check_branches(request, pair[0].one_branch is not None, pair[1] is not None)
     device = default_device(args.device)

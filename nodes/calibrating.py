@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
+import comfy.model_management as management
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +28,7 @@ from .guidance import Guidance
 from .guider import DualCopyGuider
 from .latents import TOKEN_PIXELS
 from .model_source import header_of, source_of
+from .pairing import check_conditioning
 
 
 class ProfilingGuider(DualCopyGuider):
@@ -41,7 +45,7 @@ class ProfilingGuider(DualCopyGuider):
 def calibrate(
     conditional: comfy.model_patcher.ModelPatcher,
     unconditional: comfy.model_patcher.ModelPatcher | None,
-    positive: list,
+    positives: Sequence[list],
     guidance: Guidance,
     curve: Tensor,
     latent: Tensor,
@@ -49,7 +53,8 @@ def calibrate(
     options: ProfilerOptions | None = None,
     callback: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Sample ``positive`` with each of ``seeds`` along the sigmas ``curve``; watch every linear.
+    """Sample each of ``positives`` with each of ``seeds`` along the sigmas ``curve``; watch every
+    linear.
 
     ``latent`` [1, 128, H / 16, W / 16] gives the size. ``callback(steps done)`` counts the steps of
     both passes. The models are as before when it is over, and after a failure too. Raises OpError
@@ -58,8 +63,10 @@ def calibrate(
     """
     models = dict(zip(COPIES, (conditional, unconditional), strict=True))
     models = {copy: patcher for copy, patcher in models.items() if patcher is not None}
-    _check_unpatched(models, positive)
-    guider = ProfilingGuider(conditional, unconditional, positive, guidance)
+    _check_unpatched(models, positives)
+    for positive in positives[1:]:  # the guider checks its own
+        check_conditioning(conditional, positive)
+    guider = ProfilingGuider(conditional, unconditional, positives[0], guidance)
     times = [1.0 - sigma for sigma in curve[:-1].tolist()]
     profiler = Profiler(_linears(models), times, options)
     guider.profiler = profiler
@@ -71,7 +78,8 @@ def calibrate(
         if callback is not None:
             callback(done)
 
-    def sample(_: int, noise: int) -> None:
+    def sample(index: int, noise: int) -> None:
+        guider.inner_set_conds({"positive": positives[index]})
         guider.sample(
             comfy.sample.prepare_noise(latent, noise),
             latent,
@@ -82,15 +90,27 @@ def calibrate(
             seed=noise,
         )
 
-    # one conditioning counts as one prompt, so that its seeds judge each other's smoothing
-    run_passes(profiler, 1, seeds, sample)
-    return profiler.result(_run(models, positive, latent, seeds, len(times)))
+    # prompts judge each other's smoothing, and of a single one its seeds do
+    run_passes(profiler, len(positives), seeds, sample)
+    return profiler.result(_run(models, positives, latent, seeds, len(times)))
 
 
-def _check_unpatched(models: dict[str, comfy.model_patcher.ModelPatcher], positive: list) -> None:
+def encode(clip: comfy.sd.CLIP, captions: Sequence[str]) -> list[list]:
+    """A conditioning of each caption, in main memory; a cancel ends it between two."""
+    found = []
+    for caption in captions:
+        management.throw_exception_if_processing_interrupted()
+        found.append(clip.encode_from_tokens_scheduled(clip.tokenize(caption)))
+    return found
+
+
+def _check_unpatched(
+    models: dict[str, comfy.model_patcher.ModelPatcher], positives: Sequence[list]
+) -> None:
     """What would be calibrated is what the files hold: OpError for weights changed on top of it."""
     found = {copy: list(_changes(patcher)) for copy, patcher in models.items()}
-    found["caption"] = ["a LoRA hook" for _, options in positive if options.get("hooks")]
+    options = (options for positive in positives for _, options in positive)
+    found["caption"] = ["a LoRA hook" for each in options if each.get("hooks")]
     for where, changes in found.items():
         if changes:
             raise OpError(
@@ -123,7 +143,7 @@ def _linears(models: dict[str, comfy.model_patcher.ModelPatcher]) -> dict[str, n
 
 def _run(
     models: dict[str, comfy.model_patcher.ModelPatcher],
-    positive: list,
+    positives: Sequence[list],
     latent: Tensor,
     seeds: range,
     steps: int,
@@ -134,14 +154,14 @@ def _run(
         if source is not None:  # of another loader: the weights themselves are compared then
             digests[copy] = combined_hash(hash_files(files_of(header_of(source))))
     features = hashlib.sha256()
-    for text, _ in positive:
+    for text, _ in itertools.chain.from_iterable(positives):
         if text is not None:
             features.update(text.detach().float().cpu().contiguous().numpy().tobytes())
     height, width = (side * TOKEN_PIXELS for side in latent.shape[-2:])
     return Run(
         models=digests,
         prompts_sha256=features.hexdigest(),
-        prompts=len(positive),
+        prompts=sum(map(len, positives)),
         seeds=tuple(seeds),
         steps=steps,
         width=width,

@@ -18,15 +18,16 @@ import comfy.text_encoders.ideogram4 as host_encoder
 import comfy.utils
 import folder_paths
 import torch
-from transformers import AutoTokenizer
 
 from ..captions.check import PLAIN_TEXT, STRIPPED, is_plain, is_stripped
 from ..captions.instruction import PICTURE
 from ..checkpoint import EncoderCheckpoint, open_encoder
+from ..checkpoint.mapped import MappedFile
 from ..errors import CheckpointError, NotIdeogram4Error, OpError
 from .encoder_model import TextEncoder
 from .hook_loras import refuse_hooks
 from .host_ops import make_ops
+from .mapped_weights import check_before_use, new_mapping, tell_host
 from .writer import Writer, stop_tokens
 
 logger = logging.getLogger(__name__)
@@ -58,11 +59,14 @@ def load_encoder(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     sizes = _sizes(encoder, path)
     dtype = torch.bfloat16
     progress = comfy.utils.ProgressBar(100)
+    mapping = new_mapping()
     state = encoder.load(
         dtype=dtype,
+        mapping=mapping,
         progress=lambda done, total: progress.update_absolute(round(100 * done / max(total, 1))),
     )
     state.pop("norm.weight", None)
+    tell_host(state.values())
     state = {f"model.{name}": tensor for name, tensor in state.items()}
     target = _Target(partial(_text_encoder, dtype), _Tokenizer)
     options = {"custom_operations": make_ops(dtype), "qwen3vl_8b_model_config": sizes}
@@ -75,11 +79,17 @@ def load_encoder(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         model_options=options,
         disable_dynamic=disable_dynamic,
     )
+    clip.tokenizer.mapped = () if mapping is None else mapping.files
+    check_before_use(_layers(clip.cond_stage_model), mapping)
     words = clip.tokenizer.words
     clip.cond_stage_model.set_writer(Writer(encoder, dtype), stop_tokens(words))
     clip.patcher.cached_patcher_init = (_load_patcher, (path,))
     refuse_hooks(clip.patcher)
     return clip
+
+
+def _layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    return next(m for name, m in model.named_modules() if name.endswith(".layers"))
 
 
 def _load_patcher(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -126,6 +136,8 @@ def _tokenizer_data(encoder: EncoderCheckpoint, path: Path) -> dict:
             needed=f"tokenizer.json, or the {HOST_VOCABULARY} tokens of Qwen3-VL",
             hint="Copy the whole folder of the encoder, not only its weights.",
         )
+    from transformers import AutoTokenizer  # a third of a second, which the host's start is spared
+
     # the settings of the host's Qwen3VLTokenizer, on another folder
     tokenizer = partial(
         comfy.sd1_clip.SDTokenizer,
@@ -149,12 +161,16 @@ class _Tokenizer(host_encoder.Ideogram4Tokenizer):
     braces from, and more than the trained length, is an error. A question to the language model
     may be anything, with pictures where it has a place for them."""
 
+    mapped: tuple[MappedFile, ...] = ()
+
     @property
     def words(self):
         """transformers' tokenizer."""
         return getattr(self, self.clip).tokenizer
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kwargs):
+        for file in self.mapped:  # the weights are moved next
+            file.check()
         if _ASKED in kwargs:
             return self._asked(text, return_word_ids, **kwargs)
         if is_stripped(text):

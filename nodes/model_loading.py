@@ -23,8 +23,10 @@ from .attention import install
 from .fused_blocks import add_fused_blocks
 from .hook_loras import take_hooks
 from .host_ops import make_ops, text_tensor
+from .mapped_weights import check_before_use, disk_options, new_mapping, tell_host
 from .model_source import ATTACHMENT, ModelSource, header_of, source_of
 from .one_branch import BRANCH, words_of
+from .streaming import add_streaming
 
 __all__ = ["ModelSource", "compute_dtype", "load_model", "measured", "source_of"]
 
@@ -53,20 +55,25 @@ def load_model(
     config.custom_operations = make_ops(dtype, source.options)
 
     progress = comfy.utils.ProgressBar(100)
+    mapping = new_mapping()
     state = header.load(
         source.copy,
         dtype=dtype,
+        mapping=mapping,
         progress=lambda done, total: progress.update_absolute(round(100 * done / max(total, 1))),
     )
+    tell_host(state.values())
     layers = layers_of(state.values())
     _measure(layers, inputs_of(state) if source.fused else (), header, source, device, dtype)
     model = config.get_model(state, "")
     plain = comfy.model_patcher.ModelPatcher
     patcher_class = plain if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = patcher_class(model, load_device=device, offload_device=offload)
+    disk = disk_options(patcher_class, mapping)
+    patcher = patcher_class(model, load_device=device, offload_device=offload, **disk)
     if not management.is_device_cpu(offload):
         model.to(offload)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
+    check_before_use((model.diffusion_model, *model.diffusion_model.layers), mapping)
     # what the host's save nodes would lose: they write tensors, and metadata of their own
     said = {"copy": source.copy, "config": header.config.to_dict(), **words_of(header, source)}
     if header.attention_wish is not None:
@@ -79,6 +86,7 @@ def load_model(
     patcher.set_attachments(BRANCH, header.one_branch)
     install(patcher, source.attention)
     take_hooks(patcher)
+    add_streaming(patcher)
     if source.fused:
         add_fused_blocks(patcher, source.options.backend)
     return patcher

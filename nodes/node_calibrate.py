@@ -9,10 +9,12 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from ..errors import OpError
 from ..quant.calibration import Calibration
+from ..quant.captions import calibration_captions
 from ..quant.fragility import fragility_table
 from ..sampling import check_size, on_grid
-from .calibrating import calibrate
+from .calibrating import calibrate, encode
 from .latents import empty_latent
 from .missing_copy import check_given
 from .sampling_inputs import (
@@ -28,10 +30,11 @@ from .schema import CATEGORY
 logger = logging.getLogger(__name__)
 CalibrationType = io.Custom("IDEOGRAM4_CALIBRATION")
 SHOWN = 12
+CAPTIONS = len(calibration_captions())
 
 
 class Calibrate(io.ComfyNode):
-    """Both copies and a caption -> a calibration file in the output folder."""
+    """Both copies and captions -> a calibration file in the output folder."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -40,14 +43,14 @@ class Calibrate(io.ComfyNode):
             display_name="Calibrate Ideogram 4",
             category=CATEGORY,
             description=(
-                "Samples a caption with both copies, twice, and writes what the input of every "
-                "linear looks like and what quantizing each alone would cost, step by step. Use "
-                "the unquantized model. Chain the node over several captions."
+                "Samples captions with both copies, twice, and writes what the input of every "
+                "linear looks like and what quantizing each alone would cost, step by step: the "
+                "captions that come with the pack, or your own. Use the unquantized model."
             ),
             search_aliases=["calibration", "quantize", "smoothquant", "importance", "imatrix"],
             is_output_node=True,
             inputs=[
-                *model_inputs(),
+                *model_inputs()[:2],
                 preset_input(),
                 io.Int.Input(
                     "seed",
@@ -62,7 +65,8 @@ class Calibrate(io.ComfyNode):
                     default=1,
                     min=1,
                     max=64,
-                    tooltip="How many seeds are sampled. Each takes the time of two pictures.",
+                    tooltip="How many seeds each caption is sampled with. Each takes the time of "
+                    "two pictures.",
                 ),
                 io.String.Input(
                     "filename_prefix",
@@ -74,7 +78,26 @@ class Calibrate(io.ComfyNode):
                 CalibrationType.Input(
                     "earlier",
                     optional=True,
-                    tooltip="A calibration by another such node, to which this caption is added.",
+                    tooltip="A calibration by another such node, to which this one is added.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoder, for the captions that come with the pack.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="An encoded caption of your own instead of those.",
+                ),
+                io.Int.Input(
+                    "captions",
+                    default=CAPTIONS,
+                    min=1,
+                    max=CAPTIONS,
+                    optional=True,
+                    tooltip="How many of the captions that come with the pack are sampled: the "
+                    "first few are as varied as all. Not used with positive.",
                 ),
             ],
             outputs=[
@@ -82,7 +105,7 @@ class Calibrate(io.ComfyNode):
                     id="calibration",
                     display_name="calibration",
                     tooltip="For Quantize Ideogram 4, or another Calibrate node, which adds its "
-                    "caption.",
+                    "captions.",
                 ),
                 io.String.Output(id="path", display_name="path", tooltip="The file."),
                 io.String.Output(
@@ -96,7 +119,6 @@ class Calibrate(io.ComfyNode):
     def execute(
         cls,
         conditional,
-        positive,
         preset: str,
         seed: int,
         pictures: int,
@@ -106,20 +128,34 @@ class Calibrate(io.ComfyNode):
         unconditional=None,
         steps: int = 0,
         earlier: Calibration | None = None,
+        clip=None,
+        positive=None,
+        captions: int = CAPTIONS,
     ) -> io.NodeOutput:
         guidance = make_guidance(preset)
         check_given(cls, conditional, unconditional, guidance)
+        if clip is None and positive is None:
+            raise OpError(
+                "there is nothing to sample",
+                found="neither clip nor positive connected",
+                needed="one of the two",
+                hint="Connect clip for the captions that come with the pack, or positive for one "
+                "of your own.",
+            )
         (width, height), rounded = on_grid(width, height)
         for note in (*([rounded] if rounded else ()), *check_size(width, height)):
             logger.warning(note)
         target = _target(filename_prefix)
         curve, _ = schedule(preset, width, height, steps, 1.0)
         latent = empty_latent(width, height)
-        progress = comfy.utils.ProgressBar(2 * pictures * (len(curve) - 1))
+        own = positive is not None
+        positives = [positive] if own else encode(clip, calibration_captions(captions))
+        total = 2 * len(positives) * pictures * (len(curve) - 1)
+        progress = comfy.utils.ProgressBar(total)
         found = calibrate(
             conditional,
             unconditional,
-            positive,
+            positives,
             guidance,
             curve,
             latent,

@@ -36,7 +36,8 @@ def one_branch_of(patcher: comfy.model_patcher.ModelPatcher) -> OneBranch | None
 def words_of(header: Checkpoint, source: ModelSource) -> dict[str, str]:
     """What a saved model says of its guidance: nothing where nobody said anything."""
     if header.one_branch is not None:
-        return {"guidance": GUIDANCE_NONE}
+        known = header.one_branch.preset
+        return {"guidance": GUIDANCE_NONE} | ({} if known is None else {"preset": known})
     return {"guidance": GUIDANCE_PAIR} if source.one_branch is False else {}
 
 
@@ -86,7 +87,9 @@ def settle(
     lines = (f"one branch, so no guidance is needed: {branch.reason}",)
     if chosen is not None and chosen.guided:
         left = f"the preset {chosen.name} is made for two copies: its guidance is left out here"
-        lines += (f"{left}; instant and fast are made for one branch",)
+        known = branch.preset
+        better = "instant and fast are made for one branch" if known is None else f"pick {known}"
+        lines += (f"{left}; {better}",)
     return replace(guidance, preset=None, values=(1.0,)), lines
 
 

@@ -62,8 +62,15 @@ def tile_values(device: torch.device) -> int:
     return TILED if device.type == "cpu" else TILED_ON_ACCELERATOR
 
 
-def for_each(starts: range, work: Callable[[int], None], device: torch.device) -> None:
+def for_each(
+    starts: range,
+    work: Callable[[int], None],
+    device: torch.device | None,
+    done: Callable[[int], None] = lambda count: None,
+) -> None:
     """Call ``work`` for every start, on a CPU in as many threads as PyTorch may use.
+
+    ``done(count)``, in the calling thread, after each of the first ``count`` of them.
 
     A search is some hundred small operations; whole chunks in parallel spare a barrier after each
     of them, which costs more than the operation where other programs use the cores too. Chunks are
@@ -75,21 +82,22 @@ def for_each(starts: range, work: Callable[[int], None], device: torch.device) -
     work = torch.inference_mode()(work)  # its calls are cheaper
     threads = min(workers(device), len(starts))
     if threads <= 1:
-        for start in starts:
+        for count, start in enumerate(starts, 1):
             work(start)
+            done(count)
         return
     default = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, starts):
-                pass  # raises what a worker raised
+            for count, _ in enumerate(pool.map(work, starts), 1):
+                done(count)  # map raises what a worker raised, and starts no more then
     finally:
         torch.set_num_threads(default)
 
 
-def workers(device: torch.device) -> int:
-    """Threads that share the work of ``for_each``."""
-    return torch.get_num_threads() if device.type == "cpu" else 1
+def workers(device: torch.device | None) -> int:
+    """Threads that share the work of ``for_each``; None is a CPU."""
+    return torch.get_num_threads() if device is None or device.type == "cpu" else 1
 
 
 def even(total: int, some: int, parts: int = 1) -> int:

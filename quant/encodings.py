@@ -20,6 +20,7 @@ from ..ops.blocks import FORMATS, dequantize, quantize
 from ..ops.feedback import Feedback
 from ..ops.gptq import ExactFeedback
 from ..ops.layouts.int8 import int8_label
+from ..ops.native.encode import Lost, encoder_for
 from ..ops.reference import quantize_rows
 from ..ops.rotation import rotate
 from .input_moments import InputMoments
@@ -52,6 +53,11 @@ class Encoding(Protocol):
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         """A share of ``parts`` -> fp32 rows in original coordinates."""
+
+    def encode_compiled(self, rows: Tensor) -> tuple[dict[str, Tensor], Lost] | None:
+        """Rows of any float dtype -> what ``encode`` gives, and what ``decode`` then loses, in one
+        pass; None where no compiled code does that, or the rows are to be refused."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,16 @@ class NativeInt8(Encoding):
         values = values if self.rotation is None else rotate(values, self.rotation)
         q, scale = _int8_rows(values, self.feedback)
         return {"weight": q, "weight_scale": scale[:, None]}
+
+    def encode_compiled(self, rows: Tensor) -> tuple[dict[str, Tensor], Lost] | None:
+        encoder = encoder_for(rows)
+        if encoder is None or self.smooth is not None or self.feedback is not None:
+            return None
+        found = encoder.int8_rows(rows, self.rotation)
+        if found is None:
+            return None
+        q, scale, lost = found
+        return {"weight": q, "weight_scale": scale[:, None]}, lost
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         values = parts["weight"].float() * parts["weight_scale"]
@@ -199,6 +215,13 @@ class Blocks(Encoding):
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         blocks = quantize(rows, self.qtype, self.importance, feedback=self.feedback)
         return {self.suffix: blocks}
+
+    def encode_compiled(self, rows: Tensor) -> tuple[dict[str, Tensor], Lost] | None:
+        encoder = encoder_for(rows)
+        if encoder is None or self.qtype != "Q8_0" or self.importance is not None:
+            return None
+        found = encoder.q8_0(rows)
+        return None if found is None else ({self.suffix: found[0]}, found[1])
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         data = parts[self.suffix]

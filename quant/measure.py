@@ -8,7 +8,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from ..checkpoint.stored_rows import StoredRows
 from ..ops.chunks import row_chunks
+from ..ops.native.encode import Lost, encoder_for
 from ..ops.wide import wide
 from .input_moments import InputMoments
 
@@ -29,6 +31,11 @@ class ErrorMeter:
 
     def add(self, weight: Tensor, stored: Tensor, inputs: InputMoments | None = None) -> None:
         """Count one chunk: the true values and what the file gives back, same shape, any float."""
+        encoder = encoder_for(weight) if inputs is None else None
+        found = None if encoder is None else encoder.lost(weight, stored)
+        if found is not None:
+            self.count(found)
+            return
         error = stored.float() - weight.float()
         self.signal += _sum_of_squares(weight)
         self.noise += _sum_of_squares(error)
@@ -38,6 +45,12 @@ class ErrorMeter:
         if error.numel():
             low, high = torch.aminmax(error)
             self._largest(max(high.item(), -low.item()))
+
+    def count(self, lost: Lost) -> None:
+        """Count a chunk whose sums are known."""
+        self.signal += lost.signal
+        self.noise += lost.noise
+        self._largest(lost.largest)
 
     def merge(self, other: ErrorMeter) -> None:
         """Count everything that ``other`` counted."""
@@ -97,14 +110,18 @@ def _sum_of_squares(values: Tensor) -> float:
     return torch.dot(flat, flat).item()
 
 
-def dense_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """Rows of a tensor, quantized or not, in fp32."""
+def stored_rows(tensor: Tensor | StoredRows, rows: slice) -> Tensor:
+    """Rows of a tensor: quantized ones in fp32, others as they are."""
     part = tensor[rows]
-    dense = part.dequantize() if isinstance(part, QuantizedTensor) else part
-    return dense.to(torch.float32)
+    return part.dequantize().float() if isinstance(part, QuantizedTensor) else part
 
 
-def channel_absmax(weight: Tensor) -> Tensor:
+def dense_rows(tensor: Tensor | StoredRows, rows: slice) -> Tensor:
+    """Rows of a tensor, quantized or not, in fp32."""
+    return stored_rows(tensor, rows).to(torch.float32)
+
+
+def channel_absmax(weight: Tensor | StoredRows) -> Tensor:
     """``max over n of |w[n, k]|``, fp32 [K], of a weight [N, K], quantized or not."""
     found = [dense_rows(weight, rows).abs().amax(0) for rows in row_chunks(tuple(weight.shape))]
     return torch.stack(found).amax(0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.attention_wish import WISH_KEY, told_name
-from ..checkpoint.branches import GUIDANCE_KEY, GUIDANCE_NONE
+from ..checkpoint.branches import GUIDANCE_KEY, GUIDANCE_NONE, PRESET_KEY, OneBranch
 from ..errors import CheckpointError
 from ..files.pieces import pieces
 from ..version import __version__
@@ -150,12 +150,14 @@ class Provenance:
     sources: tuple[SourceFile, ...]
     source_level: str
     licence: str | None
-    one_branch: bool = False
+    one_branch: OneBranch | None = None
     attention: str | None = None  # the source's wish, by this pack's name
 
     def _common(self) -> dict[str, str]:
         sources = [file.__dict__ for file in self.sources]
-        mark = {GUIDANCE_KEY: GUIDANCE_NONE} if self.one_branch else {}
+        mark = {} if self.one_branch is None else {GUIDANCE_KEY: GUIDANCE_NONE}
+        if self.one_branch is not None and self.one_branch.preset is not None:
+            mark[PRESET_KEY] = self.one_branch.preset
         if self.attention is not None:
             mark[WISH_KEY] = told_name(self.attention)
         return {

@@ -185,7 +185,7 @@ def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:
         sources=hash_files(plan.source.paths, counter.hashed),
         source_level=plan.source.level,
         licence=licence_of(plan.source.metadata, plan.options),
-        one_branch=any(each.one_branch is not None for each in plan.source.checkpoints),
+        one_branch=next(filter(None, (c.one_branch for c in plan.source.checkpoints)), None),
         attention=plan.source.checkpoints[0].attention_wish,
     )
 

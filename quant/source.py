@@ -76,11 +76,13 @@ class Source:
     def stream(self, only: Collection[tuple[str, str]]) -> Iterator[tuple[Path, str, str, Tensor]]:
         """(file, copy, name, tensor) of the ``only`` (copy, name) pairs, one at a time.
 
-        Dequantized they are fp32.
+        Plain matrices are StoredRows, in their own dtype; dequantized the others are fp32.
         """
         for checkpoint, copy in self.parts:
             names = {name for each, name in only if each == copy}
-            for name, tensor in checkpoint.stream(copy, dtype=torch.float32, only=names):
+            for name, tensor in checkpoint.stream(
+                copy, dtype=torch.float32, only=names, by_rows=True
+            ):
                 yield Path(checkpoint.paths[0]), copy, name, tensor
                 del tensor  # before the next one is read
 

@@ -48,7 +48,7 @@ PRESETS: dict[str, Preset] = {
     "quality": Preset("quality", steps=48, polish=3, mu=0.0, std=1.5),
     "default": Preset("default", steps=20, polish=2, mu=0.0, std=1.75),
     "turbo": Preset("turbo", steps=12, polish=1, mu=0.5, std=1.75),
-    # fal's two distillations, and a LoRA on the conditional copy; mu is not settled (see README)
+    # fal's two distillations, and a LoRA on the conditional copy; mu: see docs/levels.md
     "instant": _one_branch("instant", 8, "Instant 8", _DISTILLED),
     "fast": _one_branch("fast", 20, "Fast 20", _DISTILLED),
     "turbotime": _one_branch("turbotime", 4, "TurboTime 4 (with its LoRA)", "the TurboTime LoRA"),

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from ideogram4_quant import api
 from ideogram4_quant.engine.compare.metrics import psnr
 from ideogram4_quant.pocket import paths
 from ideogram4_quant.pocket.data import HELD_OUT
+from ideogram4_quant.pocket.evaluate import load_one_branch
+from ideogram4_quant.pocket.export import load_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = HELD_OUT[0]
@@ -122,6 +125,28 @@ def test_bf16_files_paint_the_unmodified_pipelines_picture(pocket):
     assert psnr(picture(pocket.pipeline()), picture(pipe)) >= 60
 
 
+def test_one_branch_paints_the_unmodified_pipelines_picture_in_its_own_steps():
+    """diffusers' pipeline at a guidance of 1, where any second copy is weighed with 0."""
+    theirs = replace(load_one_branch(), uncond=load_transformer("uncond")).pipeline()
+    asked = {"width": PROMPT.width, "height": PROMPT.height, "max_sequence_length": 128}
+
+    def paint(pipe, **more):
+        pipe.set_progress_bar_config(disable=True)
+        seed = torch.Generator().manual_seed(PROMPT.seed)
+        return pipe(PROMPT.caption, generator=seed, **asked, **more).images[0]
+
+    pipe = loaded([paths.dit_path("one_branch"), None])
+    steps = {"num_inference_steps": 8, "mu": 0.0, "std": 1.75}  # fal's Instant
+    wanted = paint(theirs, guidance_scale=1.0, guidance_schedule=None, **steps)
+    assert psnr(wanted, paint(pipe)) >= 60
+    assert psnr(wanted, paint(pipe, guidance_schedule=[1.0] * 8)) >= 60
+    assert psnr(wanted, paint(pipe, num_inference_steps=4)) < 40
+    with pytest.raises(api.OpError, match="holds it in itself"):
+        paint(pipe, guidance_scale=7.0)
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert psnr(wanted, paint(pipe)) >= 60
+
+
 def test_comfyuis_vae_file_paints_the_same(pocket):
     pipe = api.load_pipeline(*BF16, paths.encoder_dir(), pocket.vae_file, device="cpu")
     assert psnr(picture(pocket.pipeline()), picture(pipe)) >= 50
@@ -188,10 +213,10 @@ def test_what_cannot_work_is_refused(gguf, tmp_path):
     assert pipe.vae.dtype == torch.float32
 
 
-def test_the_readmes_lines_run(gguf, tmp_path):
+def test_the_documents_lines_run(gguf, tmp_path):
     """The lines as printed, in a folder with files of those names; the picture's size is smaller,
     so that a CPU paints it in seconds."""
-    part = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Without ComfyUI")[2]
+    part = (ROOT / "docs/library.md").read_text(encoding="utf-8").partition("## In Python")[2]
     lines = re.search(r"```python\n(.*?)```", part, re.DOTALL)[1]
     assert len([line for line in lines.splitlines() if line]) <= 5
     for file, source in zip(re.findall(r"[\w.]+\.gguf", lines), gguf, strict=True):

@@ -236,14 +236,14 @@ def test_the_readme_says_of_cards_what_the_sizes_say():
         (fits,) = {residency((size, size), free) for size in copies}
         assert words[fits] == said
         needs = [main_memory((size,) * 2, encoder_bytes("FP8"), fits, "cuda") for size in copies]
-        assert _range(need.loaded for need in needs) == loaded
-        assert _range(need.running for need in needs) == running
+        assert _range(need.needed for need in needs) == loaded
+        assert _range(need.at_speed for need in needs) == running
 
 
-def test_the_readme_says_of_one_branch_what_the_sizes_say():
-    readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_page_says_of_one_branch_what_the_sizes_say():
+    page = (Path(examine.__file__).parents[2] / "docs/levels.md").read_text("utf-8")
     row = r"^\| (.+?) \| (.+?) GB \| (\d+) GB \| (.+?) GB \| (.+?) GB \| (.+?) \|$"
-    rows = re.findall(row, readme, re.MULTILINE)
+    rows = re.findall(row, page, re.MULTILINE)
     assert [level for level, *_ in rows] == ["BF16", "Q8_0", "INT8 W8A8 rotated", "IQ4_XS"]
     for level, size, card, loaded, running, passes in rows:
         nbytes = copy_bytes(level)
@@ -252,19 +252,19 @@ def test_the_readme_says_of_one_branch_what_the_sizes_say():
         fitting = [gb for gb in cards if residency((nbytes, 0), (gb - 1) * 2**30) == "both"]
         assert fitting[0] == int(card)
         need = main_memory((nbytes, 0), encoder_bytes("FP8"), "both", "cuda")
-        assert [f"{each / 1e9:.0f}" for each in (need.loaded, need.running)] == [loaded, running]
+        assert [f"{each / 1e9:.0f}" for each in (need.needed, need.at_speed)] == [loaded, running]
         assert passes == f"{PRESETS['fast'].steps}, {PRESETS['instant'].steps}"
 
 
-def test_the_readme_says_of_one_copy_what_the_sizes_say():
+def test_the_page_says_of_one_copy_what_the_sizes_say():
     """Beside it a LoRA of rank 16 in 16 bits, on every linear that an unconditional pass runs."""
     shapes = canonical_shapes(ModelConfig())
     linears = [s for n, s in shapes.items() if is_linear(n) and not n.startswith("llm_cond")]
     lora = sum(2 * 16 * (n + k) for n, k in linears)
-    readme = (Path(examine.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert f"with {lora / 1e6:.0f} MB for a LoRA of rank 16" in readme.replace("\n", " ")
+    page = (Path(examine.__file__).parents[2] / "docs/levels.md").read_text("utf-8")
+    assert f"with {lora / 1e6:.0f} MB for a LoRA of rank 16" in page.replace("\n", " ")
     row = r"^\| (\d+) GB, one copy \| (.+?) \| (.+?) GB \| resident \| (.+?) GB \| (.+?) GB \|$"
-    rows = re.findall(row, readme, re.MULTILINE)
+    rows = re.findall(row, page, re.MULTILINE)
     assert [int(memory) for memory, *_ in rows] == [12, 8]
     for memory, levels, sizes, loaded, running in rows:
         copies = sorted(copy_bytes(level) + lora for level in levels.split(", "))
@@ -273,8 +273,8 @@ def test_the_readme_says_of_one_copy_what_the_sizes_say():
         free = (int(memory) - 1) * 2**30
         assert {residency((size, 0), free) for size in copies} == {"both"}
         needs = [main_memory((size, 0), encoder_bytes("FP8"), "both", "cuda") for size in copies]
-        assert _range(need.loaded for need in needs) == loaded
-        assert _range(need.running for need in needs) == running
+        assert _range(need.needed for need in needs) == loaded
+        assert _range(need.at_speed for need in needs) == running
 
 
 def _range(values) -> str:
@@ -282,23 +282,32 @@ def _range(values) -> str:
     return " to ".join(str(value) for value in dict.fromkeys((rounded[0], rounded[-1])))
 
 
-def test_main_memory_is_what_is_loaded_less_what_a_device_takes():
-    need = main_memory((5 * GB, 6 * GB), 8 * GB, "both", "cuda")
-    assert (need.loaded, need.running) == (19 * GB + SYSTEM, 8 * GB + SYSTEM)
-    assert main_memory((5 * GB, 6 * GB), 8 * GB, "alternating", "cuda").running == 14 * GB + SYSTEM
-    for fits, device in (("streamed", "cuda"), (None, "xpu"), ("both", "cpu"), ("both", "mps")):
-        need = main_memory((5 * GB, 6 * GB), 8 * GB, fits, device)
-        assert need.running == need.loaded == 19 * GB + SYSTEM
+def test_main_memory_is_what_is_held_and_what_is_read_again():
+    copies, encoder = (5 * GB, 6 * GB), 8 * GB
+    need = main_memory(copies, encoder, "both", "cuda")
+    assert (need.needed, need.at_speed) == (SYSTEM, encoder + SYSTEM)
+    for fits, device in (
+        ("alternating", "cuda"),
+        ("streamed", "cuda"),
+        (None, "xpu"),
+        ("both", "cpu"),
+        ("both", "mps"),
+    ):
+        need = main_memory(copies, encoder, fits, device)
+        assert (need.needed, need.at_speed) == (SYSTEM, 19 * GB + SYSTEM)
+    need = main_memory(copies, encoder, "both", "cuda", held=10 * GB)
+    assert need.needed == need.at_speed == 10 * GB + SYSTEM
 
 
-@pytest.mark.parametrize(("memory", "fits"), [(16 * GB, False), (34 * GB, True), (None, None)])
+@pytest.mark.parametrize(("memory", "fits"), [(11 * GB, False), (13 * GB, True), (None, None)])
 def test_levels_are_held_against_the_main_memory(comfyui, monkeypatch, memory, fits):
     card = Device("cuda", "a card", 24 * GB, True, ())
     monkeypatch.setattr(examine, "find_device", lambda: card)
     monkeypatch.setattr(examine, "ram", lambda: memory)
     row = examine.examine(find_host())["levels"][LEVELS.index("INT8 W8A8")]
     assert row["fits_ram"] is fits
-    assert row["ram_loaded"] == 2 * copy_bytes("INT8 W8A8") + encoder_bytes("FP8") + SYSTEM
+    assert row["ram_needed"] == SYSTEM
+    assert row["ram_at_speed"] == encoder_bytes("FP8") + SYSTEM
 
 
 def test_a_machine_short_of_main_memory_is_told_what_to_do(complete, monkeypatch, capsys):
@@ -321,7 +330,9 @@ def test_floats_count_in_the_dtype_that_computes(complete, monkeypatch, capsys):
     )
     found = as_json(capsys)[1]
     narrow, encoder = found["levels"][bf16], found["encoder_in_memory"]
-    weights = [row["ram_loaded"] - SYSTEM - encoder for row in (wide, narrow)]
+    weights = [row["ram_at_speed"] - SYSTEM - encoder for row in (wide, narrow)]
+    assert wide["ram_needed"] - SYSTEM == weights[0]  # converted, so not mapped
+    assert narrow["ram_needed"] == SYSTEM
     assert weights[0] == 2 * weights[1] > 0
 
 

@@ -13,6 +13,7 @@ from ideogram4_quant.engine.generate import GenerateRequest
 from ideogram4_quant.engine.loading import load_pair, open_pair
 from ideogram4_quant.pocket import data
 from ideogram4_quant.quant import Calibration
+from ideogram4_quant.quant.captions import calibration_captions
 from ideogram4_quant.quant.profiler import ProfilerOptions
 from ideogram4_quant.quant.provenance import hash_files
 
@@ -79,6 +80,27 @@ def test_runs_are_chained_numbered_and_leave_the_models_alone(found):
     assert len(Calibration.load(paths[1]).provenance) == 2
     assert found["hooks"] == 0
     assert "most fragile" in found["report"]
+
+
+def test_without_a_caption_of_ones_own_the_shipped_ones_are_sampled(found, pocket):
+    here = Calibration.load(found["shipped_path"])
+    assert here.provenance[0].prompts == 2
+    encoder = load_encoder(pocket.encoder_dir)
+    texts = calibration_captions(2)
+    wanted = calibrate(
+        load_pair(open_pair(pocket.conditional_file, pocket.unconditional_file), None, None),
+        [Prompt(text, encoder.encode([text])[0]) for text in texts],
+        GenerateRequest("", 128, 64, preset="turbo", steps=3),
+        seeds=[7],
+        digests={},
+        options=ProfilerOptions(),
+    )
+    for key, stats in wanted.layers.items():
+        if ".layers." in key:
+            assert here.layers[key].tokens == stats.tokens, key
+            energy = here.layers[key].square_sum.sum().item()
+            assert energy == pytest.approx(stats.square_sum.sum().item(), rel=0.2), key
+    assert "Connect clip" in found["nothing"]
 
 
 @pytest.mark.parametrize("copy", ["conditional", "unconditional"])

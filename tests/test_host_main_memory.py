@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ideogram4_quant.checkpoint import ModelConfig, open_checkpoint, open_encoder
 from ideogram4_quant.checkpoint.canonical import canonical_shapes
 from ideogram4_quant.checkpoint.encoders import encoder_shapes
-from ideogram4_quant.diagnostics.doctor.main_memory import bytes_in_memory
+from ideogram4_quant.diagnostics.doctor.main_memory import bytes_held, bytes_in_memory
 from ideogram4_quant.pocket import paths
 from ideogram4_quant.tests.host.level_files import write_level
 
@@ -63,28 +63,30 @@ def found(files, in_host) -> dict:
     return in_host("main_memory.py", json.dumps(listing))
 
 
-def in_memory(files, name: str) -> int:
+def entries(files, name: str) -> list:
     kind, path, _ = files[name]
     if kind == "encoder":
-        return bytes_in_memory(open_encoder(path).entries.values(), 2)
-    return bytes_in_memory(open_checkpoint(path).entries["conditional"].values(), 2)
+        return list(open_encoder(path).entries.values())
+    return list(open_checkpoint(path).entries["conditional"].values())
 
 
 @pytest.mark.parametrize("name", [*LEVELS, "encoder"])
-def test_a_load_takes_what_the_doctor_says(found, files, name):
-    wanted = in_memory(files, name)
-    assert wanted > 45 * MB
-    assert found[name]["counted"] == pytest.approx(wanted, rel=0.01)
-    assert found[name]["loaded"] == pytest.approx(wanted, rel=0.05)
+def test_a_load_holds_what_the_doctor_says(found, files, name):
+    """The rest is mapped: of 45 MB and more a few hundred kB are held, the model's own objects."""
+    assert bytes_in_memory(entries(files, name), 2) > 45 * MB
+    assert found[name]["counted"] == pytest.approx(
+        bytes_in_memory(entries(files, name), 2), rel=0.01
+    )
+    assert found[name]["loaded"] == pytest.approx(bytes_held(entries(files, name), 2), abs=2 * MB)
 
 
 @pytest.mark.parametrize("name", [*LEVELS, "encoder"])
 def test_on_the_way_it_takes_a_few_tensors_more(found, files, name):
-    """No second copy of the model, however it is stored: 6 MB are its largest tensor in bf16."""
-    assert found[name]["peak"] < in_memory(files, name) + 20 * MB
+    """However it is stored: 6 MB are its largest tensor in bf16; what is mapped counts if read."""
+    assert found[name]["peak"] < bytes_held(entries(files, name), 2) + 20 * MB
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_is_held_is_what_is_stored(files, level):
+def test_what_is_used_is_what_is_stored(files, level):
     stored = files[level][1].stat().st_size
-    assert in_memory(files, level) == pytest.approx(stored, rel=0.01)
+    assert bytes_in_memory(entries(files, level), 2) == pytest.approx(stored, rel=0.01)

@@ -151,3 +151,28 @@ def test_compare_takes_levels_of_one_branch(instant, tmp_path, capsys):
     words[words.index(f"q8={q8}")] = f"q8={q8},{dit_path('uncond')}"
     assert cli.main(words) == 1
     assert "the preset instant runs without guidance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("word", "steps"), [("instant", 8), ("fast", 20), ("turbotime", 4)])
+def test_a_models_own_preset_is_the_default(tmp_path, capsys, word, steps):
+    """The steps that fal and the LoRA's author state, without --preset."""
+    model = renamed(tmp_path, f"ideogram-v4-{word}.safetensors")
+    assert cli.main(command(model, tmp_path / "a.png")) == 0
+    assert f", {steps} steps" in capsys.readouterr().out
+    assert cli.main(command(model, tmp_path / "b.png", "--preset", "turbo")) == 0
+    assert ", 12 steps" in capsys.readouterr().out
+
+
+def test_calibrating_takes_the_models_own_preset_too(instant, tmp_path, capsys):
+    out = tmp_path / "cal.safetensors"
+    words = ["calibrate", str(instant), "--encoder", str(encoder_dir()), "--out", str(out)]
+    small = ["--limit", "1", "--width", "64", "--height", "32", "--moments", "0"]
+    assert cli.main([*words, *small]) == 0
+    assert "8 times" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("level", ["Q8_0", "INT8 W8A8 rotated"])
+def test_writers_keep_the_preset(instant, tmp_path, level):
+    out = tmp_path / ("made.gguf" if level == "Q8_0" else "made.safetensors")
+    quantize_checkpoint(instant, level, out)
+    assert open_checkpoint(out).one_branch.preset == "instant"

@@ -160,3 +160,30 @@ def test_diffusers_names_in_a_folder_of_that_name(tmp_path):
         assert header.origin == "diffusers"
         assert header.one_branch.reason == "the name ideogram-v4-fast says so"
         assert header.copies == ("conditional",)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("Ideogram4-instant_int8-convrot-simple.safetensors", "instant"),
+        ("ideogram_4_fast_bf16.safetensors", "fast"),
+        ("ideogram4_turbotime_merged.safetensors", "turbotime"),
+        ("ideogram4_cfg-fold_6step_fp8.safetensors", None),
+        ("ideogram4_no-cfg.safetensors", None),
+    ],
+)
+def test_a_name_tells_the_preset(tmp_path, name, preset):
+    assert open_checkpoint(renamed(tmp_path, name)).one_branch.preset == preset
+
+
+def test_metadata_tell_the_preset_before_the_name(tmp_path):
+    none = {"ideogram4.guidance": "none"}
+    for told, preset in (("instant", "instant"), ("quality", "fast"), ("\x00", "fast")):
+        metadata = none | {"ideogram4.preset": told}
+        path = renamed(tmp_path, "ideogram4-fast.safetensors", metadata)
+        assert open_checkpoint(path).one_branch.preset == preset
+        path.unlink()
+    plain = renamed(tmp_path, "plain.safetensors", none | {"title": "Ideogram 4 Instant"})
+    assert open_checkpoint(plain).one_branch.preset == "instant"
+    said = renamed(tmp_path, "fast.safetensors")
+    assert open_checkpoint(said, one_branch=True).one_branch.preset is None

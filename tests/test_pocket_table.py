@@ -187,12 +187,12 @@ def test_a_key_covers_weights_compute_cases_and_reference():
     assert run_key(tensors, "dense", cases_of_part(0), None) in keys
 
 
-def test_the_readme_prints_what_the_table_says():
+def test_the_page_of_levels_prints_what_the_table_says():
     document = table.DOCUMENT.read_text(encoding="utf-8")
-    readme = (table.DOCUMENT.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = (table.DOCUMENT.parent / "levels.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| (?:\*\*)?([^|*(]+?)(?:\*\*)?(?: \(.+?\))?" + r" \| ([\d.]+)" * 4 + r" \|$",
-        readme,
+        page,
         re.M,
     )
     assert len(rows) == 10

@@ -62,8 +62,8 @@ def test_doctor_says_what_auto_pairs_and_what_each_copy_takes():
         "copy_bytes": 8 * 10**9,
         "unconditional_bytes": 7 * 10**9,
         "on_this_device": "both",
-        "ram_loaded": 27e9,
-        "ram_running": 12e9,
+        "ram_needed": 27e9,
+        "ram_at_speed": 12e9,
     }
     *_, line = _levels({"levels": [], "expected": [], "auto": row["level"], "auto_pair": row})
     assert line == (

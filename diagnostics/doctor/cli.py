@@ -148,7 +148,7 @@ def _writes(file: dict) -> str:
 
 def _levels(found: dict) -> Iterator[str]:
     yield "levels on this device (sizes of your files, else computed; times are not measured; RAM:"
-    yield "both copies, the encoder and 4 GB for all else, loaded and, modelled, while running):"
+    yield "needed, with 4 GB for all else, and, modelled, so that no file is read twice):"
     published = {item["level"] for item in found["expected"]}
     rows = [r for r in found["levels"] if r["conditional"] is not None or r["level"] in published]
     for row in rows:
@@ -158,7 +158,7 @@ def _levels(found: dict) -> Iterator[str]:
         elif have and row["unconditional"] is None:
             have += ", without the unconditional copy"
         size = f"{_size(row['copy_bytes'])} a copy"
-        needs = f"RAM {row['ram_loaded'] / 1e9:.0f}, {row['ram_running'] / 1e9:.0f} GB"
+        needs = f"RAM {row['ram_needed'] / 1e9:.0f}, {row['ram_at_speed'] / 1e9:.0f} GB"
         needs += ", MORE THAN HERE" if row["fits_ram"] is False else ""
         yield f"  {row['level']:<18} {size:<16} {_FITS[row['on_this_device']]}; {needs}{have}"
     if others := len(found["levels"]) - len(rows):
@@ -172,7 +172,7 @@ def _sizes_of_two(row: dict) -> str:
     if " + " not in row["level"]:
         return ""
     sizes = f"{_size(row['copy_bytes'])} + {_size(row['unconditional_bytes'])}"
-    needs = f"RAM {row['ram_loaded'] / 1e9:.0f}, {row['ram_running'] / 1e9:.0f} GB"
+    needs = f"RAM {row['ram_needed'] / 1e9:.0f}, {row['ram_at_speed'] / 1e9:.0f} GB"
     return f" (conditional + unconditional): {sizes}; {_FITS[row['on_this_device']]}; {needs}"
 
 

@@ -20,7 +20,7 @@ from ...quant.tables import gigabytes
 from .comfyui import Host
 from .known_files import known_files
 from .machine import Device, find_device, ram, version_notes, versions
-from .main_memory import SYSTEM, bytes_in_memory, main_memory
+from .main_memory import bytes_held, bytes_in_memory, main_memory
 from .recommend import recommend
 
 _SIZE_TOLERANCE = 0.02  # published sizes are rounded
@@ -135,34 +135,35 @@ def _level(level: str, pair: Pair | None, device: Device, encoder: int, memory: 
     itemsize = 2 if device.bfloat16 else 4
     first, second = (copy_bytes(level),) * 2 if pair is None else pair.weight_bytes()
     fits = None if device.memory is None else residency((first, second), device.memory)
-    held = (copy_bytes(level, itemsize),) * 2 if pair is None else _in_memory(pair, itemsize)
-    needed = main_memory(held, encoder, fits, device.type)
+    copies, held = (copy_bytes(level, itemsize),) * 2, 0
+    if pair is not None:
+        copies, held = _in_memory(pair, itemsize)
+    memory_of = main_memory(copies, encoder, fits, device.type, held)
     return {
         "level": level,
         "copy_bytes": first,
         "unconditional_bytes": second,
         "on_this_device": fits,
-        "ram_loaded": needed.loaded,
-        "ram_running": needed.running,
-        "fits_ram": None if memory is None else needed.loaded <= memory,
+        "ram_needed": memory_of.needed,
+        "ram_at_speed": memory_of.at_speed,
+        "fits_ram": None if memory is None else memory_of.at_speed <= memory,
         "conditional": pair and pair.conditional.name,
         "unconditional": pair and pair.unconditional and pair.unconditional.name,
         "one_branch": pair and pair.one_branch and pair.one_branch.reason,
     }
 
 
-def _in_memory(pair: Pair, itemsize: int) -> tuple[int, int]:
-    """Bytes of main memory that the two copies of found files take."""
-    held = [
-        0
-        if candidate is None
-        else bytes_in_memory(candidate.header.entries[copy].values(), itemsize)
+def _in_memory(pair: Pair, itemsize: int) -> tuple[tuple[int, int], int]:
+    """Bytes of the two copies of found files, and of these what is not mapped."""
+    entries = [
+        [] if candidate is None else candidate.header.entries[copy].values()
         for candidate, copy in (
             (pair.conditional, "conditional"),
             (pair.unconditional, "unconditional"),
         )
     ]
-    return held[0], held[1]
+    first, second = (bytes_in_memory(each, itemsize) for each in entries)
+    return (first, second), sum(bytes_held(each, itemsize) for each in entries)
 
 
 def _short_of_memory(levels: list[dict], row: dict | None, memory: int | None) -> list[str]:
@@ -170,13 +171,15 @@ def _short_of_memory(levels: list[dict], row: dict | None, memory: int | None) -
     if row is None or row["fits_ram"] is not False:
         return []
     fitting = [r["level"] for r in levels if r["fits_ram"]]
-    copies = "the model" if row["one_branch"] else "both copies"
     way = f"take {fitting[-1]}" if fitting else "use one copy alone (no guidance)"
+    short = row["ram_needed"] > memory
+    what = "needs" if short else "reads its weights from the disk again and again below"
+    amount = gigabytes(row["ram_needed" if short else "ram_at_speed"])
+    so = "it will swap or end" if short else "it will be slow"
     return [
-        f"{row['level']} needs {gigabytes(row['ram_loaded'])} of main memory ({copies}, the "
-        f"encoder, {gigabytes(SYSTEM)} for all else) and this machine has {gigabytes(memory)}: it "
-        f"will swap or end. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 bits), or "
-        "enlarge the swap file."
+        f"{row['level']} {what} {amount} of main memory and this machine has "
+        f"{gigabytes(memory)}: {so}. {way[0].upper()}{way[1:]}, a smaller encoder (a GGUF at 4 "
+        f"bits){', or enlarge the swap file' if short else ''}."
     ]
 
 

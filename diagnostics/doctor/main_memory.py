@@ -1,10 +1,11 @@
 """How much main memory (RAM) a level takes: what the loaders do, added up.
 
-Weights are read into memory of the process, one tensor at a time, and stay as they are stored: a
-load takes what it keeps, and one large tensor more on the way (``tests/test_host_main_memory.py``
-measures every kind of level in the real host). What quantizing leaves out, and the encoder's
-embedding, is held as floats. Both copies and the encoder are loaded before the first step. What
-leaves for the device while a picture is made is the host's matter: that part is modelled.
+Model and encoder files are mapped: their weights lie in the system's file cache, which gives way
+when memory is short and is filled again from the disk. So a load holds what is not used as it is
+stored (floats in another dtype, rows that a file stores apart) and little more
+(``tests/test_host_main_memory.py`` measures every kind of level in the real host). What is read
+again and again, in each step or for each picture, has to stay in the cache for full speed: that
+part is modelled.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...checkpoint.entries import Entry
-from ...checkpoint.pairs import ALTERNATING, BOTH
+from ...checkpoint.pairs import BOTH
 
 SYSTEM = 4_000_000_000
 """Assumed: the system, ComfyUI with torch and a device's driver, the VAE, one large tensor."""
@@ -25,30 +26,49 @@ SHARED = ("cpu", "mps")
 
 @dataclass(frozen=True)
 class MainMemory:
-    """Bytes of main memory in all: before the first step, and while a picture is made (modelled).
+    """Bytes of main memory in all: without which nothing runs, and with which nothing is read from
+    the disk twice (modelled).
 
-    ``running`` is that of a host which gives back what it moved to the device. One that keeps it
-    (ComfyUI's dynamic memory) stays at ``loaded``, and pins copies beside it where there is room.
+    ComfyUI's dynamic memory pins copies of moved weights where there is room beside this.
     """
 
-    loaded: int
-    running: int
+    needed: int
+    at_speed: int
 
 
 def main_memory(
-    copies: tuple[int, int], encoder: int, residency: str | None, device: str
+    copies: tuple[int, int], encoder: int, residency: str | None, device: str, held: int = 0
 ) -> MainMemory:
-    """Of two copies and an encoder, in bytes; residency: as in ``levels``, None where unknown."""
-    moved = {BOTH: sum(copies), ALTERNATING: min(copies)}.get(residency, 0)
-    loaded = sum(copies) + encoder + SYSTEM
-    return MainMemory(loaded, loaded if device in SHARED else loaded - moved)
+    """Of two copies and an encoder, in bytes; residency: as in ``levels``, None where unknown.
+
+    held: the part of these that is not mapped.
+    """
+    stays = residency == BOTH and device not in SHARED
+    again = encoder + (0 if stays else sum(copies))
+    needed = SYSTEM + held
+    return MainMemory(needed, max(needed, SYSTEM + again))
 
 
 def bytes_in_memory(entries: Iterable[Entry], itemsize: int) -> int:
-    """Bytes that a loader keeps of these; ``itemsize``: of the dtype that floats are held in."""
-    return sum(
-        entry.nbytes
-        if entry.linear and entry.level != "BF16"
-        else math.prod(entry.shape) * itemsize
-        for entry in entries
-    )
+    """Bytes of these as they are used; ``itemsize``: of the dtype that floats are used in."""
+    return sum(_size(entry, itemsize) for entry in entries)
+
+
+def bytes_held(entries: Iterable[Entry], itemsize: int) -> int:
+    """The part of `bytes_in_memory` that a mapped file does not hold as it is used."""
+    return sum(_size(entry, itemsize) for entry in entries if not _mapped(entry, itemsize))
+
+
+def _size(entry: Entry, itemsize: int) -> int:
+    return entry.nbytes if _quantized(entry) else math.prod(entry.shape) * itemsize
+
+
+def _quantized(entry: Entry) -> bool:
+    return entry.linear and entry.level != "BF16"
+
+
+def _mapped(entry: Entry, itemsize: int) -> bool:
+    if len(entry.pieces) > 1 or entry.stored_folding is not None:
+        return False
+    used_as = {2: "BF16", 4: "F32"}[itemsize]
+    return _quantized(entry) or entry.pieces[0].weight.dtype == used_as

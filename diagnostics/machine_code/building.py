@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...errors import BackendUnavailableError
 from ...files.new_file import replaced
-from ...ops.tuning.choice_files import user_folder
+from ...files.user_folder import user_folder
 from . import offline, sass
 from .offline import Built, Report, Variant
 

@@ -48,11 +48,18 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "--jobs", type=int, metavar="N", help="processes that compile (default: one a core)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    parser.add_argument(
+        "--cpu",
+        action="store_true",
+        help="compile the encoder of quantize for this processor instead, with GCC or clang",
+    )
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print, and return 1 if a gate is broken, 2 if nothing can be compiled here."""
+    if args.cpu:
+        return _compile_encoder()
     from . import building, offline
 
     try:
@@ -79,6 +86,18 @@ def run(args: argparse.Namespace) -> int:
             print(f"BROKEN GATE {text}")
         print(f"{len(reports)} kernels compiled, {len(broken)} gates broken")
     return 1 if broken else 0
+
+
+def _compile_encoder() -> int:
+    from ...ops.native import compiler
+    from ...quant.compiled import check
+
+    try:
+        print(f"encodes weights on this processor: {compiler.build(check)}")
+    except BackendUnavailableError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def broken_gates(report: Report) -> list[str]:

@@ -139,7 +139,7 @@ class BlockFormat(ABC):
 
         def encode_chunk(start: int) -> None:
             chunk = blocks[start : start + step].to(torch.float32)
-            if not _all_finite(chunk):
+            if not all_finite(chunk):
                 raise _not_finite(self.name, weight)
             with np.errstate(all="ignore"):  # as torch: searches meet infinities, and pass on
                 encoded = self.encode_as_ggml(chunk) if as_ggml else self.encode(chunk, importance)
@@ -263,7 +263,7 @@ def signed_peak(values: Tensor, dim: int) -> Tensor:
     return peak
 
 
-def _all_finite(values: Tensor) -> bool:
+def all_finite(values: Tensor) -> bool:
     """Extremes show infinities and pass NaN on, in a tenth of isfinite's time."""
     return values.numel() == 0 or bool(torch.isfinite(torch.stack(values.aminmax())).all())
 

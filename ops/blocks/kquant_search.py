@@ -11,11 +11,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..codes import Codebook
+from ..native import encode as native
 from . import ggml, search
 from .base import divide, half_above, signed_peak, to_half
 from .coded import CodedFormat
 from .columns import every_row, ordered_sum
 from .refine import Limits, StoredFit, best_codes, group_errors, refine, settle
+
+Fitted = tuple[StoredFit, Tensor, Tensor | None, Tensor | None]
+"""A fit and its codes int8 [n, groups, group]; what it lost and which blocks ggml is
+to be asked for, both [n], where it is."""
 
 
 class KQuant(CodedFormat):
@@ -28,17 +34,44 @@ class KQuant(CodedFormat):
     gaussian_loss: ClassVar[float] = 0.0
 
     def encode(self, weights: Tensor, importance: Tensor | None) -> Tensor:
+        fit, codes, lost, lucky = self._fit_natively(weights, importance) or self.fit_in_torch(
+            weights, importance
+        )
+        blocks = self._pack(fit, codes)
+        if lucky is not None:
+            self._take_luckier(weights, blocks, lost, lucky)
+        return blocks
+
+    def fit_in_torch(self, weights: Tensor, importance: Tensor | None) -> Fitted:
+        """What ``encode`` packs, for the same arguments."""
         x = columns_of(weights, self.group)  # [group, groups, n]
         plain = importance is None
         fit = self._fit(x, None if plain else every_row(columns_of(importance, self.group), x))
         codes = best_codes(x, fit, self.code_limits)
-        blocks = self._pack(fit, codes)
-        if plain and self.gaussian_loss:
-            lost = ordered_sum(group_errors(x, None, fit, codes))
-            self._take_luckier(
-                weights, blocks, lost, ggml.worth_trying(x, lost / self.gaussian_loss)
-            )
-        return blocks
+        rows = rows_of(codes.to(torch.int8))
+        if not plain or not self.gaussian_loss:
+            return fit, rows, None, None
+        lost = ordered_sum(group_errors(x, None, fit, codes))
+        return fit, rows, lost, ggml.worth_trying(x, lost / self.gaussian_loss)
+
+    def _fit_natively(self, weights: Tensor, importance: Tensor | None) -> Fitted | None:
+        """The same, compiled; None where that is not at hand, and for codes from a table."""
+        encoder = native.encoder_for(weights)
+        if encoder is None or isinstance(self.code_limits, Codebook):
+            return None
+        found = encoder.fit_blocks(weights, importance, self.search_of(importance is None))
+        codes, d, scale, dmin, minimum, lost, lucky = found
+        if not bool(d.isfinite().all() and dmin.isfinite().all()):
+            return None  # refused in torch, with the number of such blocks
+        fit = (
+            StoredFit(d, scale, dmin, minimum) if isinstance(self, AffineK) else StoredFit(d, scale)
+        )
+        asked = importance is None and self.gaussian_loss
+        return fit, codes, *((lost, lucky) if asked else (None, None))
+
+    @abstractmethod
+    def search_of(self, plain: bool) -> native.Search:
+        """What ``_fit`` tries, without importance and with."""
 
     def _take_luckier(self, weights: Tensor, blocks: Tensor, lost: Tensor, where: Tensor) -> None:
         """Of the ``blocks`` ``where`` bool [n] says, take ggml's where less than ``lost`` is."""
@@ -58,7 +91,7 @@ class KQuant(CodedFormat):
 
     @abstractmethod
     def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
-        """Blocks of a fit and of ``codes`` [group, groups, n], all float32."""
+        """Blocks of a fit and of ``codes`` int8 [n, groups, group]."""
 
 
 class AffineK(KQuant):
@@ -86,6 +119,18 @@ class AffineK(KQuant):
             return settle(x, importance, fit, self.code_limits)
         return refine(x, importance, fit, Limits(self.code_limits, (0, most), (0, most), moves))
 
+    def search_of(self, plain: bool) -> native.Search:
+        top = self.code_limits[1]
+        return native.search(
+            self.group,
+            self.code_limits,
+            (0, self.scale_top),
+            tuple(top + each for each in (self.plain_widths if plain else self.widths)),
+            self.plain_moves if plain else self.moves,
+            affine=True,
+            gaussian_loss=self.gaussian_loss,
+        )
+
 
 class SymmetricK(KQuant):
     """``d * sc * q``: signed scales within ``scale_limits``, the largest one at the lower end.
@@ -111,6 +156,17 @@ class SymmetricK(KQuant):
             return settle(x, importance, fit, self.code_limits)
         steps = tuple((step, 0) for step in moves)
         return refine(x, importance, fit, Limits(self.code_limits, self.scale_limits, moves=steps))
+
+    def search_of(self, plain: bool) -> native.Search:
+        return native.search(
+            self.group,
+            self.code_limits,
+            self.scale_limits,
+            self.plain_widths if plain else self.widths,
+            tuple((step, 0) for step in (self.plain_moves if plain else self.moves)),
+            affine=False,
+            gaussian_loss=self.gaussian_loss,
+        )
 
 
 def columns_of(blocks: Tensor, group: int) -> Tensor:

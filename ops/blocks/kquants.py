@@ -72,10 +72,11 @@ class _SixBitK(AffineK):
         dmin, minimum = steps_to_top(fit.offset, SCALE_TOP)
         step, shift = as_stored(d) * scale, as_stored(dmin) * minimum  # [8, n]
         codes = torch.where(step != 0, (x + shift).div_(step), (x - fit.base).mul_(fit.inverse))
-        return self._pack(StoredFit(d, scale, dmin, minimum), codes.round_().clamp_(0, top))
+        codes = codes.round_().clamp_(0, top).to(torch.int8)
+        return self._pack(StoredFit(d, scale, dmin, minimum), rows_of(codes))
 
     def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
-        fields = self._pack_codes(rows_of(codes.to(torch.uint8)))
+        fields = self._pack_codes(codes.view(torch.uint8))
         scales = pack_scales(fit.scale, fit.minimum)
         return torch.cat([half_bytes(fit.d), half_bytes(fit.dmin), scales, *fields], 1)
 
@@ -166,11 +167,11 @@ class Q6_K(SymmetricK):
         step = as_stored(d) * scale  # [16, n]
         codes = torch.where(step != 0, x / step, x * group_inverse).round_()
         codes = codes.clamp_(-32, 31).masked_fill_(negligible | empty, -32)
-        return self._pack(StoredFit(d, scale), codes)
+        return self._pack(StoredFit(d, scale), rows_of(codes.to(torch.int8)))
 
     def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
         """Codes are stored from zero up."""
-        fields = self._pack_codes(rows_of((codes + 32).to(torch.uint8)).view(-1, 2, 4, 32))
+        fields = self._pack_codes((codes + 32).view(torch.uint8).view(-1, 2, 4, 32))
         scale = fit.scale.t().to(torch.int8).view(torch.uint8)
         return torch.cat([*fields, scale, half_bytes(fit.d)], 1)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .base import half_bytes, half_field
-from .kquant_search import AffineK, SymmetricK, rows_of
+from .kquant_search import AffineK, SymmetricK
 from .refine import StoredFit
 
 _RUNS = range(4)
@@ -49,7 +49,7 @@ class Q2_K(AffineK):
 
     def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
         scales = fit.scale.t().to(torch.uint8) | (fit.minimum.t().to(torch.uint8) << 4)
-        packed = _pack_pairs(rows_of(codes.to(torch.uint8)).view(-1, 2, 4, 32))
+        packed = _pack_pairs(codes.view(torch.uint8).view(-1, 2, 4, 32))
         return torch.cat([scales, packed, half_bytes(fit.d), half_bytes(fit.dmin)], 1)
 
 
@@ -88,7 +88,7 @@ class Q3_K(SymmetricK):
         return torch.cat([*fields, blocks[:, 96:]], 1)
 
     def _pack(self, fit: StoredFit, codes: Tensor) -> Tensor:
-        fields = self._pack_codes(rows_of((codes + 4).to(torch.uint8)).view(-1, 2, 4, 32))
+        fields = self._pack_codes((codes + 4).view(torch.uint8).view(-1, 2, 4, 32))
         scale = (fit.scale.t() + 32).to(torch.uint8)
         low = (scale[:, :8] & 15) | ((scale[:, 8:] & 15) << 4)
         high = (scale >> 4).view(-1, 4, 4)

@@ -24,7 +24,7 @@ from ..codes import IQ4, Codebook
 from .base import half_bytes, half_field
 from .coded import CodedFormat
 from .columns import every_row, ordered_sum
-from .kquant_search import SymmetricK, rows_of
+from .kquant_search import SymmetricK
 from .refine import Limits, StoredFit, as_stored, best_codes, refine
 from .search import fit_symmetric
 
@@ -92,7 +92,7 @@ class IQ4_XS(SymmetricK):
         low = (scale[:, 0::2] & 15) | ((scale[:, 1::2] & 15) << 4)
         high = (scale >> 4).view(-1, 2, 4)
         high = high[..., 0] | (high[..., 1] << 2) | (high[..., 2] << 4) | (high[..., 3] << 6)
-        packed = _pack(IQ4.places(rows_of(codes.to(torch.int8)))).flatten(1)
+        packed = _pack(IQ4.places(codes)).flatten(1)
         return torch.cat([half_bytes(fit.d), high, low, packed], 1)
 
 

@@ -19,17 +19,21 @@ from ...errors import OpError
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.dtype_layout)
+_MOVES = (aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.to.other)
+MAPPED = "ideogram4_quant_origin"
+"""Attribute of memory that is a view of a file: where in which, see ``checkpoint.mapped``."""
 _WHOLE = "Change the whole weight, or its `.dequantize()`, and quantize that."
 
 
 class Weight(QuantizedTensor):
     """A weight in one of our layouts.
 
-    ``borrowed``: a copy to the caller (another dtype) over the memory of the weight it was made of,
-    so it takes memory of its own before it is written to.
+    ``borrowed``: over memory that is not its own, a mapped file's or that of the weight it was made
+    of (a copy to the caller, in another dtype), so it takes its own before it is written to.
     """
 
     borrowed = False
+    home: Weight | None = None
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -40,10 +44,19 @@ class Weight(QuantizedTensor):
             return None
         if func is aten.detach.default:
             # comfy-kitchen copies the scales: a change would reach half of the original
-            return args[0]._copy_with(args[0]._qdata.detach(), clone_params=False)
+            alias = args[0]._copy_with(args[0]._qdata.detach(), clone_params=False)
+            alias.home = getattr(args[0], "home", None)
+            return alias
         if func._schema.is_mutable and not _plain_copy(func, args):
             return change(func, args, kwargs)
+        if func is aten.copy_.default and isinstance(args[0], QuantizedTensor):
+            _take_memory(args[0])
+        back = _home(args, kwargs) if func in _MOVES else None
+        if back is not None:
+            return back
         result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _MOVES and isinstance(result, Weight) and is_mapped(args[0]._qdata):
+            result.home = args[0] if result.device != args[0].device else None
         return _cast(func, args, kwargs, result) if func in _CASTS else result
 
     def _copy_with(
@@ -93,6 +106,11 @@ class Weight(QuantizedTensor):
         return self.dequantize().numpy(force=force)
 
 
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a plain tensor lies in a mapped file, which the process holds no memory for."""
+    return hasattr(tensor.untyped_storage(), MAPPED)
+
+
 def derived(qt: QuantizedTensor, qdata: Tensor, params: Any) -> Weight:
     """A view or alias of ``qt``."""
     weight = Weight(qdata, qt._layout_cls, params)
@@ -135,6 +153,19 @@ def _cast(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Wei
     if result is not args[0]:
         result.borrowed = True
     return result
+
+
+def _home(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The weight in a mapped file that ``to`` asks for, where this one was moved from it."""
+    home = getattr(args[0], "home", None)
+    if home is None:
+        return None
+    given = [*args[1:], *kwargs.values()]
+    given += [t for like in given if isinstance(like, Tensor) for t in (like.device, like.dtype)]
+    device = next((value for value in given if isinstance(value, torch.device)), None)
+    dtype = next((value for value in given if isinstance(value, torch.dtype)), args[0].dtype)
+    asked = kwargs.get("copy", False) or any(value is True for value in args[4:5])
+    return home.to(dtype) if device == home._qdata.device and not asked else None
 
 
 def _plain_copy(func: Any, args: Sequence[Any]) -> bool:
@@ -183,12 +214,18 @@ def _encoded(qt: QuantizedTensor, values: Tensor, what: str) -> tuple[Tensor, An
 
 def _write(changes: Sequence[tuple[QuantizedTensor, tuple[Tensor, Any]]]) -> None:
     for qt, (qdata, fresh) in changes:
-        if getattr(qt, "borrowed", False):
-            qt._qdata, qt._params = qt._qdata.clone(), qt._params.clone()
-            qt.borrowed = False
+        _take_memory(qt)
         qt._qdata.copy_(qdata)
         for name in qt._params._tensor_fields():
             getattr(qt._params, name).copy_(getattr(fresh, name))
+
+
+def _take_memory(qt: QuantizedTensor) -> None:
+    """Before a write: memory of its own for one that shares a weight's, or a file's."""
+    qt.home = None
+    if getattr(qt, "borrowed", False):
+        qt._qdata, qt._params = qt._qdata.clone(), qt._params.clone()
+        qt.borrowed = False
 
 
 def _bytes_of_float8(value: Any) -> Any:

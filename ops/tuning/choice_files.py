@@ -13,10 +13,8 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import re
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -37,18 +35,6 @@ _PREFIX = "measured"
 # What a document of another form ends in; OverflowError: an integer beyond floats.
 _UNUSABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 _LARGEST = 1 << 31  # of a weight's sizes and of token counts
-
-
-def user_folder() -> Path:
-    """The user's cache folder for this pack; nothing is created. ComfyUI has a folder of its own,
-    which the nodes give."""
-    if os.name == "nt":
-        root = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "ideogram4_quant"
 
 
 def environment(device: torch.device) -> dict[str, str]:

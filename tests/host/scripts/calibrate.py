@@ -30,6 +30,12 @@ def main() -> None:
 
         first, path, report = run(files_text(files), 7)
         merged, second, _ = run("a red word", 8, earlier=first)
+        usual = {"pictures": 1, "filename_prefix": "cal/usual", **size, **models, "seed": 7}
+        _, shipped_path, _ = node.execute(clip=clip, captions=2, **usual).result
+        try:
+            node.execute(**usual)
+        except inside.load(pack, "errors").OpError as error:
+            nothing = str(error)
         modules = [
             module
             for patcher in models.values()
@@ -39,6 +45,8 @@ def main() -> None:
             "paths": [path, second],
             "report": report,
             "runs": len(merged.provenance),
+            "shipped_path": str(shipped_path),
+            "nothing": nothing,
             "hooks": sum(len(module._forward_pre_hooks) for module in modules),
             "refused": refused(pack, models, run),
         }

@@ -1,0 +1,1 @@
+"""Encoding in C for CPUs: built on request, never while importing; the formulas stay in torch."""
