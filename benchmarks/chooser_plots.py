@@ -74,7 +74,7 @@ def _pareto(rows: list[dict[str, str]], peers: list[dict[str, str]], path: Path)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("latent SQNR (dB)")
     panels[0][0].legend(frameon=False, loc="upper left", fontsize=7)
-    panels[0][0].set_ylim(top=64)
+    panels[0][0].set_ylim(8, 64)  # sharey: of all panels
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
