@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#777777", "#2f855a"
+_SIDE = "peers, side runs (12 captions or unknown)"
 PACK = {"native": (BLUE, "chosen, safetensors"), "gguf": (ORANGE, "chosen, GGUF")}
 
 
@@ -44,7 +45,7 @@ def _pareto(rows: list[dict[str, str]], peers: list[dict[str, str]], path: Path)
 
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = pyplot.subplots(
-        1, len(models), figsize=(5.4 * len(models), 5.2), sharex=True, sharey=True, squeeze=False
+        1, len(models), figsize=(6 * len(models), 6.4), sharex=True, sharey=True, squeeze=False
     )
     for panel, model in zip(panels[0], models, strict=True):
         own = [row for row in rows if row["model"] == model]
@@ -62,27 +63,40 @@ def _pareto(rows: list[dict[str, str]], peers: list[dict[str, str]], path: Path)
             panel.errorbar(x, y, bars, marker="o", ms=4, lw=1.6, color=colour, label=label)
             single = [r for r in own if r["container"] == container and "bits" not in r["chosen"]]
             _points(panel, single, "chosen", colour, "s", None)
-        _points(panel, [r for r in peers if r["model"] == model], "system", GREY, "x", "peers")
+        there = [r for r in peers if r["model"] == model]
+        for mark, of_table, label in (("x", True, "peers, 64 captions"), ("+", False, _SIDE)):
+            some = [r for r in there if r["source"].startswith("pocket-table") == of_table]
+            _points(panel, some, "system", GREY, mark, label)
         panel.set_title(model)
         panel.set_xlim(3.8, 9.8)  # names stand right of their points
         panel.set_xlabel("bits a weight of the linears in the blocks")
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_ylabel("latent SQNR (dB)")
-    panels[0][0].legend(frameon=False, loc="upper left")
+    panels[0][0].legend(frameon=False, loc="upper left", fontsize=7)
+    panels[0][0].set_ylim(8, 64)  # sharey: of all panels
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
 def _points(panel, rows, name: str, colour: str, mark: str, label: str | None) -> None:
-    """Single systems, each with its name."""
-    for at, row in enumerate(rows):
+    """Single systems, each with its name, which moves down where another one stands."""
+    taken = getattr(panel, "names_at", [])
+    for at, row in enumerate(sorted(rows, key=lambda row: -float(row["dB"]))):
         x, y = float(row["bits"]), float(row["dB"])
         panel.plot(x, y, mark, ms=5, color=colour, label=label if at == 0 else None, alpha=0.85)
+        place = y
+        while any(abs(place - v) < _LINE and abs(x - u) < _WIDE for u, v in taken):
+            place -= _LINE / 4
+        taken.append((x, place))
         panel.annotate(
-            row[name], (x, y), xytext=(5, -8), textcoords="offset points", fontsize=6.5,
-            color=colour,
+            row[name], (x, y), xytext=(x + 0.08, place), fontsize=5.5, color=colour, va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.3, "color": colour, "shrinkB": 2},
         )  # fmt: skip
+    panel.names_at = taken
+
+
+_LINE, _WIDE = 1.1, 1.7  # dB and bits that a name takes
 
 
 def _foretold(rows: list[dict[str, str]], by_chance: list[dict[str, str]], path: Path) -> None:
