@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import BackendUnavailableError, OpError
 from .dispatch import AUTO, BackendReport
-from .library import define
+from .library import define, needs_gradient
 from .probes import checked, kept
 from .tuning import choices
 from .wide import has_float64
@@ -48,12 +48,11 @@ def attention(
     there.
     """
     _check(q, k, v)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if mask is not None:
         if not torch.compiler.is_compiling():
             log_masked()
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    if backend == SDPA or needs_gradient:
+    if backend == SDPA or needs_gradient(q, k, v):
         return F.scaled_dot_product_attention(q, k, v)
     return _attention_op(q, k, v, backend)
 

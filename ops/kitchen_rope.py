@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .library import needs_gradient
 from .tuning import choices
 
 BACKEND = "ideogram4_quant"
@@ -80,7 +81,8 @@ def rms_rope_split_half(
     """comfy-kitchen's op under its signature; q and k ``[B, L, H, D]`` as the host has them."""
     k_scale = q_scale if k_scale is None else k_scale
     size = q.shape[-1]
-    if rot_dim not in (0, size) or q.shape != k.shape or not _fits(freqs_cis, size):
+    ours = rot_dim in (0, size) and q.shape == k.shape and _fits(freqs_cis, size)
+    if not ours or needs_gradient(q, k, q_scale, k_scale):
         from comfy_kitchen.backends.eager import rope
 
         return rope.rms_rope_split_half(q, k, freqs_cis, q_scale, k_scale, epsilon, rot_dim)

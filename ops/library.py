@@ -55,6 +55,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def needs_gradient(*inputs: Tensor) -> bool:
+    """Whether autograd records what is computed of ``inputs``: these ops would end it there."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+
+
 def _exact(implementation: Callable) -> Callable:
     """``implementation`` without autocast; its first argument is a tensor."""
 

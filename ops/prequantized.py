@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, reference
 from .chunks import MULTIPLIED, row_chunks
-from .library import define
+from .library import define, needs_gradient
 
 WHOLE_LAYERS_ONLY = ("comfy_kitchen",)
 """Backends whose linear quantizes inside: they have no halves."""
@@ -83,7 +83,9 @@ def rms_rope(
     eps: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """``reference.rms_rope``."""
+    """``reference.rms_rope``; the formula itself where a gradient is needed: kernels have none."""
+    if needs_gradient(q, k, q_weight, k_weight):
+        return reference.rms_rope(q, k, q_weight, k_weight, cos, sin, eps)
     return _rms_rope_op(q, k, q_weight, k_weight, cos, sin, eps, backend)
 
 

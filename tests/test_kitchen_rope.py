@@ -147,3 +147,34 @@ def test_the_custom_op_compiles(inputs):
     cos, sin = table[:, :, 0, :, 0, 0], table[:, :, 0, :, 1, 0]
     arguments = (q, k, *weights, cos, sin, EPS, dispatch.AUTO)
     torch.library.opcheck(prequantized._rms_rope_op, arguments)
+
+
+@pytest.mark.parametrize("way", ["custom op", "kitchen's op"])
+def test_gradients_are_those_of_comfy_kitchens_formula(inputs, monkeypatch, way):
+    def kernel(*args):  # as a kernel's, its result has no history
+        return tuple(t.detach() for t in reference.rms_rope(*args))
+
+    backend = dispatch.Backend("triton", {"rms_rope": kernel})
+    monkeypatch.setattr(dispatch, "choose", lambda *args, **more: backend)
+    _, _, table, *weights = inputs
+    cos, sin = (table[:, :, 0, :, which, 0] for which in (0, 1))
+    run = {
+        "custom op": lambda q, k: prequantized.rms_rope(q, k, *weights, cos, sin, EPS, "auto"),
+        "kitchen's op": lambda q, k: kitchen_rope.rms_rope_split_half(q, k, table, *weights, EPS),
+    }
+    found, wanted = (_gradients(inputs, f) for f in (run[way], _eager(table, weights)))
+    for a, b in zip(found, wanted, strict=True):
+        assert relative(a, b) < 1e-6
+
+
+def _eager(table, weights):
+    from comfy_kitchen.backends.eager import rope
+
+    return lambda q, k: rope.rms_rope_split_half(q, k, table, *weights, EPS)
+
+
+def _gradients(inputs, run) -> list[torch.Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs[:2]]
+    turned = run(*leaves)
+    sum((t * randn(*t.shape, seed=9 + i)).sum() for i, t in enumerate(turned)).backward()
+    return [t.grad for t in leaves]
