@@ -47,21 +47,22 @@ def _write(path: Path, data: dict) -> None:
 
 
 def _draw(server: Server, program: str, titles: Sequence[str], look: Path | None) -> None:
-    page = Browser(program)
-    try:
-        for workflow in (w for w in WORKFLOWS if not titles or w.title in titles):
+    for workflow in (*WORKFLOWS, blueprint.inside()):
+        if titles and workflow.title not in titles:
+            continue
+        page = Browser(program)  # a page of its own: one keeps what nodes of these ids have shown
+        try:
             open_page(page, server.url)
             data = json.loads(build(page, workflow))
+            if workflow.title == blueprint.NAME:
+                _write(PACK / "subgraphs" / f"{blueprint.NAME}.json", blueprint.fold(page))
+                continue
             data["id"] = workflow.id
             _write(PACK / "workflows" / f"{workflow.title}.json", data)
             if look is not None:
                 show(page, look / f"{workflow.title}.jpg")
-        if not titles or blueprint.NAME in titles:
-            open_page(page, server.url)
-            build(page, blueprint.inside())
-            _write(PACK / "subgraphs" / f"{blueprint.NAME}.json", blueprint.fold(page))
-    finally:
-        page.close()
+        finally:
+            page.close()
 
 
 def _paint(server: Server, titles: Sequence[str]) -> None:
