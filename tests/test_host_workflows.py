@@ -243,6 +243,26 @@ def test_page_marks_a_file_that_is_missing_and_a_node_that_is_not_installed(page
     assert "NoSuchNodeAnywhere" in found_errors(page)
 
 
+def test_the_page_offers_every_missing_file_for_download(page):
+    text = PLAIN.read_text(encoding="utf-8")
+    models = [m for n in load(PLAIN)["nodes"] for m in n["properties"].get("models", [])]
+    assert len(models) == 4
+    for model in models:
+        text = text.replace(model["name"], f"absent-{model['name']}")
+    look(page, nodes_2=False)
+    drop_on_empty(page, "absent.json", json.loads(text))
+    page.wait_for(
+        "(b => { b?.click(); return !!b; })([...document.querySelectorAll('button')]"
+        ".find(b => b.innerText.trim() === 'View details'))"
+    )
+    page.wait_for("document.body.innerText.includes('Download all')")
+    shown = page.run("document.body.innerText").replace("\n", "")
+    for model in models:
+        assert f"absent-{model['name']}" in shown
+    buttons = "[...document.querySelectorAll('button')].map(b => b.innerText.trim())"
+    assert page.run(f"{buttons}.filter(text => text === 'Download').length") == len(models)
+
+
 # ComfyUI's own templates of Ideogram 4, with this pack's loaders in place of the stock ones.
 
 
