@@ -10,6 +10,7 @@ from PIL import Image
 from ideogram4_quant.checkpoint.level_order import AUTO
 from ideogram4_quant.tests.host.locate import PACK
 from ideogram4_quant.tests.host.pocket_variant import BY_LEVEL, value
+from ideogram4_quant.tests.host.workflows import WORKFLOWS
 from ideogram4_quant.tests.workflow_files import FILES, every_file, load, of_type
 
 TITLE_BAR = 30
@@ -40,7 +41,7 @@ WORDS = ("try it now", "text to image", "8 steps", "half the memory", "LoRA", "i
 
 def test_every_workflow_is_here():
     stems = [file.stem for file in FILES]
-    for words in (*WORDS, "compare", "own"):
+    for words in (*WORDS, "compare", "quantize your own"):
         assert sum(words in stem for stem in stems) == 1, words
     assert len(FILES) == len(WORDS) + 2
     assert len({load(file)["id"] for file in FILES}) == len(FILES)
@@ -53,6 +54,22 @@ def test_a_workflow_is_small_and_has_one_box_to_write_in(file):
     assert not of_type(workflow, "PreviewAny"), "reports show on their own node"
     captions = of_type(workflow, "Ideogram4QuantCaption")
     assert len(captions) == (not of_type(workflow, "Ideogram4QuantQuantize"))
+
+
+def test_widgets_are_those_of_the_specs_and_else_the_same_in_every_workflow():
+    """A page keeps values by a node's id, so that one workflow's could get into the next one."""
+    elsewhere: dict[tuple, object] = {}
+    for spec in WORKFLOWS:
+        nodes = load(PACK / "workflows" / f"{spec.title}.json")["nodes"]
+        specs = [node for column in spec.columns for node in column.nodes]
+        for node, wanted in zip(nodes, specs, strict=True):
+            assert node["type"] == wanted.type
+            for name, found in (node.get("widgets_values_named") or {}).items():
+                key = (wanted.type, name)
+                if name in wanted.widgets:
+                    assert found == wanted.widgets[name], (spec.title, key)
+                elif wanted.type.startswith("Ideogram4Quant"):
+                    assert found == elsewhere.setdefault(key, found), (spec.title, key)
 
 
 @every_file
