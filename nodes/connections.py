@@ -20,6 +20,12 @@ def leads_anywhere(graph: Mapping | None, node_id: str | None, output: int) -> b
     )
 
 
+def is_read(graph: Mapping | None, node_id: str | None, output: int) -> bool:
+    """The same, false where it cannot be known."""
+    known = bool(graph) and node_id is not None and str(node_id) in graph
+    return known and leads_anywhere(graph, node_id, output)
+
+
 def source_of(graph: Mapping | None, node_id: str | None, name: str) -> str | None:
     """The type of the node that an input is linked to in `graph` (API format); None where it is
     not linked, or where that is not known."""

@@ -9,31 +9,35 @@ from pathlib import Path
 from ..checkpoint import ModelConfig, open_encoder
 from ..checkpoint.canonical import canonical_shapes
 from ..checkpoint.copies import CONDITIONAL
+from ..checkpoint.encoder_writing import is_head
 from ..checkpoint.level_order import LEVELS
 from ..checkpoint.levels import read_catalogue
-from ..checkpoint.listing import Listing, stamp
+from ..checkpoint.listing import stamp
 from ..checkpoint.loras import names as lora_names
 from ..checkpoint.tensor_files import open_tensor_files
+from ..checkpoint.vae_files import check_vae
 from ..errors import Ideogram4QuantError
 from .headers import open_header
-from .model_files import host_listing
+from .model_files import host_listing, pocket_listing
 
 _NAMED = "ideogram"
 
 
 def fitting_first(kind: str) -> list[str]:
-    """Names in one of the host's folders: files for Ideogram 4, then the others, each in order.
+    """Names in one of the host's folders: files for Ideogram 4, the others, each in order; heads
+    of encoders, which no list loads by themselves, at the end.
 
     A header is read once for each state of its file. One that cannot be read goes by its name.
     """
     listing = host_listing(kind)
-    fits = {name: _fits(kind, name, listing) for name in listing.names}
-    return sorted(listing.names, key=lambda name: not fits[name])
+    ranks = {name: _rank(kind, listing.paths[name]) for name in listing.names}
+    return sorted(listing.names, key=ranks.__getitem__)
 
 
 def choices(kind: str) -> list[str]:
-    """The same for a list that is never empty: where to put a file if there is none."""
-    return fitting_first(kind) or host_listing(kind).choices
+    """The same for a list that is never empty: where to put a file if there is none. The pocket
+    model's file comes last."""
+    return [*(fitting_first(kind) or host_listing(kind).choices), *pocket_listing(kind).names]
 
 
 def levels_here() -> list[str]:
@@ -43,9 +47,10 @@ def levels_here() -> list[str]:
     return [level for level in LEVELS if level in there]
 
 
-def _fits(kind: str, name: str, listing: Listing) -> bool:
-    path = listing.paths[name]
-    return _looked(kind, path, stamp(path))
+def _rank(kind: str, path: Path) -> int:
+    if kind == "text_encoders" and is_head(path):
+        return 2
+    return 0 if _looked(kind, path, stamp(path)) else 1
 
 
 @lru_cache(maxsize=4096)
@@ -70,7 +75,8 @@ def _is_encoder(path: Path) -> bool:
 
 
 def _is_vae(path: Path) -> bool:
-    return "bn.running_mean" in open_tensor_files(path).tensors  # FLUX.2's statistics
+    check_vae({name: raw.shape for name, raw in open_tensor_files(path).tensors.items()}, path)
+    return True
 
 
 def _is_lora(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,10 +20,11 @@ from ..errors import PairMismatchError
 from ..ops import dispatch
 from ..ops.attention import reports as attention_reports
 from .headers import open_header
-from .model_files import host_listing
+from .model_files import known_listing, listing_around
 from .model_loading import compute_dtype
 from .report import Machine
 
+logger = logging.getLogger(__name__)
 BRANCHES = {AUTO: None, "one": True, "two": False}
 BY_LEVEL = "by level"
 NONE = "none"
@@ -42,7 +44,9 @@ def choose_files(
     """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
 
     A file picked by name goes before the level, and the other copy is then looked for at the level
-    of that file. trust_files: a picked file is the copy it was picked for, whatever its name says.
+    of that file. With the level ``auto`` a picked file that is not here is passed over, which the
+    pair's notes and the log say: so a workflow names what to download, and runs with other files.
+    trust_files: a picked file is the copy it was picked for, whatever its name says.
     branches: one of `BRANCHES`: files are of one branch, or a pair's copies, whatever they say.
     unconditional_level: of that copy, where it is not that of the conditional one; a file picked by
     name goes before it. one_copy: the conditional copy alone, which runs both passes.
@@ -61,11 +65,16 @@ def choose_files(
             found=f"unconditional_level {unconditional_level}",
             hint=f"Set unconditional_level to {SAME!r}, or branches to 'auto' or 'two'.",
         )
+    listing = known_listing(FOLDERS)
+    absent = missing_picks(level, listing, conditional_file, unconditional_file)
+    if conditional_file in absent:
+        conditional_file = unconditional_file = BY_LEVEL
+    elif unconditional_file in absent:
+        unconditional_file = BY_LEVEL
     # a file by name goes before it, so that only the conditional copy is looked for by level
     beside = SAME if unconditional_file != BY_LEVEL else unconditional_level
-    listing = host_listing(FOLDERS)
     word = BRANCHES[branches]
-    catalogue = _catalogue(listing, level, word)
+    catalogue = _catalogue(listing_around(FOLDERS, conditional_file), level, word)
     bases = _bases(base_file, catalogue)
 
     def picked(name: str, copy: str) -> Candidate:
@@ -107,7 +116,20 @@ def choose_files(
         pair = replace(pair, unconditional=picked(unconditional_file, UNCONDITIONAL))
     if pair.unconditional is not None:
         check_pair(pair.conditional.header, pair.unconditional.header)
+    if absent:
+        note = f"not here: {', '.join(absent)}; level {AUTO} took {pair.conditional.name} instead"
+        if conditional_file != BY_LEVEL:
+            note = f"not here: {', '.join(absent)}; looked for the copy by the level of the other"
+        logger.warning("%s", note)
+        pair = replace(pair, notes=(*pair.notes, note))
     return pair, bases
+
+
+def missing_picks(level: str, listing: Listing, *names: str) -> list[str]:
+    """Files picked by name that are not here, and that the level ``auto`` passes over."""
+    if level != AUTO:
+        return []
+    return [name for name in names if name != BY_LEVEL and name not in listing.paths]
 
 
 def _beside(first: Candidate, level: str, catalogue: Catalogue) -> Candidate | None:

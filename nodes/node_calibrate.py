@@ -7,7 +7,7 @@ from pathlib import Path
 
 import comfy.utils
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..errors import OpError
 from ..quant.calibration import Calibration
@@ -166,7 +166,8 @@ class Calibrate(io.ComfyNode):
             found = earlier.merge(found)
         found.save(target)
         report = f"{target.name}: {len(found.layers)} linears, {len(found.provenance)} runs\n\n"
-        return io.NodeOutput(found, str(target), report + fragility_table(found, count=SHOWN))
+        report += fragility_table(found, count=SHOWN)
+        return io.NodeOutput(found, str(target), report, ui=ui.PreviewText(report))
 
 
 def _target(prefix: str) -> Path:

@@ -10,7 +10,6 @@ from comfy_api.latest import io, ui
 from ..captions.check import check_caption
 from ..errors import OpError
 from .schema import CATEGORY
-from .showing import show
 
 logger = logging.getLogger(__name__)
 
@@ -67,5 +66,4 @@ class CheckCaption(io.ComfyNode):
         for finding in (*verdict.errors, *verdict.warnings):
             logger.warning("caption: %s", finding)
         findings = verdict.text()
-        show(findings, cls.hidden.unique_id)
         return io.NodeOutput(verdict.caption, findings, ui=ui.PreviewText(findings))

@@ -103,7 +103,8 @@ class CompareLevels(io.ComfyNode):
         sheet, table = compare_levels(
             batches, names.splitlines(), found, read_captions(captions), differences=differences
         )
-        return io.NodeOutput(sheet, table, ui=ui.PreviewImage(sheet, cls=cls))
+        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
+        return io.NodeOutput(sheet, table, ui=shown)
 
     @classmethod
     def fingerprint_inputs(cls, folders: str = "", **_: object) -> object:

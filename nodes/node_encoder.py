@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..checkpoint.published import most_wanted
 from .encoder_loading import load_encoder
 from .file_choices import choices
-from .model_files import host_listing, host_stamp
+from .model_files import host_stamp, known_listing
 from .schema import CATEGORY
 
 FOLDERS = "text_encoders"
@@ -51,7 +51,7 @@ class LoadEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder: str | None = None) -> bool | str:
-        return host_listing(FOLDERS).problem(encoder, most_wanted(FOLDERS))
+        return known_listing(FOLDERS).problem(encoder, most_wanted(FOLDERS))
 
     @classmethod
     def fingerprint_inputs(cls, encoder: str) -> str:
@@ -59,4 +59,4 @@ class LoadEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder: str) -> io.NodeOutput:
-        return io.NodeOutput(load_encoder(host_listing(FOLDERS).path(encoder)))
+        return io.NodeOutput(load_encoder(known_listing(FOLDERS).path(encoder)))

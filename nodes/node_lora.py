@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..checkpoint.copies import COPIES, UNCONDITIONAL
 from ..checkpoint.loras import describe, parse_lora, read_lora, read_strength
@@ -102,7 +102,8 @@ class LoadLora(io.ComfyNode):
         cls, conditional, lora: str, strength: float, unconditional=None, apply_to=APPLY_TO[0]
     ) -> io.NodeOutput:
         if lora == NONE:
-            return io.NodeOutput(conditional, unconditional, _NOTHING_PICKED)
+            told = _NOTHING_PICKED
+            return io.NodeOutput(conditional, unconditional, told, ui=ui.PreviewText(told))
         path = host_listing(FOLDERS).path(lora)
         found = parse_lora(
             read_lora(path),
@@ -127,4 +128,5 @@ class LoadLora(io.ComfyNode):
             outputs.append(patched)
             if updates and remaining_folding(model) is not None:
                 notes.append(f"{copy}: mapped to the folded weights that a stock loader has loaded")
-        return io.NodeOutput(*outputs, "\n".join(notes))
+        told = "\n".join(notes)
+        return io.NodeOutput(*outputs, told, ui=ui.PreviewText(told))

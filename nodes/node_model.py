@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..checkpoint.copies import CONDITIONAL, COPIES
 from ..checkpoint.level_order import AUTO, LEVELS, SAME
@@ -21,8 +21,8 @@ from .file_choices import fitting_first, levels_here
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
 from .missing_copy import check_complete
-from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE, choose_files, machine
-from .model_files import host_listing, host_stamp
+from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE, choose_files, machine, missing_picks
+from .model_files import host_listing, host_stamp, known_listing, pocket_listing
 from .model_loading import ModelSource, load_model, measured
 from .picture_notes import note_when_sampling
 from .schema import CATEGORY, details_input
@@ -92,20 +92,28 @@ class LoadIdeogram4(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            has_intermediate_output=True,
         )
 
     @classmethod
     def validate_inputs(
         cls,
+        level=None,
         conditional_file=BY_LEVEL,
         unconditional_file=BY_LEVEL,
         base_file=NONE,
         unconditional_lora=NONE,
     ) -> bool | str:
         # Named here, these inputs skip the host's own check, whose message lists every file.
-        listing = host_listing(FOLDERS)
-        names = [n for n in (conditional_file, unconditional_file, base_file) if n not in _NO_FILE]
+        if level not in (None, AUTO, *LEVELS):
+            return f"There is no level {level!r}. Pick one of the list."
+        listing = known_listing(FOLDERS)
+        picked = [n for n in (conditional_file, unconditional_file) if n not in _NO_FILE]
+        absent = missing_picks(level, listing, *picked)
+        names = [n for n in picked if n not in absent]
         problems = [listing.problem(name) for name in names]
+        if base_file not in _NO_FILE:
+            problems.append(host_listing(FOLDERS).problem(base_file))
         if unconditional_lora != NONE:
             problems.append(host_listing(LORA_FOLDERS).problem(unconditional_lora))
         return next((problem for problem in problems if problem is not True), True)
@@ -184,7 +192,8 @@ class LoadIdeogram4(io.ComfyNode):
         for model in models:
             if model is not None:
                 note_when_sampling(model, note)
-        return io.NodeOutput(*models, report.text(*about, details=details))
+        told = report.text(*about, details=details)
+        return io.NodeOutput(*models, told, ui=ui.PreviewText(told))
 
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
@@ -193,6 +202,7 @@ def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
 
 def _inputs() -> list:
     names = fitting_first(FOLDERS)
+    picks = [*names, *pocket_listing(FOLDERS).names]
     return [
         io.Combo.Input(
             "level",
@@ -205,16 +215,17 @@ def _inputs() -> list:
         ),
         io.Combo.Input(
             "conditional_file",
-            options=[BY_LEVEL, *names],
+            options=[BY_LEVEL, *picks],
             default=BY_LEVEL,
             optional=True,
             advanced=True,
             tooltip="The file of the conditional copy, where you want a certain one. It goes "
-            "before the level.",
+            "before the level. With level auto one that is not here is passed over, and the report "
+            "says so.",
         ),
         io.Combo.Input(
             "unconditional_file",
-            options=[BY_LEVEL, *names],
+            options=[BY_LEVEL, *picks],
             default=BY_LEVEL,
             optional=True,
             advanced=True,

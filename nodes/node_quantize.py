@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.model_management as management
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..checkpoint.copies import COPIES
 from ..checkpoint.listing import stamp
@@ -217,7 +217,9 @@ class Quantize(io.ComfyNode):
                 reports = at_size(size, parts, options, choice)
         remember_files(str(cls.hidden.unique_id), [Path(part.out) for part in parts])
         told = [*reports, "Press R to see it in the loaders."]
-        return io.NodeOutput("\n".join(str(part.out) for part in parts), "\n\n".join(told))
+        report = "\n\n".join(told)
+        files = "\n".join(str(part.out) for part in parts)
+        return io.NodeOutput(files, report, ui=ui.PreviewText(report))
 
 
 _INPUTS = ("overwrite", "copy", "calibration", "target_gb", "device")

@@ -9,11 +9,14 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import latent_preview
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
+from comfy_execution.graph import ExecutionBlocker
 from torch import Tensor
 
+from ..errors import OpError
 from ..sampling import check_size, on_grid
 from . import one_copy
+from .connections import is_read
 from .guider import DualCopyGuider
 from .latents import TOKEN_PIXELS, check_latent, empty_latent
 from .missing_copy import check_given
@@ -37,10 +40,12 @@ from .sampling_report import Clock, PeakMemory, report
 from .schema import CATEGORY, details_input
 
 logger = logging.getLogger(__name__)
+_IMAGE = 2  # the output's place
+_NO_VAE = "Connect a VAE to vae of the sampler, or take its output latent to VAE Decode."
 
 
 class Sampler(io.ComfyNode):
-    """Both copies and a caption -> LATENT, with the reference's schedule and guidance."""
+    """Both copies and a caption -> LATENT, and the picture where a VAE is connected."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -51,7 +56,7 @@ class Sampler(io.ComfyNode):
             description=(
                 "Samples with the reference's schedule and guidance, all in one node. Connect a "
                 "latent for image to image or inpainting; else the size is an aspect ratio, or "
-                "width and height by hand."
+                "width and height by hand. With a VAE connected it gives the picture too."
             ),
             search_aliases=["ksampler", "sampler", "ideogram sampler", "text to image"],
             inputs=_inputs(),
@@ -65,7 +70,13 @@ class Sampler(io.ComfyNode):
                     tooltip="Size, steps, seconds a step, seed, guidance, passes of each copy made "
                     "and skipped, peak memory.",
                 ),
+                io.Image.Output(
+                    id="image",
+                    display_name="image",
+                    tooltip="The picture. Needs vae; without it take latent to VAE Decode.",
+                ),
             ],
+            has_intermediate_output=True,
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
@@ -92,8 +103,12 @@ class Sampler(io.ComfyNode):
         aspect_ratio: str = BY_HAND,
         megapixels: float = 1.0,
         details: bool = False,
+        vae=None,
         **guidance,
     ) -> io.NodeOutput:
+        hidden = cls.hidden  # None where no host runs it
+        if vae is None and hidden and is_read(hidden.prompt, hidden.unique_id, _IMAGE):
+            raise OpError("there is no VAE for the output image", hint=_NO_VAE)
         chosen = make_guidance(preset, **guidance)
         if unconditional_from == one_copy.INPUT:
             check_given(cls, conditional, unconditional, chosen)
@@ -123,7 +138,8 @@ class Sampler(io.ComfyNode):
         size = f"{width}x{height}, preset {preset}"
         text = report(guider, curve, seed, clock, memory, size, notes, details=details)
         out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
-        return io.NodeOutput({**out, "samples": samples}, text)
+        picture = ExecutionBlocker(_NO_VAE) if vae is None else vae.decode(samples)
+        return io.NodeOutput({**out, "samples": samples}, text, picture, ui=ui.PreviewText(text))
 
 
 def _sample(
@@ -196,4 +212,9 @@ def _inputs() -> list:
         *unsettled_inputs(),
         *ratio_inputs(),
         details_input(),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip="Decodes the picture here, for the output image: no VAE Decode is needed.",
+        ),
     ]

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..checkpoint.published import most_wanted
 from .file_choices import choices
-from .model_files import host_listing, host_stamp
+from .model_files import host_stamp, known_listing
 from .schema import CATEGORY
 from .vae_loading import load_vae
 
@@ -45,7 +45,7 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae: str | None = None) -> bool | str:
-        return host_listing(FOLDERS).problem(vae, most_wanted(FOLDERS))
+        return known_listing(FOLDERS).problem(vae, most_wanted(FOLDERS))
 
     @classmethod
     def fingerprint_inputs(cls, vae: str) -> str:
@@ -53,4 +53,4 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae: str) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(host_listing(FOLDERS).path(vae)))
+        return io.NodeOutput(load_vae(known_listing(FOLDERS).path(vae)))

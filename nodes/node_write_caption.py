@@ -13,10 +13,11 @@ from ..captions.styles import NONE, STYLES
 from ..captions.tokens import MAX_TOKENS
 from ..errors import OpError
 from . import caption_writing
+from .connections import is_read
 from .schema import CATEGORY
-from .showing import show
 
 _LEAST_TOKENS, _MOST_TOKENS = 64, 2000  # a caption is at most 2048 long
+_POSITIVE = 0  # the output's place
 _NO_ENCODER = (
     "Connect Load Qwen3-VL encoder (quantized) to clip of Caption (Ideogram 4), or take its output "
     "caption to a CLIP Text Encode."
@@ -57,7 +58,7 @@ class Caption(io.ComfyNode):
         clip=None,
         image=None,
     ) -> io.NodeOutput:
-        if clip is None and _is_read(cls.hidden.prompt, cls.hidden.unique_id):
+        if clip is None and is_read(cls.hidden.prompt, cls.hidden.unique_id, _POSITIVE):
             raise OpError("there is no encoder for the output positive", hint=_NO_ENCODER)
         typed = text if isinstance(text, str) else as_text(text)
         made = make_caption(
@@ -75,14 +76,7 @@ class Caption(io.ComfyNode):
         said = [f"{width} x {height} px", *_notes(made, expand, image is not None, clip)]
         # one paragraph for each: Nodes 2.0 joins lines
         shown = "\n\n".join([". ".join(s.rstrip(".") for s in said) + ".", made.caption])
-        show(shown, cls.hidden.unique_id)
         return io.NodeOutput(encoded, made.caption, width, height, ui=ui.PreviewText(shown))
-
-
-def _is_read(prompt: dict | None, node_id: str | None) -> bool:
-    """Whether a node of the graph is connected to the conditioning of this one."""
-    nodes = (prompt or {}).values()
-    return any([node_id, 0] == value for node in nodes for value in node["inputs"].values())
 
 
 def _writer(clip, image, seed: int, max_tokens: int):

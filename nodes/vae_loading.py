@@ -12,20 +12,26 @@ import comfy.sd
 from torch import Tensor
 
 from ..checkpoint.tensor_files import open_tensor_files
+from ..checkpoint.vae_files import LATENT_CHANNELS, PATCH, check_vae, first_block, is_pocket_vae
 from ..errors import CorruptFileError, NotIdeogram4Error
+from ..pocket.comfy_vae import to_comfy
 
-LATENT_CHANNELS = 32
-PATCH = 2
 _HOST_WIDTHS = (128, 256, 512, 512)
 
 
 def load_vae(path: Path) -> comfy.sd.VAE:
-    """A FLUX.2 VAE file as the host's VAE; NotIdeogram4Error for other kinds of VAE."""
+    """A FLUX.2 VAE file as the host's VAE; NotIdeogram4Error for other kinds of VAE.
+
+    The pocket model's is also read as it lies in the pack, with diffusers' names.
+    """
     files = open_tensor_files(path)
     if files.kind != "safetensors":
         raise NotIdeogram4Error("a VAE is read from safetensors files", file=path)
     state = files.load()
-    _check(state, path)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    check_vae(shapes, path)
+    if is_pocket_vae(shapes):
+        state = to_comfy(state)
     widths, blocks = _shape(state, path)
     if widths == _HOST_WIDTHS:
         vae = comfy.sd.VAE(sd=state, metadata=files.metadata)
@@ -34,43 +40,17 @@ def load_vae(path: Path) -> comfy.sd.VAE:
     return _narrow_vae(state, widths, blocks)
 
 
-def _check(state: dict[str, Tensor], path: Path) -> None:
-    statistics = state.get("bn.running_mean")
-    if statistics is None or tuple(statistics.shape) != (LATENT_CHANNELS * PATCH**2,):
-        raise NotIdeogram4Error(
-            "this is not a FLUX.2 VAE",
-            file=path,
-            tensor="bn.running_mean",
-            found="absent" if statistics is None else tuple(statistics.shape),
-            needed=(LATENT_CHANNELS * PATCH**2,),
-            hint="Ideogram 4 uses flux2-vae.safetensors.",
-        )
-    if _first_block(0, 0) not in state:
-        # diffusers-named files come with the statistics in either of two orders
-        raise NotIdeogram4Error(
-            "this VAE is in diffusers' layout, which does not say how its statistics are ordered",
-            file=path,
-            tensor=_first_block(0, 0),
-            found="absent",
-            hint="Use flux2-vae.safetensors, the single file for ComfyUI.",
-        )
-
-
-def _first_block(level: int, block: int) -> str:
-    return f"encoder.down.{level}.block.{block}.conv1.weight"
-
-
 def _shape(state: dict[str, Tensor], path: Path) -> tuple[tuple[int, ...], int]:
     """The encoder's channels at each resolution, and its residual blocks a resolution."""
     widths: list[int] = []
-    while (weight := state.get(name := _first_block(len(widths), 0))) is not None:
+    while (weight := state.get(name := first_block(len(widths), 0))) is not None:
         if weight.ndim != 4 or not weight.numel():
             raise CorruptFileError(
                 "this is no convolution", file=path, tensor=name, found=list(weight.shape)
             )
         widths.append(weight.shape[0])
     blocks = 0
-    while _first_block(0, blocks) in state:
+    while first_block(0, blocks) in state:
         blocks += 1
     return tuple(widths), blocks
 

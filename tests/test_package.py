@@ -166,6 +166,7 @@ def test_wheel_holds_weights_workflows_and_help(tmp_path):
         *ROOT.glob("web/docs/*.md"),
         ROOT / "nodes" / "costs.json",
         *ROOT.glob("workflows/*.json"),
+        *ROOT.glob("subgraphs/*.json"),
         *(p for p in ROOT.glob("pocket/weights/**/*") if p.is_file()),
         *(ROOT / folder / "__init__.py" for folder in packages()),
     ]

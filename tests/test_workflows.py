@@ -7,7 +7,10 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from ideogram4_quant.checkpoint.level_order import AUTO, LEVELS
+from ideogram4_quant.checkpoint.level_order import AUTO
+from ideogram4_quant.tests.host.locate import PACK
+from ideogram4_quant.tests.host.pocket_variant import BY_LEVEL, value
+from ideogram4_quant.tests.host.workflows import WORKFLOWS
 from ideogram4_quant.tests.workflow_files import FILES, every_file, load, of_type
 
 TITLE_BAR = 30
@@ -32,23 +35,68 @@ def inside(a: tuple, b: tuple) -> bool:
     return b[0] <= a[0] and b[1] <= a[1] and a[2] <= b[2] and a[3] <= b[3]
 
 
+MOST_NODES = 9
+WORDS = ("try it now", "text to image", "8 steps", "half the memory", "LoRA", "image to image")
+
+
 def test_every_workflow_is_here():
-    stems = " ".join(file.stem for file in FILES)
-    assert len(FILES) >= 10
-    for words in (
-        "one branch",
-        "one copy",
-        "INT8",
-        "Q8_0",
-        "Q4_K",
-        "low VRAM",
-        "LoRA",
-        "image to image",
-        "compare",
-        "own",
-    ):
-        assert words in stems
+    stems = [file.stem for file in FILES]
+    for words in (*WORDS, "compare", "quantize your own"):
+        assert sum(words in stem for stem in stems) == 1, words
+    assert len(FILES) == len(WORDS) + 2
     assert len({load(file)["id"] for file in FILES}) == len(FILES)
+
+
+@every_file
+def test_a_workflow_is_small_and_has_one_box_to_write_in(file):
+    workflow = load(file)
+    assert len(workflow["nodes"]) <= MOST_NODES
+    assert not of_type(workflow, "PreviewAny"), "reports show on their own node"
+    captions = of_type(workflow, "Ideogram4QuantCaption")
+    assert len(captions) == (not of_type(workflow, "Ideogram4QuantQuantize"))
+
+
+def test_widgets_are_those_of_the_specs_and_else_the_same_in_every_workflow():
+    """A page keeps values by a node's id, so that one workflow's could get into the next one."""
+    elsewhere: dict[tuple, object] = {}
+    for spec in WORKFLOWS:
+        nodes = load(PACK / "workflows" / f"{spec.title}.json")["nodes"]
+        specs = [node for column in spec.columns for node in column.nodes]
+        for node, wanted in zip(nodes, specs, strict=True):
+            assert node["type"] == wanted.type
+            for name, found in (node.get("widgets_values_named") or {}).items():
+                key = (wanted.type, name)
+                if name in wanted.widgets:
+                    assert found == wanted.widgets[name], (spec.title, key)
+                elif wanted.type.startswith("Ideogram4Quant"):
+                    assert found == elsewhere.setdefault(key, found), (spec.title, key)
+
+
+@every_file
+def test_a_size_is_said_once(file):
+    """By the caption, or by the latent that is started from."""
+    for sampler in of_type(load(file), "Ideogram4QuantSampler"):
+        linked = {entry["name"] for entry in sampler["inputs"] if entry["link"] is not None}
+        assert linked >= {"width", "height"} or "latent" in linked
+        assert value(sampler, "aspect_ratio") == "width x height"
+
+
+@every_file
+def test_a_shared_workflow_runs_on_any_machine(file):
+    """Its files are named for the page's downloads, and the level stands in for those not here."""
+    for node in of_type(load(file), "Ideogram4QuantLoad"):
+        level = value(node, "level")
+        assert level == AUTO or "compare" in file.stem
+        named = [value(node, f"{copy}_file") for copy in ("conditional", "unconditional")]
+        offered = [model["name"] for model in node["properties"].get("models", [])]
+        assert [name for name in named if name != BY_LEVEL and "pocket/" not in name] == offered
+
+
+def test_gguf_files_stand_first_in_the_note():
+    (file,) = [file for file in FILES if file.stem.endswith("text to image")]
+    (note,) = of_type(load(file), "MarkdownNote")
+    text = note["widgets_values"][0]
+    assert 0 < text.index("gguf") < text.index(".safetensors")
 
 
 @every_file
@@ -86,25 +134,30 @@ def test_downloads_are_named_where_the_page_and_the_reader_look(file):
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(f"/{model['name']}")
             assert not model["name"].endswith(".gguf"), "the page hides these links"
-            assert model["url"] in notes
+            assert model["url"] in notes or not notes
     if of_type(workflow, "Ideogram4QuantQuantize"):
         assert "models/diffusion_models" in notes
-        return
-    loaders = of_type(workflow, "Ideogram4QuantLoad")
-    assert loaders
-    assert all(loader["widgets_values"][0] in (AUTO, *LEVELS) for loader in loaders)
-    (vae,) = of_type(workflow, "VAELoader")
-    (encoder,) = of_type(workflow, "Ideogram4QuantLoadEncoder")
-    for node in (vae, encoder):
-        assert node["widgets_values"][0] in notes
-    for folder in ("models/diffusion_models", "models/text_encoders", "models/vae"):
-        assert folder in notes
 
 
 @every_file
-def test_thumbnail_is_a_small_jpeg(file):
+def test_thumbnail_is_what_comes_out(file):
+    """A small JPEG with the shape of pictures, not of a page."""
     picture = file.with_suffix(".jpg")
     assert picture.stat().st_size < 200_000
     with Image.open(picture) as image:
         assert image.format == "JPEG"
+        assert image.width <= 1100
         assert np.asarray(image).std() > 1
+
+
+def test_blueprint_promotes_what_one_changes():
+    (file,) = (PACK / "subgraphs").glob("*.json")
+    blueprint = load(file)
+    (node,), (subgraph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    assert node["type"] == subgraph["id"]
+    assert file.stem == node["title"] == subgraph["name"]
+    promoted = [entry["label"] for entry in subgraph["inputs"]]
+    assert promoted == ["caption", "aspect_ratio", "level", "preset", "seed"]
+    assert [output["type"] for output in subgraph["outputs"]] == ["IMAGE"]
+    kinds = {inner["type"] for inner in subgraph["nodes"]}
+    assert {"Ideogram4QuantLoad", "Ideogram4QuantCaption", "Ideogram4QuantSampler"} <= kinds

@@ -10,10 +10,9 @@ from ...checkpoint import Checkpoint, EncoderCheckpoint, open_checkpoint, open_e
 from ...checkpoint.levels import Catalogue, read_catalogue
 from ...checkpoint.listing import Listing, list_files
 from ...checkpoint.safetensors_header import read_safetensors_header
+from ...checkpoint.vae_files import check_vae
 from ...errors import CheckpointError, NotIdeogram4Error
 from .comfyui import Host, model_folders
-
-_LATENT_STATISTICS = ("bn.running_mean", (128,))  # FLUX.2's VAE alone has them
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,10 @@ def _open_all(listing: Listing, open_file: Callable) -> tuple[list, dict[str, st
 
 
 def _open_vae(path: Path) -> None:
-    """NotIdeogram4Error unless the header is that of a FLUX.2 VAE."""
+    """NotIdeogram4Error unless the header is that of a FLUX.2 VAE, CheckpointError for one that the
+    loaders refuse."""
     tensors = {} if path.is_dir() else read_safetensors_header(path)[1]
-    name, shape = _LATENT_STATISTICS
-    if name not in tensors or tuple(tensors[name].shape) != shape:
-        raise NotIdeogram4Error("this is not a FLUX.2 VAE", file=path, tensor=name)
+    check_vae({name: tensor.shape for name, tensor in tensors.items()}, path)
 
 
 def _open_model(path: Path) -> Checkpoint:

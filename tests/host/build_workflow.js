@@ -1,5 +1,5 @@
 async (columns, links) => {
-  const GAP = 60, TITLE = 30, PADDING = 20, HEADER = 50;
+  const GAP = 80, TITLE = 30, PADDING = 20, HEADER = 50;
   const shape = () => app.graph.nodes.map(node => node.size.join()).join();
   const settle = async () => { // nodes grow as they render
     for (let before = null; before !== shape();) {

@@ -1,4 +1,4 @@
-"""What the workflows say and start from: downloads, notes, an example of a caption."""
+"""What the workflows say and start from: downloads, notes, a sentence."""
 
 from __future__ import annotations
 
@@ -29,13 +29,6 @@ def download_list(models: list[dict]) -> str:
     return "\n".join(f"- [{m['name']}]({m['url']}) in **models/{m['directory']}**" for m in models)
 
 
-SHARED = f"""**Text encoder and VAE**
-
-{download_list([ENCODER, VAE])}
-
-*expand* in *Caption* writes with that encoder; another one without a head takes
-[this file]({HF}/diffusers/qwen3-vl-8b-instruct-lm-head) in **models/text_encoders**.
-"""
 FP8 = [
     model(name, "Ideogram-4/resolve/main/diffusion_models", "diffusion_models")
     for name in (
@@ -43,82 +36,85 @@ FP8 = [
         "ideogram4_unconditional_fp8_scaled.safetensors",
     )
 ]
-MODEL_NOTES = {
-    "auto": f"""**A distilled Ideogram 4: one file, no guidance**, one of:
+_ENDS = download_list([ENCODER, VAE])
+_INT8_LIST = download_list(INT8)
+_GGUF = f"""- [Q4_K, 10.4 GB]({HF}/transformerlab/ideogram-4-gguf-q4_k), for 12 and 16 GB cards
+- [Q8_0, 19.7 GB]({HF}/transformerlab/ideogram-4-gguf-q8_0), closest to the original, for 24 GB
+- [Q4_0]({HF}/leejet/ideogram-4-GGUF), and [other files]({HF}/molbal/ideogram-4-gguf)"""
+_AND = f"""**And** the text encoder and the VAE:
+
+{_ENDS}"""
+TEXT_TO_IMAGE_NOTE = f"""**A GGUF**, into **models/diffusion_models**:
+
+{_GGUF}
+
+**or INT8 (2 x 9.6 GB)**, from the RTX 20 series on, for 24 GB:
+
+{_INT8_LIST}
+
+{_AND}
+
+Then press **R** and **Run**. The level *auto* takes the best of the files that you have; the loader
+says which. On 8 GB: Q4_K and the preset *turbo*.
+"""
+POCKET_NOTE = """**Nothing to download**: a model of 5 million parameters is in the pack. *Run*.
+
+It paints one word on a plain ground, to try the nodes with. In the caption change *text*, the word
+(3 to 6 capitals), and the colours in *desc* and *background*.
+
+The real model: *Ideogram 4 text to image*, among the templates of this pack.
+"""
+ONE_BRANCH_NOTE = f"""**A distilled Ideogram 4: one file, no guidance**, one of:
 
 - [Hippotes]({HF}/Hippotes/Ideogram4-Fal-ComfyUI): **Ideogram4-instant_int8-convrot-simple**, INT8
 - [fal Instant]({HF}/fal/ideogram-v4-instant): 8 steps, BF16 (18.6 GB)
 - [fal Fast]({HF}/fal/ideogram-v4-fast): 20 steps, BF16; pick the preset *fast*
 
-in **models/diffusion_models**, with *instant* or *fast* in the name of the file or its folder.
-*Quantize Ideogram 4* makes INT8 and GGUF files of them. Nothing goes on the sampler's
-*unconditional* input. *branches: one* in the loader passes over files of two copies.
-""",
-    "INT8 W8A8 rotated": f"""**Ideogram 4, INT8 (2 x 9.6 GB)**
+into **models/diffusion_models**, with *instant* or *fast* in the name of the file or its folder.
+*Quantize Ideogram 4* makes INT8 and GGUF files of them.
 
-{download_list(INT8)}
-
-For 24 GB cards, from the RTX 20 series on.
-""",
-    "Q8_0": f"""**Ideogram 4, Q8_0 GGUF (19.7 GB)**, one of:
-
-- [Transformer Lab]({HF}/transformerlab/ideogram-4-gguf-q8_0): **ideogram4-q8_0.gguf**, both copies
-- [molbal]({HF}/molbal/ideogram-4-gguf): two files, **ideogram4-transformer** and
-  **ideogram4-unconditional_transformer**
-
-in **models/diffusion_models**. Closest to the original; for 24 GB cards.
-""",
-    "Q4_K": f"""**Ideogram 4, Q4_K GGUF (10.4 GB)**
-
-- [Transformer Lab]({HF}/transformerlab/ideogram-4-gguf-q4_k): **ideogram4-q4_k.gguf**, both copies
-
-in **models/diffusion_models**. For 12 and 16 GB cards. The level *Q4_0* takes the files of
-[leejet]({HF}/leejet/ideogram-4-GGUF) and [molbal]({HF}/molbal/ideogram-4-gguf).
-""",
-}
-USE = """**How to use**
-
-1. Download the files (left) into those folders and press **R**.
-2. Draw boxes and say what is in them; a *text* box needs the exact words. Drawing needs *Nodes 2.0*
-   (in ComfyUI's menu).
-3. Write the background and the style, then press **Run**.
-
-The level *auto* takes the best of the files that you have. The report of the loader says which, and
-how much memory they need.
+{_AND}
 """
-REGIONS = [
-    {
-        "x": 112,
-        "y": 80,
-        "width": 800,
-        "height": 200,
-        "metadata": {
-            "type": "text",
-            "text": "FRESH BREAD",
-            "desc": "Large hand-painted cream serif letters on a dark green shop sign.",
-            "palette": [],
-        },
-    },
-    {
-        "x": 200,
-        "y": 340,
-        "width": 620,
-        "height": 560,
-        "metadata": {
-            "type": "obj",
-            "text": "",
-            "desc": "A bakery window with round loaves on wooden shelves behind the glass.",
-            "palette": [],
-        },
-    },
-]
-CAPTION = {
-    "high_level_description": "A photograph of a small bakery front with a painted sign that "
-    "says FRESH BREAD.",
-    "background": "A quiet street with a whitewashed brick wall and wet cobblestones.",
-    "style": "photo",
-    "style.photo": "35mm, eye level",
-    "aesthetics": "calm, detailed, natural colours",
-    "lighting": "soft overcast morning light",
-    "medium": "photograph",
-}
+ONE_COPY_NOTE = f"""**The conditional copy is enough**: a GGUF, into **models/diffusion_models**:
+
+{_GGUF}
+
+or INT8 (9.6 GB):
+
+{download_list(INT8[:1])}
+
+It runs both passes, the second one on image tokens alone (*unconditional_from* in the sampler).
+Pictures differ from those of two copies. Nearer: pick an unconditional LoRA in *unconditional_lora*
+of the loader and connect its output **unconditional**.
+
+{_AND}
+"""
+LORA_NOTE = f"""Put LoRAs for Ideogram 4 into **models/loras**, press **R** and pick one. Any
+trainer's names will do, at any level. With *none* the workflow runs without one; chain a second
+node for a second one.
+
+**The model, a GGUF**, into **models/diffusion_models**:
+
+{_GGUF}
+
+or INT8:
+
+{_INT8_LIST}
+
+{_AND}
+"""
+QUANTIZE_NOTE = f"""Makes INT8 or GGUF files of your own fine-tune, or of the FP8 release:
+
+{download_list(FP8)}
+
+Put your files into **models/diffusion_models**, press **R**, pick the conditional copy in *source*,
+the unconditional one in *pair*, a level or a preset, and press **Run**. It takes minutes to an
+hour; an interrupted run goes on where it was.
+
+Then press **R**, and pick the level in *Load Ideogram 4 (quantized)*. INT8 files load in ComfyUI's
+own nodes too. Less error at the same size: connect **calibration** of *Calibrate Ideogram 4*.
+"""
+SENTENCE = (
+    "A photograph of a small bakery front on a quiet morning, round loaves in the window. "
+    'The green shop sign says "FRESH BREAD".'
+)

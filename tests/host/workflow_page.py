@@ -16,7 +16,6 @@ _SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Minimap.Visible": False,
     "Comfy.Graph.CanvasInfo": False,
-    "Comfy.VueNodes.Enabled": True,  # the caption nodes draw their editors in Nodes 2.0 only
 }
 _DRAWINGS = 20
 # A drop as the mouse would make it: the file lies in the event's data.
@@ -45,16 +44,28 @@ _FIT = """
 """
 
 
-def open_page(page: Browser, url: str) -> None:
-    """The empty graph of a server; the greeting of a first visit is put away."""
+def open_page(page: Browser, url: str, *, nodes_2: bool = True) -> None:
+    """The empty graph of a server, in Nodes 2.0 or in the default look; the greeting of a first
+    visit is put away."""
     page.open(url)
     page.wait_for(_READY)
     for name, value in _SETTINGS.items():
-        page.run(f"app.extensionManager.setting.set({json.dumps(name)}, {json.dumps(value)})")
+        setting(page, name, value)
+    look(page, nodes_2=nodes_2)
     page.wait_for("document.readyState === 'complete'")
     time.sleep(1)
     close_dialogs(page)
     page.run("app.graph.clear()")
+
+
+def setting(page: Browser, name: str, value: object) -> None:
+    """Sets one of the page's settings."""
+    page.run(f"app.extensionManager.setting.set({json.dumps(name)}, {json.dumps(value)})")
+
+
+def look(page: Browser, *, nodes_2: bool) -> None:
+    """Nodes 2.0, or the default look."""
+    setting(page, "Comfy.VueNodes.Enabled", nodes_2)
 
 
 def close_dialogs(page: Browser) -> None:
