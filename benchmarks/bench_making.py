@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -120,9 +121,15 @@ def compare(options: argparse.Namespace, layers: int) -> None:
 
 def beside_ggml(threads: int, repeats: int) -> None:
     """Mweights/s of encoding fp32 rows: ours in ``threads``, ggml's C code in one."""
-    shape = (1024, 4608)
+    shape = (4096, 4608)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
     torch.set_num_threads(threads)
+
+    def encode(encoding: Blocks, out: Tensor, chunks: list[slice], at: int) -> None:
+        rows = weight[chunks[at]]
+        found = encoding.encode_compiled(rows)
+        out[chunks[at]] = (found[0] if found else encoding.encode(rows))["weight"]
+
     for name in ("Q8_0", "Q6_K", "Q4_K"):
         ggml.ggml_quantize_init(FORMATS[name].ggml_type)
         form, encoding = FORMATS[name], Blocks(name, shape)
@@ -130,12 +137,7 @@ def beside_ggml(threads: int, repeats: int) -> None:
         chunks = list(row_chunks(shape))
 
         def ours(encoding=encoding, out=out, chunks=chunks) -> None:
-            def encode(at: int) -> None:
-                rows = weight[chunks[at]]
-                found = encoding.encode_compiled(rows)
-                out[chunks[at]] = (found[0] if found else encoding.encode(rows))["weight"]
-
-            for_each(range(len(chunks)), encode, weight.device)
+            for_each(range(len(chunks)), partial(encode, encoding, out, chunks), weight.device)
 
         def theirs(form=form, out=out) -> None:
             ggml.ggml_quantize_chunk(
@@ -145,19 +147,19 @@ def beside_ggml(threads: int, repeats: int) -> None:
                 *(0, shape[0], shape[1], None),
             )
 
-        ratios, rates = [], []
-        for turn in range(repeats + 1):
-            seconds = []
+        clocks = (time.perf_counter, time.process_time)
+        seconds = []  # [turn][ours, theirs][wall, CPU]
+        for _ in range(repeats + 1):
+            turn = []
             for call in (ours, theirs):
-                started = time.perf_counter()
+                started = [clock() for clock in clocks]
                 call()
-                seconds.append(time.perf_counter() - started)
-            if turn:
-                ratios.append(seconds[1] / seconds[0])
-                rates.append([weight.numel() / s / 1e6 for s in seconds])
-        mine, other = (median(values) for values in zip(*rates, strict=True))
-        spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
-        print(f"{name:6}{mine:10.0f}{other:10.0f}{median(ratios):8.1f}x  {spread}")
+                turn.append([clock() - at for clock, at in zip(clocks, started, strict=True)])
+            seconds.append(turn)
+        warm = seconds[1:]
+        rates = [weight.numel() / 1e6 / median(turn[who][0] for turn in warm) for who in (0, 1)]
+        wall, cpu = (median(turn[1][c] / turn[0][c] for turn in warm) for c in (0, 1))
+        print(f"{name:6}{rates[0]:10.0f}{rates[1]:10.0f}{wall:8.1f}x{cpu:11.1f}x", flush=True)
 
 
 def main() -> None:
@@ -185,7 +187,7 @@ def main() -> None:
         for part in parts:
             compare(options, max(1, options.layers // part))
     if ggml is not None:
-        print(f"{'':6}{'Mw/s':>10}{'ggml':>10}{'ratio':>9}")
+        print(f"{'':6}{'Mw/s':>10}{'ggml':>10}{'wall':>9}{'a core':>12}")
         beside_ggml(options.threads, max(5, options.repeats))
 
 

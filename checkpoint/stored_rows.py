@@ -36,5 +36,7 @@ class StoredRows:
         """Rows ``start : stop`` [n, K]; no other steps."""
         start, stop, _ = rows.indices(self.shape[0])
         row = self.shape[1] * self.dtype.itemsize
-        data = self._raw.file.read(self._raw.offset + start * row, max(0, stop - start) * row)
+        data = self._raw.file.read(
+            self._raw.offset + start * row, max(0, stop - start) * row, self.dtype.itemsize
+        )
         return data.view(self.dtype).view(-1, self.shape[1])
