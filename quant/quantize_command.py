@@ -14,7 +14,6 @@ from ..checkpoint.copy_names import COPIES
 from ..files.new_file import check_output
 from ..files.partial import partial_path
 from .command_parts import calibration_of, check_files, progress_bar
-from .compiled import prepare
 from .errors import QuantOptionError
 from .output_names import named_after, output_name
 from .recipes import CONTAINERS, QuantOptions, TypeRule, recipe_of
@@ -62,6 +61,8 @@ def quantize(args: argparse.Namespace) -> int:
     level = recipe_of(args.level).level
     pair = args.pair if args.container == _TRANSFORMER_LAB else None
     if not args.dry_run and args.device == "cpu":
+        from .compiled import prepare
+
         prepare()
     for source, copy, out in runs:
         choice = {

@@ -21,7 +21,8 @@ from ideogram4_quant.quant.provenance import combined_hash, hash_files
 from ideogram4_quant.quant.sensitivity import Sensitivity
 
 FILES = paths.dit_path("cond"), paths.dit_path("uncond")
-REQUEST = GenerateRequest("", 128, 64, steps=3, guidance=3.0)
+REQUEST = GenerateRequest("", 128, 64, steps=2, guidance=3.0)
+LONGER = GenerateRequest("", 128, 64, steps=3, guidance=3.0)
 DIGESTS = {"conditional": "a", "unconditional": "b"}
 
 
@@ -38,16 +39,16 @@ def prompts():
     return [Prompt(t, f) for t, f in zip(texts, features, strict=True)]
 
 
-def measured(models, quantized, prompts, **changes):
+def measured(models, quantized, prompts, request=REQUEST, **changes):
     choice = {"probes": Probes(), "digests": DIGESTS, "settings": {}, **changes}
-    return measure_sensitivity(models, quantized, prompts, REQUEST, **choice)
+    return measure_sensitivity(models, quantized, prompts, request, **choice)
 
 
-def latents(models, prompt, seed=0):
+def latents(models, prompt, seed=0, request=REQUEST):
     unconditional = prepare(models.unconditional, 4, 8)
     conditional = prepare(models.conditional, 4, 8, prompt.features[None])
     x = initial_noise(seed, 32, models.conditional.config.in_channels)
-    *_, (_, x) = sample(models, REQUEST.plan(), x, conditional, unconditional)
+    *_, (_, x) = sample(models, request.plan(), x, conditional, unconditional)
     return x.double()
 
 
@@ -111,8 +112,8 @@ def test_what_is_foretold_ranks_random_choices_as_their_pictures_do(models, prom
         size = weight.float().std() * step
         return weight.float().div(size).round() * size
 
-    gains = measured(models, {k: rounded(w, 0.3) for k, w in true.items()}, prompts).linears
-    truth = [latents(models, prompt, at) for at, prompt in enumerate(prompts)]
+    gains = measured(models, {k: rounded(w, 0.3) for k, w in true.items()}, prompts, LONGER).linears
+    truth = [latents(models, prompt, at, LONGER) for at, prompt in enumerate(prompts)]
     foretold, found = [], []
     for _ in range(10):
         steps = {k: chance.choice((0.05, 0.1, 0.2, 0.4)) for k in true}
@@ -124,7 +125,7 @@ def test_what_is_foretold_ranks_random_choices_as_their_pictures_do(models, prom
         )
         for key, module in linears.items():
             module.weight.data = rounded(true[key], steps[key])
-        painted = [latents(models, prompt, at) for at, prompt in enumerate(prompts)]
+        painted = [latents(models, prompt, at, LONGER) for at, prompt in enumerate(prompts)]
         ratios = [
             (((a - b).square().sum() / b.square().sum()).item())
             for a, b in zip(painted, truth, strict=True)
