@@ -1,0 +1,177 @@
+"""The table of levels: ours beside other programs' of the same size, and how those were run.
+
+Rows may have different numbers of pictures, as a run is broken off or some rows matter less: each
+says its own, and two rows are compared on the pictures that both have.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...engine.compare.results import Comparison
+from ...engine.compare.statistics import Interval
+from ...engine.compare.tables import markdown_row
+from .claims import verdict
+from .models import COPIES, VARIANTS, state_of, stored_bytes
+from .painting import PART
+from .peers import PEERS
+from .runs import Run
+from .systems import REFERENCE, is_block_linear
+
+MODELS = tuple(variant for variant in VARIANTS if not variant.stress)
+METRIC = "latent_sqnr"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A row of ours or of the field: its name, whose it is, and who runs its file."""
+
+    name: str
+    runs_in: str
+
+
+_STOCK = "stock ComfyUI"
+_PACK = "this pack"
+_GGUF = "GGUF readers"
+
+OURS = (
+    Level("ours: INT8 auto", _PACK),
+    Level("ours: INT8 auto-native", f"{_PACK}; {_STOCK} as int8 throughout"),
+    Level("ours: INT8 rotated, calibrated", _STOCK),
+    Level("ours: Q8_0, calibrated", _GGUF),
+    Level("ours: W6A8, calibrated", _STOCK),
+    Level("ours: W4A8, calibrated", _STOCK),
+    Level("ours: W4A8 in groups of 32, calibrated", _STOCK),
+    Level("ours: Q4_K, calibrated", _GGUF),
+    Level("ours: IQ4_XS, calibrated", _GGUF),
+    Level("ours: INT4 W4A4, calibrated", _STOCK),
+    Level("ours: INT4 W4A4, calibrated, as this pack computes it", _PACK),
+)
+FIELD = (
+    Level("W8A8 rotated", _STOCK),
+    Level("Q8_0", _GGUF),
+    Level("Q4_K", _GGUF),
+    Level("W6A8 (comfy-kitchen)", _STOCK),
+    Level("W4A8 (comfy-kitchen)", _STOCK),
+    Level("INT4 W4A4 (comfy-kitchen)", _STOCK),
+    Level("NVFP4 (comfy-kitchen)", _STOCK),
+    *(Level(name, _GGUF if name.startswith("ggml") else peer.package)
+      for name, peer in PEERS.items()),
+)  # fmt: skip
+
+#: Ours, and what it is held against at the same size or in the same container.
+PAIRS = (
+    ("ours: INT8 auto", "OrbitQuant W8A8, GPTQ"),
+    ("ours: INT8 rotated, calibrated", "OrbitQuant W8A8, GPTQ"),
+    ("ours: INT8 rotated, calibrated", "W8A8 rotated"),
+    ("ours: Q8_0, calibrated", "Q8_0"),
+    ("ours: W6A8, calibrated", "ggml Q6_K, imatrix"),
+    ("ours: W6A8, calibrated", "W6A8 (comfy-kitchen)"),
+    ("ours: W4A8, calibrated", "ggml Q4_K, imatrix"),
+    ("ours: W4A8, calibrated", "W4A8 (comfy-kitchen)"),
+    ("ours: W4A8, calibrated", "NVFP4 (comfy-kitchen)"),
+    ("ours: Q4_K, calibrated", "ggml Q4_K, imatrix"),
+    ("ours: Q4_K, calibrated", "OrbitQuant W4A8, GPTQ"),
+    ("ours: IQ4_XS, calibrated", "ggml IQ4_XS, imatrix"),
+    ("ours: W4A8 in groups of 32, calibrated", "OrbitQuant W4A8, GPTQ"),
+    ("ours: INT4 W4A4, calibrated", "OrbitQuant W4A4, GPTQ"),
+    ("ours: INT4 W4A4, calibrated", "INT4 W4A4 (comfy-kitchen)"),
+)
+
+
+def shared_parts(name: str, runs: Sequence[Run]) -> list[int]:
+    """The parts that all three models of a row have."""
+    found = [{run.part for run in runs if (run.scheme, run.variant) == (name, model.name)}
+             for model in MODELS]  # fmt: skip
+    return sorted(set.intersection(*found))
+
+
+def pictures(parts: Sequence[int]) -> str:
+    """``64 x 2``: prompts and seeds of so many parts, each half of the prompts with one seed."""
+    halves = {part % 2 for part in parts}
+    return f"{PART * len(halves)} x {len(parts) // max(len(halves), 1)}"
+
+
+def sizes_of(runs: Sequence[Run]) -> dict[str, int]:
+    """Bytes of each row's model as trained; a sick one has more channels."""
+    return {run.scheme: run.bytes for run in runs if run.variant == MODELS[0].name}
+
+
+def bits(size: int) -> float:
+    """Bits a weight of the quantized linears, of ``size`` bytes of both copies."""
+    states = [state_of(MODELS[0], copy) for copy in COPIES]
+    rest = [{k: v for k, v in state.items() if not is_block_linear(k)} for state in states]
+    weights = sum(v.numel() for state in states for k, v in state.items() if is_block_linear(k))
+    return 8 * (size - sum(map(stored_bytes, rest))) / weights
+
+
+def levels_table(comparisons: Mapping[str, Comparison], runs: Sequence[Run]) -> str:
+    """Rows by size, the largest first; ours in bold; latent SQNR of each model, and interval."""
+    head = ["level", "bits", "runs in", "prompts x seeds", *(model.name for model in MODELS)]
+    sizes = sizes_of(runs)
+    there = [(bits(sizes[level.name]), level) for level in (*OURS, *FIELD) if level.name in sizes]
+    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
+    for size, level in sorted(there, key=lambda row: -round(row[0], 1)):
+        parts = shared_parts(level.name, runs)
+        if parts:
+            name = f"**{level.name}**" if level in OURS else level.name
+            cells = [_interval(interval_of(comparisons[m.name], level.name)) for m in MODELS]
+            row = [name, f"{size:.2f}", level.runs_in, pictures(parts), *cells]
+            lines.append(markdown_row(row))
+    return "\n".join(lines)
+
+
+def interval_of(comparison: Comparison, name: str) -> Interval:
+    """Latent SQNR of one row."""
+    return comparison.cell(comparison.system(name), METRIC).interval
+
+
+def _interval(found: Interval, sign: str = "") -> str:
+    return f"{found.mean:{sign}.1f} [{found.low:{sign}.1f}, {found.high:{sign}.1f}]"
+
+
+def pairs_table(comparisons: Mapping[str, Comparison]) -> str:
+    """Ours minus another program's, on the pictures of both, and what the interval says."""
+    head = ["ours", "against", *comparisons]
+    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
+    for name, other in PAIRS:
+        if all({name, other} <= {s.name for s in c.systems} for c in comparisons.values()):
+            cells = []
+            for comparison in comparisons.values():
+                found = comparison.cell(comparison.system(name), METRIC, against=other).difference
+                words = {"agrees": "nearer", "**does not**": "**farther**"}
+                says = words.get(verdict(found), verdict(found))
+                cells.append(f"{says}: {_interval(found, '+')}")
+            lines.append(markdown_row([name.removeprefix("ours: "), other, *cells]))
+    return "\n".join(lines)
+
+
+def peers_table(runs: Sequence[Run]) -> str:
+    """How each peer was run: package, version, settings; those not run with the reason."""
+    by = {run.scheme: run.by for run in runs if run.by}
+    lines = [markdown_row(["row", "package, version: settings"]), markdown_row(["---"] * 2)]
+    for name, peer in PEERS.items():
+        missing = f"not run: {peer.package} is not installed" if peer.version is None else "not run"
+        lines.append(markdown_row([name, by.get(name, missing)]))
+    return "\n".join(lines)
+
+
+def levels_csv(comparisons: Mapping[str, Comparison], runs: Sequence[Run]) -> str:
+    """A row a model and level: bits, pictures, latent SQNR in dB with its interval."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "level", "bits", "bytes", "prompts x seeds", "sqnr", "low", "high"])
+    sizes = sizes_of(runs)
+    for model, comparison in comparisons.items():
+        for system in comparison.systems:
+            if system.name != REFERENCE:
+                found = interval_of(comparison, system.name)
+                size = sizes[system.name]
+                many = pictures(shared_parts(system.name, runs))
+                figures = (f"{v:.3f}" for v in (found.mean, found.low, found.high))
+                row = [model, system.name, f"{bits(size):.3f}", size, many, *figures]
+                writer.writerow(row)
+    return out.getvalue()
