@@ -167,7 +167,7 @@ def test_rows_say_how_many_pictures_they_have_and_pairs_take_those_of_both(runs,
         (store.folder / f"{i}.json").write_text(json.dumps(asdict(run)))
         store.enter(str(i), run)
     document = tmp_path / "table.md"
-    marks = ("levels conditions", "levels", "pairs", "peers")
+    marks = ("levels conditions", "levels", "pairs", "peers", "short")
     document.write_text("".join(f"<!-- begin {m} -->\n<!-- end {m} -->\n" for m in marks))
     report.write_levels(store, document)
     text = document.read_text(encoding="utf-8")
@@ -183,6 +183,9 @@ def test_rows_say_how_many_pictures_they_have_and_pairs_take_those_of_both(runs,
     assert pair.count("nearer: +3.0 [+3.0, +3.0]") == 3  # the same pictures: their spread cancels
     assert "| ggml Q4_K, imatrix | ggml-python 1: imatrix |" in text
     assert "| hqq 4 bits | not run" in text
+    db = np.mean([28 + np.random.default_rng(part).normal(0, 1, PART) for part in range(4)])
+    share = f"{100 * 10 ** (-db / 20):.1f} %"
+    assert f"| {share} | {share} |" in text
     rows = list(csv.DictReader(io.StringIO((tmp_path / "pocket-levels.csv").read_text())))
     assert {(r["level"], r["prompts x seeds"]) for r in rows} == {
         ("ours: Q4_K, calibrated", "64 x 2"),

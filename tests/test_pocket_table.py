@@ -1,5 +1,6 @@
 """The table of systems on the pocket model: what a row computes, and that it is made once."""
 
+import csv
 import re
 from dataclasses import replace
 
@@ -203,6 +204,22 @@ def test_the_page_of_levels_prints_what_the_table_says():
         cells = [re.search(rf"^\| {re.escape(name)} \|.*$", m, re.M)[0].split("|") for m in models]
         found = [float(cells[0][2]), *(float(row[5].split()[0]) for row in cells)]
         assert [float(value) for value in printed] == pytest.approx(found, abs=0.0501)
+
+
+def test_the_figures_of_the_levels_are_those_of_their_table():
+    text = table.DOCUMENT.read_text(encoding="utf-8").partition("<!-- begin levels -->")[2]
+    rows = [line.split(" | ") for line in text.partition("<!-- end levels -->")[0].splitlines()[3:]]
+    printed = {row[0].strip("| *"): row[1:] for row in rows}
+    with table.DOCUMENT.with_name("pocket-levels.csv").open(encoding="utf-8") as file:
+        figures = list(csv.DictReader(file))
+    assert {row["level"] for row in figures} == set(printed)
+    for row in figures:
+        bits, _, pictures, *cells = printed[row["level"]]
+        cell = cells[("clean", "channels", "tokens").index(row["model"])]
+        assert (row["prompts x seeds"], f"{float(row['bits']):.2f}") == (pictures, bits)
+        found = [float(number) for number in re.findall(r"-?[\d.]+", cell)]
+        wanted = [float(row[name]) for name in ("sqnr", "low", "high")]
+        assert found == pytest.approx(wanted, abs=0.0501)
 
 
 def test_a_model_has_the_same_bytes_whenever_it_is_written(tmp_path):

@@ -81,6 +81,27 @@ PAIRS = (
     ("ours: INT4 W4A4, calibrated", "INT4 W4A4 (comfy-kitchen)"),
 )
 
+#: Rows of the short table: what it calls them, and their names here; ours first in each size.
+SHORT = (
+    ("INT8, calibrated here", "ours: INT8 auto"),
+    ("the same for ComfyUI's own loader", "ours: INT8 rotated, calibrated"),
+    ("OrbitQuant W8A8 by GPTQ", "OrbitQuant W8A8, GPTQ"),
+    ("Q8_0, calibrated here", "ours: Q8_0, calibrated"),
+    ("Q8_0 by ggml", "Q8_0"),
+    ("W6A8, calibrated here", "ours: W6A8, calibrated"),
+    ("Q6_K by ggml, with imatrix", "ggml Q6_K, imatrix"),
+    ("W4A8, calibrated here", "ours: W4A8, calibrated"),
+    ("Q4_K, calibrated here", "ours: Q4_K, calibrated"),
+    ("Q4_K by ggml, with imatrix", "ggml Q4_K, imatrix"),
+    ("W4A8 by comfy-kitchen", "W4A8 (comfy-kitchen)"),
+    ("IQ4_XS, calibrated here", "ours: IQ4_XS, calibrated"),
+    ("IQ4_XS by ggml, with imatrix", "ggml IQ4_XS, imatrix"),
+    ("OrbitQuant W4A8 by GPTQ", "OrbitQuant W4A8, GPTQ"),
+    ("INT4 W4A4, calibrated here", "ours: INT4 W4A4, calibrated"),
+    ("OrbitQuant W4A4 by GPTQ", "OrbitQuant W4A4, GPTQ"),
+    ("INT4 W4A4 by comfy-kitchen", "INT4 W4A4 (comfy-kitchen)"),
+)
+
 
 def shared_parts(name: str, runs: Sequence[Run]) -> list[int]:
     """The parts that all three models of a row have."""
@@ -146,6 +167,23 @@ def pairs_table(comparisons: Mapping[str, Comparison]) -> str:
                 says = words.get(verdict(found), verdict(found))
                 cells.append(f"{says}: {_interval(found, '+')}")
             lines.append(markdown_row([name.removeprefix("ours: "), other, *cells]))
+    return "\n".join(lines)
+
+
+def short_table(comparisons: Mapping[str, Comparison], runs: Sequence[Run]) -> str:
+    """For readers without decibels: the error as a share of the latents, as trained and the worse
+    of the two models with outliers. SQNR is of energies, so the share is 10^(-dB / 20)."""
+    head = ["file", "bits a weight", "strays by", "with outliers"]
+    lines = [markdown_row(head), markdown_row(["---"] * len(head))]
+    sizes = sizes_of(runs)
+    for words, name in SHORT:
+        if all(name in {s.name for s in c.systems} for c in comparisons.values()):
+            clean, *sick = (
+                100 * 10 ** (-interval_of(c, name).mean / 20) for c in comparisons.values()
+            )
+            shown = f"**{words}**" if name.startswith("ours") else words
+            row = [shown, f"{bits(sizes[name]):.1f}", f"{clean:.1f} %", f"{max(sick):.1f} %"]
+            lines.append(markdown_row(row))
     return "\n".join(lines)
 
 

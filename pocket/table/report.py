@@ -31,6 +31,7 @@ from .levels import (
     pairs_table,
     peers_table,
     shared_parts,
+    short_table,
 )
 from .models import COPIES, VARIANTS, Variant
 from .painting import cases_of_part
@@ -183,6 +184,7 @@ def write_levels(store: RunStore, document: Path) -> list[Path]:
     texts = {
         "levels": levels_table(comparisons, runs),
         "pairs": pairs_table(comparisons),
+        "short": short_table(comparisons, runs),
         "peers": peers_table(runs),
         "levels conditions": levels_conditions(),
     }
