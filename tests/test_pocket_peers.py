@@ -22,6 +22,7 @@ from ideogram4_quant.pocket.table.systems import SCHEMES, Scheme, is_block_linea
 from ideogram4_quant.tests.tensors import relative
 
 NAME = "layers.1.feed_forward.w2"
+WHOLE = ("weight", "bias")
 
 
 class Halved(nn.Module):
@@ -56,9 +57,12 @@ def test_a_peers_linears_stand_in_the_model_in_place_of_ours(tmp_path):
         state = state_of(VARIANTS[0], copy)
         ours = [name for name, m in model.named_modules() if isinstance(m, Halved)]
         assert len(ours) == len(list(filter(is_block_linear, state))) == 24
-        qkv = model.layers[1].attention.to_qkv.kept.float()
+        qkv = model.layers[1].attention.to_qkv.own.kept.float()
         assert torch.equal(2 * qkv, state["layers.1.attention.qkv.weight"].float())
         assert not isinstance(model.input_proj, Halved)
+        x = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+        weight, bias = (state[f"layers.1.adaln_modulation.{part}"].float() for part in WHOLE)
+        assert torch.allclose(model.layers[1].adaln_modulation(x), x @ weight.t() / 2 + bias)
 
 
 def test_its_bytes_are_what_it_keeps_or_what_its_files_take(tmp_path):

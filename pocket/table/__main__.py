@@ -26,7 +26,7 @@ from .calibrating import calibration_of, written
 from .models import VARIANTS, Variant, in_memory, state_of, stored_bytes
 from .painting import Studio, cases_of_part
 from .peer_inputs import moments_of
-from .peers import parts
+from .peers import Biased, parts
 from .report import write_levels, write_report
 from .runs import ReadOnce, Run, RunStore, run_key, scores_of, steps_of
 from .systems import REFERENCE, SCHEMES, Scheme, is_block_linear, unpacked, weights
@@ -163,7 +163,7 @@ class Maker:
             for path, module in list(model.named_modules()):
                 name = canonical_name(f"{path}.weight").removesuffix(".weight")
                 if isinstance(module, QuantLinear) and name in own:
-                    model.set_submodule(path, own[name])
+                    model.set_submodule(path, Biased(own[name], module.bias))
             loaded.append(model)
         return Models(*loaded, None, self.studio.vae)
 

@@ -59,6 +59,19 @@ class Peer:
         return self.make(layer, moments).requires_grad_(False)
 
 
+class Biased(nn.Module):
+    """A peer's linear and the model's bias, which no system quantizes."""
+
+    def __init__(self, own: nn.Module, bias: Tensor | None) -> None:
+        super().__init__()
+        self.own = own
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.own(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
 def parts(module: nn.Module) -> dict[str, Tensor]:
     """Every plain tensor that a peer's linear keeps, tensors within tensors included."""
     found: dict[str, Tensor] = {}
