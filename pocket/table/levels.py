@@ -135,7 +135,7 @@ def levels_table(comparisons: Mapping[str, Comparison], runs: Sequence[Run]) -> 
     sizes = sizes_of(runs)
     there = [(bits(sizes[level.name]), level) for level in (*OURS, *FIELD) if level.name in sizes]
     lines = [markdown_row(head), markdown_row(["---"] * len(head))]
-    for size, level in sorted(there, key=lambda row: -round(row[0], 1)):
+    for size, level in sorted(there, key=lambda row: -round(row[0], 2)):
         parts = shared_parts(level.name, runs)
         if parts:
             name = f"**{level.name}**" if level in OURS else level.name
@@ -168,6 +168,21 @@ def pairs_table(comparisons: Mapping[str, Comparison]) -> str:
                 cells.append(f"{says}: {_interval(found, '+')}")
             lines.append(markdown_row([name.removeprefix("ours: "), other, *cells]))
     return "\n".join(lines)
+
+
+def points_of(
+    comparisons: Mapping[str, Comparison], runs: Sequence[Run]
+) -> dict[str, list[tuple[str, float, float, bool]]]:
+    """Model -> (name, bits, latent SQNR, whether it is ours) of every row."""
+    sizes, ours = sizes_of(runs), {level.name for level in OURS}
+    return {
+        model: [
+            (s.name, bits(sizes[s.name]), interval_of(comparison, s.name).mean, s.name in ours)
+            for s in comparison.systems
+            if s.name != REFERENCE
+        ]
+        for model, comparison in comparisons.items()
+    }
 
 
 def short_table(comparisons: Mapping[str, Comparison], runs: Sequence[Run]) -> str:

@@ -30,6 +30,7 @@ from .levels import (
     levels_table,
     pairs_table,
     peers_table,
+    points_of,
     shared_parts,
     short_table,
 )
@@ -166,7 +167,9 @@ def fill(document: str, parts: Mapping[str, str]) -> str:
 
 
 def write_levels(store: RunStore, document: Path) -> list[Path]:
-    """Fill the document's tables of levels and peers, and write their figures beside it."""
+    """Fill the document's tables of levels and peers; write their figures and plot beside it."""
+    from .plots import levels
+
     runs = list(store.newest().values())
     names = [level.name for level in (*OURS, *FIELD)]
     comparisons = {}
@@ -191,7 +194,10 @@ def write_levels(store: RunStore, document: Path) -> list[Path]:
     document.write_text(fill(document.read_text(encoding="utf-8"), texts), encoding="utf-8")
     figures = document.with_name("pocket-levels.csv")
     figures.write_text(levels_csv(comparisons, runs), encoding="utf-8")
-    return [document, figures]
+    plot = document.parent / "images" / "pocket-levels.png"
+    plot.parent.mkdir(exist_ok=True)
+    levels(points_of(comparisons, runs), plot)
+    return [document, figures, plot]
 
 
 def write_report(store: RunStore, document: Path) -> list[Path]:
