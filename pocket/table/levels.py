@@ -41,6 +41,7 @@ OURS = (
     Level("ours: INT8 auto", _PACK),
     Level("ours: INT8 auto-native", f"{_PACK}; {_STOCK} as int8 throughout"),
     Level("ours: INT8 rotated, calibrated", _STOCK),
+    Level("ours: INT8 rotated, calibrated, in 16 bits", _PACK),
     Level("ours: Q8_0, calibrated", _GGUF),
     Level("ours: W6A8, calibrated", _STOCK),
     Level("ours: W4A8, calibrated", _STOCK),
@@ -66,6 +67,7 @@ FIELD = (
 PAIRS = (
     ("ours: INT8 auto", "OrbitQuant W8A8, GPTQ"),
     ("ours: INT8 rotated, calibrated", "OrbitQuant W8A8, GPTQ"),
+    ("ours: INT8 rotated, calibrated, in 16 bits", "OrbitQuant W8A8, GPTQ"),
     ("ours: INT8 rotated, calibrated", "W8A8 rotated"),
     ("ours: Q8_0, calibrated", "Q8_0"),
     ("ours: W6A8, calibrated", "ggml Q6_K, imatrix"),
@@ -85,6 +87,7 @@ PAIRS = (
 SHORT = (
     ("INT8, calibrated here", "ours: INT8 auto"),
     ("the same for ComfyUI's own loader", "ours: INT8 rotated, calibrated"),
+    ("that file, multiplied in 16 bits here", "ours: INT8 rotated, calibrated, in 16 bits"),
     ("OrbitQuant W8A8 by GPTQ", "OrbitQuant W8A8, GPTQ"),
     ("Q8_0, calibrated here", "ours: Q8_0, calibrated"),
     ("Q8_0 by ggml", "Q8_0"),

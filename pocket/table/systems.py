@@ -47,6 +47,8 @@ ALPHA = 0.5
 #: The paper protects 17 of 211 linears a copy: 8 %, as 2 of 24 are.
 PROTECTED = 2
 LADDER = (1, 4, 8)
+#: `compute` of int8 weights that are multiplied by their values, as the option ``dense`` does it.
+IN_16_BITS = "int8 in 16 bits"
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 
 #: (fp32 weight [N, K], vector [K] of smoothing, moments of the inputs or None) -> how it is stored
@@ -58,10 +60,11 @@ class Scheme:
     """One row of the table.
 
     ``store`` makes a quantized weight from the fp32 one (None: it stays in bf16). ``compute`` says
-    how GGUF weights are multiplied, and "w4a4" INT4 ones as stock ComfyUI does. What needs a
-    calibration: ``smooth`` is SmoothQuant's alpha; ``protect`` the number of linears of each copy
-    that stay in bf16, the most fragile first; with ``moments`` the encoder searches and rounds for
-    the least output error; ``level`` and ``treatment`` are the quantizer's, which writes files.
+    how GGUF weights are multiplied, with "w4a4" INT4 ones as stock ComfyUI does, with `IN_16_BITS`
+    int8 ones by their values. What needs a calibration: ``smooth`` is SmoothQuant's alpha;
+    ``protect`` the number of linears of each copy that stay in bf16, the most fragile first; with
+    ``moments`` the encoder searches and rounds for the least output error; ``level`` and
+    ``treatment`` are the quantizer's, which writes files.
     ``peer``: another program's linears. With ``stress`` the row is made at stress strength too;
     with ``study`` it is one of the treatments that are compared with the paper's.
     """
@@ -149,6 +152,13 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("W8A8 + protect", _int8, protect=PROTECTED, stress=True),
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
     Scheme("ours: INT8 rotated, calibrated", _rotated_by, moments=True, stress=True),
+    Scheme(
+        "ours: INT8 rotated, calibrated, in 16 bits",
+        _rotated_by,
+        compute=IN_16_BITS,
+        moments=True,
+        study=False,
+    ),
     Scheme("ours: INT8 auto-native", level=_ROTATED, treatment="auto-native", study=False),
     Scheme("ours: INT8 auto", level="INT8 W8A8", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
@@ -233,6 +243,8 @@ def unpacked(tensors: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
 
 
 def _unpacked(tensor: Tensor, compute: str) -> Tensor:
+    if isinstance(tensor, QuantizedTensor) and compute == IN_16_BITS:
+        return tensor.dequantize()
     if not isinstance(tensor, QuantizedTensor) or tensor._layout_cls == Int8Layout.NAME:
         return tensor
     if compute == "w4a4" and issubclass(tensor.layout_cls, W4A4Layout):
