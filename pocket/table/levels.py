@@ -107,10 +107,15 @@ SHORT = (
 
 
 def shared_parts(name: str, runs: Sequence[Run]) -> list[int]:
-    """The parts that all three models of a row have."""
-    found = [{run.part for run in runs if (run.scheme, run.variant) == (name, model.name)}
-             for model in MODELS]  # fmt: skip
-    return sorted(set.intersection(*found))
+    """The parts that all models have of which a row was run at all; a second seed of half of the
+    prompts is left out."""
+    found: dict[str, set[int]] = {}
+    for run in runs:
+        if run.scheme == name and run.variant in {model.name for model in MODELS}:
+            found.setdefault(run.variant, set()).add(run.part)
+    parts = set.intersection(*found.values()) if found else set()
+    both = {part % 2 for part in parts} == {0, 1}
+    return sorted(part for part in parts if not both or part ^ 1 in parts)
 
 
 def pictures(parts: Sequence[int]) -> str:
@@ -142,15 +147,21 @@ def levels_table(comparisons: Mapping[str, Comparison], runs: Sequence[Run]) -> 
         parts = shared_parts(level.name, runs)
         if parts:
             name = f"**{level.name}**" if level in OURS else level.name
-            cells = [_interval(interval_of(comparisons[m.name], level.name)) for m in MODELS]
+            cells = [_cell(interval_of(comparisons[m.name], level.name)) for m in MODELS]
             row = [name, f"{size:.2f}", level.runs_in, pictures(parts), *cells]
             lines.append(markdown_row(row))
     return "\n".join(lines)
 
 
-def interval_of(comparison: Comparison, name: str) -> Interval:
-    """Latent SQNR of one row."""
+def interval_of(comparison: Comparison, name: str) -> Interval | None:
+    """Latent SQNR of one row; None where it was not run."""
+    if name not in {system.name for system in comparison.systems}:
+        return None
     return comparison.cell(comparison.system(name), METRIC).interval
+
+
+def _cell(found: Interval | None) -> str:
+    return "not run" if found is None else _interval(found)
 
 
 def _interval(found: Interval, sign: str = "") -> str:
@@ -162,15 +173,19 @@ def pairs_table(comparisons: Mapping[str, Comparison]) -> str:
     head = ["ours", "against", *comparisons]
     lines = [markdown_row(head), markdown_row(["---"] * len(head))]
     for name, other in PAIRS:
-        if all({name, other} <= {s.name for s in c.systems} for c in comparisons.values()):
-            cells = []
-            for comparison in comparisons.values():
-                found = comparison.cell(comparison.system(name), METRIC, against=other).difference
-                words = {"agrees": "nearer", "**does not**": "**farther**"}
-                says = words.get(verdict(found), verdict(found))
-                cells.append(f"{says}: {_interval(found, '+')}")
-            lines.append(markdown_row([name.removeprefix("ours: "), other, *cells]))
+        cells = [_difference(comparison, name, other) for comparison in comparisons.values()]
+        if any(cells):
+            shown = [cell or "not run" for cell in cells]
+            lines.append(markdown_row([name.removeprefix("ours: "), other, *shown]))
     return "\n".join(lines)
+
+
+def _difference(comparison: Comparison, name: str, other: str) -> str:
+    if not {name, other} <= {system.name for system in comparison.systems}:
+        return ""
+    found = comparison.cell(comparison.system(name), METRIC, against=other).difference
+    words = {"agrees": "nearer", "**does not**": "**farther**"}
+    return f"{words.get(verdict(found), verdict(found))}: {_interval(found, '+')}"
 
 
 def points_of(
@@ -195,13 +210,12 @@ def short_table(comparisons: Mapping[str, Comparison], runs: Sequence[Run]) -> s
     lines = [markdown_row(head), markdown_row(["---"] * len(head))]
     sizes = sizes_of(runs)
     for words, name in SHORT:
-        if all(name in {s.name for s in c.systems} for c in comparisons.values()):
-            clean, *sick = (
-                100 * 10 ** (-interval_of(c, name).mean / 20) for c in comparisons.values()
-            )
+        found = [interval_of(comparison, name) for comparison in comparisons.values()]
+        shares = [100 * 10 ** (-each.mean / 20) for each in found if each is not None]
+        if found[0] is not None and len(shares) > 1:
             shown = f"**{words}**" if name.startswith("ours") else words
-            row = [shown, f"{bits(sizes[name]):.1f}", f"{clean:.1f} %", f"{max(sick):.1f} %"]
-            lines.append(markdown_row(row))
+            row = [shown, f"{bits(sizes[name]):.1f}", f"{shares[0]:.1f} %"]
+            lines.append(markdown_row([*row, f"{max(shares[1:]):.1f} %"]))
     return "\n".join(lines)
 
 
