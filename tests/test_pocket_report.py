@@ -111,7 +111,8 @@ def test_the_committed_document_has_every_place():
     from ideogram4_quant.pocket.table.__main__ import DOCUMENT
 
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name in (*(v.name for v in VARIANTS), "claims", "conditions"):
+    levels = ("levels conditions", "levels", "pairs", "peers", "short")
+    for name in (*(v.name for v in VARIANTS), "claims", "conditions", *levels):
         assert text.count(f"<!-- begin {name} -->") == 1
         assert text.count(f"<!-- end {name} -->") == 1
 

@@ -68,19 +68,40 @@ def fidelity(comparisons: Mapping[str, Comparison], path: Path) -> None:
     figure.savefig(path)
 
 
-def _labels(axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Labels right of their points, pushed apart where they would cover each other."""
+def levels(points: Mapping[str, Sequence[tuple[str, float, float, bool]]], path: Path) -> None:
+    """Latent SQNR over bits a weight: (name, bits, dB, whether it is ours) of every model."""
+    figure, panels = _panels(len(points), 9.0)
+    for axes, (model, found) in zip(panels, points.items(), strict=True):
+        for _, bits, db, ours in found:
+            axes.plot(bits, db, "o", ms=5, color=_RED if ours else _GREY, zorder=5)
+        short = [(bits, db, name.removeprefix("ours: ")) for name, bits, db, _ in found]
+        _labels(axes, short, reach=1.6, right=0.08)
+        best = [(bits, db) for _, bits, db, ours in found if ours]
+        front = [best[i] for i in pareto_front(best)]
+        axes.step(*zip(*front, strict=True), where="post", color=_RED, lw=1.0, zorder=1)
+        axes.set(title=model, xlabel="bits a weight", xlim=(3.8, 10.6))
+    panels[0].plot([], [], "o", color=_RED, label="ours")
+    panels[0].plot([], [], "o", color=_GREY, label="other programs'")
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    panels[0].set_ylabel(f"latent SQNR to {REFERENCE} (dB)")
+    figure.savefig(path)
+
+
+def _labels(
+    axes, points: Sequence[tuple[float, float, str]], reach: float = 3.0, right: float = 0.15
+) -> None:
+    """Labels ``right`` of their points, pushed apart where points lie within ``reach``."""
     low, high = axes.get_ylim()
     step = (high - low) / 32
     placed: list[tuple[float, float]] = []
     for x, y, label in sorted(points, key=lambda p: p[1]):
         place = y
         for other_x, other_y in placed:
-            if abs(other_x - x) < 3.0 and place - other_y < step:
+            if abs(other_x - x) < reach and place - other_y < step:
                 place = other_y + step
         placed.append((x, place))
         axes.annotate(
-            label, (x, y), xytext=(x + 0.15, place), fontsize=8, va="center",
+            label, (x, y), xytext=(x + right, place), fontsize=8, va="center",
             arrowprops={"arrowstyle": "-", "lw": 0.3, "color": _GREY},
             bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.8},
             zorder=3,

@@ -22,6 +22,18 @@ from ...version import __version__
 from ..data import HELD_OUT
 from ..paths import dit_path
 from .claims import claims_table
+from .levels import (
+    FIELD,
+    MODELS,
+    OURS,
+    levels_csv,
+    levels_table,
+    pairs_table,
+    peers_table,
+    points_of,
+    shared_parts,
+    short_table,
+)
 from .models import COPIES, VARIANTS, Variant
 from .painting import cases_of_part
 from .runs import Run, RunStore
@@ -32,21 +44,25 @@ SHEET = (REFERENCE, "W8A8", "W8A8 + smooth", "W8A8 + protect", "W8A8 rotated", "
 SHEET_PROMPTS = 2
 
 
+#: Systems of the study of treatments: all on the same pictures, under stress too.
+STUDY = frozenset(scheme.name for scheme in SCHEMES if scheme.study)
+
+
 class DocumentError(Ideogram4QuantError, ValueError):
     """A document without the places that the report fills."""
 
 
 def common_parts(runs: Sequence[Run]) -> list[int]:
-    """The parts of which every system and model that was run at all has a run."""
+    """The parts of which every system of the study and model that was run at all has a run."""
     parts: dict[tuple[str, str], set[int]] = {}
-    for run in runs:
+    for run in (run for run in runs if run.scheme in STUDY):
         parts.setdefault((run.variant, run.scheme), set()).add(run.part)
     return sorted(set.intersection(*parts.values())) if parts else []
 
 
 def comparison_of(variant: Variant, runs: Sequence[Run], parts: Sequence[int]) -> Comparison:
-    """The runs of one model as a comparison, in the order of the systems."""
-    order = [scheme.name for scheme in SCHEMES if scheme.stress or not variant.stress]
+    """The study's runs of one model as a comparison, in the order of the systems."""
+    order = [s.name for s in SCHEMES if s.study and (s.stress or not variant.stress)]
     cases = [case for part in parts for case in cases_of_part(part)]
     systems, gaps = [], []
     for name in order:
@@ -81,19 +97,33 @@ def ladder(comparison: Comparison) -> list[tuple[int, SystemScores]]:
 
 
 def conditions(parts: Sequence[int]) -> str:
-    """What the tables were made from, in a sentence or two."""
+    """What the tables of the study were made from, in a sentence or two."""
     seeds: dict[str, set[int]] = {}
     for case in (case for part in parts for case in cases_of_part(part)):
         seeds.setdefault(case.prompt, set()).add(case.seed)
     counts = sorted({len(s) for s in seeds.values()})
     many = " or ".join(map(str, counts))
     plural = "s" if counts != [1] else ""
+    return (
+        f"{len(seeds)} of the {len(HELD_OUT)} held-out prompts, {many} seed{plural} each "
+        f"({sum(map(len, seeds.values()))} pictures a row), {_made_with()}"
+    )
+
+
+def levels_conditions() -> str:
+    """What the table of levels was made from."""
+    return (
+        f"The {len(HELD_OUT)} held-out prompts or half of them, one seed or two, as each row says, "
+        f"{_made_with()}"
+    )
+
+
+def _made_with() -> str:
     hashes = hash_files([dit_path(short) for short in COPIES.values()])
     weights = ", ".join(file.sha256[:12] for file in hashes)
     return (
-        f"{len(seeds)} of the {len(HELD_OUT)} held-out prompts, {many} seed{plural} each "
-        f"({sum(map(len, seeds.values()))} pictures a row), Default preset, fp32 activations, "
-        f"ideogram4-quant {__version__}; intervals: {METHOD}; SHA-256 of the two copies: {weights}."
+        f"Default preset, fp32 activations, ideogram4-quant {__version__}; intervals: {METHOD}; "
+        f"SHA-256 of the two copies: {weights}."
     )
 
 
@@ -136,8 +166,43 @@ def fill(document: str, parts: Mapping[str, str]) -> str:
     return document
 
 
+def write_levels(store: RunStore, document: Path) -> list[Path]:
+    """Fill the document's tables of levels and peers; write their figures and plot beside it."""
+    from .plots import levels
+
+    runs = list(store.newest().values())
+    names = [level.name for level in (*OURS, *FIELD)]
+    comparisons = {}
+    for model in MODELS:
+        own = [run for run in runs if run.variant == model.name]
+        systems = [
+            _scores(of)
+            for name in (REFERENCE, *names)
+            if (of := [r for r in own if r.scheme == name and r.part in shared_parts(name, runs)])
+        ]
+        cases = [case for part in shared_parts(REFERENCE, runs) for case in cases_of_part(part)]
+        comparisons[model.name] = Comparison(REFERENCE, cases, systems)
+    if any(len(comparison.systems) < 2 for comparison in comparisons.values()):
+        raise DocumentError("no level is measured on all three models", file=store.folder)
+    texts = {
+        "levels": levels_table(comparisons, runs),
+        "pairs": pairs_table(comparisons),
+        "short": short_table(comparisons, runs),
+        "peers": peers_table(runs),
+        "levels conditions": levels_conditions(),
+    }
+    document.write_text(fill(document.read_text(encoding="utf-8"), texts), encoding="utf-8")
+    figures = document.with_name("pocket-levels.csv")
+    figures.write_text(levels_csv(comparisons, runs), encoding="utf-8")
+    plot = document.parent / "images" / "pocket-levels.png"
+    plot.parent.mkdir(exist_ok=True)
+    levels(points_of(comparisons, runs), plot)
+    return [document, figures, plot]
+
+
 def write_report(store: RunStore, document: Path) -> list[Path]:
-    """Fill the document and write its plots, sheet and CSV beside it; returns the files."""
+    """Fill the document's tables of the study, write its plots, sheet and CSV beside it; returns
+    the files."""
     from .plots import fidelity, ladders, trajectories
 
     runs = list(store.newest().values())

@@ -32,7 +32,7 @@ class Run:
     """What is known of one system on one model in one part; lists have an entry a case.
 
     ``seconds``: of a core, a picture. ``scores``: by metric. ``steps``: latent SQNR in dB after
-    every step, empty for the reference.
+    every step, empty for the reference. ``by``: a peer's package, version and settings.
     """
 
     variant: str
@@ -43,6 +43,7 @@ class Run:
     read: list[str]
     scores: dict[str, list[float]]
     steps: list[list[float]]
+    by: str = ""
 
 
 class RunStore:
@@ -76,19 +77,19 @@ class RunStore:
 
     def enter(self, key: str, run: Run) -> None:
         """Make this the newest run of its model, system and part: what a table is made from."""
-        known = self._entries()
-        known[f"{run.variant} | {run.scheme} | {run.part}"] = key
-        with replaced(self.folder / "table.json") as file:
-            file.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        folder = self.folder / "newest"
+        folder.mkdir(exist_ok=True)
+        row = f"{run.variant} | {run.scheme} | {run.part}"
+        name = hashlib.sha256(row.encode()).hexdigest()[:16]
+        with replaced(folder / f"{name}.json") as file:
+            file.write_text(json.dumps({"row": row, "key": key}), encoding="utf-8")
 
     def newest(self) -> dict[str, Run]:
         """Key -> run, for the newest run of every model, system and part."""
-        found = ((key, self.find(key)) for key in self._entries().values())
+        entries = sorted((self.folder / "newest").glob("*.json"))
+        keys = [json.loads(file.read_text(encoding="utf-8"))["key"] for file in entries]
+        found = ((key, self.find(key)) for key in keys)
         return {key: run for key, run in found if run is not None}
-
-    def _entries(self) -> dict[str, str]:
-        file = self.folder / "table.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def run_key(

@@ -22,6 +22,7 @@ from ...ops.layouts import (
     GGUFLayout,
     Int8Layout,
     NF4Layout,
+    NVFP4Layout,
     W4A4Layout,
     W4A8Layout,
     gguf_tensor,
@@ -36,6 +37,7 @@ from ...quant.input_moments import InputMoments
 from ...quant.packed_encoding import PackedInt8
 from ...quant.recipes import BLOCK_LINEARS
 from ...quant.treatments import input_group, smoothing
+from .peers import PEERS, Peer
 from .stock_int4 import as_stock
 
 REFERENCE = "BF16"
@@ -45,6 +47,8 @@ ALPHA = 0.5
 #: The paper protects 17 of 211 linears a copy: 8 %, as 2 of 24 are.
 PROTECTED = 2
 LADDER = (1, 4, 8)
+#: `compute` of int8 weights that are multiplied by their values, as the option ``dense`` does it.
+IN_16_BITS = "int8 in 16 bits"
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K")
 
 #: (fp32 weight [N, K], vector [K] of smoothing, moments of the inputs or None) -> how it is stored
@@ -56,11 +60,13 @@ class Scheme:
     """One row of the table.
 
     ``store`` makes a quantized weight from the fp32 one (None: it stays in bf16). ``compute`` says
-    how GGUF weights are multiplied, and "w4a4" INT4 ones as stock ComfyUI does. What needs a
-    calibration: ``smooth`` is SmoothQuant's alpha; ``protect`` the number of linears of each copy
-    that stay in bf16, the most fragile first; with ``moments`` the encoder searches and rounds for
-    the least output error; ``level`` and ``treatment`` are the quantizer's, which writes files.
-    With ``stress`` the row is made at stress strength too.
+    how GGUF weights are multiplied, with "w4a4" INT4 ones as stock ComfyUI does, with `IN_16_BITS`
+    int8 ones by their values. What needs a calibration: ``smooth`` is SmoothQuant's alpha;
+    ``protect`` the number of linears of each copy that stay in bf16, the most fragile first; with
+    ``moments`` the encoder searches and rounds for the least output error; ``level`` and
+    ``treatment`` are the quantizer's, which writes files.
+    ``peer``: another program's linears. With ``stress`` the row is made at stress strength too;
+    with ``study`` it is one of the treatments that are compared with the paper's.
     """
 
     name: str
@@ -71,7 +77,9 @@ class Scheme:
     moments: bool = False
     level: str | None = None
     treatment: str | None = None
+    peer: Peer | None = None
     stress: bool = False
+    study: bool = True
 
     @property
     def calibrated(self) -> bool:
@@ -144,21 +152,28 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("W8A8 + protect", _int8, protect=PROTECTED, stress=True),
     Scheme("W8A8 + both", _int8, smooth=ALPHA, protect=PROTECTED, stress=True),
     Scheme("ours: INT8 rotated, calibrated", _rotated_by, moments=True, stress=True),
-    Scheme("ours: INT8 auto-native", level=_ROTATED, treatment="auto-native", stress=True),
+    Scheme(
+        "ours: INT8 rotated, calibrated, in 16 bits",
+        _rotated_by,
+        compute=IN_16_BITS,
+        moments=True,
+        study=False,
+    ),
+    Scheme("ours: INT8 auto-native", level=_ROTATED, treatment="auto-native", study=False),
     Scheme("ours: INT8 auto", level="INT8 W8A8", treatment="auto", stress=True),
     Scheme("Q4_K", _as_ggml("Q4_K")),
     Scheme("ours: Q4_K", stored(GGUFLayout.NAME, qtype="Q4_K")),
     Scheme("ours: Q4_K, calibrated", _blocks_by("Q4_K"), moments=True),
-    Scheme("ours: W4A8, calibrated", _packed_by(4), moments=True),
-    Scheme("ours: W4A8 in groups of 32, calibrated", _packed_by(4, 32), moments=True),
-    Scheme("ours: W6A8, calibrated", _packed_by(6), moments=True),
-    Scheme("ours: IQ4_XS, calibrated", _blocks_by("IQ4_XS"), moments=True),
-    Scheme("ours: Q8_0, calibrated", _blocks_by("Q8_0"), moments=True),
-    Scheme("ours: INT4 W4A4, calibrated", compute="w4a4", level="INT4 W4A4"),
-    Scheme("ours: INT4 W4A4, calibrated, as this pack computes it", level="INT4 W4A4"),
-    Scheme("INT4 W4A4 (comfy-kitchen)", stored(W4A4Layout.NAME), "w4a4"),
-    Scheme("W4A8 (comfy-kitchen)", stored(W4A8Layout.NAME)),
-    Scheme("W6A8 (comfy-kitchen)", stored(W4A8Layout.NAME, bits=6)),
+    Scheme("ours: W4A8, calibrated", _packed_by(4), moments=True, study=False),
+    Scheme("ours: W4A8 in groups of 32, calibrated", _packed_by(4, 32), moments=True, study=False),
+    Scheme("ours: W6A8, calibrated", _packed_by(6), moments=True, study=False),
+    Scheme("ours: IQ4_XS, calibrated", _blocks_by("IQ4_XS"), moments=True, study=False),
+    Scheme("ours: Q8_0, calibrated", _blocks_by("Q8_0"), moments=True, study=False),
+    Scheme("ours: INT4 W4A4, calibrated", compute="w4a4", level="INT4 W4A4", study=False),
+    Scheme("ours: INT4 W4A4, calibrated, as this pack computes it", level="INT4 W4A4", study=False),
+    Scheme("INT4 W4A4 (comfy-kitchen)", stored(W4A4Layout.NAME), "w4a4", study=False),
+    Scheme("W4A8 (comfy-kitchen)", stored(W4A8Layout.NAME), study=False),
+    Scheme("W6A8 (comfy-kitchen)", stored(W4A8Layout.NAME, bits=6), study=False),
     Scheme("FP8 per row", stored(FP8Layout.NAME, per_row=True)),
     Scheme("NF4", stored(NF4Layout.NAME)),
     Scheme("Q8_0", _as_ggml("Q8_0")),
@@ -166,6 +181,8 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("FP8 per tensor", stored(FP8Layout.NAME, per_row=False)),
     *(Scheme(t, _as_ggml(t)) for t in ("Q6_K", "Q5_K")),
     *(Scheme(f"W8A8, {k} protected", _int8, protect=k) for k in LADDER),
+    Scheme("NVFP4 (comfy-kitchen)", stored(NVFP4Layout.NAME), study=False),
+    *(Scheme(name, peer=peer, study=False) for name, peer in PEERS.items()),
 )
 
 
@@ -226,6 +243,8 @@ def unpacked(tensors: dict[str, Tensor], compute: str) -> dict[str, Tensor]:
 
 
 def _unpacked(tensor: Tensor, compute: str) -> Tensor:
+    if isinstance(tensor, QuantizedTensor) and compute == IN_16_BITS:
+        return tensor.dequantize()
     if not isinstance(tensor, QuantizedTensor) or tensor._layout_cls == Int8Layout.NAME:
         return tensor
     if compute == "w4a4" and issubclass(tensor.layout_cls, W4A4Layout):
