@@ -67,8 +67,7 @@ class FusedAttnProcessor:
         query, key, value = qkv.unbind(dim=2)  # [B, L, heads, D]
         # diffusers' table has each angle twice, for the low half of a head and for the high one
         cos, sin = (table[..., : attn.head_dim // 2] for table in image_rotary_emb)
-        norms = attn.norm_q.weight, attn.norm_k.weight
-        query, key = rms_rope(query, key, *norms, cos, sin, attn.norm_q.eps, AUTO)
+        query, key = _turned(attn, query, key, cos, sin)
         mixed = attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -77,6 +76,27 @@ class FusedAttnProcessor:
             backend=self.backend,
         )
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def _turned(
+    attn: Ideogram4Attention, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Norm and rotary embedding of q and k, in one pass where their weights are here.
+
+    accelerate's sequential offload brings the weights of a module when that module is called.
+    """
+    norms, eps = (attn.norm_q.weight, attn.norm_k.weight), attn.norm_q.eps
+    if norms[0].device == query.device:
+        return rms_rope(query, key, *norms, cos, sin, eps, AUTO)
+    table = tuple(torch.cat((half, half), dim=-1).unsqueeze(2) for half in (cos, sin))
+    return _rotate(attn.norm_q(query), *table), _rotate(attn.norm_k(key), *table)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + rotate_half(x) * sin in fp32; x [B, L, heads, D], cos and sin [1, L, 1, D]."""
+    wide = x.float()
+    low, high = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
 
 
 class PackTransformer(Ideogram4Transformer2DModel):

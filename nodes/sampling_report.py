@@ -69,10 +69,10 @@ class PeakMemory:
 
 def _most_of_process() -> int:
     """Bytes that this process has had resident at most."""
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
         return psutil.Process().memory_info().peak_wset
-    import resource
-
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

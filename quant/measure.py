@@ -112,7 +112,9 @@ def _sum_of_squares(values: Tensor) -> float:
 
 def stored_rows(tensor: Tensor | StoredRows, rows: slice) -> Tensor:
     """Rows of a tensor: quantized ones in fp32, others as they are."""
-    part = tensor[rows]
+    # a subclass cannot be sliced in inference mode, in which threads encode
+    with torch.inference_mode(False), torch.no_grad():
+        part = tensor[rows]
     return part.dequantize().float() if isinstance(part, QuantizedTensor) else part
 
 

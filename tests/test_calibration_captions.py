@@ -7,8 +7,8 @@ import json
 import unicodedata
 from collections import Counter
 
+from ideogram4_quant.captions.check import check_caption
 from ideogram4_quant.engine import calibration_commands
-from ideogram4_quant.nodes.captions import check_caption
 from ideogram4_quant.pocket import data
 from ideogram4_quant.quant.captions import calibration_captions
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ideogram4_quant.files.user_folder import user_folder
 from ideogram4_quant.ops import dispatch
 from ideogram4_quant.ops.kernels import configs
 from ideogram4_quant.ops.linear import LinearOptions
@@ -140,9 +141,9 @@ def test_two_processes_at_once_leave_a_whole_file(tmp_path):
 def test_the_users_folder_is_the_systems(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert choice_files.user_folder() == tmp_path / "ideogram4_quant"
+    assert user_folder() == tmp_path / "ideogram4_quant"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert choice_files.user_folder().parts[-3:] == ("Library", "Caches", "ideogram4_quant")
+    assert user_folder().parts[-3:] == ("Library", "Caches", "ideogram4_quant")
 
 
 def test_another_version_of_the_pack_or_another_tiling_is_measured_anew(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ...files.user_folder import user_folder
 from ..linear import LinearOptions
 from . import choice_files, choices
 from .choices import Measurement, Table
@@ -34,7 +35,7 @@ _PROBE_TOKENS = 32
 class Measure:
     """That a loader should measure, where the results are kept, and the bounds it keeps to.
 
-    ``folder`` None: ``choice_files.user_folder()``. ``seconds`` and ``memory`` (bytes beside the
+    ``folder`` None: ``user_folder()``. ``seconds`` and ``memory`` (bytes beside the
     model) bound one load; what they leave out is measured at the next one. ``make_room(bytes)`` is
     called before the first measurement, if there is any to make.
     """
@@ -66,7 +67,7 @@ def tune(
     device, measure = choices.named(device), measure or Measure()
     if torch.compiler.is_compiling():
         return choices.table(device)
-    folder = measure.folder or choice_files.user_folder()
+    folder = measure.folder or user_folder()
     stored = choice_files.load(folder, device)
     known = stored.with_added(choices.table(device))
     choices.remember(device, known)
