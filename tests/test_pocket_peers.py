@@ -200,7 +200,7 @@ def test_rows_say_how_many_pictures_they_have_and_pairs_take_those_of_both(runs,
 def test_a_second_seed_of_half_of_the_prompts_is_left_out():
     runs = [made_up("Q8_0", m.name, part, 45.0) for m in levels.MODELS[:2] for part in range(3)]
     assert levels.shared_parts("Q8_0", runs) == [0, 1]
-    assert levels.shared_parts("Q8_0", [run for run in runs if run.part]) == [1]
+    assert levels.shared_parts("Q8_0", [run for run in runs if run.part == 0]) == [0]
     assert levels.shared_parts("Q4_K", runs) == []
 
 
