@@ -161,6 +161,12 @@ class _NoCopy(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
+        self.register_buffer("place", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is: diffusers takes the device of a pipeline from its first module."""
+        return self.place.device
 
     def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor]:
         return (torch.zeros_like(hidden_states),)

@@ -138,7 +138,7 @@ def test_one_branch_paints_the_unmodified_pipelines_picture_in_its_own_steps(poc
     steps = {"num_inference_steps": 8, "mu": 0.0, "std": 1.75}  # fal's Instant
     wanted = paint(theirs, guidance_scale=1.0, guidance_schedule=None, **steps)
     assert psnr(wanted, paint(pipe)) >= 60
-    assert psnr(wanted, paint(pipe, num_inference_steps=4, guidance_schedule=[1.0] * 4)) < 40
+    assert psnr(wanted, paint(pipe, num_inference_steps=4, guidance_schedule=[1.0] * 4)) < 57
     with pytest.raises(api.OpError, match="holds it in itself"):
         paint(pipe, guidance_scale=7.0)
     pipe.enable_model_cpu_offload(device="cpu")

@@ -25,7 +25,7 @@ REQUEST = GenerateRequest("", 128, 64, steps=3)
 FILES = paths.dit_path("cond"), paths.dit_path("uncond")
 CANDIDATES = (
     *("int8", "int8 smooth 0.5", "int8 rotated", "int8 smooth 0.5 rotated"),
-    *("int8 rotated inputs", "Q4_K"),  # rounded inputs alone, by the weights as they are
+    *("Q4_K", "int8 rotated inputs"),  # the last: rounded inputs alone, the weights as they are
 )
 
 

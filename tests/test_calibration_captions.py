@@ -30,9 +30,9 @@ def test_calibrate_takes_them_where_none_are_given(monkeypatch):
     """Of a model that is not the pocket one, at the size that pictures have."""
     args = argparse.Namespace(prompts=None, limit=3, width=None, height=None)
     monkeypatch.setattr(calibration_commands, "_is_pocket", lambda ck: False)
-    assert calibration_commands._prompts(args, None) == (CAPTIONS[:3], (1024, 1024))
+    assert calibration_commands.prompts_and_size(args, None) == (CAPTIONS[:3], (1024, 1024))
     args.limit = None
-    assert calibration_commands._prompts(args, None)[0] == CAPTIONS
+    assert calibration_commands.prompts_and_size(args, None)[0] == CAPTIONS
 
 
 def test_the_first_few_are_as_many_as_asked():

@@ -211,7 +211,12 @@ def inputs(folder: Path) -> dict[str, bytes]:
     found["calibration"] = bytes([number("calibration")]) + join(*statistics)
     found["cached"] = bytes([number("cached")]) + join(*split(files["bf16"]))
     entry = {"op": "gguf_linear", "n": 64, "k": 32, "tokens": 512, "dtype": "bfloat16"}
-    entry |= {"detail": "Q4_K", "seconds": {"w8a8": 0.5, "dense": 1}, "errors": {"w8a8": 1e-3}}
+    entry |= {
+        "detail": "Q4_K",
+        "estimated": [],
+        "seconds": {"w8a8": 0.5, "dense": 1},
+        "errors": {"w8a8": 1e-3},
+    }
     measured = json.dumps({"about": {}, "measurements": [entry]}).encode()
     found["choices"] = bytes([number("choices")]) + measured
     found["unfinished"] = bytes([number("unfinished")]) + record()
