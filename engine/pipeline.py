@@ -161,11 +161,11 @@ class _NoCopy(nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.register_buffer("place", torch.empty(0), persistent=False)
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
 
     @property
     def device(self) -> torch.device:
-        """Where it is: diffusers takes the device of a pipeline from its first module."""
+        """Where it is: diffusers and accelerate ask every module of a pipeline."""
         return self.place.device
 
     def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor]:
