@@ -14,24 +14,21 @@ from ..checkpoint.listing import stamp
 from ..errors import Ideogram4QuantError
 from ..ops.linear import LinearOptions
 from . import report
-from .attention import CHOICES as ATTENTIONS
 from .attention_choice import followed
 from .connections import leads_anywhere, running_graph
-from .file_choices import fitting_first, levels_here
-from .fused_choice import CHOICES as FUSED_CHOICES
 from .fused_choice import decide
 from .missing_copy import check_complete
 from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE, choose_files, machine, missing_picks
-from .model_files import host_listing, host_stamp, known_listing, pocket_listing
+from .model_files import host_listing, host_stamp, known_listing
+from .model_inputs import GGUF_COMPUTE, INT8_COMPUTE, loader_inputs
 from .model_loading import ModelSource, load_model, measured
 from .picture_notes import note_when_sampling
-from .schema import CATEGORY, details_input
+from .schema import CATEGORY
 from .unconditional_lora import FOLDERS as LORA_FOLDERS
 from .unconditional_lora import unconditional_of
 
 logger = logging.getLogger(__name__)
 _NO_FILE = (BY_LEVEL, NONE)
-BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
 _FILE_INPUTS = (
     "conditional_file",
     "unconditional_file",
@@ -40,8 +37,6 @@ _FILE_INPUTS = (
     "branches",
     "unconditional_level",
 )
-GGUF_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
-INT8_COMPUTE = {"auto": "auto", "W8A8": "w8a8", "16-bit": "dense"}
 
 
 class LoadIdeogram4(io.ComfyNode):
@@ -72,7 +67,7 @@ class LoadIdeogram4(io.ComfyNode):
                 "instant",
                 "distilled",
             ],
-            inputs=_inputs(),
+            inputs=loader_inputs(),
             outputs=[
                 io.Model.Output(
                     id="conditional",
@@ -160,7 +155,11 @@ class LoadIdeogram4(io.ComfyNode):
             unconditional_level,
             one_copy,
         )
-        options = LinearOptions(backend, GGUF_COMPUTE[gguf_compute], INT8_COMPUTE[int8_compute])
+        options = LinearOptions(
+            backend,
+            GGUF_COMPUTE[gguf_compute],
+            INT8_COMPUTE[int8_compute],
+        )
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
         if not one_copy:
             check_complete(pair, wanted[1], host_listing(FOLDERS).folder)
@@ -198,139 +197,3 @@ class LoadIdeogram4(io.ComfyNode):
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:
     return tuple(leads_anywhere(graph, node_id, index) for index in range(len(COPIES)))
-
-
-def _inputs() -> list:
-    names = fitting_first(FOLDERS)
-    picks = [*names, *pocket_listing(FOLDERS).names]
-    return [
-        io.Combo.Input(
-            "level",
-            options=[AUTO, *LEVELS],
-            default=AUTO,
-            tooltip="How the weights are quantized. auto picks the fastest level among your files "
-            "that fits this device; the report says which. The same workflow then works on any "
-            "machine that has any Ideogram 4 file. Levels without a file here are marked.",
-            extra_dict={"here": [AUTO, *levels_here()]},
-        ),
-        io.Combo.Input(
-            "conditional_file",
-            options=[BY_LEVEL, *picks],
-            default=BY_LEVEL,
-            optional=True,
-            advanced=True,
-            tooltip="The file of the conditional copy, where you want a certain one. It goes "
-            "before the level. With level auto one that is not here is passed over, and the report "
-            "says so.",
-        ),
-        io.Combo.Input(
-            "unconditional_file",
-            options=[BY_LEVEL, *picks],
-            default=BY_LEVEL,
-            optional=True,
-            advanced=True,
-            tooltip="The file of the unconditional copy, where you want a certain one.",
-        ),
-        io.Combo.Input(
-            "base_file",
-            options=[NONE, *names],
-            default=NONE,
-            optional=True,
-            advanced=True,
-            tooltip="For files that hold linears only (Transformer Lab's INT8): a complete file "
-            "of the same model, which gives the norms and embeddings.",
-        ),
-        io.Boolean.Input(
-            "trust_files",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Load the files picked by name as the copies you picked them for, even if "
-            "their names say otherwise. For renamed files; a file whose metadata says which copy "
-            "it is stays that copy.",
-        ),
-        io.Combo.Input(
-            "backend",
-            options=list(BACKENDS),
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="What multiplies int8 matrices. auto measures what works here at the first "
-            "load, 10 seconds at most, and takes the fastest; the report says which and why the "
-            "others do not.",
-        ),
-        io.Combo.Input(
-            "gguf_compute",
-            options=list(GGUF_COMPUTE),
-            default="auto",
-            optional=True,
-            advanced=True,
-            tooltip="How GGUF weights are multiplied: W8A8 on int8 matrix units (faster, a little "
-            "less exact), or 16-bit after decoding. auto: W8A8 for types of 2 to 5 bits where it "
-            "is faster here, 16-bit for Q8_0 and Q6_K.",
-        ),
-        io.Combo.Input(
-            "attention",
-            options=list(ATTENTIONS),
-            default=report.HOST_ATTENTION,
-            optional=True,
-            advanced=True,
-            tooltip="host: what ComfyUI was started with. sdpa: torch's flash attention. int8: "
-            "comfy-kitchen's, faster on NVIDIA and less exact. auto: the faster of the two, "
-            "measured at the first load; the report says which and what it costs.",
-        ),
-        io.Combo.Input(
-            "fused_blocks",
-            options=list(FUSED_CHOICES),
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="Runs norms, SwiGLU and residuals inside the int8 kernels. auto: on where the "
-            "Triton kernels run or comfy-kitchen makes norms, off elsewhere. What another node "
-            "patches or hooks runs as before, and the log says so.",
-        ),
-        io.Combo.Input(
-            "branches",
-            options=list(BRANCHES),
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="Whether the model needs guidance. one: a distilled model such as fal's "
-            "Instant or Fast, one file without guidance and without an unconditional copy. two: "
-            "both copies. auto: one where the file's metadata or name says so.",
-        ),
-        io.Combo.Input(
-            "unconditional_lora",
-            options=[NONE, *fitting_first(LORA_FOLDERS)],
-            default=NONE,
-            optional=True,
-            advanced=True,
-            tooltip="A LoRA in models/loras that makes the conditional copy stand for the "
-            "unconditional one (ostris' ideogram_4_unconditional_lora, or one made by "
-            "ideogram4-quant delta): guidance with one copy in memory. No unconditional file is "
-            "read then.",
-        ),
-        io.Combo.Input(
-            "unconditional_level",
-            options=[SAME, *LEVELS],
-            default=SAME,
-            extra_dict={"here": [SAME, *levels_here()]},
-            optional=True,
-            advanced=True,
-            tooltip="A level of its own for the unconditional copy, to save memory: one step "
-            "lower costs less there than in the conditional copy. With level auto, 'same' lets "
-            "auto take a lower one where two equal copies do not fit; the report says so.",
-        ),
-        io.Combo.Input(
-            "int8_compute",
-            options=list(INT8_COMPUTE),
-            default="auto",
-            optional=True,
-            advanced=True,
-            tooltip="How INT8, W4A8, W6A8 and INT4 weights are multiplied: W8A8 on int8 matrix "
-            "units (fast), or 16-bit after decoding: slower, nearer to BF16, above all where some "
-            "channels are far louder than the others. auto: W8A8 but for the linears that the file "
-            "wants in 16 bits.",
-        ),
-        details_input(),
-    ]
