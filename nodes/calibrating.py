@@ -23,7 +23,7 @@ from ..quant.profiler import Profiler, ProfilerOptions
 from ..quant.provenance import combined_hash, hash_files
 from ..quant.source import files_of
 from ..version import __version__
-from . import fused_blocks, hook_loras
+from . import injected
 from .guidance import Guidance
 from .guider import DualCopyGuider
 from .latents import TOKEN_PIXELS
@@ -127,8 +127,7 @@ def _changes(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[str]:
         yield f"{len(patcher.patches)} patched weights"
     if patcher.weight_wrapper_patches:
         yield f"{len(patcher.weight_wrapper_patches)} wrapped weights"
-    beside = (k for k in patcher.injections if k not in (fused_blocks.KEY, hook_loras.KEY))
-    yield from (f"paths beside the weights ({key})" for key in beside)
+    yield from (f"paths beside the weights ({key})" for key in injected.changing(patcher))
 
 
 def _linears(models: dict[str, comfy.model_patcher.ModelPatcher]) -> dict[str, nn.Module]:

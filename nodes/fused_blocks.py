@@ -49,7 +49,7 @@ def add_fused_blocks(patcher: comfy.model_patcher.ModelPatcher, backend: str = A
         _say(text)
         patcher.set_attachments(KEY, text)
         return
-    injected.follow(patcher, KEY, partial(_fuse, backend))
+    injected.follow(patcher, KEY, partial(_fuse, backend), same_results=True)
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _look)
 
 

@@ -74,7 +74,8 @@ def _register(
         if hook.strength_model != 0.0 or not hook.hook_keyframe.is_empty():
             small.append(_load(patcher, hook))
     patcher.set_additional_models(KEY, small)
-    injected.follow(patcher, KEY, _side_paths)
+    # scaled to nothing but in the passes of a conditioning that brings a hook
+    injected.follow(patcher, KEY, _side_paths, same_results=True)
 
 
 def _load(

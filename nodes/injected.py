@@ -33,12 +33,13 @@ TakeOut = Callable[[], None]
 Put = Callable[[ModelPatcher, "Modules"], Iterator[TakeOut]]
 
 
-def follow(patcher: ModelPatcher, key: str, put: Put) -> None:
+def follow(patcher: ModelPatcher, key: str, put: Put, *, same_results: bool = False) -> None:
     """Have ``put`` run on whatever model this patcher, or a clone of it, is injected into.
 
     ``put(patcher, modules)`` changes modules, which it finds by canonical name, and yields how each
     change is taken out again. It replaces what the patcher had under ``key``, and what another
-    patcher of the same model has in under it.
+    patcher of the same model has in under it. same_results: by itself the model gives what it gives
+    without it, so it is none of the changes that `changing` tells.
     """
 
     def inject(patcher: ModelPatcher) -> None:
@@ -60,13 +61,27 @@ def follow(patcher: ModelPatcher, key: str, put: Put) -> None:
         if owner is None or owner is patcher:
             _take_out(placed.pop(key, None))
 
-    patcher.set_injections(key, [PatcherInjection(inject=inject, eject=eject)])
+    kind_of = _SameResults if same_results else PatcherInjection
+    patcher.set_injections(key, [kind_of(inject=inject, eject=eject)])
     for kind, callback in (
         (CallbacksMP.ON_CLONE, _starts_without),
         (CallbacksMP.ON_EJECT_MODEL, _unmark_the_rest),
     ):
         patcher.remove_callbacks_with_key(kind, key)
         patcher.add_callback_with_key(kind, key, callback)
+
+
+def changing(patcher: ModelPatcher) -> list[str]:
+    """The keys of what is injected into a model and may change what its linears give."""
+    return [
+        key
+        for key, injections in patcher.injections.items()
+        if not all(isinstance(each, _SameResults) for each in injections)
+    ]
+
+
+class _SameResults(PatcherInjection):
+    """What runs the same model in another way."""
 
 
 class Modules(Mapping[str, nn.Module]):

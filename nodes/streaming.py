@@ -38,7 +38,7 @@ WITH_STREAMS = ("cuda", "xpu")
 
 def add_streaming(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """Have the weights of this patcher's blocks fetched ahead wherever they do not stay."""
-    injected.follow(patcher, KEY, _hook)
+    injected.follow(patcher, KEY, _hook, same_results=True)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, _end)
 
 

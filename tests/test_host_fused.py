@@ -112,8 +112,8 @@ def test_the_loader_says_whether_blocks_are_fused_and_the_sampler_how_they_ran(s
         ("auto", "fused blocks: off: the Triton kernels do not run here", None),
         ("on", "fused blocks: on, as asked", "fused blocks, unconditional: on"),
     ):
-        graph = graphs.with_sampler("fused")
-        graph["model"]["inputs"]["fused_blocks"] = asked
+        graph = graphs.with_sampler("fused", fused_blocks=asked, details=True)
+        graph["sampled"]["inputs"]["details"] = True
         for name, source in (("shown", ("model", 2)), ("told", ("sampled", 1))):
             graph[name] = graphs.node("PreviewAny", source=source)
         run = server.run(graph)

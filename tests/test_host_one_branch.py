@@ -82,7 +82,7 @@ def test_values_of_older_workflows_keep_their_places(found):
     older = ["residency", "unconditional_from", "sigmas", "schedule_mu", "last_sigma"]
     first = inputs["sampler"].index("residency")
     assert inputs["sampler"][first : first + 5] == older
-    assert inputs["sampler"][first + 5 :] == ["aspect_ratio", "megapixels", "details"]
+    assert inputs["sampler"][first + 5 :] == ["aspect_ratio", "megapixels", "details", "vae"]
     assert inputs["preset"] == [
         "preset", "width", "height", "steps", "denoise", "schedule_mu", "last_sigma",
     ]  # fmt: skip

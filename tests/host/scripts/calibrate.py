@@ -28,6 +28,7 @@ def main() -> None:
             settings = {"pictures": 1, "filename_prefix": "cal/pocket", **size, **models, **more}
             return node.execute(positive=positive, seed=seed, **settings).result
 
+        before = hooks(models)
         first, path, report = run(files_text(files), 7)
         merged, second, _ = run("a red word", 8, earlier=first)
         usual = {"pictures": 1, "filename_prefix": "cal/usual", **size, **models, "seed": 7}
@@ -36,21 +37,20 @@ def main() -> None:
             node.execute(**usual)
         except inside.load(pack, "errors").OpError as error:
             nothing = str(error)
-        modules = [
-            module
-            for patcher in models.values()
-            for module in patcher.model.diffusion_model.modules()
-        ]
         results = {
             "paths": [path, second],
             "report": report,
             "runs": len(merged.provenance),
             "shipped_path": str(shipped_path),
             "nothing": nothing,
-            "hooks": sum(len(module._forward_pre_hooks) for module in modules),
+            "hooks": hooks(models) - before,
             "refused": refused(pack, models, run),
         }
     inside.report(results)
+
+
+def hooks(models: dict) -> int:
+    return sum(inside.hooks(patcher.model, "_forward_pre_hooks") for patcher in models.values())
 
 
 def files_text(files: dict) -> str:

@@ -156,7 +156,7 @@ LORAS = {"one": ONE, "two": TWO}
 def hooks(world: World, patcher) -> int:
     """Side paths on the model of a patcher while it is loaded."""
     world.run(patcher)
-    return sum(len(m._forward_hooks) for m in patcher.model.modules())
+    return inside.hooks(patcher.model)
 
 
 def left(patcher) -> int:
@@ -250,7 +250,7 @@ def failures(world: World, files: dict) -> dict:
     except inside.load(world.pack, "errors").Ideogram4QuantError as error:
         said = str(error)
     layers[3].adaln_modulation = last
-    return {"said": said, "left": sum(len(m._forward_hooks) for m in plain.model.modules())}
+    return {"said": said, "left": inside.hooks(plain.model)}
 
 
 def rest(world: World, files: dict) -> dict:

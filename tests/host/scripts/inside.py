@@ -51,6 +51,17 @@ def report(values: dict) -> None:
     print(RESULT + json.dumps(values), flush=True)
 
 
+def hooks(model, kind: str = "_forward_hooks") -> int:
+    """Hooks of one kind on a model's modules, but for those that fetch its weights, which are there
+    for as long as it is loaded.
+
+    kind: ``_forward_hooks`` or ``_forward_pre_hooks``.
+    """
+    ahead = vars(model).get("ideogram4_quant_streaming")
+    found = [hook for module in model.modules() for hook in getattr(module, kind).values()]
+    return sum(getattr(hook, "__self__", hook) is not ahead for hook in found)
+
+
 def relative(found, wanted) -> float:
     """|found - wanted| / |wanted|, in double precision."""
     found, wanted = found.double(), wanted.double()

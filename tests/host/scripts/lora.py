@@ -162,7 +162,7 @@ def measure(pack: str, path: str, loras: str, inputs, merged: dict) -> dict:
         "split": inside.relative(split, merged["one"]),
         "patched": inside.relative(patched, merged["one"]),
         "removed": torch.equal(run(plain, inputs), before),
-        "hooks left": sum(len(m._forward_hooks) for m in plain.model.modules()),
+        "hooks left": inside.hooks(plain.model),
     }
 
 
