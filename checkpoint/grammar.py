@@ -17,7 +17,7 @@ from .canonical import is_linear
 from .copy_names import CONDITIONAL, UNCONDITIONAL
 from .entries import Entry
 from .files import RawTensor
-from .parts import NOT_SUPPORTED, USE_INSTEAD, Parts, told
+from .parts import NOT_SUPPORTED, Parts, instead_of, told
 from .sdnq_config import SDNQ
 from .suffixes import OTHER, SUFFIXES
 
@@ -213,7 +213,7 @@ def not_supported(key: Key, raw: RawTensor) -> CheckpointError:
     """The error for a tensor that stands for a weight in a way that is not understood."""
     found = told(raw, key.suffix)
     return CheckpointError(
-        NOT_SUPPORTED, file=raw.file.path, tensor=raw.key, found=found, hint=USE_INSTEAD
+        NOT_SUPPORTED, file=raw.file.path, tensor=raw.key, found=found, hint=instead_of(found)
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CHECK_DOWNLOAD, CheckpointError, CorruptFileError
 from ..ops.rotation import is_group
 from .files import RawTensor
-from .suffixes import whose
+from .suffixes import SDNQ_CONFIG, whose
 
 _MAX_JSON = 1 << 12  # bytes; ComfyUI's and bitsandbytes' descriptions take 300
 DENSE_PRODUCT = "full_precision_matrix_mult"
@@ -109,9 +109,9 @@ class Parts:
                 what = what or f"{raw.key} beside {self.weight.dtype} values"
         if what is not None:
             stated = self.quantization().get("format")
-            raise (
-                self.unsupported(what) if stated is None else self.variant(f"{stated} with {what}")
-            )
+            if stated is not None:
+                raise self.variant(f"{stated} with {what}")
+            raise self.unsupported(what, instead_of(what))
 
     def setting(self, name: str, default: Any) -> Any:
         """What the description says of ``name``, at its top or under ``params``."""
@@ -263,3 +263,10 @@ def same_vector(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
     return torch.equal(first, second)
+
+
+def instead_of(what: str) -> str:
+    """What the user can do about a tensor that :func:`told` describes."""
+    if SDNQ_CONFIG in what:
+        return f"Copy {SDNQ_CONFIG} of the model's page into this folder."
+    return USE_INSTEAD

@@ -17,6 +17,9 @@ _BITSANDBYTES = {
     "nested_quant_map": "nested_quant_map",
 }
 
+SDNQ_CONFIG = "quantization_config.json"
+"""The file without which nothing tells how an SDNQ folder's codes are read."""
+
 OTHER = "other"
 """Role of a tensor that is not understood."""
 
@@ -86,7 +89,7 @@ _FOREIGN = tuple(
         (r"lora_(?:up|down)|smooth_factor_orig", "SVDQuant's (Nunchaku)"),
         (
             r"svd_(?:up|down)|zero_point(?:_2|_scale)?|scale|scale_2|scale_zero_point",
-            "SDNQ's, whose quantization_config.json does not lie beside the file",
+            f"SDNQ's, whose {SDNQ_CONFIG} does not lie beside the file",
         ),
         (r"quip_s_[uv]|quip_\w+|SU|SV|Qidxs\w*|codebook_id", "QuIP's"),
         (r"W_q|meta", "HQQ's"),

@@ -233,7 +233,12 @@ def refused(folder: Path, *words: str) -> None:
 def test_without_its_config(tmp_path):
     folder, _ = folder_of(tmp_path, "uint4")
     (folder / "quantization_config.json").unlink()
-    refused(folder, "to_q", "SDNQ's, whose quantization_config.json does not lie beside the file")
+    refused(
+        folder,
+        "to_q",
+        "SDNQ's, whose quantization_config.json does not lie beside the file",
+        "Copy quantization_config.json of the model's page into this folder.",
+    )
 
 
 @pytest.mark.parametrize(
