@@ -66,7 +66,9 @@ def test_what_arrives_of_one_rows_error_is_what_the_picture_changes_by(models, p
     module = watched(models)[key]
     weight = module.weight.data
     error = torch.zeros_like(weight, dtype=torch.float32)
-    error[5] = 5e-3 * torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(4))
+    # large enough for the difference of two fp32 pictures, which modulation hardly changes
+    strength = 5e-2 if "adaln" in key else 5e-3
+    error[5] = strength * torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(4))
     changed = weight.float() + error
     found = measured(
         models, {key: changed}, prompts[:1], probes=Probes(directions=1, seed=0)
