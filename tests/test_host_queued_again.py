@@ -29,6 +29,7 @@ from ideogram4_quant.tests.workflow_files import FILES, every_file, load, of_typ
 pytestmark = pytest.mark.host
 LORA = "fused.safetensors"
 NOTE = "ideogram4_quant"
+MEASURED = r"[\d.]+(?= s\b)|(?<=peak memory: )[\d.]+"
 WATCHER = """
 import sys
 
@@ -82,12 +83,12 @@ def small(workflow: dict, seed: int = 1, prefix: str = "first") -> dict:
 
 
 def shown(server: Server, run: Run) -> tuple[dict, dict, dict]:
-    """What a run ended in, by node: texts without times, pictures' pixels, pictures' notes."""
+    """What a run ended in, by node: texts without times and peaks, pictures' pixels, pictures' notes."""
     assert run.status == "success", run.error
     texts, pixels, notes = {}, {}, {}
     for name, output in run.outputs.items():
         if "text" in output:
-            texts[name] = [re.sub(r"[\d.]+ s\b", "- s", text) for text in output["text"]]
+            texts[name] = [re.sub(MEASURED, "-", text) for text in output["text"]]
         for image in output.get("images", []):
             if image["type"] != "output":
                 continue
