@@ -83,7 +83,7 @@ def small(workflow: dict, seed: int = 1, prefix: str = "first") -> dict:
 
 
 def shown(server: Server, run: Run) -> tuple[dict, dict, dict]:
-    """What a run ended in, by node: texts without times and peaks, pictures' pixels, pictures' notes."""
+    """What a run ended in, by node: texts without what was measured, pixels, notes of pictures."""
     assert run.status == "success", run.error
     texts, pixels, notes = {}, {}, {}
     for name, output in run.outputs.items():
