@@ -30,7 +30,9 @@ def fitting_first(kind: str) -> list[str]:
     A header is read once for each state of its file. One that cannot be read goes by its name.
     """
     listing = host_listing(kind)
-    ranks = {name: _rank(kind, listing.paths[name]) for name in listing.names}
+    ranks = {
+        name: _rank(kind, listing.paths[name], stamp(listing.paths[name])) for name in listing.names
+    }
     return sorted(listing.names, key=ranks.__getitem__)
 
 
@@ -47,18 +49,15 @@ def levels_here() -> list[str]:
     return [level for level in LEVELS if level in there]
 
 
-def _rank(kind: str, path: Path) -> int:
+@lru_cache(maxsize=4096)
+def _rank(kind: str, path: Path, _: tuple) -> int:
     if kind == "text_encoders" and is_head(path):
         return 2
-    return 0 if _looked(kind, path, stamp(path)) else 1
-
-
-@lru_cache(maxsize=4096)
-def _looked(kind: str, path: Path, _: tuple) -> bool:
     try:
-        return _LOOKS[kind](path)
+        fits = _LOOKS[kind](path)
     except (Ideogram4QuantError, OSError):
-        return _NAMED in path.name.casefold()
+        fits = _NAMED in path.name.casefold()
+    return 0 if fits else 1
 
 
 def _is_model(path: Path) -> bool:

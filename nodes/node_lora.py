@@ -87,6 +87,7 @@ class LoadLora(io.ComfyNode):
                     id="report", display_name="report", tooltip="What was found in the file."
                 ),
             ],
+            has_intermediate_output=True,
         )
 
     @classmethod
