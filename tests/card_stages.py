@@ -18,7 +18,7 @@ def good(context):
 
 def raising(context):
     yield {"what": "before"}
-    raise ValueError("an illegal instruction at /home/somebody/secret/kernel.py:12")
+    raise ValueError("an illegal instruction at /srv/someone/secret/kernel.py:12")
 
 
 def out_of_memory(context):

@@ -21,8 +21,8 @@ from ideogram4_quant.tests.host.locate import find_host
 from ideogram4_quant.tests.tensors import relative
 
 HOST = find_host()
-NEWEST = None if isinstance(HOST, str) else HOST.root.parent / "kitchen-newest"
-"""Where a comfy-kitchen with 6-bit codes lies, if beside the host there is one."""
+KITCHEN = os.environ.get("COMFY_KITCHEN_PATH")
+"""A folder with a comfy-kitchen that has 6-bit codes, for a host whose own has none."""
 
 pytestmark = [
     pytest.mark.host,
@@ -108,7 +108,7 @@ def files(tmp_path_factory):
     source = model.write(folder / "s.safetensors", model.weights())
     made = {}
     for level in LEVELS:
-        if level in ("W6A8", "mixed") and not NEWEST.is_dir():
+        if level in ("W6A8", "mixed") and KITCHEN is None:
             continue
         made[level] = folder / f"{level}.safetensors"
         if level == "mixed":
@@ -119,11 +119,10 @@ def files(tmp_path_factory):
         quantize_checkpoint(source, level, made[level], options=QuantOptions(**told))
     shapes = {name.removesuffix(".weight"): tuple(w.shape) for name, w in model.weights().items()}
     head = f"PATHS, SHAPES = {[str(path) for path in made.values()]!r}, {shapes!r}\n"
-    newest = str(NEWEST) if NEWEST.is_dir() else ""
     done = subprocess.run(
         [HOST.python, "-c", head + textwrap.dedent(SCRIPT)],
         cwd=HOST.root,
-        env={**os.environ, "PYTHONPATH": newest},
+        env={**os.environ, "PYTHONPATH": KITCHEN or ""},
         capture_output=True,
         text=True,
         timeout=300,
@@ -135,7 +134,7 @@ def files(tmp_path_factory):
 def both(files, level) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(theirs, by module and ``.stock`` or ``.eager``; this pack's, by module)."""
     if level not in files:
-        pytest.skip("W6A8 needs comfy-kitchen 0.2.40, in kitchen-newest beside ComfyUI")
+        pytest.skip("W6A8 needs comfy-kitchen 0.2.40 in the folder COMFY_KITCHEN_PATH")
     found = {}
     for name, weight in open_checkpoint(files[level]).load("conditional").items():
         if name.startswith("layers.") and hasattr(weight, "_params"):
