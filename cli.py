@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        said = getattr(args, "interrupted", None) or "nothing was written"
+        said = getattr(args, "interrupted", None)  # of commands that know what was written
         said = said(args) if callable(said) else said
-        print(f"interrupted: {said}", file=sys.stderr)
+        print(f"interrupted: {said}" if said else "interrupted", file=sys.stderr)
         return 130
 
 
@@ -158,7 +158,10 @@ def _add_demo(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--threads", type=int, default=1, metavar="N", help="default: 1, so runs repeat bit by bit"
     )
-    parser.set_defaults(func=_handler("run_demo"))
+    parser.set_defaults(
+        func=_handler("run_demo"),
+        interrupted=lambda args: f"what was made is in {args.out}; the same command makes it anew",
+    )
 
 
 def _add_generate(subparsers: argparse._SubParsersAction) -> None:
@@ -258,7 +261,7 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     sampling.add_argument(
         "--last-sigma", type=float, default=0.0, metavar="S",
-        help="where the schedule ends: 0 (default), or 5.52e-4 as one patch of diffusers has it",
+        help="where the schedule ends: 0 (default), or 5.53e-4 as one patch of diffusers has it",
     )  # fmt: skip
 
     machine = parser.add_argument_group("machine")
@@ -292,4 +295,4 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         default="sdpa",
         help="int8: faster and less exact, on NVIDIA with comfy-kitchen; auto: the faster one",
     )
-    parser.set_defaults(func=_handler("run_generate"))
+    parser.set_defaults(func=_handler("run_generate"), interrupted="nothing was written")

@@ -61,7 +61,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     )
     picture.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    parser.set_defaults(func=_run)
+    parser.set_defaults(func=_run, interrupted=_kept)
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """After Ctrl-C: the file is written after every picture."""
+    if not args.out.exists():
+        return "nothing was written"
+    return f"{args.out} holds the pictures that were measured; --resume goes on with it"
 
 
 def _run(args: argparse.Namespace) -> int:

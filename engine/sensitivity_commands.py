@@ -22,7 +22,7 @@ from .calibration_commands import digests_of, prompts_and_size
 from .encoder import load_encoder
 from .generate import GenerateRequest, check_branches
 from .linear import default_device
-from .loading import load_pair, open_pair, preset_for
+from .loading import COPIES, load_pair, open_pair, preset_for
 from .sensitivity import Probes, measure_sensitivity
 
 
@@ -49,7 +49,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
         "guidance": [step.guidance for step in steps],
         "directions": args.directions,
         "seed": args.seed,
-        "against": [checkpoint.level for checkpoint in quantized.values()],
+        "against": digests_of([quantized.get(copy) for copy in COPIES]),
     }
     digests = digests_of(pair)
 
@@ -82,7 +82,7 @@ def _open_quantized(
     pair: Sequence[Checkpoint | None], args: argparse.Namespace
 ) -> dict[str, Checkpoint]:
     """Copy -> the file whose errors are followed, for each copy of the pair."""
-    copies = [c for c, ck in zip(("conditional", "unconditional"), pair, strict=True) if ck]
+    copies = [copy for copy, own in zip(COPIES, pair, strict=True) if own is not None]
     found: dict[str, Checkpoint] = {}
     for path in args.against:
         checkpoint = open_checkpoint(path, args.base)

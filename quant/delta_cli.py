@@ -56,7 +56,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "--device", default="cpu", metavar="D", help="where to compute: cpu (default), cuda"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace F if it exists")
-    parser.set_defaults(func=_delta)
+    parser.set_defaults(func=_delta, interrupted="nothing was written")
 
 
 def _delta(args: argparse.Namespace) -> int:

@@ -161,3 +161,40 @@ def test_compare_finds_them_too(comfyui, tiny, tmp_path):
     words += ["--device", "cpu", "--vae", str(tiny.vae_dir), "--out", str(tmp_path / "out")]
     assert cli.main(["compare", *words]) == 0
     assert list((tmp_path / "out" / "cache").rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "function", "told"),
+    [
+        ("demo --out F", "engine.commands", "run_demo", "what was made is in F; "),
+        ("card --out F.json", "diagnostics.card.cli", "measure", "F.json holds the parts"),
+        (
+            "sensitivity m --against q --encoder e --out F.json",
+            "engine.sensitivity_commands", "run_sensitivity", "F.json holds the pictures that were "
+            "measured; --resume",
+        ),
+        ("compare-merge F g", "engine.compare.store.Store", "merge", "what is in the cache is"),
+    ],
+)  # fmt: skip
+def test_ctrl_c_never_denies_what_was_written(
+    words, module, function, told, tmp_path, monkeypatch, capsys
+):
+    """Commands that write as they go: the target is there when Ctrl-C comes."""
+
+    def interrupt(*_, **__):
+        Path(next(word for word in words.split() if word[0] == "F")).touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"ideogram4_quant.{module}.{function}", interrupt)
+    assert cli.main(words.split()) == 130
+    assert capsys.readouterr().err.startswith(f"interrupted: {told}")
+
+
+def test_a_command_that_says_nothing_of_files_claims_nothing(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ideogram4_quant.diagnostics.cli._run", lambda name: interrupt)
+    assert cli.main(["selftest"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -168,6 +168,13 @@ def test_by_command_from_quantized_files_to_a_file(tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main([*words, "--against", *against, "--resume"]) == 0
     assert Sensitivity.load(out).linears == found.linears
+    capsys.readouterr()
+    between, other = f"{tmp_path}/uncond.gguf", f"{tmp_path}/other.safetensors"
+    for source, level, made in ((FILES[1], "Q8_0", between), (between, "W4A8", other)):
+        assert main(["quantize", str(source), "--level", level, "--out", made]) == 0
+    # of the same level, but another file: sums of its errors are not added to these
+    assert main([*words, "--against", against[0], other, "--resume"]) == 1
+    assert "was measured otherwise" in capsys.readouterr().err
     digests = {c: combined_hash(hash_files([f])) for c, f in zip(DIGESTS, FILES, strict=True)}
     assert found.models == digests  # as quantize --sensitivity wants them
     assert json.loads(out.read_text())["settings"]["directions"] == 1

@@ -53,7 +53,14 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "--reduced", action="store_true", help="small sizes, to try the command (a CPU: always)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE.json if it exists")
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=run, interrupted=_kept)
+
+
+def _kept(args: argparse.Namespace) -> str:
+    """After Ctrl-C: the file is written before the first part and after every one."""
+    if args.out is None or not args.out.exists():
+        return "nothing was written"
+    return f"{args.out} holds the parts that were measured"
 
 
 def run(args: argparse.Namespace) -> int:

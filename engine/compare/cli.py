@@ -17,7 +17,7 @@ _EXAMPLES = """examples:
       --system Q4_K=q4_k.gguf --prompts captions.jsonl --seeds 0 1 --out compared
   ideogram4-quant compare --pictures BF16=pictures/bf16 --pictures Q4_K=pictures/q4_k --out compared
 The encoder and the VAE in ComfyUI's folders are used unless others are named."""
-_INTERRUPTED = "pictures that were made are kept; the same command goes on with those that are left"
+_INTERRUPTED = "what is in the cache is kept; the same command goes on with the pictures left"
 # in the place of the second file of --system
 _FIELDS = {
     "conditional": "diffusion_models",
@@ -40,7 +40,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     merge.add_argument(
         "shards", type=Path, nargs="+", metavar="SHARD_CACHE", help="those that have them"
     )
-    merge.set_defaults(func=run_merge)
+    merge.set_defaults(func=run_merge, interrupted=_INTERRUPTED)
 
 
 def _add_compare(subparsers: argparse._SubParsersAction) -> None:
