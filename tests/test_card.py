@@ -211,3 +211,10 @@ def test_an_older_file_is_not_overwritten_unasked(tmp_path, capsys):
     assert cli.main(["card", "--out", str(path)]) == 1
     assert "not overwritten unasked" in capsys.readouterr().err
     assert path.read_text() == "mine"
+
+
+def test_markdown_without_render_is_refused_before_anything_is_measured(tmp_path, capsys):
+    words = ["card", "--out", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
+    assert cli.main(words) == 1
+    assert "--render" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

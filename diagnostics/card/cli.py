@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ...errors import OpError
 from ...files.new_file import check_output, replaced
 from . import document as documents
 from .supervise import Stage, Supervisor
@@ -67,6 +68,13 @@ def run(args: argparse.Namespace) -> int:
     """Measure or render; 1 where a part failed."""
     if args.render is not None:
         return _render(args.render, args.markdown)
+    if args.markdown is not None:
+        raise OpError(
+            "--markdown is for the table of measured files",
+            found="--out",
+            needed="--render",
+            hint=f"First measure, then: card --render {args.out} --markdown {args.markdown}",
+        )
     return measure(args.out, args.device, reduced=args.reduced, overwrite=args.overwrite)
 
 
