@@ -70,13 +70,14 @@ def words_read(model, prompts) -> int:
 
 def test_words_are_read_in_eight_steps_without_guidance():
     pytest.importorskip("rapidocr")
-    assert words_read(dit_path("one_branch"), HELD_OUT[:12]) >= 11
+    assert words_read(dit_path("one_branch"), HELD_OUT[:12]) == 12
 
 
 @pytest.mark.slow
-def test_55_of_64_held_out_words_are_read_in_eight_steps():
+def test_the_held_out_words_are_read_in_eight_steps():
+    """All 64, as pocket/README.md says; one is left to other versions of the reader."""
     pytest.importorskip("rapidocr")
-    assert words_read(dit_path("one_branch"), HELD_OUT) >= 55
+    assert words_read(dit_path("one_branch"), HELD_OUT) >= 63
 
 
 def test_it_is_nearer_to_the_pairs_pictures_than_the_conditional_copy_alone(pair):
@@ -93,4 +94,4 @@ def test_it_is_nearer_to_the_pairs_pictures_than_the_conditional_copy_alone(pair
 
     start = distil.unscaled(export.load_transformer("cond", distil.WEIGHTS))
     distilled = export.load_transformer("one_branch", distil.WEIGHTS)
-    assert error(distilled) < 0.6 * error(start)
+    assert error(distilled) < 0.53 * error(start)  # 0.504 on these eight
