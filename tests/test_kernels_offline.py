@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,12 +124,15 @@ def test_what_was_compiled_is_read_again_until_its_source_changes(tmp_path, monk
     assert asked == [[]]
     assert list(building.reports([(work[0][0], 80), *work], folder=tmp_path))[1:] == first
     assert asked[1:] == [[(work[0][0], 80)]]
-    # another source of the kernel, and a file that was cut off
-    kernel = offline.kernel_of(work[0][0])
+    # another source of the kernel, another reader, and a file that was cut off
+    key = building._key(*work[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "kernel_of", lambda variant: SimpleNamespace(cache_key="edited"))
+        assert building._key(*work[0]) != key
+    assert building._key(*work[0]) == key
     monkeypatch.setattr(building, "_reader", lambda: "another reader")
     assert list(building.reports(work, folder=tmp_path)) == first
     assert asked[2:] == [work]
-    assert kernel.cache_key != offline.kernel_of(shipped.rope_variant(interleaved=True)).cache_key
     (tmp_path / "machine_code.json").write_bytes(b'{"cut": ')
     assert list(building.reports(work, folder=tmp_path)) == first
     assert asked[3:] == [work]
