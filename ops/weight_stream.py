@@ -216,18 +216,20 @@ class WeightStream:
         pinned, staged = self._pinned(index, block.nbytes)
         if pinned is None:  # from where it lies; the copy then holds up its thread, no one else
             return self._lane.fetch(index, slot.free, lambda: self._copy_plain(block, slot))
-        if staged or index not in self._kept:
-            self._fill(index, block, pinned)
-        if not staged:
-            self._kept[index] = pinned
-        size = block.nbytes
+        size, mark = block.nbytes, None
 
         def copy() -> None:
             slot.memory[:size].copy_(pinned[:size], non_blocking=True)
 
-        mark = self._lane.fetch(index, slot.free, copy)
-        if staged:
-            self._staging.append((pinned, mark))
+        try:
+            if staged or index not in self._kept:
+                self._fill(index, block, pinned)
+            if not staged:
+                self._kept[index] = pinned
+            mark = self._lane.fetch(index, slot.free, copy)
+        finally:
+            if staged:  # also after a read that failed: the next one needs it
+                self._staging.append((pinned, mark))
         return mark
 
     def _fill(self, index: int, block: _Block, pinned: Tensor) -> None:

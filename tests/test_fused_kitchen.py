@@ -92,6 +92,19 @@ def test_compiled_it_is_one_graph_and_the_same(kitchen):
         assert relative(found, block.fused(*inputs)) < 1e-3
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_the_norm_is_the_formulas_with_its_eps(kitchen, size):
+    """Of small rows eps is most of what they are divided by: ten times it is two thirds off."""
+    x, norm, scale = size * randn(1, 9, 256), 1 + 0.2 * randn(256, seed=1), 1 + randn(256, seed=2)
+    weight, weight_scale = reference.quantize_rows(randn(40, 256, seed=3))
+    arguments = (x, norm, scale, 1e-5, weight, weight_scale, None, 256)
+    found = adapters.comfy_kitchen_normed_linear(*arguments)
+    wide = x.double()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm * scale
+    wanted = reference.int8_linear(normed.float(), weight, weight_scale, rotation=256)
+    assert relative(found, wanted) < 1e-3
+
+
 def test_an_older_one_multiplies_as_it_did(kitchen, monkeypatch):
     def int8_linear(x, weight, weight_scale, bias, out_dtype, convrot, convrot_groupsize):
         """0.2.31's parameters."""

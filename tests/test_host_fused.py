@@ -16,6 +16,10 @@ LEVELS = ("BF16", "INT8 W8A8", "INT8 W8A8 rotated", "Q4_K")
 # In the pocket's four blocks: one quantization for qkv, one for w1 and w3, one for w2 each.
 ALL = 12
 WITHIN = 1e-3
+# Of a picture, where one ulp somewhere turns roundings to int8 in all that follows: q and k an ulp
+# off are 2.9e-3 at Q4_K. It says that results arrive (q without its norm's weight: 46e-3, one head
+# turned the other way: 0.3); that they are right is asked of each call.
+ROUNDED = 5e-3
 SILENT = ("nothing", "hook on everything", "training")
 
 
@@ -36,21 +40,23 @@ def test_fused_blocks_equal_the_hosts(found, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_kernel_of_q_and_k_makes_the_same_picture(found, level):
-    # at Q4_K one ulp of q turns more roundings to int8 of what follows, and larger ones
-    assert found[level]["rope"] < (5 if level == "Q4_K" else 1) * WITHIN
-    assert found[level]["rope, calls"] == 4  # once a block
+    # fp32 against fp64: 0.8e-7, each value one ulp off 1.2e-7, ten times eps 1.2e-6
+    assert len(found[level]["rope, each"]) == 4  # once a block
+    assert max(found[level]["rope, each"]) < 3e-7
+    assert found[level]["rope"] < (1e-6 if level == "BF16" else ROUNDED)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_comfy_kitchens_norms_make_the_same_picture(found, level):
     if "kitchen" not in found[level]:
         pytest.skip("this host's comfy-kitchen makes no norms (0.2.40 does)")
-    # its last bits differ, and after twelve quantizers the roundings of all that follow: less than
-    # int8 itself is off, a fifth of what the LoRA does
-    assert found[level]["kitchen"] < 5 * WITHIN
-    assert found[level]["kitchen, side path"] < 5 * WITHIN
-    # qkv, w1 and w3 of four blocks
-    assert found[level]["kitchen, norms"] == (12 if level == "INT8 W8A8 rotated" else 0)
+    # qkv, w1 and w3 of four blocks, and no others
+    expected = ALL if level == "INT8 W8A8 rotated" else 0
+    assert found[level]["kitchen, norms"] == len(found[level]["kitchen, each"]) == expected
+    # a few roundings to int8 fall the other way: 1.4e-4; without the norm's weight it is 0.1
+    assert max(found[level]["kitchen, each"], default=0.0) < WITHIN
+    assert found[level]["kitchen"] < ROUNDED
+    assert found[level]["kitchen, side path"] < ROUNDED
 
 
 @pytest.mark.parametrize("level", LEVELS)

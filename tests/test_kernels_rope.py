@@ -19,12 +19,16 @@ EPS = 1e-5
 
 
 def heads(batch: int, length: int, count: int, d: int, dtype=torch.float32):
-    """q and k as views of one qkv output, with a head of zeros, and the weights of their norms."""
+    """q and k as views of one qkv output, and the weights of their norms.
+
+    Two heads of zeros and of values so small that eps is most of what they are divided by.
+    """
     qkv = randn(batch, length, 3 * count * d, seed=1)
     qkv[..., ::7] *= 30
     q, k, _ = qkv.to(dtype).view(batch, length, 3, count, d).unbind(2)
     if length > 1:
         q[0, 0, 0] = 0
+        k[0, 1] *= 1e-4
     return q, k, *(1 + 0.2 * randn(d, seed=seed) for seed in (2, 3))
 
 
@@ -42,7 +46,9 @@ def test_equals_the_formula(batch, length, count, d):
     inputs = (*heads(batch, length, count, d), *tables(batch, length, d // 2), EPS)
     for found, wanted in zip(kernel("rms_rope")(*inputs), reference.rms_rope(*inputs), strict=True):
         assert found.is_contiguous()
-        assert relative(found, wanted) < 1e-6
+        # of each head, as a small one is nothing beside the others
+        error = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-30)
+        assert error.max() < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

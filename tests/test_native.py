@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
@@ -215,6 +216,32 @@ def test_without_a_compiler_torch_encodes_and_one_line_says_so(monkeypatch, tmp_
     assert "no C compiler" in caplog.text
     assert compiler.load() is None
     compiler.load.cache_clear()
+
+
+@pytest.fixture
+def copied(library, monkeypatch, tmp_path):
+    """An empty folder of the user's, where compiling is copying what was compiled before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "_compile", lambda cc, out: shutil.copyfile(library._name, out))
+    compiler.load.cache_clear()
+    yield
+    compiler.load.cache_clear()
+
+
+def test_what_is_built_after_the_first_weights_encodes_the_next(copied):
+    assert native.encoder_for(torch.ones(1)) is None
+    compiler.build(compiled.check)
+    assert native.encoder_for(torch.ones(1)) is not None
+
+
+def test_a_library_that_was_cut_off_is_built_again(copied, caplog):
+    path = compiler.library_path()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"\x7fELF and no more")
+    assert native.encoder_for(torch.ones(1)) is None
+    assert compiler.COMMAND in caplog.text  # what it says to do helps
+    compiler.build(compiled.check)
+    assert native.encoder_for(torch.ones(1)) is not None
 
 
 def test_a_library_of_other_bits_is_not_kept(monkeypatch, tmp_path):

@@ -154,6 +154,25 @@ def test_a_read_that_fails_is_raised_where_the_block_would_run(blocks, threads):
     streamed.close()
 
 
+def test_reads_that_fail_leave_the_staging_buffers(blocks):
+    """Without them weights would go on without pinned memory, more slowly, and nobody told."""
+    failing, filled = True, []
+
+    def now_and_then(source, out):
+        if failing:
+            raise OSError("gone")
+        filled.append(out)
+        read(source, out)
+
+    streamed = stream(blocks, read=now_and_then)
+    for _ in range(3):
+        with pytest.raises(OSError, match="gone"):
+            run(blocks, streamed, X, [4])
+    failing = False
+    assert torch.equal(run(blocks, streamed, X, [4])[0], blocks[4](X))
+    assert filled
+
+
 def test_without_pinned_memory_it_is_slower_and_said_once(blocks, caplog):
     class Poor(HostLane):
         def pinned(self, nbytes):

@@ -100,7 +100,11 @@ def awq_tensor(
     """
     check_dtype(dtype)
     if packed.dtype not in (torch.int8, torch.uint8) or packed.dim() != 2 or scale.dim() != 2:
-        raise OpError("packed AWQ codes are an int8 matrix", found=packed.dtype)
+        raise OpError(
+            "packed AWQ codes are an int8 matrix with a matrix of group scales",
+            found=f"{packed.dtype} {list(packed.shape)}, scales {list(scale.shape)}",
+            needed="int8 [N, K / 2], scales [groups, N]",
+        )
     n, k = packed.shape[0], packed.shape[1] * 2
     groups = scale.shape[0]
     fits = scale.shape == zeros.shape == (groups, n) and groups > 0 and k % groups == 0

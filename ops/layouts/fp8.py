@@ -129,9 +129,9 @@ def fp8_tensor(data: Tensor, scale: Tensor, *, dtype: torch.dtype) -> QuantizedT
     check_dtype(dtype)
     if data.dtype not in LARGEST or data.dim() != 2:
         raise OpError(
-            "an FP8 weight is an e4m3 or e5m2 matrix",
+            "an FP8 weight is an e4m3 or e5m2 matrix, or one of int8 in blocks",
             found=f"{data.dtype} {tuple(data.shape)}",
-            needed=f"{E4M3} or {E5M2} [N, K]",
+            needed=f"{E4M3}, {E5M2} or {torch.int8} [N, K]",
         )
     n, k = data.shape
     check_same_device(data, scale=scale)

@@ -126,5 +126,11 @@ def _check_size(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 def _check_finite(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            raise OpError(f"{name} holds NaN or infinity", found="no numbers", needed="numbers")
+        bad = None if tensor is None else ~tensor.isfinite()
+        if bad is not None and bool(bad.any()):
+            first = bad.nonzero()[0].tolist()
+            raise OpError(
+                f"{name} holds NaN or infinity",
+                found=f"{int(bad.sum())} of {bad.numel()}, the first at {first}",
+                needed="finite values; the file is damaged, or its quantizer overflowed",
+            )

@@ -67,12 +67,12 @@ def find_compiler() -> str | None:
 
 
 def build(check: Callable[[ctypes.CDLL], None]) -> Path:
-    """Compile the library unless it is there, and keep it if ``check`` passes; its path.
+    """Compile the library unless it is there and loads; keep it if ``check`` passes; its path.
 
     Raises BackendUnavailableError without a compiler or where it fails; what ``check`` raises.
     """
     path = library_path()
-    if path.is_file():
+    if _loads(path):
         return path
     compiler = find_compiler()
     if compiler is None:
@@ -86,12 +86,22 @@ def build(check: Callable[[ctypes.CDLL], None]) -> Path:
         made = Path(folder) / path.name
         _compile(compiler, made)
         check(ctypes.CDLL(str(made)))
-        with suppress(PermissionError):  # Windows keeps a loaded file where it is
+        try:
             os.replace(made, path)
-        if not path.is_file():
-            shutil.copyfile(made, path)
+        except PermissionError:  # Windows keeps a loaded file where it is
+            if not _loads(path):
+                shutil.copyfile(made, path)
     load.cache_clear()
     return path
+
+
+def _loads(path: Path) -> bool:
+    """Whether there is a library, and no part of one."""
+    try:
+        ctypes.CDLL(str(path))
+    except OSError:
+        return False
+    return True
 
 
 def _compile(compiler: str, out: Path) -> None:

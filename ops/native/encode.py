@@ -6,7 +6,6 @@ Every function gives the bits of a formula in torch, which is the fallback of it
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from ctypes import c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import NamedTuple
@@ -152,9 +151,8 @@ def encoder_for(tensor: Tensor) -> Encoder | None:
     return _encoder() if plain and not torch.compiler.is_compiling() else None
 
 
-@functools.cache
 def _encoder() -> Encoder | None:
-    library = load()
+    library = load()  # which remembers it, until another is built
     return None if library is None else Encoder(library)
 
 

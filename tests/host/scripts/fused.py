@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import inside
@@ -55,13 +55,14 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
         "forwards left": count_foreign(without),
         "again": torch.equal(run(fused, inputs), out),
     }
-    with rope_kernel(pack) as asked:
+    with rope_kernel(pack) as errors:
         found["rope"] = inside.relative(run(fused, inputs), wanted)
-        found["rope, calls"] = len(asked)
-    with kitchen_norms(pack) as made:
+        found["rope, each"] = errors
+    with kitchen_norms(pack) as made, exact_norms(pack) as errors:
         if made is not None:
             found["kitchen"] = inside.relative(run(fused, inputs), wanted)
             found["kitchen, norms"] = made.count("rms_norm")
+            found["kitchen, each"] = list(errors)
             changed = [run(side_path(pack, model, loras), inputs) for model in (plain, fused)]
             found["kitchen, side path"] = inside.relative(*reversed(changed))
     changes = {
@@ -88,20 +89,71 @@ def check(pack: str, path: str, loras: str, inputs) -> dict:
 
 
 @contextmanager
-def rope_kernel(pack: str) -> Iterator[list]:
-    """q/k norms and rotary embedding as on a device where the pack's kernel is the faster one."""
-    module, asked = inside.load(pack, "ops.kitchen_rope"), []
-    own = module.pays, module.rms_rope_split_half
+def compared(module, name: str, exact: Callable[..., tuple]) -> Iterator[list[float]]:
+    """Relative errors of each call of ``module.name`` against ``exact`` of the same arguments."""
+    own, errors = getattr(module, name), []
 
-    def counting(*args, **kwargs):
-        asked.append(1)
-        return own[1](*args, **kwargs)
+    def comparing(*args, **kwargs):
+        found = own(*args, **kwargs)
+        results = found if isinstance(found, tuple) else (found,)
+        pairs = zip(results, exact(*args, **kwargs), strict=True)
+        errors.append(max(inside.relative(*pair) for pair in pairs))
+        return found
 
-    module.pays, module.rms_rope_split_half = (lambda *_: True), counting
+    setattr(module, name, comparing)
     try:
-        yield asked
+        yield errors
     finally:
-        module.pays, module.rms_rope_split_half = own
+        setattr(module, name, own)
+
+
+def normed(x, weight, eps: float):
+    """RMSNorm over the last dimension in double precision."""
+    import torch
+
+    x = x.double()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+
+@contextmanager
+def rope_kernel(pack: str) -> Iterator[list[float]]:
+    """q/k norms and rotary embedding as on a device where the pack's kernel is the faster one.
+
+    Yields the errors of its calls against double precision on the host's own table.
+    """
+    import torch
+
+    def turned(x, table, weight, eps):
+        low, high = normed(x, weight, eps).chunk(2, -1)
+        table = table.double()
+        rows = (table[..., i, 0] * low + table[..., i, 1] * high for i in (0, 1))
+        return torch.cat(tuple(rows), -1)
+
+    def exact(q, k, freqs_cis, q_scale, k_scale=None, epsilon=1e-6, rot_dim=0):
+        scales = (q_scale, q_scale if k_scale is None else k_scale)
+        pairs = zip((q, k), scales, strict=True)
+        return tuple(turned(x, freqs_cis, scale, epsilon) for x, scale in pairs)
+
+    module = inside.load(pack, "ops.kitchen_rope")
+    pays, module.pays = module.pays, lambda *_: True
+    try:
+        with compared(module, "rms_rope_split_half", exact) as errors:
+            yield errors
+    finally:
+        module.pays = pays
+
+
+def exact_norms(pack: str) -> AbstractContextManager[list[float]]:
+    """Errors of linears that make their norm, against the norm in double precision before them."""
+    reference = inside.load(pack, "ops.reference")
+
+    def exact(x, norm_weight, scale, eps, weight, weight_scale, bias, rotation, backend):
+        y = (normed(x, norm_weight, eps) * scale.double()).float()
+        return (
+            reference.int8_linear(y, weight, weight_scale.reshape(-1), bias, rotation=rotation),
+        )
+
+    return compared(inside.load(pack, "ops.prequantized"), "normed_linear", exact)
 
 
 @contextmanager
