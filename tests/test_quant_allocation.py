@@ -186,6 +186,9 @@ def test_a_card_is_a_size_less_what_work_takes(tmp_path, sources, capsys):
         (["--fit", "all"], ["as 24GB"]),
         (["--target-gb", -1], ["above 0"]),
         (["--target-gb", "nan"], ["above 0"]),
+        (["--target-gb", 1], ["everything fits unquantized", "source as it is"]),
+        (["--fit", "24GB"], ["everything fits unquantized", "a card of 24GB", "22.1 GB is more"]),
+        (["--target-seconds", 99, "--card", "RTX 3090"], ["everything fits unquantized"]),
         (["--target-gb", 1, "--level", "Q4_K"], ["Leave --level out"]),
         (["--native", "--level", "Q4_K"], ["goes with a size"]),
         (["--target-gb", 1, "--native", "--out", "x.gguf"], ["cannot hold", ".safetensors"]),
@@ -220,7 +223,8 @@ def test_a_calibration_of_another_model_is_refused(tmp_path, sources, capsys):
     calibration = tmp_path / "cal.safetensors"
     Calibration(layers, (0.5,)).save(calibration)
     out = tmp_path / "m.gguf"
-    words = ["quantize", sources[0], "--out", out, "--target-gb", 1, "--calibration", calibration]
+    words = ["quantize", sources[0], "--out", out, "--target-gb", 0.0035, "--calibration"]
+    words.append(calibration)
     code, _, errors = run(capsys, *words)
     assert code == 1
     assert "calibration of another model" in errors
