@@ -64,8 +64,9 @@ def choose_storage(
     """What would be written, and where; nothing is. Reads the weights once.
 
     Raises QuantOptionError for a target below the smallest there is, which it names, for one that
-    holds everything unquantized, and for options that a mixed file does not have, CalibrationError for a calibration or sensitivities of
-    another model, NonFiniteWeightError, and what ``open_checkpoint`` raises.
+    holds everything unquantized, and for options that a mixed file does not have, CalibrationError
+    for a calibration or sensitivities of another model, NonFiniteWeightError, and what
+    ``open_checkpoint`` raises.
     """
     options, target = request.options, request.target
     container = container_of_outputs(request.parts, options)

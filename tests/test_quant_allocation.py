@@ -165,6 +165,7 @@ def test_one_copy_has_the_size_for_itself_and_says_what_was_chosen(tmp_path, sou
     with safe_open(out, "pt") as file:
         record = json.loads(file.metadata()["quantization"])
     assert record["prediction"]["target"] == "0.0042 GB"
+    assert "W4A4: the least squared error of an output channel" in record["scale"]
     stored = [name for names in record["storage"].values() for name in names]
     assert set(stored) >= set(model.linear_names())
     assert len(stored) == len(set(stored))
