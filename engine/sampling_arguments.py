@@ -1,11 +1,13 @@
-"""Arguments that the commands share which sample captions to measure something."""
+"""Arguments that commands share which sample captions: importing it imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-_PRESETS = ("quality", "default", "turbo", "instant", "fast", "turbotime")
+GUIDED_PRESETS = ("quality", "default", "turbo")
+PRESET_NAMES = (*GUIDED_PRESETS, "instant", "fast", "turbotime")
+"""Those of ``sampling.presets``, without importing torch."""
 
 
 def add_files(
@@ -32,7 +34,7 @@ def add_picture(
     picture.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
     picture.add_argument("--width", type=int, help="multiple of 16 (default: 1024)")
     picture.add_argument("--height", type=int, help="multiple of 16 (default: 1024)")
-    picture.add_argument("--preset", choices=_PRESETS, help=preset)
+    picture.add_argument("--preset", choices=PRESET_NAMES, help=preset)
     picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
     picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
     picture.add_argument(
