@@ -171,6 +171,24 @@ def test_one_copy_has_the_size_for_itself_and_says_what_was_chosen(tmp_path, sou
     assert len(stored) == len(set(stored))
 
 
+@pytest.mark.parametrize(
+    ("words", "built"),
+    [
+        (["--target-gb", 0.0042], 1),
+        (["--target-gb", 0.0042, "--dry-run"], 1),  # rows are encoded to choose
+        (["--level", "Q8_0"], 1),
+        (["--level", "Q8_0", "--dry-run"], 0),
+    ],
+)
+def test_whatever_encodes_has_the_compiled_encoder(tmp_path, sources, capsys, monkeypatch,
+                                                   words, built):  # fmt: skip
+    calls = []
+    monkeypatch.setattr("ideogram4_quant.quant.compiled.prepare", lambda: calls.append(1))
+    code, _, errors = run(capsys, "quantize", sources[0], "--out", tmp_path / "m.gguf", *words)
+    assert code == 0, errors
+    assert len(calls) == built
+
+
 def test_a_card_is_a_size_less_what_work_takes(tmp_path, sources, capsys):
     out = tmp_path / "m.gguf"
     words = ["quantize", sources[0], "--out", out, "--fit", "1.9035GB", "--dry-run"]
