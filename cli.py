@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .command_help import HelpFormatter
+from .engine.sampling_arguments import GUIDED_PRESETS, PRESET_NAMES
 from .errors import Ideogram4QuantError
 from .version import __version__
 
 PROG = "ideogram4-quant"
-GUIDED_PRESETS = ("quality", "default", "turbo")
-PRESET_NAMES = (*GUIDED_PRESETS, "instant", "fast", "turbotime")
 # Commands that other modules define by ``add_parsers(subparsers)``: name -> module, help.
 DELEGATED = {
     "quantize": (".quant.cli", "write a model at another level"),

@@ -21,14 +21,14 @@ DESKTOP = 1_000_000_000
 
 LATENT, TEXT_FEATURES, ADALN = 128, 53248, 512
 _STEM_LAUNCHES = 45  # embeddings, rotary table, projections, final layer, sampler: counted
-_STEP_HOST = 4e-3  # seconds of the host a step that nothing hides: progress, preview, callbacks
+STEP_HOST = 4e-3  # seconds of the host a step that nothing hides: progress, preview, callbacks
 # The decoder of the FLUX.2 VAE: 4.94 T multiplications at 1024 px in convolutions (128, 256, 512,
 # 512 channels, 3 blocks a level) and one attention over 128 x 128 places of 512 values.
 _DECODER_FLOPS_A_PIXEL = 2 * 4.942e12 / 1024**2
 _DECODER_ATTENTION = 4 * 512 / 64**2  # times pixels squared
 _VAE_BYTES = 170_000_000
-_PNG_SECONDS_A_PIXEL = 0.12 / 1024**2  # zlib at the host's level 4, one core: assumed
-_DISK = 3e9  # bytes a second of an NVMe drive: assumed
+PNG_SECONDS = 0.12  # a megapixel; zlib at the host's level 4, one core: assumed
+DISK = 3e9  # bytes a second of an NVMe drive: assumed
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def picture_seconds(card: Card, level: str, job: Job = QUALITY, how: How = FUSED
         guidance=_guidance_seconds(card, job, how),
         moves=waits + card.transfer_seconds(moved + _VAE_BYTES, how.efficiency),
         vae=_decoder_seconds(card, job, how),
-        png=_PNG_SECONDS_A_PIXEL * job.width * job.height,
-        disk=(number * one + encoder + _VAE_BYTES) / _DISK,
+        png=PNG_SECONDS * job.width * job.height / 1024**2,
+        disk=(number * one + encoder + _VAE_BYTES) / DISK,
     )
 
 
@@ -162,7 +162,7 @@ def _guidance_seconds(card: Card, job: Job, how: How) -> float:
     """Guidance and Euler in fp32, and the host's part of a step."""
     latents = 4 * job.image_tokens * LATENT
     passes = 12 if len(job.copies) == 2 else 6
-    once = card.copy_seconds(passes * latents, how.efficiency) + _STEP_HOST
+    once = card.copy_seconds(passes * latents, how.efficiency) + STEP_HOST
     return job.steps * once
 
 

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..checkpoint.pairs import ALTERNATING, STREAMED
-from .block import FUSED, LAUNCH, LAYERS, LINEARS, How, block_seconds, launches
+from ..checkpoint.pairs import ALTERNATING, STREAMED, WORKING_MEMORY
+from .block import FUSED, GAP, LAUNCH, LAYERS, LINEARS, How, block_seconds, launches
 from .known import ASSUMED, CARDS, Card, Efficiency, card
-from .picture import QUALITY, Job, Picture, picture_seconds
+from .picture import (
+    DESKTOP,
+    DISK,
+    PNG_SECONDS,
+    QUALITY,
+    STEP_HOST,
+    Job,
+    Picture,
+    picture_seconds,
+)
 
 LEVELS = ("INT8 W8A8 rotated", "Q4_K", "W4A8", "Q8_0")
 AS_INT8 = ", as int8"
@@ -161,9 +170,10 @@ def launch_lines(cards: Sequence[Card] = CARDS) -> Iterator[str]:
 def assumptions() -> Iterator[str]:
     """What the figures rest on, as list items."""
     e = ASSUMED
+    hopper = e.attention * card("H200").attention
     yield (
         "- Shares of the published peaks, the same for every card, none of them measured by us: "
-        f"products {e.gemm:.0%}, attention {e.attention:.0%} (H200: 35%), memory "
+        f"products {e.gemm:.0%}, attention {e.attention:.0%} (H200: {hopper:.0%}), memory "
         f"{e.bandwidth:.0%}, PCIe {e.bus:.0%} from pinned memory, the VAE's convolutions "
         f"{e.convolution:.0%}."
     )
@@ -173,11 +183,14 @@ def assumptions() -> Iterator[str]:
             f"dense, {one.bandwidth / 1e9:g} GB/s, PCIe {one.bus / 1e9:g} GB/s. {one.source}."
         )
     yield (
-        "- 12 us of the host a launch, 1.5 us between two kernels, 4 ms of the host a step, 0.12 s "
-        "a megapixel of PNG, 1 GB of the card for its screens: assumed. Memory for activations: "
-        "the pack's own 1.9 GB."
+        f"- {LAUNCH * 1e6:g} us of the host a launch, {GAP * 1e6:g} us between two kernels, "
+        f"{STEP_HOST * 1e3:g} ms of the host a step, {PNG_SECONDS:g} s a megapixel of PNG, "
+        f"{DESKTOP / 1e9:g} GB of the card for its screens: assumed. Memory for activations: the "
+        f"pack's own {WORKING_MEMORY / 1e9:g} GB."
     )
+    read = picture_seconds(CARDS[0], LEVELS[0]).disk
     yield (
-        "- 512 tokens of text, a new prompt, models in RAM; the encoder at FP8, multiplied in 16 "
-        "bits. The first picture after a start reads the files besides: 9 s for INT8 at 3 GB/s."
+        f"- {QUALITY.text_tokens} tokens of text, a new prompt, models in RAM; the encoder at "
+        f"{QUALITY.encoder}, multiplied in 16 bits. The first picture after a start reads the "
+        f"files besides: {read:.0f} s for INT8 at {DISK / 1e9:g} GB/s."
     )

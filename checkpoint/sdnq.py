@@ -114,6 +114,8 @@ class Sdnq(Stored):
         for role in ("scale", *(("zero_point",) if "zero_point" in parts.roles else ())):
             parts.check_vector(role, (1, rows * groups))
         _rotation(parts, columns)
+        if "svd_up" in parts.roles:
+            _check_low_rank(parts, rows, columns)
         return EIGHT if kind.bits > 5 else FOUR
 
     @classmethod
@@ -231,11 +233,23 @@ def _rotation(parts: Parts, columns: int) -> int | None:
 def _low_rank(parts: Parts, rows: int, columns: int) -> Tensor:
     up, down = parts.matrix("svd_up"), parts.matrix("svd_down")
     up = up.t() if up.shape[0] != rows else up
-    down = down.t() if down.shape[-1] != columns else down
-    if up.shape[0] != rows or down.shape[-1] != columns or up.shape[1] != down.shape[0]:
-        found = f"{list(parts.roles['svd_up'].shape)} and {list(parts.roles['svd_down'].shape)}"
+    return up @ (down.t() if down.shape[-1] != columns else down)
+
+
+def _check_low_rank(parts: Parts, rows: int, columns: int) -> None:
+    """CorruptFileError unless both halves, each either way round, are one product [N, K]."""
+    up, down = (tuple(parts.roles[role].shape) for role in ("svd_up", "svd_down"))
+    for role, shape in (("svd_up", up), ("svd_down", down)):
+        parts.check_vector(role, (math.prod(shape),))
+    turned = (
+        up if up[:1] == (rows,) else up[::-1],
+        down if down[-1:] == (columns,) else down[::-1],
+    )
+    ranks = {turned[0][-1:], turned[1][:1]}
+    matrices = len(up) == len(down) == 2
+    if not matrices or len(ranks) > 1 or (turned[0][0], turned[1][1]) != (rows, columns):
+        found = f"{list(up)} and {list(down)}"
         raise parts.corrupt("the low-rank part does not fit", found, f"[{rows}, r], [r, {columns}]")
-    return up @ down
 
 
 def _turned_back(held: Tensor, rotation: int | None) -> Tensor:

@@ -6,6 +6,7 @@ tensors and of what the description says are those that ComfyUI 0.33 and comfy-k
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,10 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..errors import OpError
 from ..ops.layouts import awq_tensor, mxfp8_tensor, nvfp4_tensor, w4a4_tensor, w4a8_tensor
+from ..ops.layouts.microscaled import mxfp8_shapes, nvfp4_shapes
+from ..ops.layouts.packed_tensors import check_form, check_rotation
 from .codecs import Stored
 from .files import TORCH_DTYPES
 from .parts import Parts, same_vector
+
+Shapes = tuple[tuple[int, int], tuple[int, int]]
+"""Of codes and of their block scales."""
 
 
 class StockStored(Stored):
@@ -49,7 +56,16 @@ class StockStored(Stored):
             if role not in parts.roles:
                 raise parts.corrupt(f"{cls.FORMAT} without its {role}", "none", f"weight_{role}")
         parts.check_format(cls.FORMAT, keys=cls.SETTINGS)
+        try:
+            cls.check_beside(parts)
+        except OpError as error:
+            raise parts.corrupt(error.message, error.found, error.needed) from error
         return cls.LEVEL
+
+    @classmethod
+    @abstractmethod
+    def check_beside(cls, parts: Parts) -> None:
+        """CheckpointError or OpError unless, by the headers, what is beside the codes fits them."""
 
     @classmethod
     def shape(cls, parts: Parts) -> tuple[int, ...]:
@@ -57,12 +73,27 @@ class StockStored(Stored):
         return rows, columns * cls.PER_BYTE
 
     @staticmethod
+    def check_dtype(parts: Parts, role: str, *names: str) -> None:
+        """CorruptFileError unless ``role`` is of a dtype in ``names``, or of its bits in uint8."""
+        raw = parts.roles[role]
+        if raw.dtype not in (*names, "U8"):
+            needed = " or ".join((*names, "U8"))
+            raise parts.corrupt(f"{raw.key} has another dtype", raw.dtype, needed)
+
+    @classmethod
+    def check_scales(cls, parts: Parts, dtype: str, stored: Shapes) -> None:
+        """The same unless the weight and its block scales, of ``dtype``, have these shapes."""
+        cls.check_dtype(parts, "scale", dtype)
+        pairs = zip((parts.weight, parts.roles["scale"]), stored, strict=True)
+        for (raw, needed), what in zip(pairs, ("codes", "block scales"), strict=True):
+            if tuple(raw.shape) != needed:
+                message = f"{raw.key}: {what} of another size"
+                raise parts.corrupt(message, list(raw.shape), list(needed))
+
+    @staticmethod
     def as_dtype(parts: Parts, role: str, name: str) -> Tensor:
         """The tensor of ``role``, stored as the dtype ``name`` or as the same bits in uint8."""
-        raw = parts.roles[role]
-        if raw.dtype not in (name, "U8"):
-            raise parts.corrupt(f"{raw.key} has another dtype", raw.dtype, f"{name} or U8")
-        return raw.read().view(TORCH_DTYPES[name])
+        return parts.roles[role].read().view(TORCH_DTYPES[name])
 
 
 @dataclass(frozen=True)
@@ -74,7 +105,7 @@ class W4A8(StockStored):
     WEIGHT = "I8"
     ROLES = ("s_rel", "s_channel", "codebook", "zeros")
     NEEDED = ("s_rel", "s_channel")
-    SETTINGS = ("group_size", "convrot_groupsize")
+    SETTINGS = ("group_size", "convrot_groupsize", "bits")
 
     codes: Tensor
     s_rel: Tensor
@@ -88,6 +119,20 @@ class W4A8(StockStored):
     def level(cls, parts: Parts) -> str:
         super().level(parts)
         return "W4A8" if cls.bits(parts) == 4 else "W6A8"
+
+    @classmethod
+    def check_beside(cls, parts: Parts) -> None:
+        rows, columns = cls.shape(parts)
+        bits, group = cls.bits(parts), _integer(parts, "group_size", 16)
+        if _integer(parts, "bits", bits) != bits:
+            found = parts.setting("bits", bits)
+            raise parts.corrupt("comfy_quant says another number of bits", found, f"{bits}")
+        plain = not {"codebook", "zeros"} & parts.roles.keys()
+        check_form(columns, bits, group, _integer(parts, "convrot_groupsize", 256), plain=plain)
+        cls.check_dtype(parts, "s_rel", "F32", "F8_E4M3")
+        sizes = {"s_channel": rows, "codebook": 16, "zeros": rows * columns // group}
+        for role in sizes.keys() & parts.roles.keys():
+            parts.check_vector(role, (sizes[role],))
 
     @classmethod
     def bits(cls, parts: Parts) -> int:
@@ -174,11 +219,17 @@ class W4A4(StockStored):
     linear_dtype: str
 
     @classmethod
-    def read(cls, parts: Parts) -> W4A4:
-        rows = parts.weight.shape[0]
+    def check_beside(cls, parts: Parts) -> None:
+        rows, columns = cls.shape(parts)
         wish = parts.setting("linear_dtype", "int4")
         if wish not in ("int4", "int8"):
             raise parts.unsupported(f"linear_dtype {wish!r}")
+        parts.check_vector("scale", (rows,))
+        check_rotation(_integer(parts, "convrot_groupsize", 256), columns)
+
+    @classmethod
+    def read(cls, parts: Parts) -> W4A4:
+        rows, wish = parts.weight.shape[0], parts.setting("linear_dtype", "int4")
         scale = parts.vector("scale", (rows,))
         return cls(parts.weight.read(), scale, _integer(parts, "convrot_groupsize", 256), wish)
 
@@ -215,6 +266,11 @@ class NVFP4(StockStored):
     scale: Tensor
 
     @classmethod
+    def check_beside(cls, parts: Parts) -> None:
+        cls.check_scales(parts, "F8_E4M3", nvfp4_shapes(*cls.shape(parts)))
+        parts.check_vector("scale_2", (1,))
+
+    @classmethod
     def read(cls, parts: Parts) -> NVFP4:
         blocks = cls.as_dtype(parts, "scale", "F8_E4M3")
         return cls(parts.weight.read(), blocks, parts.vector("scale_2", (1,)))
@@ -249,6 +305,10 @@ class MXFP8(StockStored):
     scale: Tensor
 
     @classmethod
+    def check_beside(cls, parts: Parts) -> None:
+        cls.check_scales(parts, "F8_E8M0", mxfp8_shapes(*cls.shape(parts)))
+
+    @classmethod
     def read(cls, parts: Parts) -> MXFP8:
         return cls(parts.weight.read(), cls.as_dtype(parts, "scale", "F8_E8M0"))
 
@@ -279,15 +339,26 @@ class AWQ(StockStored):
     zeros: Tensor
 
     @classmethod
-    def read(cls, parts: Parts) -> AWQ:
-        rows = parts.weight.shape[0]
-        found = {}
+    def check_beside(cls, parts: Parts) -> None:
+        rows, columns = cls.shape(parts)
+        stored = parts.roles["scale"].shape
+        groups = stored[0] if len(stored) == 2 and stored[1] == rows else 0
+        if not groups or columns % groups:
+            needed = f"[a divisor of {columns}, {rows}]"
+            raise parts.corrupt("scales of no groups", list(stored), needed)
+        if _integer(parts, "group_size", columns // groups) * groups != columns:
+            found = f"{parts.setting('group_size', None)}, {groups} scales a row"
+            raise parts.corrupt("comfy_quant says another group_size", found, columns // groups)
         for role in cls.NEEDED:
-            raw = parts.roles[role]
-            if len(raw.shape) != 2 or raw.shape[1] != rows:
-                raise parts.corrupt(f"{raw.key} does not fit", list(raw.shape), f"[groups, {rows}]")
-            found[role] = parts.vector(role, (raw.shape[0] * rows,)).view(-1, rows)
-        return cls(parts.weight.read(), found["scale"], found["zeros"])
+            raw = parts.check_vector(role, (groups * rows,))
+            if tuple(raw.shape) != (groups, rows):
+                needed = [groups, rows]
+                raise parts.corrupt(f"{raw.key} does not fit", list(raw.shape), needed)
+
+    @classmethod
+    def read(cls, parts: Parts) -> AWQ:
+        scale, zeros = (parts.matrix(role) for role in cls.NEEDED)
+        return cls(parts.weight.read(), scale, zeros)
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         return awq_tensor(self.codes, self.scale, self.zeros, dtype=dtype)

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .sampling_arguments import add_device, add_files, add_picture
+
 _INTERRUPTED = (
     "nothing was written; a long calibration may be made in parts: some of the captions at a time "
     "(--prompts), each run adding the last one's file (--merge)"
@@ -27,43 +29,22 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
         epilog="example: ideogram4-quant calibrate my-tune-v2.safetensors --uncond "
         "my-tune-v2-uncond.safetensors --limit 32 --out cal.safetensors",
     )
-    files = parser.add_argument_group("files")
-    files.add_argument("model", metavar="MODEL", help="the conditional copy, or a file with both")
-    files.add_argument("--uncond", metavar="F", help="the unconditional copy")
-    files.add_argument(
-        "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
-    )
-    files.add_argument(
-        "--encoder", metavar="DIR|F", help="Qwen3-VL text encoder (default: ComfyUI's)"
-    )
-    files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
+    files = add_files(parser, encoder="Qwen3-VL text encoder (default: ComfyUI's)")
     files.add_argument("--out", type=Path, required=True, metavar="CAL", help="*.safetensors")
     files.add_argument(
         "--merge", nargs="+", default=[], metavar="CAL", help="earlier runs to add this one to"
     )
     files.add_argument("--overwrite", action="store_true", help="replace CAL if it exists")
 
-    picture = parser.add_argument_group("what is sampled")
-    picture.add_argument(
-        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl (default: the 128 "
-        "captions that ship with the pack; for the pocket model some of its training captions)",
-    )  # fmt: skip
-    picture.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    picture.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one picture each (default: 0)"
-    )
-    picture.add_argument("--width", type=int, help="multiple of 16 (default: 1024)")
-    picture.add_argument("--height", type=int, help="multiple of 16 (default: 1024)")
-    picture.add_argument(
-        "--preset",
-        choices=("quality", "default", "turbo", "instant", "fast", "turbotime"),
-        help="steps and guidance (default: that of a one-branch model's name, such as instant; "
+    picture = add_picture(
+        parser,
+        prompts=".txt (one a line) or .jsonl (default: the 128 captions that ship with the pack; "
+        "for the pocket model some of its training captions)",
+        preset="steps and guidance (default: that of a one-branch model's name, such as instant; "
         "else default, 20 steps)",
     )
-    picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
-    picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
     picture.add_argument(
-        "--copies", choices=("both", "conditional"), default="both", help="conditional: one copy"
+        "--seeds", type=int, nargs="+", default=[0], help="one picture each (default: 0)"
     )
 
     measured = parser.add_argument_group("what is measured")
@@ -84,11 +65,7 @@ def _add_calibrate(subparsers: argparse._SubParsersAction) -> None:
     measured.add_argument(
         "--types", nargs="*", metavar="TYPE", help="GGUF types to try (default: Q8_0 to Q4_K)"
     )
-    parser.add_argument(
-        "--device",
-        metavar="D",
-        help="where to compute (default: cuda where there is one, else cpu)",
-    )
+    add_device(parser)
     parser.set_defaults(func=_run("run_calibrate"), interrupted=_INTERRUPTED)
 
 

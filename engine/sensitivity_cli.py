@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .sampling_arguments import add_device, add_files, add_picture
+
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     """Register the command; nothing heavy is imported until it runs."""
@@ -18,12 +20,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         "my-tune-v2-uncond-W4A8.safetensors --encoder qwen3vl_8b.safetensors --prompts "
         "captions.txt --out sens.json",
     )
-    files = parser.add_argument_group("files")
-    files.add_argument("model", metavar="MODEL", help="the conditional copy, or a file with both")
-    files.add_argument("--uncond", metavar="F", help="the unconditional copy")
-    files.add_argument(
-        "--base", nargs="+", metavar="F", help="gives a linears-only file its other tensors"
-    )
+    files = add_files(parser, encoder="Qwen3-VL text encoder", encoder_required=True)
     files.add_argument(
         "--against",
         nargs="+",
@@ -32,35 +29,21 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         help="the same copies at a low level (quantize --level W4A8 --calibration CAL), whose "
         "errors are followed",
     )
-    files.add_argument("--encoder", required=True, metavar="DIR|F", help="Qwen3-VL text encoder")
-    files.add_argument("--tokenizer", metavar="DIR", help="where the encoder brings none")
     files.add_argument("--out", type=Path, required=True, metavar="SENS", help="*.json")
     files.add_argument("--overwrite", action="store_true", help="replace SENS if it exists")
     files.add_argument("--resume", action="store_true", help="go on with SENS")
 
-    picture = parser.add_argument_group("what is sampled")
-    picture.add_argument(
-        "--prompts", type=Path, metavar="F", help=".txt (one a line) or .jsonl; for the pocket "
-        "model's size some of its training captions by default",
-    )  # fmt: skip
-    picture.add_argument("--limit", type=int, metavar="N", help="only the first N prompts")
-    picture.add_argument("--width", type=int, help="multiple of 16 (default: 1024)")
-    picture.add_argument("--height", type=int, help="multiple of 16 (default: 1024)")
-    picture.add_argument(
-        "--preset",
-        choices=("quality", "default", "turbo", "instant", "fast", "turbotime"),
-        help="schedule and guidance (default: as calibrate's)",
-    )
-    picture.add_argument("--steps", type=int, metavar="N", help="instead of the preset's")
-    picture.add_argument("--guidance", type=float, metavar="G", help="one factor for every step")
-    picture.add_argument(
-        "--copies", choices=("both", "conditional"), default="both", help="conditional: one copy"
+    picture = add_picture(
+        parser,
+        prompts=".txt (one a line) or .jsonl; for the pocket model's size some of its training "
+        "captions by default",
+        preset="schedule and guidance (default: as calibrate's)",
     )
     picture.add_argument(
         "--directions", type=int, default=1, metavar="N", help="walks back a picture (default: 1)"
     )
     picture.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--device", metavar="D", help="default: cuda where there is one, else cpu")
+    add_device(parser)
     parser.set_defaults(func=_run, interrupted=_kept)
 
 

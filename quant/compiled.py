@@ -34,7 +34,7 @@ def prepare() -> Path | None:
         _log.warning("weights are encoded by torch, more slowly: %s", error)
         return None
     if not there:
-        _log.warning("compiled an encoder for this processor, once: %s", path)
+        _log.info("compiled an encoder for this processor, once: %s", path)
     return path
 
 

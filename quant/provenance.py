@@ -108,7 +108,8 @@ def recipe_record(
     if recipe.file_format == "safetensors":
         record["scale"] = _SCALES.get(recipe.weight_type, _ROW_SCALE)
         if options.storage is not None:
-            record["scale"] = f"INT8: {_ROW_SCALE}; others: {_GROUP_SCALE}"
+            mixed = {"INT8": _ROW_SCALE, "W4A4": _SCALES["W4A4"], "others": _GROUP_SCALE}
+            record["scale"] = "; ".join(f"{name}: {scale}" for name, scale in mixed.items())
         record["rotation"] = recipe.rotation
         record["smoothed"] = names(
             p for p in plans if getattr(p.encoding, "smooth", None) is not None

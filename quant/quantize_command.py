@@ -53,6 +53,10 @@ def quantize(args: argparse.Namespace) -> int:
         protect_below=args.protect_below,
         **budget,
     )
+    if args.device == "cpu" and (target is not None or not args.dry_run):  # a choice encodes too
+        from .compiled import prepare
+
+        prepare()
     if target is not None:
         from .target_files import Part
 
@@ -60,10 +64,6 @@ def quantize(args: argparse.Namespace) -> int:
         return quantize_to_size(args, target, parts, options)
     level = recipe_of(args.level).level
     pair = args.pair if args.container == _TRANSFORMER_LAB else None
-    if not args.dry_run and args.device == "cpu":
-        from .compiled import prepare
-
-        prepare()
     for source, copy, out in runs:
         choice = {
             "copy": copy,

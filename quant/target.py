@@ -35,7 +35,7 @@ from .source import BaseLike, check_levels, files_of
 from .storage import STORAGES
 from .target_files import CopyFile, Part, container_of_outputs, open_files
 from .target_goal import Target
-from .target_sizes import check_target, level_of, other_bytes, sizes
+from .target_sizes import check_needed, check_target, level_of, other_bytes, sizes
 from .target_times import Times, check_seconds, times
 
 Progress = Callable[[str, int, int], None]
@@ -63,9 +63,10 @@ def choose_storage(
 ) -> tuple[Chosen, tuple[CopyFile, ...]]:
     """What would be written, and where; nothing is. Reads the weights once.
 
-    Raises QuantOptionError for a target below the smallest there is, which it names, and for
-    options that a mixed file does not have, CalibrationError for a calibration or sensitivities of
-    another model, NonFiniteWeightError, and what ``open_checkpoint`` raises.
+    Raises QuantOptionError for a target below the smallest there is, which it names, for one that
+    holds everything unquantized, and for options that a mixed file does not have, CalibrationError
+    for a calibration or sensitivities of another model, NonFiniteWeightError, and what
+    ``open_checkpoint`` raises.
     """
     options, target = request.options, request.target
     container = container_of_outputs(request.parts, options)
@@ -92,6 +93,7 @@ def choose_storage(
         check_seconds(target, timed)
     others = other_bytes(container, options, shapes, targets)
     check_target(target.nbytes, target.said, container, offered, others)
+    check_needed(target, offered, others, timed)
     errors = _measured(container, options, files, targets, int8, digests, device, progress)
     rungs = {
         key: [

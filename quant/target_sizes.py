@@ -12,6 +12,8 @@ from .plan import plan_tensors
 from .quantize import SUFFIXES
 from .recipes import MIXED, QuantOptions
 from .storage import STORAGES, UNQUANTIZED, storage_encoding
+from .target_goal import Target
+from .target_times import Times
 
 
 def level_of(container: str) -> str:
@@ -47,6 +49,7 @@ _HEADER_ENTRY = 224  # name, type, shape and offsets of a tensor, its name in th
 def check_target(
     asked: int, said: str, container: str, sizes: Mapping[Linear, Mapping[str, int]], others: int
 ) -> None:
+    """QuantOptionError for a size below the smallest there is."""
     least = others + sum(min(each.values()) for each in sizes.values())
     if asked < least:
         raise QuantOptionError(
@@ -55,4 +58,19 @@ def check_target(
             needed=f"at least {least / 1e9:.4g} GB ({least:,} bytes)",
             hint="Ask for more"
             + ("." if container == "gguf" else ", or for GGUF (--out F.gguf), which goes lower."),
+        )
+
+
+def check_needed(
+    target: Target, sizes: Mapping[Linear, Mapping[str, int]], others: int, timed: Times | None
+) -> None:
+    """QuantOptionError where all linears fit unquantized: the source as it is, rewritten."""
+    whole = others + sum(each[UNQUANTIZED] for each in sizes.values())
+    slow = timed is not None and timed.of(dict.fromkeys(sizes, UNQUANTIZED)) > target.seconds
+    if whole <= target.nbytes and not slow:
+        raise QuantOptionError(
+            f"everything fits unquantized: nothing is to be chosen for {target.said}",
+            found=f"{whole / 1e9:.4g} GB in {UNQUANTIZED}",
+            needed=f"less than that, and {target.nbytes / 1e9:.4g} GB is more",
+            hint="Use the source as it is; for a smaller file ask for fewer GB or a --level.",
         )

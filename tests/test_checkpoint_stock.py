@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from functools import partial
 
 import pytest
 import torch
@@ -141,32 +143,55 @@ BROKEN = [
     ("W4A8", lambda p: p.update(weight_scale_2=torch.ones(())), "weight_scale_2 beside"),
     ("W4A8", lambda p: _said(p, group_size="16"), "unusable group_size"),
     ("W4A8", lambda p: _said(p, convrot_groupsize=192), "rotation group"),
+    ("W4A8", lambda p: _said(p, bits=6), "another number of bits"),
+    ("W4A8", lambda p: _said(p, bits="4"), "unusable bits"),
+    ("W4A8", lambda p: p.update(weight_s_channel=torch.ones(63)), "s_channel"),
+    ("W4A8", lambda p: p.update(weight_zeros=torch.ones(47, 64)), "zeros"),
+    ("W4A8", lambda p: p.update(weight_s_rel=p["weight_s_rel"].half()), "another dtype"),
+    ("AWQ W4A16", lambda p: p.update(weight_zeros=torch.ones(11, 64)), "weight_zeros"),
+    ("AWQ W4A16", lambda p: p.update(weight_scale=torch.ones(64, 12)), "a divisor of 768"),
+    ("AWQ W4A16", lambda p: _said(p, group_size=32), "another group_size"),
     ("INT4 W4A4", lambda p: _said(p, linear_dtype="int2"), "linear_dtype 'int2'"),
     ("INT4 W4A4", lambda p: p.update(weight_scale=torch.ones(3)), "weight_scale"),
     ("NVFP4", lambda p: p.pop("weight_scale_2"), "nvfp4 without its scale_2"),
     ("NVFP4", lambda p: p.update(weight_scale=p["weight_scale"][:64].clone()), "block scales"),
+    ("NVFP4", lambda p: p.update(weight_scale_2=torch.ones(2)), "scale_2"),
+    ("NVFP4", lambda p: p.update(weight=p["weight"][:60].clone()), "codes of another size"),
+    ("MXFP8", lambda p: p.update(weight_scale=p["weight_scale"][:, :-4].clone()), "block scales"),
+    ("MXFP8", lambda p: p.update(weight_scale=p["weight_scale"][:64].clone()), "block scales"),
     ("MXFP8", lambda p: p.update(weight_scale=p["weight_scale"].float()), "another dtype"),
 ]
 
 
 def _said(parts: dict, **changes) -> None:
-    said = storage.STOCK["W4A8" if "weight_s_rel" in parts else "INT4 W4A4"][2]
+    said = json.loads(parts["comfy_quant"].numpy().tobytes())
     parts["comfy_quant"] = storage.as_json(said | changes)
 
 
-def read_whole(path, parts: dict) -> None:
-    found = entry(path, beside(parts))
-    found.check()
-    found.read(torch.float32)
-
-
 @pytest.mark.parametrize(("level", "change", "match"), BROKEN)
-def test_what_does_not_fit_is_said(level, change, match, tmp_path):
-    parts, _ = storage.pack_stock(randn(64, 768), level)
+def test_what_does_not_fit_is_said_by_the_headers(level, change, match, tmp_path):
+    """But for values: a file that opens can be loaded."""
+    pack = storage.pack_awq if level == "AWQ W4A16" else partial(storage.pack_stock, level=level)
+    parts, _ = pack(randn(64, 768))
     change(parts)
+    found = entry(tmp_path / "m.safetensors", beside(parts))
+    if match == "NaN":
+        found.check()
     with pytest.raises(CheckpointError, match=match) as raised:
-        read_whole(tmp_path / "m.safetensors", parts)
+        found.read(torch.float32) if match == "NaN" else found.check()
     assert "layers.3.feed_forward.w2" in str(raised.value)
     assert isinstance(raised.value, CorruptFileError) == (
         "linear_dtype" not in match and "beside" not in match
     )
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("level", "bits"), [("W4A8", 4), ("W6A8", 6)])
+def test_bits_that_the_codes_bear_out(level, bits, nested, tmp_path):
+    if level not in LEVELS:
+        pytest.skip("comfy-kitchen before 0.2.40 has no 6-bit codes")
+    parts, values = storage.pack_stock(randn(64, 768), level)
+    _said(parts, **({"params": {"bits": bits}} if nested else {"bits": bits}))
+    found = entry(tmp_path / "m.safetensors", beside(parts))
+    assert found.level == level
+    assert torch.equal(found.read(torch.float32).dequantize(), values)

@@ -15,8 +15,8 @@ from ideogram4_quant.tests import encoder_weights
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
 from ideogram4_quant.tests.encoder_weights import CONFIG, SIZES, check, sizes_of
+from ideogram4_quant.tests.fixtures_passed_over import SIBLINGS, conf, rotated
 from ideogram4_quant.tests.llama_cpp_names import llama_cpp_name
-from ideogram4_quant.tests.test_passed_over import SIBLINGS, conf, rotated
 
 MODULE = "layers.1.mlp.up_proj"  # [96, 64]
 

@@ -244,6 +244,15 @@ def test_a_library_that_was_cut_off_is_built_again(copied, caplog):
     assert native.encoder_for(torch.ones(1)) is not None
 
 
+def test_building_the_encoder_is_no_warning(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiler.load.cache_clear()
+    with caplog.at_level(logging.INFO, logger=compiled.__name__):
+        assert compiled.prepare() == compiler.library_path()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    compiler.load.cache_clear()
+
+
 def test_a_library_of_other_bits_is_not_kept(monkeypatch, tmp_path):
     """As of a compiler that takes liberties with float arithmetic."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

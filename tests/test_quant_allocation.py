@@ -165,9 +165,28 @@ def test_one_copy_has_the_size_for_itself_and_says_what_was_chosen(tmp_path, sou
     with safe_open(out, "pt") as file:
         record = json.loads(file.metadata()["quantization"])
     assert record["prediction"]["target"] == "0.0042 GB"
+    assert "W4A4: the least squared error of an output channel" in record["scale"]
     stored = [name for names in record["storage"].values() for name in names]
     assert set(stored) >= set(model.linear_names())
     assert len(stored) == len(set(stored))
+
+
+@pytest.mark.parametrize(
+    ("words", "built"),
+    [
+        (["--target-gb", 0.0042], 1),
+        (["--target-gb", 0.0042, "--dry-run"], 1),  # rows are encoded to choose
+        (["--level", "Q8_0"], 1),
+        (["--level", "Q8_0", "--dry-run"], 0),
+    ],
+)
+def test_whatever_encodes_has_the_compiled_encoder(tmp_path, sources, capsys, monkeypatch,
+                                                   words, built):  # fmt: skip
+    calls = []
+    monkeypatch.setattr("ideogram4_quant.quant.compiled.prepare", lambda: calls.append(1))
+    code, _, errors = run(capsys, "quantize", sources[0], "--out", tmp_path / "m.gguf", *words)
+    assert code == 0, errors
+    assert len(calls) == built
 
 
 def test_a_card_is_a_size_less_what_work_takes(tmp_path, sources, capsys):
@@ -186,6 +205,9 @@ def test_a_card_is_a_size_less_what_work_takes(tmp_path, sources, capsys):
         (["--fit", "all"], ["as 24GB"]),
         (["--target-gb", -1], ["above 0"]),
         (["--target-gb", "nan"], ["above 0"]),
+        (["--target-gb", 1], ["everything fits unquantized", "source as it is"]),
+        (["--fit", "24GB"], ["everything fits unquantized", "a card of 24GB", "22.1 GB is more"]),
+        (["--target-seconds", 99, "--card", "RTX 3090"], ["everything fits unquantized"]),
         (["--target-gb", 1, "--level", "Q4_K"], ["Leave --level out"]),
         (["--native", "--level", "Q4_K"], ["goes with a size"]),
         (["--target-gb", 1, "--native", "--out", "x.gguf"], ["cannot hold", ".safetensors"]),
@@ -220,7 +242,8 @@ def test_a_calibration_of_another_model_is_refused(tmp_path, sources, capsys):
     calibration = tmp_path / "cal.safetensors"
     Calibration(layers, (0.5,)).save(calibration)
     out = tmp_path / "m.gguf"
-    words = ["quantize", sources[0], "--out", out, "--target-gb", 1, "--calibration", calibration]
+    words = ["quantize", sources[0], "--out", out, "--target-gb", 0.0035, "--calibration"]
+    words.append(calibration)
     code, _, errors = run(capsys, *words)
     assert code == 1
     assert "calibration of another model" in errors

@@ -224,8 +224,9 @@ def test_an_encoders_folder(tmp_path):
 
 
 def refused(folder: Path, *words: str) -> None:
+    """When it is opened, by the headers."""
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder, copy="conditional").load("conditional")
+        open_checkpoint(folder, copy="conditional")
     for word in words:
         assert word in str(caught.value)
 
@@ -261,14 +262,27 @@ def test_an_unusable_config(tmp_path, changes, words):
     refused(folder, *words)
 
 
+def low_rank(stored: dict, module: str, up: int, down: int) -> dict[str, torch.Tensor]:
+    rows = stored[f"{module}.scale"].shape[0]
+    columns = stored[f"{module}.weight"].numel() * 2 // rows
+    return {
+        f"{module}.svd_up": torch.ones(rows, up),
+        f"{module}.svd_down": torch.ones(down, columns),
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda t, m: t.pop(f"{m}.zero_point"), "without its zero_point"),
         (lambda t, m: t.update({f"{m}.scale": t[f"{m}.scale"][:, :1].clone()}), "zero_point of"),
         (lambda t, m: t.update({f"{m}.weight": t[f"{m}.weight"][:-1].clone()}), "do not fill"),
-        (lambda t, m: t.update({f"{m}.scale": t[f"{m}.scale"] * torch.nan}), "holds NaN"),
         (lambda t, m: t.update({f"{m}.svd_up": torch.ones(256, 2)}), "half a low-rank part"),
+        (lambda t, m: t.update(low_rank(t, m, 2, 3)), "low-rank part does not fit"),
+        (
+            lambda t, m: t.update({**low_rank(t, m, 2, 2), f"{m}.svd_up": torch.ones(7, 2)}),
+            "[7, 2]",
+        ),
         (lambda t, m: t.update({f"{m}.scale_2": torch.ones(1)}), "scale_2 beside U8"),
         (lambda t, m: t.update({f"{m}.weight": t[f"{m}.weight"].int()}), "codes are bytes"),
     ],
@@ -279,6 +293,16 @@ def test_parts_that_do_not_fit(tmp_path, change, words):
     change(stored, "layers.0.feed_forward.w1")
     files.save(folder / "diffusion_pytorch_model.safetensors", stored)
     refused(folder, words, "layers.0.feed_forward.w1")
+
+
+def test_scales_that_are_no_numbers(tmp_path):
+    folder, _ = folder_of(tmp_path, "uint4")
+    stored = open_tensor_files(folder).load()
+    stored["layers.0.feed_forward.w1.scale"] *= torch.nan
+    files.save(folder / "diffusion_pytorch_model.safetensors", stored)
+    found = open_checkpoint(folder, copy="conditional")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.feed_forward\.w1.*holds NaN"):
+        found.load("conditional")
 
 
 def test_a_cut_file(tmp_path):

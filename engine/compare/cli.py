@@ -9,9 +9,9 @@ from pathlib import Path
 from ...command_help import HelpFormatter
 from ...version import __version__
 from ..arguments import check_there
+from ..sampling_arguments import PRESET_NAMES
 from .errors import CompareError
 
-_PRESETS = ("quality", "default", "turbo", "instant", "fast", "turbotime")
 _EXAMPLES = """examples:
   ideogram4-quant compare --system INT8=int8-cond.safetensors,int8-uncond.safetensors \\
       --system Q4_K=q4_k.gguf --prompts captions.jsonl --seeds 0 1 --out compared
@@ -81,7 +81,7 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
     files.add_argument("--height", type=int, default=1024, help="multiple of 16 (default: 1024)")
     files.add_argument(
         "--preset",
-        choices=_PRESETS,
+        choices=PRESET_NAMES,
         default="default",
         help="steps and guidance (default: default)",
     )

@@ -162,10 +162,10 @@ def nvfp4_tensor(
     """
     check_dtype(dtype)
     n, k = shape
-    rows, columns = TensorCoreNVFP4Layout.get_padded_shape((n, k))
+    stored, scales = nvfp4_shapes(n, k)
     check_same_device(data, block_scale=block_scale, scale=scale)
-    _check("NVFP4 data", data, torch.uint8, (rows, columns // 2))
-    _check("NVFP4 block scales", block_scale, E4M3, _tiled(n, columns // 16))
+    _check("NVFP4 data", data, torch.uint8, stored)
+    _check("NVFP4 block scales", block_scale, E4M3, scales)
     if scale.numel() != 1 or not bool(scale.isfinite().all()):
         raise OpError("bad NVFP4 scale", found=scale.tolist(), needed="one finite number")
     if not bool(block_scale.float().isfinite().all()):
@@ -187,12 +187,24 @@ def mxfp8_tensor(
     """
     check_dtype(dtype)
     n, k = shape
-    padded = TensorCoreMXFP8Layout.get_padded_shape((n, k))
+    stored, scales = mxfp8_shapes(n, k)
     check_same_device(data, scale=scale)
-    _check("MXFP8 data", data, E4M3, padded)
-    _check("MXFP8 block scales", scale, E8M0, _tiled(n, padded[1] // 32))
+    _check("MXFP8 data", data, E4M3, stored)
+    _check("MXFP8 block scales", scale, E8M0, scales)
     params = MXFP8Layout.Params(orig_dtype=dtype, orig_shape=(n, k), scale=scale.contiguous())
     return Weight(data.contiguous(), MXFP8Layout.NAME, params)
+
+
+def nvfp4_shapes(n: int, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the data and of the block scales of a weight [n, k]."""
+    rows, columns = TensorCoreNVFP4Layout.get_padded_shape((n, k))
+    return (rows, columns // 2), _tiled(n, columns // 16)
+
+
+def mxfp8_shapes(n: int, k: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the data and of the block scales of a weight [n, k]."""
+    rows, columns = TensorCoreMXFP8Layout.get_padded_shape((n, k))
+    return (rows, columns), _tiled(n, columns // 32)
 
 
 def _tiled(rows: int, columns: int) -> tuple[int, int]:

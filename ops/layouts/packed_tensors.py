@@ -36,16 +36,11 @@ def w4a8_tensor(
     bits = bits_of(packed.shape[1], k)
     check_same_device(packed, s_rel=s_rel, s_channel=s_channel, codebook=codebook)
     _check_size("s_channel", s_channel, (n,))
-    if bits == 6 and (codebook is not None or correction is not None):
-        raise OpError("6-bit codes have neither codebook nor zeros", found="one of them")
+    check_form(k, bits, group_size, rotation, plain=codebook is None and correction is None)
     if codebook is not None:
         _check_size("codebook", codebook, (LEVELS,))
     if correction is not None:
         _check_size("zeros", correction, (k // group_size, n))
-    if rotation not in GROUPS or k % rotation:
-        raise OpError(
-            "unusable rotation group", found=rotation, needed=f"one of {GROUPS} that divides {k}"
-        )
     params = W4A8Layout.Params(
         orig_dtype=dtype,
         orig_shape=(n, k),
@@ -79,10 +74,7 @@ def w4a4_tensor(
     n, k = packed.shape[0], packed.shape[1] * 2
     check_same_device(packed, scale=scale)
     _check_size("scale", scale, (n,))
-    if rotation not in GROUPS or k % rotation:
-        raise OpError(
-            "unusable rotation group", found=rotation, needed=f"one of {GROUPS} that divides {k}"
-        )
+    check_rotation(rotation, k)
     if linear_dtype not in ("int4", "int8"):
         raise OpError("unknown linear_dtype", found=repr(linear_dtype), needed="int4 or int8")
     params = W4A4Layout.Params(
@@ -94,6 +86,24 @@ def w4a4_tensor(
     )
     _check_finite(scale=params.scale)
     return Weight(packed.contiguous(), W4A4Layout.NAME, params)
+
+
+def check_form(k: int, bits: int, group: int, rotation: int, *, plain: bool) -> None:
+    """OpError unless there are rows of ``k`` codes in such groups; ``plain``: without codebook and
+    zeros, which 6-bit codes are."""
+    if group < 4 or (16 % group and group % 16):
+        raise OpError("unusable group of a packed weight", found=group, needed="4, 8 or 16 times n")
+    if bits == 6 and not plain:
+        raise OpError("6-bit codes have neither codebook nor zeros", found="one of them")
+    check_rotation(rotation, k)
+
+
+def check_rotation(rotation: int, k: int) -> None:
+    """OpError unless rows of ``k`` can be rotated in groups of ``rotation``."""
+    if rotation not in GROUPS or k % rotation:
+        raise OpError(
+            "unusable rotation group", found=rotation, needed=f"one of {GROUPS} that divides {k}"
+        )
 
 
 def _packed_shape(packed: Tensor, s_rel: Tensor, group: int) -> tuple[int, int]:
@@ -108,8 +118,6 @@ def _packed_shape(packed: Tensor, s_rel: Tensor, group: int) -> tuple[int, int]:
             found=f"{s_rel.dtype} {list(s_rel.shape)}",
             needed=f"float8_e4m3fn or float32 [{len(packed)}, groups]",
         )
-    if group < 4 or (16 % group and group % 16):
-        raise OpError("unusable group of a packed weight", found=group, needed="4, 8 or 16 times n")
     return len(packed), s_rel.shape[1] * group
 
 
