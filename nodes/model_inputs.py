@@ -10,8 +10,7 @@ from .file_choices import fitting_first, levels_here
 from .fused_choice import CHOICES as FUSED_CHOICES
 from .model_choice import BRANCHES, BY_LEVEL, FOLDERS, NONE
 from .model_files import pocket_listing
-from .report import HOST_ATTENTION
-from .schema import details_input
+from .schema import combo_input, details_input
 from .unconditional_lora import FOLDERS as LORA_FOLDERS
 
 BACKENDS = (AUTO, "triton", "comfy_kitchen", "int_mm", "reference")
@@ -33,31 +32,22 @@ def loader_inputs() -> list:
             "machine that has any Ideogram 4 file. Levels without a file here are marked.",
             extra_dict={"here": [AUTO, *levels_here()]},
         ),
-        io.Combo.Input(
+        combo_input(
             "conditional_file",
-            options=[BY_LEVEL, *picks],
-            default=BY_LEVEL,
-            optional=True,
-            advanced=True,
-            tooltip="The file of the conditional copy, where you want a certain one. It goes "
+            [BY_LEVEL, *picks],
+            "The file of the conditional copy, where you want a certain one. It goes "
             "before the level. With level auto one that is not here is passed over, and the report "
             "says so.",
         ),
-        io.Combo.Input(
+        combo_input(
             "unconditional_file",
-            options=[BY_LEVEL, *picks],
-            default=BY_LEVEL,
-            optional=True,
-            advanced=True,
-            tooltip="The file of the unconditional copy, where you want a certain one.",
+            [BY_LEVEL, *picks],
+            "The file of the unconditional copy, where you want a certain one.",
         ),
-        io.Combo.Input(
+        combo_input(
             "base_file",
-            options=[NONE, *names],
-            default=NONE,
-            optional=True,
-            advanced=True,
-            tooltip="For files that hold linears only (Transformer Lab's INT8): a complete file "
+            [NONE, *names],
+            "For files that hold linears only (Transformer Lab's INT8): a complete file "
             "of the same model, which gives the norms and embeddings.",
         ),
         io.Boolean.Input(
@@ -69,85 +59,61 @@ def loader_inputs() -> list:
             "their names say otherwise. For renamed files; a file whose metadata says which copy "
             "it is stays that copy.",
         ),
-        io.Combo.Input(
+        combo_input(
             "backend",
-            options=list(BACKENDS),
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="What multiplies int8 matrices. auto measures what works here at the first "
+            BACKENDS,
+            "What multiplies int8 matrices. auto measures what works here at the first "
             "load, 10 seconds at most, and takes the fastest; the report says which and why the "
             "others do not.",
         ),
-        io.Combo.Input(
+        combo_input(
             "gguf_compute",
-            options=list(GGUF_COMPUTE),
-            default="auto",
-            optional=True,
-            advanced=True,
-            tooltip="How GGUF weights are multiplied: W8A8 on int8 matrix units (faster, a little "
+            GGUF_COMPUTE,
+            "How GGUF weights are multiplied: W8A8 on int8 matrix units (faster, a little "
             "less exact), or 16-bit after decoding. auto: W8A8 for types of 2 to 5 bits where it "
             "is faster here, 16-bit for Q8_0 and Q6_K.",
         ),
-        io.Combo.Input(
+        combo_input(
             "attention",
-            options=list(ATTENTIONS),
-            default=HOST_ATTENTION,
-            optional=True,
-            advanced=True,
-            tooltip="host: what ComfyUI was started with. sdpa: torch's flash attention. int8: "
+            ATTENTIONS,
+            "host: what ComfyUI was started with. sdpa: torch's flash attention. int8: "
             "comfy-kitchen's, faster on NVIDIA and less exact. auto: the faster of the two, "
             "measured at the first load; the report says which and what it costs.",
         ),
-        io.Combo.Input(
+        combo_input(
             "fused_blocks",
-            options=list(FUSED_CHOICES),
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="Runs norms, SwiGLU and residuals inside the int8 kernels. auto: on where the "
+            FUSED_CHOICES,
+            "Runs norms, SwiGLU and residuals inside the int8 kernels. auto: on where the "
             "Triton kernels run or comfy-kitchen makes norms, off elsewhere. What another node "
             "patches or hooks runs as before, and the log says so.",
         ),
-        io.Combo.Input(
+        combo_input(
             "branches",
-            options=list(BRANCHES),
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="Whether the model needs guidance. one: a distilled model such as fal's "
+            BRANCHES,
+            "Whether the model needs guidance. one: a distilled model such as fal's "
             "Instant or Fast, one file without guidance and without an unconditional copy. two: "
             "both copies. auto: one where the file's metadata or name says so.",
         ),
-        io.Combo.Input(
+        combo_input(
             "unconditional_lora",
-            options=[NONE, *fitting_first(LORA_FOLDERS)],
-            default=NONE,
-            optional=True,
-            advanced=True,
-            tooltip="A LoRA in models/loras that makes the conditional copy stand for the "
+            [NONE, *fitting_first(LORA_FOLDERS)],
+            "A LoRA in models/loras that makes the conditional copy stand for the "
             "unconditional one (ostris' ideogram_4_unconditional_lora, or one made by "
             "ideogram4-quant delta): guidance with one copy in memory. No unconditional file is "
             "read then.",
         ),
-        io.Combo.Input(
+        combo_input(
             "unconditional_level",
-            options=[SAME, *LEVELS],
-            default=SAME,
-            extra_dict={"here": [SAME, *levels_here()]},
-            optional=True,
-            advanced=True,
-            tooltip="A level of its own for the unconditional copy, to save memory: one step "
+            [SAME, *LEVELS],
+            "A level of its own for the unconditional copy, to save memory: one step "
             "lower costs less there than in the conditional copy. With level auto, 'same' lets "
             "auto take a lower one where two equal copies do not fit; the report says so.",
+            extra_dict={"here": [SAME, *levels_here()]},
         ),
-        io.Combo.Input(
+        combo_input(
             "int8_compute",
-            options=list(INT8_COMPUTE),
-            default="auto",
-            optional=True,
-            advanced=True,
-            tooltip="How INT8, W4A8, W6A8 and INT4 weights are multiplied: W8A8 on int8 matrix "
+            INT8_COMPUTE,
+            "How INT8, W4A8, W6A8 and INT4 weights are multiplied: W8A8 on int8 matrix "
             "units (fast), or 16-bit after decoding: slower, nearer to BF16, above all where some "
             "channels are far louder than the others. auto: W8A8 but for the linears that the file "
             "wants in 16 bits.",

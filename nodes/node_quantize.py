@@ -20,7 +20,7 @@ from .made_files import remember_files, times_lost
 from .model_files import host_listing
 from .node_calibrate import CalibrationType
 from .quantize_jobs import AS_IN_FILE, BOTH, NONE, at_level, at_size, parts_of, size_of
-from .schema import CATEGORY
+from .schema import CATEGORY, combo_input
 from .switches import in_words_of_the_node
 
 FOLDERS = "diffusion_models"
@@ -80,13 +80,10 @@ class Quantize(io.ComfyNode):
                     tooltip="From Calibrate Ideogram 4, on this very file: weights are then "
                     "rounded, and GGUF scales searched, for the least error of the outputs.",
                 ),
-                io.Combo.Input(
+                combo_input(
                     "policy",
-                    options=["uniform"],
-                    default="uniform",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Of older workflows, whose values would slip without it. For other "
+                    ["uniform"],
+                    "Of older workflows, whose values would slip without it. For other "
                     "types in one file use target_gb.",
                 ),
                 io.Float.Input(
@@ -102,39 +99,30 @@ class Quantize(io.ComfyNode):
                     "GGUF, or safetensors that ComfyUI's own nodes load too. With pair or both, "
                     "the two copies are weighed against each other. 0: the level throughout.",
                 ),
-                io.Combo.Input(
+                combo_input(
                     "base_file",
-                    options=[NONE, *names],
-                    default=NONE,
-                    optional=True,
-                    advanced=True,
-                    tooltip="For sources that hold linear layers only: a complete file of the "
-                    "same model.",
+                    [NONE, *names],
+                    "For sources that hold linear layers only: a complete file of the same model.",
                 ),
-                io.Combo.Input(
+                combo_input(
                     "device",
-                    options=["cpu", "gpu"],
-                    default="cpu",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Where to encode. gpu: ComfyUI's own device.",
+                    ["cpu", "gpu"],
+                    "Where to encode. gpu: ComfyUI's own device.",
                 ),
-                io.Combo.Input(
+                combo_input(
                     "pair",
-                    options=[NONE, *names],
-                    default=NONE,
-                    optional=True,
-                    tooltip="The file of the other copy, to be written in the same run: under a "
+                    [NONE, *names],
+                    "The file of the other copy, to be written in the same run: under a "
                     "name of its own, at the same level. A calibration holds for both.",
+                    advanced=False,
                 ),
-                io.Combo.Input(
+                combo_input(
                     "preset",
-                    options=[AS_PICKED, *PRESETS],
-                    default=AS_PICKED,
-                    optional=True,
-                    tooltip="A recipe with all that belongs to it; it goes before the level and "
+                    [AS_PICKED, *PRESETS],
+                    "A recipe with all that belongs to it; it goes before the level and "
                     "needs a calibration. "
                     + " ".join(f"{name}: {preset.meaning}." for name, preset in PRESETS.items()),
+                    advanced=False,
                 ),
             ],
             outputs=[

@@ -3,34 +3,104 @@
 SaveImage writes what lies in the ``extra_pnginfo`` of the graph that runs, which the host hands to
 nodes that ask for it. From the second queue on the loader is cached and does not run, and the
 host's own samplers ask for nothing. So a loaded model writes its note whenever it begins to sample,
-into the dict that was remembered when the graph was queued.
+into the dict that was remembered when the graph was queued. The sampler may be cached too and only
+the picture be saved anew, under another name: so the notes of a sampler that was queued before with
+all that leads to it stand there from the start, and give way to new ones where it runs after all.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import uuid
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.graph_utils import is_link
 from comfy_execution.utils import get_executing_context
 
 logger = logging.getLogger(__name__)
 
 NOTE = "ideogram4_quant"
-"""The key in the PNG: a model's summary; a list of them where a graph samples with several."""
+"""The key in the PNG: a model's summary; a list of them where a graph samples with several.
+
+A branch that a switch leaves out now counts too, if it was sampled before.
+"""
 
 LOADER = "Ideogram4QuantLoad"
+_MOST_WAYS = 256
 
 
 class _PngInfo(dict):
-    """A dict that can be referred to weakly: it goes with the graph it belongs to."""
+    """An ``extra_pnginfo`` and its graph, whose notes go into it; it can be referred to weakly."""
+
+    def __init__(self, found: Mapping, graph: Mapping) -> None:
+        super().__init__(found)
+        # copied: the host's check of a graph writes numbers into it in types of its own
+        self.graph = {
+            name: (node.get("class_type"), dict(inputs))
+            for name, node in graph.items()
+            if isinstance(node, Mapping) and isinstance(inputs := node.get("inputs", {}), Mapping)
+        }
+        kinds = {kind for kind, _ in tuple(_sampled)}
+        ways = [(n, _way(self.graph, n)) for n, (kind, _) in self.graph.items() if kind in kinds]
+        self._notes = {name: list(_sampled[way]) for name, way in ways if way in _sampled}
+        self._sampling: set[str] = set()
+        self._write()
+
+    def add(self, name: str, note: dict) -> None:
+        """The node ``name`` of the graph samples with the model of ``note``."""
+        if name not in self._sampling:
+            self._sampling.add(name)
+            self._notes[name] = []
+        if note not in self._notes[name]:
+            self._notes[name].append(note)
+        self._write()
+        if name in self.graph:
+            way = _way(self.graph, name)
+            _sampled[way] = tuple(self._notes[name])
+            _sampled.move_to_end(way)
+            while len(_sampled) > _MOST_WAYS:
+                _sampled.popitem(last=False)
+
+    def _write(self) -> None:
+        there: list[dict] = []
+        for name in dict.fromkeys((*self.graph, *self._notes)):  # one order, whoever ran first
+            there += [note for note in self._notes.get(name, ()) if note not in there]
+        if there:
+            self[NOTE] = there[0] if len(there) == 1 else there
 
 
+# way of a sampler -> the notes that it sampled with last
+_sampled: OrderedDict[tuple[str, str], tuple[dict, ...]] = OrderedDict()
 _of_prompt: weakref.WeakValueDictionary[str, _PngInfo] = weakref.WeakValueDictionary()
+
+
+def _way(graph: Mapping[str, tuple], name: str) -> tuple[str, str]:
+    """A node's type, and a digest of it and of all that leads to it.
+
+    Without the nodes' ids, as the host's cache knows a node: that gives the picture of one workflow
+    to another one that has the same nodes under other ids.
+    """
+    ahead, number, found = [name], {name: 0}, []
+    for each in ahead:  # which grows meanwhile
+        kind, inputs = graph[each]
+        said = {}
+        for key, value in sorted(inputs.items()):
+            said[key] = value
+            if is_link(value) and value[0] in graph:
+                if value[0] not in number:
+                    number[value[0]] = len(ahead)
+                    ahead.append(value[0])
+                said[key] = {"node": number[value[0]], "output": value[1]}
+        found.append([kind, said])
+    text = json.dumps(found, default=repr)
+    return str(graph[name][0]), hashlib.sha256(text.encode()).hexdigest()
 
 
 def watch_queue() -> None:
@@ -53,7 +123,7 @@ def remember(request: dict) -> dict:
         return request
     if request.get("prompt_id") is None:
         request["prompt_id"] = str(uuid.uuid4())
-    data["extra_pnginfo"] = place = _PngInfo(found or {})
+    data["extra_pnginfo"] = place = _PngInfo(found or {}, graph)
     _of_prompt[str(request["prompt_id"])] = place
     return request
 
@@ -63,21 +133,11 @@ def note_when_sampling(patcher: comfy.model_patcher.ModelPatcher, note: dict) ->
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, NOTE, partial(_noted, note))
 
 
-def add_note(place: dict | None, note: dict) -> None:
-    """Write ``note`` into an ``extra_pnginfo``, beside those of other models of the same graph."""
-    if place is None:
-        return
-    there = place.get(NOTE, [])
-    notes = there if isinstance(there, list) else [there]
-    if note not in notes:
-        notes = [*notes, note]
-    place[NOTE] = notes[0] if len(notes) == 1 else notes
-
-
 def _noted(note: dict, executor: Callable, *args: object, **kwargs: object) -> object:
     context = get_executing_context()
     place = None if context is None else _of_prompt.get(context.prompt_id)
     if place is None:
         logger.debug("no place for the note of %s", note.get("level"))
-    add_note(place, note)
+    else:
+        place.add(context.node_id, note)
     return executor(*args, **kwargs)

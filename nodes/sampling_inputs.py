@@ -9,6 +9,7 @@ from ..sampling import LAST_SIGMA, PRESETS, RATIOS, guidance_schedule, sigmas, s
 from ..sampling import preset as find_preset
 from . import one_copy, residency
 from .guidance import Guidance, format_guidance, parse_guidance
+from .schema import combo_input
 
 PRESET_MU = "preset"
 ZERO, NEAR_ZERO = "0", "5.53e-4"
@@ -64,13 +65,12 @@ def size_inputs(*, optional: bool = False) -> list:
 def ratio_inputs() -> list:
     """A size by its shape and area, in the place of width and height."""
     return [
-        io.Combo.Input(
+        combo_input(
             "aspect_ratio",
-            options=[BY_HAND, *RATIOS],
-            default=BY_HAND,
-            optional=True,
-            tooltip="Width to height, at the area of megapixels, in multiples of 16. "
+            [BY_HAND, *RATIOS],
+            "Width to height, at the area of megapixels, in multiples of 16. "
             f"{BY_HAND}: those two inputs decide. Not used where a latent is connected.",
+            advanced=False,
         ),
         io.Float.Input(
             "megapixels",
@@ -159,23 +159,17 @@ def guidance_inputs() -> list:
             tooltip="Use each unconditional prediction for so many steps. 2 saves a quarter of "
             "the time, and the picture changes. 1: off, as in the reference.",
         ),
-        io.Combo.Input(
+        combo_input(
             "residency",
-            options=list(residency.CHOICES),
-            default=residency.AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="Which copies stay on the device. both: both at once. alternating: one at a "
+            residency.CHOICES,
+            "Which copies stay on the device. both: both at once. alternating: one at a "
             "time, in turns, for cards that hold only one. streamed: neither, their weights come "
             "from RAM layer by layer. auto: by the memory there is. The picture is the same.",
         ),
-        io.Combo.Input(
+        combo_input(
             "unconditional_from",
-            options=list(one_copy.CHOICES),
-            default=one_copy.INPUT,
-            optional=True,
-            advanced=True,
-            tooltip="Which model runs the unconditional pass. unconditional input: what is "
+            one_copy.CHOICES,
+            "Which model runs the unconditional pass. unconditional input: what is "
             "connected there; nothing means no guidance. conditional copy: the conditional copy "
             "runs both passes and is in memory once. With nothing connected its second pass sees "
             "image tokens alone, which was not trained and makes another picture; or connect the "
@@ -187,23 +181,17 @@ def guidance_inputs() -> list:
 def unsettled_inputs() -> list:
     """What tools disagree on in the schedule of one-branch models."""
     return [
-        io.Combo.Input(
+        combo_input(
             "schedule_mu",
-            options=[PRESET_MU, "0", "0.5"],
-            default=PRESET_MU,
-            optional=True,
-            advanced=True,
-            tooltip="mu of the schedule. preset: 0.5 for turbo, 0 for all others, as ComfyUI's own "
+            [PRESET_MU, "0", "0.5"],
+            "mu of the schedule. preset: 0.5 for turbo, 0 for all others, as ComfyUI's own "
             "scheduler and diffusers have it. For Instant tools disagree: one list of presets "
             "takes 0.5 for its 8 steps (0 for Fast's 20), the others 0; std is 1.75 in all.",
         ),
-        io.Combo.Input(
+        combo_input(
             "last_sigma",
-            options=[ZERO, NEAR_ZERO],
-            default=ZERO,
-            optional=True,
-            advanced=True,
-            tooltip="Where the schedule ends. 0: as in ComfyUI and diffusers. 5.53e-4: where the "
+            [ZERO, NEAR_ZERO],
+            "Where the schedule ends. 0: as in ComfyUI and diffusers. 5.53e-4: where the "
             "model's own schedule ends; one patch of diffusers for fal's Instant keeps it and "
             "calls it required, the others do not. Which is right is not settled.",
         ),

@@ -1,5 +1,7 @@
 """What the nodes' schemas share."""
 
+from collections.abc import Iterable
+
 from comfy_api.latest import io
 
 CATEGORY = "Ideogram 4 Quant"
@@ -13,4 +15,20 @@ def details_input() -> io.Boolean.Input:
         optional=True,
         advanced=True,
         tooltip="A longer report: where each fact comes from, fingerprints, every measured time.",
+    )
+
+
+def combo_input(
+    name: str, options: Iterable[str], tooltip: str, *, advanced: bool = True, **more: object
+) -> io.Combo.Input:
+    """A list whose first entry is its default, which a workflow without this input gets."""
+    listed = list(options)
+    return io.Combo.Input(
+        name,
+        options=listed,
+        default=listed[0],
+        optional=True,
+        advanced=advanced or None,
+        tooltip=tooltip,
+        **more,
     )

@@ -116,13 +116,26 @@ def levels_in(note: dict | list | None) -> set[str]:
     return {n["level"] for n in (note if isinstance(note, list) else [note])}
 
 
+@pytest.fixture
+def folder(models: Path) -> Iterator[Path]:
+    """models/diffusion_models, which other modules' servers share; afterwards as before."""
+    folder = models / "diffusion_models"
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        path.unlink()
+
+
 @every_file
-def test_a_shipped_workflow_queued_again_says_and_does_the_same(file, own):
+def test_a_shipped_workflow_queued_again_says_and_does_the_same(file, own, folder):
     workflow = load(file)
     own.post("/free", {"unload_models": True, "free_memory": True})  # of workflows before
-    before = set(models_in(own))
+    before = set(folder.iterdir())
     first, _, opened = queue(own, small(workflow))
     assert opened
+    made = set(folder.iterdir()) - before
+    if made:
+        own.get("/object_info")  # R: the lists look once into files that are new
     again, second, opened = queue(own, small(workflow))
     assert opened == []
     graph = small(workflow)
@@ -130,8 +143,9 @@ def test_a_shipped_workflow_queued_again_says_and_does_the_same(file, own):
     assert ran == set(), (ran, second.messages)
     assert again == first
     if of_type(workflow, "Ideogram4QuantQuantize"):
-        deleted_files_are_made_again(own, graph, first[0], before)
+        deleted_files_are_made_again(own, graph, first[0], made)
         return
+    assert not made
     wanted = levels_of(graph)
     for note in first[2].values():
         if "auto" in wanted:  # the note says which level that was
@@ -140,23 +154,13 @@ def test_a_shipped_workflow_queued_again_says_and_does_the_same(file, own):
         assert levels_in(note) <= wanted
 
 
-def models_in(server: Server) -> list[Path]:
-    return list((server.base / "models" / "diffusion_models").iterdir())
-
-
-def deleted_files_are_made_again(
-    server: Server, graph: dict, texts: dict, before: set[Path]
-) -> None:
-    made = {path: path.read_bytes() for path in models_in(server) if path not in before}
+def deleted_files_are_made_again(server: Server, graph: dict, texts: dict, made: set[Path]) -> None:
     assert len(made) == 2
+    contents = {path: path.read_bytes() for path in made}
     for path in made:
         path.unlink()
-    try:
-        assert shown(server, server.run(graph))[0] == texts
-        assert {path: path.read_bytes() for path in made} == made
-    finally:
-        for path in made:
-            path.unlink(missing_ok=True)
+    assert shown(server, server.run(graph))[0] == texts
+    assert {path: path.read_bytes() for path in made} == contents
 
 
 PAINTING = [file for file in FILES if "SaveImage" in file.read_text(encoding="utf-8")]
@@ -201,6 +205,10 @@ def through_guider(prefix: str, seed: int) -> dict:
     return graphs.with_guider(prefix, seed=seed, level="Q4_K")
 
 
+def of_our_sampler(prefix: str, seed: int) -> dict:
+    return graphs.with_sampler(prefix, seed=seed, level="Q4_K")
+
+
 @pytest.mark.parametrize("make", [through_guider, stock_sampler])
 def test_pictures_of_the_host_s_samplers_say_what_they_were_made_with_at_every_queue(make, own):
     found = [queue(own, make(prefix, seed)) for prefix, seed in (("a", 11), ("b", 12), ("c", 11))]
@@ -211,6 +219,37 @@ def test_pictures_of_the_host_s_samplers_say_what_they_were_made_with_at_every_q
     assert found[0][0][1] == found[2][0][1] != found[1][0][1]
     assert "model" in found[1][1].cached
     assert [opened for *_, opened in found[1:]] == [[], []]
+
+
+@pytest.mark.parametrize("make", [through_guider, stock_sampler, of_our_sampler])
+def test_a_picture_that_is_only_saved_anew_says_the_same(make, own):
+    """The sampler is cached: a new name alone, and a new seed between."""
+    queue(own, make("before", 21))
+    first, *_ = queue(own, make("one", 22))
+    again, run, _ = queue(own, make("two", 22))
+    assert "sampled" in run.cached
+    assert "saved" not in run.cached
+    assert again[1:] == first[1:]
+    assert first[2]["saved"]["level"] == "Q4_K"
+
+
+def test_the_same_nodes_under_other_ids_say_the_same(own):
+    """Of another tab: the host's cache does not look at ids."""
+    graph = through_guider("ids", 24)
+    first, *_ = queue(own, graph)
+    renamed = json.dumps(through_guider("other ids", 24))
+    for name in graph:
+        renamed = re.sub(rf'"{name}"(?=: {{"class_type"|, \d)', f'"x{name}"', renamed)
+    again, run, _ = queue(own, json.loads(renamed))
+    assert "xsampled" in run.cached
+    assert again[2]["xsaved"] == first[2]["saved"]
+
+
+def test_a_cached_note_gives_way_to_that_of_another_level(own):
+    levels = ["Q4_K", "Q8_0", "Q4_K"]
+    graphs_of = [graphs.with_sampler(f"turn{i}", seed=23, level=v) for i, v in enumerate(levels)]
+    notes = [queue(own, graph)[0][2]["saved"] for graph in graphs_of]
+    assert [note["level"] for note in notes] == levels
 
 
 def test_a_picture_of_another_model_has_no_note(own):

@@ -112,6 +112,18 @@ def test_nothing_overlaps_and_every_node_lies_in_one_group(file):
     assert all(group["title"].strip() for group in workflow["groups"])
 
 
+def test_the_first_workflow_fits_a_laptop_s_window_with_its_text():
+    """Fitted into 1600 by 900 px, of which the page's bars take 120 and 170. The page leaves out
+    text of 14 px that would be drawn below 8."""
+    (file,) = [file for file in FILES if "try it now" in file.stem]
+    boxes = [group_box(group) for group in load(file)["groups"]]
+    left, top = (min(box[i] for box in boxes) for i in (0, 1))
+    right, bottom = (max(box[i] for box in boxes) for i in (2, 3))
+    scale = min((1600 - 120) / (right - left), (900 - 170) / (bottom - top))
+    assert scale * 14 > 8 * 1.2
+    assert load(file)["extra"]["ds"]["scale"] <= scale
+
+
 @every_file
 def test_links_agree_with_the_sockets_they_join(file):
     workflow = load(file)

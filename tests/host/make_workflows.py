@@ -50,7 +50,10 @@ def _draw(server: Server, program: str, titles: Sequence[str], look: Path | None
     for workflow in (*WORKFLOWS, blueprint.inside()):
         if titles and workflow.title not in titles:
             continue
-        page = Browser(program)  # a page of its own: one keeps what nodes of these ids have shown
+        # small as a laptop's window: a workflow opens with the view that is saved, whole there too
+        page = Browser(
+            program, 1600, 900
+        )  # a page of its own: one keeps what nodes of these ids have shown
         try:
             open_page(page, server.url)
             data = json.loads(build(page, workflow))
@@ -85,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for folder in (PACK / "workflows", PACK / "subgraphs"):
         folder.mkdir(exist_ok=True)
+    if asked.look is not None:
+        asked.look.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as base:
         make_base(Path(base))
         thumbnails.prepare(Path(base))

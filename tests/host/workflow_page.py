@@ -100,7 +100,8 @@ def show(page: Browser, path: Path) -> None:
     close_dialogs(page)
     fit(page)
     quality = 80 if path.suffix == ".jpg" else None
-    clip, before = {"x": 60, "y": 40, "width": 1740, "height": 950}, None
+    width, height = json.loads(page.run("JSON.stringify([innerWidth, innerHeight])"))
+    clip, before = {"x": 60, "y": 40, "width": width - 60, "height": height - 50}, None
     for _ in range(_DRAWINGS):
         time.sleep(1)
         page.screenshot(path, quality=quality, clip=clip)

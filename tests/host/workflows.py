@@ -46,7 +46,6 @@ def _pocket() -> Workflow:
     }
     encoder, vae = encoder_dir().name, vae_dir().name
     nodes = [
-        note(POCKET_NOTE, "Try it", 220),
         loader(models=[], **files),
         replace(
             ENCODER_NODE, widgets={"encoder": f"pocket/{encoder}/model.safetensors"}, models=[]
@@ -59,8 +58,10 @@ def _pocket() -> Workflow:
     ]
     prompt = HELD_OUT[0]
     text = caption(prompt.caption, aspect_ratio="2:1", size="pocket")
-    run = sampler(seed=prompt.seed)
-    columns = [Column("Models", nodes, 420), caption_column(text), sampler_column(run), PICTURE]
+    # as low as it is wide: fitted into a small window, the nodes' text is still drawn
+    words = replace(caption_column(text), nodes=[note(POCKET_NOTE, "Try it", 220), text])
+    run = sampler(seed=prompt.seed, height=880)
+    columns = [Column("Models", nodes, 420), words, sampler_column(run), PICTURE]
     links = [CAPTION_LINK, *_of_our_vae(sampling()), SAVED]
     return numbered("Ideogram 4 try it now (no download)", 1, columns, links)
 

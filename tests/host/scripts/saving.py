@@ -16,7 +16,8 @@ from lora import load, make_inputs, run, stock
 
 
 def main() -> None:
-    # weights of mapped files lie at any address, and the CPU's sums then differ in their last bits
+    # weights of mapped files lie at any address, and the CPU's sums then differ in their last bits:
+    # `mapped_or_not` proves it
     pack, (files, loras) = inside.start("--disable-mmap")
     import folder_paths
     import torch
@@ -52,7 +53,67 @@ def saved_and_read(pack, model, out: Path, name: str, inputs, base, plain) -> di
             result[f"{kind}, stock"] = inside.relative(
                 run(load_stock(base, str(path)), inputs), wanted
             )
+    if model is plain:
+        result["mapped"] = mapped_or_not(pack, path, inputs)
     return result
+
+
+def mapped_or_not(pack: str, path: Path, inputs) -> dict:
+    """One file loaded mapped and copied: tensors whose bytes differ, the error between outputs, and
+    the same with the copies moved to addresses like the mapped ones (modulo 64)."""
+    import comfy.utils
+    import torch
+
+    both = {}
+    for mapped in (True, False):
+        comfy.utils.DISABLE_MMAP = not mapped
+        try:
+            both[mapped] = load_as(pack, path, {})
+        finally:
+            comfy.utils.DISABLE_MMAP = True
+    outputs = {mapped: run(patcher, inputs) for mapped, patcher in both.items()}
+    holders = [dict(held(patcher.model.diffusion_model)) for patcher in both.values()]
+    assert holders[0].keys() == holders[1].keys()
+    other, unlike = [], 0
+    for name, (there, attribute) in holders[0].items():
+        here, _ = holders[1][name]
+        a, b = getattr(there, attribute), getattr(here, attribute)
+        if not torch.equal(flat(a), flat(b)):
+            other.append(name)
+        unlike += a.data_ptr() % 64 != b.data_ptr() % 64
+        setattr(here, attribute, at_address_of(a, b))
+    moved = run(both[False], inputs)
+    return {
+        "other bytes": other,
+        "other addresses": unlike,
+        "error": inside.relative(outputs[True], outputs[False]),
+        "error, moved": inside.relative(outputs[True], moved),
+    }
+
+
+def held(module):
+    """(name, (object, attribute)) of every plain tensor that holds weights."""
+    from comfy.quant_ops import QuantizedTensor
+
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        quantized = isinstance(tensor, QuantizedTensor)
+        yield name, (tensor, "_qdata" if quantized else "data")
+
+
+def flat(tensor):
+    import torch
+
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def at_address_of(like, tensor):
+    """A copy of ``tensor`` at an address that equals that of ``like`` modulo 64."""
+    import torch
+
+    room = torch.empty(tensor.numel() * tensor.itemsize + 64, dtype=torch.uint8)
+    start = (like.data_ptr() - room.data_ptr()) % 64
+    out = room[start : start + tensor.numel() * tensor.itemsize].view(tensor.dtype)
+    return out.view(tensor.shape).copy_(tensor)
 
 
 def load_as(pack: str, path: Path, result: dict):
