@@ -1,4 +1,4 @@
-"""Levels that others write, in the engine, against diffusers' model with what their writers mean."""
+"""Levels that others write, in the engine, against diffusers' model with what they stand for."""
 
 from __future__ import annotations
 
