@@ -25,6 +25,9 @@ from .parts import Parts, same_vector
 Shapes = tuple[tuple[int, int], tuple[int, int]]
 """Of codes and of their block scales."""
 
+_BYTES = ("I8", "U8")
+"""Packed codes are stored as either; ComfyUI takes one for the other, too."""
+
 
 class StockStored(Stored):
     """Base: claimed by the format's name; ``WEIGHT`` is the dtype that the codes are stored in."""
@@ -47,7 +50,8 @@ class StockStored(Stored):
     @classmethod
     def level(cls, parts: Parts) -> str:
         weight = parts.weight
-        if weight.dtype != cls.WEIGHT or len(weight.shape) != 2:
+        taken = _BYTES if cls.WEIGHT in _BYTES else (cls.WEIGHT,)
+        if weight.dtype not in taken or len(weight.shape) != 2:
             found = f"{weight.dtype} {list(weight.shape)}"
             raise parts.corrupt(
                 f"codes of {cls.FORMAT} are a matrix", found, f"{cls.WEIGHT} [N, n]"
@@ -89,6 +93,11 @@ class StockStored(Stored):
             if tuple(raw.shape) != needed:
                 message = f"{raw.key}: {what} of another size"
                 raise parts.corrupt(message, list(raw.shape), list(needed))
+
+    @classmethod
+    def read_codes(cls, parts: Parts) -> Tensor:
+        """The weight's bytes as ``WEIGHT``."""
+        return parts.weight.read().view(TORCH_DTYPES[cls.WEIGHT])
 
     @staticmethod
     def as_dtype(parts: Parts, role: str, name: str) -> Tensor:
@@ -162,7 +171,7 @@ class W4A8(StockStored):
             zeros = parts.vector("zeros", (rows * columns // group,)).view(-1, rows)
         coded = "codebook" in parts.roles
         return cls(
-            parts.weight.read(),
+            cls.read_codes(parts),
             read,
             parts.vector("s_channel", (rows,)),
             parts.vector("codebook", (16,)) if coded else None,
@@ -231,7 +240,7 @@ class W4A4(StockStored):
     def read(cls, parts: Parts) -> W4A4:
         rows, wish = parts.weight.shape[0], parts.setting("linear_dtype", "int4")
         scale = parts.vector("scale", (rows,))
-        return cls(parts.weight.read(), scale, _integer(parts, "convrot_groupsize", 256), wish)
+        return cls(cls.read_codes(parts), scale, _integer(parts, "convrot_groupsize", 256), wish)
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         return w4a4_tensor(
@@ -273,7 +282,7 @@ class NVFP4(StockStored):
     @classmethod
     def read(cls, parts: Parts) -> NVFP4:
         blocks = cls.as_dtype(parts, "scale", "F8_E4M3")
-        return cls(parts.weight.read(), blocks, parts.vector("scale_2", (1,)))
+        return cls(cls.read_codes(parts), blocks, parts.vector("scale_2", (1,)))
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         shape = (self.data.shape[0], self.data.shape[1] * 2)
@@ -310,7 +319,7 @@ class MXFP8(StockStored):
 
     @classmethod
     def read(cls, parts: Parts) -> MXFP8:
-        return cls(parts.weight.read(), cls.as_dtype(parts, "scale", "F8_E8M0"))
+        return cls(cls.read_codes(parts), cls.as_dtype(parts, "scale", "F8_E8M0"))
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         return mxfp8_tensor(self.data, self.scale, tuple(self.data.shape), dtype=dtype)
@@ -358,7 +367,7 @@ class AWQ(StockStored):
     @classmethod
     def read(cls, parts: Parts) -> AWQ:
         scale, zeros = (parts.matrix(role) for role in cls.NEEDED)
-        return cls(parts.weight.read(), scale, zeros)
+        return cls(cls.read_codes(parts), scale, zeros)
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         return awq_tensor(self.codes, self.scale, self.zeros, dtype=dtype)
