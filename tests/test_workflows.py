@@ -178,6 +178,7 @@ def test_blueprint_promotes_what_one_changes():
     assert node["type"] == subgraph["id"]
     assert file.stem == node["title"] == subgraph["name"]
     promoted = [entry["label"] for entry in subgraph["inputs"]]
+    assert promoted == [entry["name"] for entry in subgraph["inputs"]]  # what each look shows
     assert promoted == ["caption", "aspect_ratio", "level", "preset", "seed"]
     assert [output["type"] for output in subgraph["outputs"]] == ["IMAGE"]
     kinds = {inner["type"] for inner in subgraph["nodes"]}
