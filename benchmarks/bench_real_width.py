@@ -1,13 +1,13 @@
 """What calibrated rounding costs at the real model's widths: time, and the most memory it takes.
 
-    python benchmarks/bench_real_width.py [--threads 1] [--rows 128] [--columns 4608 12288] \
-        [--levels W4A8]
+    python benchmarks/bench_real_width.py [--threads 1] [--columns 4608 12288] [--levels INT8]
 
 Each width runs in a process of its own. *watching* is a calibration's sums of one call of a linear,
 as a multiple of that linear's product in fp32; *root* prepares the inputs' moments of one linear;
-*rows* rounds rows of it, as a multiple of rounding them to nearest. Inputs are made up, weights
-random. Seconds are a core's, so that other work on the machine counts little. The last lines are a
-whole copy at these rates, its 204 block linears: computed, not measured.
+*rows* rounds as many rows of it as the writer does at a time, as a multiple of rounding them to
+nearest. Inputs are made up, weights random. Seconds are a core's, so that other work on the machine
+counts little. The last lines are a whole copy at these rates, its 204 block linears: computed, not
+measured.
 """
 
 from __future__ import annotations
@@ -25,18 +25,14 @@ import torch
 
 from ideogram4_quant.checkpoint.canonical import canonical_shapes, is_linear
 from ideogram4_quant.checkpoint.config import ModelConfig
-from ideogram4_quant.quant.encodings import Encoding, NativeInt8
+from ideogram4_quant.ops.chunks import FED_BACK, row_chunks
+from ideogram4_quant.quant.encodings import Encoding
 from ideogram4_quant.quant.input_moments import InputMoments, block_sums, input_moments, sketch
-from ideogram4_quant.quant.int4_encoding import ConvrotInt4
-from ideogram4_quant.quant.packed_encoding import PackedInt8
+from ideogram4_quant.quant.storage import STORAGES, storage_encoding
 
 TOKENS = 1024
 OUTPUTS = 1024  # of the product that watching is compared with
-ENCODINGS: dict[str, Encoding] = {
-    "INT8 rotated": NativeInt8(256),
-    "W4A8": PackedInt8(4),
-    "INT4": ConvrotInt4(),
-}
+LEVELS = ("INT8", "W6A8 g16", "W4A8 g16", "W4A4", "Q4_K")
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Cost:
     core-seconds, the last two a row."""
 
     columns: int
+    rows: int  # of a weight, at a time
     watching: float  # times the product with as many outputs as inputs
     idle: float
     peak: float
@@ -77,7 +74,7 @@ def watch(x: torch.Tensor) -> InputMoments:
     return input_moments(x.double().square().sum(0), sketch(x), len(x), block_sums(x))
 
 
-def measure(columns: int, rows: int, threads: int, levels: list[str]) -> Cost:
+def measure(columns: int, threads: int, levels: list[str]) -> Cost:
     """The costs of one width."""
     torch.set_num_threads(threads)
     idle = resident()
@@ -87,13 +84,15 @@ def measure(columns: int, rows: int, threads: int, levels: list[str]) -> Cost:
     product = min(seconds(lambda: x @ other.t()) for _ in range(3)) * columns / OUTPUTS
     watching = min(seconds(lambda: (block_sums(x), sketch(x), x.square().sum(0))) for _ in range(3))
     moments = watch(x)
+    rows = next(row_chunks((columns, columns), values=FED_BACK)).stop
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
-    found = {
-        name: rounding(plain, weight, moments)
-        for name, plain in ENCODINGS.items()
-        if name in levels
-    }
-    return Cost(columns, watching / product, idle, resident(), found)
+    found = {name: rounding(encoding(name, columns), weight, moments) for name in levels}
+    return Cost(columns, rows, watching / product, idle, resident(), found)
+
+
+def encoding(name: str, columns: int) -> Encoding:
+    container = next(c for c, names in STORAGES.items() if name in names)
+    return storage_encoding(name, container, (columns, columns))
 
 
 def rounding(
@@ -103,18 +102,20 @@ def rounding(
     started = time.process_time()
     led = plain.led_by(moments, feedback=True)
     root = time.process_time() - started
-    nearest, fed_back = (seconds(lambda e=e: e.encode(weight)) for e in (plain, led))
+    with torch.inference_mode():
+        nearest, fed_back = (seconds(lambda e=e: e.encode(weight)) for e in (plain, led))
     return root, nearest / len(weight), fed_back / len(weight)
 
 
-def shown(cost: Cost, rows: int) -> str:
+def shown(cost: Cost) -> str:
     lines = [
         f"{cost.columns} inputs: watching {cost.watching:.2f} x a product with as many outputs; at "
         f"most {cost.peak:.1f} GB, of which {cost.idle:.1f} GB before it began"
     ]
     for name, (root, plain, led) in cost.rounding.items():
         lines.append(
-            f"  {name:13} root {root:6.1f} s, rows {led / plain:5.1f} x nearest ({rows} at a time)"
+            f"  {name:9} root {root:6.1f} s, rows {led / plain:5.1f} x nearest, "
+            f"{1000 * led:5.1f} ms each ({cost.rows} at a time)"
         )
     return "\n".join(lines)
 
@@ -125,30 +126,37 @@ def whole_copy(costs: dict[int, Cost]) -> list[str]:
     linears = [s for name, s in shapes if is_linear(name) and name.startswith("layers.")]
     known = [shape for shape in linears if shape[1] in costs]
     share = sum(map(prod, known)) / sum(map(prod, linears))
-    lines = [f"a copy, modelled ({share:.0%} of its weights have these widths):"]
+    watching = sum(costs[k].watching * k * k for _, k in known) / sum(map(prod, known))
+    lines = [
+        f"a copy, modelled ({share:.1%} of its weights have these widths):",
+        f"  calibrating takes {1 + watching:.2f} x the products of the pictures it samples",
+    ]
     for name in next(iter(costs.values())).rounding:
-        plain = led = 0.0
+        plain = led = roots = 0.0
         for n, k in known:
             root, each, calibrated = costs[k].rounding[name]
             plain += n * each
-            led += root + n * calibrated
-        lines.append(f"  {name:13} {led / plain:5.1f} x nearest, {led / 3600:.1f} core-hours here")
+            led += n * calibrated
+            roots += root
+        lines.append(
+            f"  {name:9} {(roots + led) / plain:5.1f} x nearest: {(roots + led) / 3600:.1f} "
+            f"core-hours here, {roots / 3600:.1f} of them roots"
+        )
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=128, help="of a weight, as many at a time")
     parser.add_argument("--columns", type=int, nargs="+", default=[4608, 12288])
-    parser.add_argument("--levels", nargs="+", choices=ENCODINGS, default=list(ENCODINGS))
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS))
     options = parser.parse_args()
     costs = {}
     for columns in options.columns:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            how = (columns, options.rows, options.threads, options.levels)
+            how = (columns, options.threads, options.levels)
             costs[columns] = pool.apply(measure, how)
-        print(shown(costs[columns], options.rows), flush=True)
+        print(shown(costs[columns]), flush=True)
     print("\n".join(whole_copy(costs)))
 
 

@@ -15,7 +15,7 @@ the last of 53 bits of a target, and a code only where the target lies that near
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -94,35 +94,47 @@ class ExactFeedback:
 
     def _follow(self, wanted: Tensor, grid: _Grid, refit: Refit | None) -> tuple[Tensor, Tensor]:
         """Codes int8 [K, N] and the error expected of them, fp64 [N]. wanted: fp64 [K, N]."""
-        k, n = wanted.shape
         order = torch.tensor(self.order, device=wanted.device)
-        codes = torch.empty((k, n), dtype=torch.int8, device=wanted.device)
-        errors = torch.zeros_like(wanted)  # of columns in the order of rounding
-        lost = wanted.new_zeros(n)
-        for start in range(0, k, _PANEL):
-            stop = min(start + _PANEL, k)
+        codes = torch.empty(wanted.shape, dtype=torch.int8, device=wanted.device)
+        errors = torch.empty_like(wanted)  # of columns in the order of rounding
+        lost = wanted.new_zeros(wanted.shape[1])
+        for start, stop in self._panels():
             true = wanted[order[start:stop]]
             target = torch.addmm(true, self._feedback[start:stop, :start], errors[:start])
-            for at in range(stop - start):
-                column = start + at
-                if refit is not None and column % self.run == 0:
-                    grid.refit(refit, self.order[column : column + self.run], target[at:])
-                code, value = grid.nearest(target[at], self.order[column])
-                codes[self.order[column]] = code
-                lost.add_((target[at] - value).square_(), alpha=self._energy[column].item())
-                error = torch.sub(true[at], value, out=errors[column])
-                if at + 1 < stop - start:
-                    later = self._feedback[column + 1 : stop, column]
-                    target[at + 1 :].add_(later[:, None] * error)
+            for first in range(start, stop, self.run):
+                last = first + self.run
+                turn = target[first - start : last - start]
+                turn.addmm_(self._feedback[first:last, start:first], errors[start:first])
+                if refit is not None:
+                    grid.refit(refit, self.order[first:last], turn)
+                for column in range(first, last):
+                    place = order[column : column + 1]
+                    now = turn[column - first : column - first + 1]
+                    code, value = grid.nearest(now, place)
+                    codes[self.order[column]] = code[0]
+                    lost.add_((now - value).square_()[0], alpha=self._energy[column].item())
+                    error = torch.sub(true[column - start], value[0], out=errors[column])
+                    if column + 1 < last:
+                        later = self._feedback[column + 1 : last, column]
+                        turn[column + 1 - first :].add_(later[:, None] * error)
         return codes, lost
 
     def _lost(self, wanted: Tensor, grid: _Grid) -> Tensor:
         """The error expected of the nearest codes, fp64 [N]."""
-        errors = torch.stack(
-            [wanted[column] - grid.nearest(wanted[column], column)[1] for column in self.order]
-        )
-        made_up_for = torch.addmm(errors, self._feedback, errors)
-        return (made_up_for.square_() * self._energy[:, None]).sum(0)
+        order = torch.tensor(self.order, device=wanted.device)
+        errors = torch.empty_like(wanted)
+        lost = wanted.new_zeros(wanted.shape[1])
+        for start, stop in self._panels():
+            true = wanted[order[start:stop]]
+            own = torch.sub(true, grid.nearest(true, order[start:stop])[1], out=errors[start:stop])
+            made_up_for = torch.addmm(own, self._feedback[start:stop, :stop], errors[:stop])
+            lost += made_up_for.square_().mul_(self._energy[start:stop, None]).sum(0)
+        return lost
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """(first column, the one after the last), in the order of rounding."""
+        k = len(self.order)
+        return ((start, min(start + _PANEL, k)) for start in range(0, k, _PANEL))
 
 
 class _Grid:
@@ -150,18 +162,18 @@ class _Grid:
         inverse = self.step[group].reciprocal()
         self.inverse[group] = inverse.masked_fill_(inverse.isinf(), 0)
 
-    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """(codes, what a reader takes them for) of ``values`` fp64 [N] in a column."""
-        group = column // self.width
-        shifted = values if self.shift is None else values + self.shift[group]
-        level = (shifted * self.inverse[group]).float()[None]
+    def nearest(self, values: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes int8, what a reader takes them for) of ``values`` fp64 [B, N] in B columns."""
+        groups = columns // self.width
+        shift = None if self.shift is None else self.shift.index_select(0, groups)
+        shifted = values if shift is None else values + shift
+        level = (shifted * self.inverse.index_select(0, groups)).float()
         if isinstance(self.levels, Levels):
-            at = torch.full((1,), group, dtype=torch.int64, device=values.device)
-            code = self.levels.round_(level, at)[0]
+            code = self.levels.round_(level, groups)
         else:
-            code = round_codes_(level, self.levels)[0]
-        value = level[0].double() * self.step[group]
-        return code.to(torch.int8), value if self.shift is None else value - self.shift[group]
+            code = round_codes_(level, self.levels)
+        value = self.step.index_select(0, groups).mul_(level)
+        return code.to(torch.int8), value if shift is None else value.sub_(shift)
 
 
 def _loudest_first(square: Tensor, run: int) -> Tensor:

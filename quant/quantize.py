@@ -114,12 +114,11 @@ def quantize_checkpoint(
     check_unfinished(target, resume=resume, overwrite=overwrite or not kept)
     counter = _Counter(progress, plan)
     provenance = _provenance(plan, counter)
+    metadata = _metadata(plan, provenance)
     asked: dict[str, Tensor] = {}
     if plan.container == "gguf":
-        metadata = provenance.gguf(plan.recipe)
         write, specs = write_gguf, _gguf_specs(plan)
     else:
-        metadata = provenance.safetensors()
         write, specs = write_safetensors, _safetensors_specs(plan)
         if plan.container == "native":  # the host follows these where it knows them
             asked = attention_configs(plan.source.checkpoints[0].tensor_files)
@@ -150,6 +149,14 @@ def quantize_checkpoint(
     )
 
 
+def metadata_of(plan: QuantPlan, progress: Progress | None = None) -> dict[str, str | int]:
+    """What the file of this plan says of itself: its source's hash and all that was chosen.
+
+    Reads the source's bytes. Raises CheckpointError.
+    """
+    return _metadata(plan, _provenance(plan, _Counter(progress, plan)))
+
+
 class _Counter:
     """One bar for two jobs: bytes hashed, then bytes written."""
 
@@ -175,6 +182,11 @@ class _Counter:
         self._told = max(self._told, min(done, self._total))
         if self._progress is not None:
             self._progress(self._told, self._total)
+
+
+def _metadata(plan: QuantPlan, provenance: Provenance) -> dict[str, str | int]:
+    gguf = plan.container == "gguf"
+    return provenance.gguf(plan.recipe) if gguf else provenance.safetensors()
 
 
 def _provenance(plan: QuantPlan, counter: _Counter) -> Provenance:

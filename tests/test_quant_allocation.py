@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.cli import main
@@ -155,6 +156,45 @@ def test_a_finished_copy_stays_when_the_run_goes_on(tmp_path, sources, capsys):
     assert code == 1
     assert "not of this choice" in errors
     assert not other.exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_a_finished_file_of_another_source_is_refused_though_as_much_is_foretold(
+    tmp_path, capsys, suffix
+):
+    """A norm is of no linear: what is foretold does not tell the two sources apart."""
+    weights = model.weights()
+    source = model.write(tmp_path / "source.safetensors", weights)
+    words = ["quantize", source, "--out", tmp_path / f"m.{suffix}", "--target-gb", 0.0042]
+    assert run(capsys, *words)[0] == 0
+    before = words[3].read_bytes()
+    code, _, errors = run(capsys, *words, "--resume")
+    assert code == 0, errors
+    name = next(name for name in weights if name.endswith("attention_norm1.weight"))
+    model.write(source, weights | {name: weights[name] * 1.5})
+    code, _, errors = run(capsys, *words, "--resume")
+    assert code == 1
+    assert "its source is another" in errors
+    assert "--overwrite" in errors
+    assert words[3].read_bytes() == before
+
+
+def test_a_finished_file_of_other_storages_is_refused_though_as_much_is_foretold(
+    tmp_path, sources, capsys
+):
+    out = tmp_path / "m.safetensors"
+    words = ["quantize", sources[0], "--out", out, "--target-gb", 0.0042]
+    assert run(capsys, *words)[0] == 0
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(out)
+    record = json.loads(metadata["quantization"])
+    kinds = list(record["storage"])
+    record["storage"][kinds[0]].append(record["storage"][kinds[1]].pop())
+    save_file(tensors, out, metadata | {"quantization": json.dumps(record, separators=(",", ":"))})
+    code, _, errors = run(capsys, *words, "--resume")
+    assert code == 1
+    assert "its storage is another" in errors
 
 
 def test_one_copy_has_the_size_for_itself_and_says_what_was_chosen(tmp_path, sources, capsys):
