@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,13 +71,15 @@ def compare_levels(
 
 def _strays(comparison: Comparison) -> list[str]:
     """How far each level is from the first, in words: the root mean square of the difference."""
+    from ..engine.compare.metrics import PSNR_CAP
+
     lines = []
     for system in comparison.systems:
         cell = comparison.cell(system, "psnr")
         if system.name == comparison.reference or cell is None:
             continue
         decibels = cell.interval.mean
-        if decibels == math.inf:
+        if decibels >= PSNR_CAP:
             lines.append(f"{system.name}: the same pixels as {comparison.reference}.")
             continue
         part = 100 * 10 ** (-decibels / 20)
