@@ -126,7 +126,7 @@ def _image_to_image() -> Workflow:
     ]
     columns = [
         models_column(downloads(IMAGE_NOTE), loader()),
-        Column("Picture to start from, and what it shall become", start, 400, GREEN),
+        Column("Start and goal", start, 400, GREEN),
         sampler_column(sampler(denoise=0.7)),
         PICTURE,
     ]
