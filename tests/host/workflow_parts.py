@@ -8,11 +8,13 @@ from .workflow_specs import GREEN, PURPLE, Column, Link, Node, note
 _COPIES = ("conditional", "unconditional")
 
 
-def loader(name: str = "model", title: str | None = None, *, models=INT8, **widgets) -> Node:
+def loader(
+    name: str = "model", title: str | None = None, *, models=INT8, height: int = 300, **widgets
+) -> Node:
     """The model's loader. models: files that it names, for which the page offers downloads."""
     picked = {f"{copy}_file": m["name"] for copy, m in zip(_COPIES, models, strict=False)}
     return Node(
-        name, "Ideogram4QuantLoad", title, widgets | picked, models=list(models), height=280
+        name, "Ideogram4QuantLoad", title, widgets | picked, models=list(models), height=height
     )
 
 
@@ -32,7 +34,7 @@ def downloads(text: str) -> Node:
     return note(text, "Downloads", 280)
 
 
-def caption(text: str, height: int = 520, **widgets) -> Node:
+def caption(text: str, height: int = 600, **widgets) -> Node:
     """The one text box."""
     return Node("caption", "Ideogram4QuantCaption", None, {"text": text, **widgets}, height=height)
 

@@ -49,7 +49,7 @@ def _pocket() -> Workflow:
     }
     encoder, vae = encoder_dir().name, vae_dir().name
     nodes = [
-        loader(models=[], **files),
+        loader(models=[], height=380, **files),
         replace(
             ENCODER_NODE, widgets={"encoder": f"pocket/{encoder}/model.safetensors"}, models=[]
         ),
