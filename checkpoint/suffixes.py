@@ -78,7 +78,7 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
 _FOREIGN = tuple(
     (re.compile(rf"(?:{pattern})"), what)
     for pattern, what in (
-        (r"weight_global_scale", "NVFP4's (compressed-tensors)"),
+        (r"(?:weight|input)_global_scale", "NVFP4's (compressed-tensors)"),
         (r"SCB|weight_format", "LLM.int8's (bitsandbytes)"),
         (
             r"weight\._data|weight\._scale|weight\._shift|weight\.(?:scale|qtype)",
