@@ -42,17 +42,17 @@ from ideogram4_quant.quant.encodings import Blocks, Encoding, NativeInt8, stored
 from ideogram4_quant.quant.int4_encoding import ConvrotInt4
 from ideogram4_quant.quant.packed_encoding import PackedInt8
 from ideogram4_quant.quant.recipes import QuantOptions
-from ideogram4_quant.quant.sensitivity import Sensitivity, default_gain
+from ideogram4_quant.quant.sensitivity import Gain, Sensitivity, default_gain
 from ideogram4_quant.quant.storage import STORAGES, storage_encoding
 from ideogram4_quant.sampling import grid_size
 
 MODELS = tuple(v for v in VARIANTS if not v.stress)
-BITS = {"native": (4.3, 4.6, 5.0, 5.5, 6.0, 7.0, 8.0), "gguf": (4.3, 5.0, 6.0, 7.0, 8.0)}
+BITS = {"native": (4.3, 4.4, 4.6, 5.0, 5.5, 6.0, 7.0, 8.0, 8.1), "gguf": (4.3, 5.0, 6.0, 7.0, 8.0)}
 SINGLE = {
     "native": ("W4A4", "W4A8 g32", "W4A8 g16", "W6A8 g16", "INT8"),
     "gguf": ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
 }
-BUILT_IN = ((4.6, "native"), (6.0, "native"))
+BUILT_IN = (4.3, 4.4, 4.6, 5.0, 6.0, 7.0, 8.1)  # native
 RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 8, 17
 CALIBRATION_PROMPTS = 16
 REFERENCE = "W4A8 g16"
@@ -83,7 +83,7 @@ class Model:
         return storage_encoding(name, container, self.linears[key], self.int8.get(key))
 
     @cached_property
-    def gains(self) -> dict[Linear, float]:
+    def gains(self) -> dict[Linear, Gain]:
         """Measured on training captions, with the error of calibrated W4A8."""
         path = self.work / "chooser" / f"{self.variant.slug}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,11 +113,11 @@ class Model:
         for key, shape in self.linears.items():
             weight = self.state[key[0]][f"{key[1]}.weight"]
             stats, int8 = self.calibration.layer(*key), self.int8.get(key)
-            errors = candidate_errors(weight, STORAGES[container], container, stats, int8)
+            losses = candidate_errors(weight, STORAGES[container], container, stats, int8)
             gain = self.gains[key] if gains == "measured" else default_gain(*key, 4)
             found[key] = [
-                Rung(stored_bytes(self.encoding(container, key, name), shape), gain * error, name)
-                for name, error in errors.items()
+                Rung(stored_bytes(self.encoding(container, key, name), shape), gain.of(loss), name)
+                for name, loss in losses.items()
             ]
         return found
 
@@ -203,10 +203,9 @@ def choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
                 least, int(bits * model.values / 8)
             )  # a row's scale is much of a short row
             yield container, f"{bits:g} bits", allocate(rungs, budget)
-    for bits, container in BUILT_IN:
-        budget = int(bits * model.values / 8)
-        found = allocate(model.rungs(container, "built-in"), budget)
-        yield container, f"{bits:g} bits, built-in gains", found
+    for bits in BUILT_IN:
+        found = allocate(model.rungs("native", "built-in"), int(bits * model.values / 8))
+        yield "native", f"{bits:g} bits, built-in gains", found
     for container, names in SINGLE.items():
         for name in names:
             rungs = model.rungs(container)
