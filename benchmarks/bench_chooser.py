@@ -52,7 +52,7 @@ SINGLE = {
     "native": ("W4A4", "W4A8 g32", "W4A8 g16", "W6A8 g16", "INT8"),
     "gguf": ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
 }
-BUILT_IN = (4.3, 4.4, 4.6, 5.0, 6.0, 7.0, 8.1)  # native
+BUILT_IN = (4.4, 4.6, 6.0, 7.0)  # native
 RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 8, 17
 CALIBRATION_PROMPTS = 16
 REFERENCE = "W4A8 g16"
