@@ -1,13 +1,14 @@
 """What a size buys: files chosen for 4.3 to 8 bits beside single levels and peers, and whether the
 error foretold is the one that comes.
 
-    python benchmarks/bench_chooser.py --out docs [--work pocket-table] [--prompts 32]
+    python benchmarks/bench_chooser.py --out docs [--work pocket-table] [--prompts 32] [--alone]
 
 On the pocket model as trained, with loud channels and with loud tokens. Calibrated, and gains
 measured, on training captions; pictures of held-out captions, one seed each, default preset. Writes
 ``chooser.csv``, ``chooser-random.csv``, ``images/chooser-pareto.png`` and
-``images/chooser-foretold.png``; peers' points are read from ``chooser-peers.csv``. Goes on where it
-was broken off. About twenty CPU minutes.
+``images/chooser-foretold.png``; other programs' points are those of ``pocket-levels.csv`` there.
+Prints how well random choices are foretold, and with ``--alone`` each linear quantized by itself
+(``chooser-alone.csv``). Goes on where it was broken off. About half a CPU hour.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ SINGLE = {
 }
 BUILT_IN = (4.4, 4.6, 6.0, 7.0)  # native
 RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 8, 17
+ALONE, ALONE_PROMPTS = ("W4A8 g16", "W4A4"), 4
 CALIBRATION_PROMPTS = 16
 REFERENCE = "W4A8 g16"
 FIELDS = ("model", "container", "chosen", "bits", "foretold", "dB", "low", "high", "prompts")
@@ -223,6 +225,15 @@ def random_choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]
         yield "native", f"random {i}", found
 
 
+def alone(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
+    """One linear quantized, all others as they are."""
+    rungs = {k: {r.name: r for r in own} for k, own in model.rungs("native").items()}
+    whole = {key: own["BF16"] for key, own in rungs.items()}
+    for name in ALONE:
+        for key in rungs:
+            yield "native", f"{name}: {'.'.join(key)}", whole | {key: rungs[key][name]}
+
+
 def row(model: Model, container: str, asked: str, chosen: Mapping[Linear, Rung], prompts: int):
     loss = sum(rung.loss for rung in chosen.values())
     bits = 8 * sum(rung.nbytes for rung in chosen.values()) / model.values
@@ -256,20 +267,35 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="M", default=[v.name for v in MODELS], help="only these"
     )
+    parser.add_argument("--alone", action="store_true", help="also each linear by itself")
     parser.add_argument("--plot", action="store_true", help="only draw what the files hold")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    pareto, by_chance = args.out / "chooser.csv", args.out / "chooser-random.csv"
+    pareto, by_chance, by_itself = (
+        args.out / f"chooser{what}.csv" for what in ("", "-random", "-alone")
+    )
     if not args.plot:
         studio = Studio()
         for variant in (v for v in MODELS if v.name in args.models):
             model = Model(variant, args.work, studio)
             fill(pareto, ((model, *each) for each in choices(model)), args.prompts)
             fill(by_chance, ((model, *each) for each in random_choices(model)), RANDOM_PROMPTS)
-    from chooser_plots import draw
+            if args.alone:
+                fill(by_itself, ((model, *each) for each in alone(model)), ALONE_PROMPTS)
+    from chooser_plots import draw, read, spread
 
-    draw(pareto, by_chance, args.out / "chooser-peers.csv", args.out / "images")
+    groups = {f"{m}, by chance": (by_chance, m, "random") for m in args.models}
+    groups |= {f"{m}, {n} alone": (by_itself, m, n) for m in args.models for n in ALONE}
+    for label, (path, model, start) in groups.items():
+        rows = [r for r in read(path) if r["model"] == model and r["chosen"].startswith(start)]
+        if len(rows) > 2:
+            rank, mean, deviation = spread(rows)
+            print(
+                f"{label}: {len(rows)} choices, rank correlation {rank:.3f}, foretold minus "
+                f"measured {mean:+.1f} dB, standard deviation {deviation:.1f}"
+            )
+    draw(pareto, by_chance, args.out / "pocket-levels.csv", args.out / "images")
 
 
 if __name__ == "__main__":
