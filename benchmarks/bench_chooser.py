@@ -1,13 +1,14 @@
 """What a size buys: files chosen for 4.3 to 8 bits beside single levels and peers, and whether the
 error foretold is the one that comes.
 
-    python benchmarks/bench_chooser.py --out docs [--work pocket-table] [--prompts 32]
+    python benchmarks/bench_chooser.py --out docs [--work pocket-table] [--prompts 32] [--alone]
 
 On the pocket model as trained, with loud channels and with loud tokens. Calibrated, and gains
 measured, on training captions; pictures of held-out captions, one seed each, default preset. Writes
 ``chooser.csv``, ``chooser-random.csv``, ``images/chooser-pareto.png`` and
-``images/chooser-foretold.png``; peers' points are read from ``chooser-peers.csv``. Goes on where it
-was broken off. About twenty CPU minutes.
+``images/chooser-foretold.png``; other programs' points are those of ``pocket-levels.csv`` there.
+Prints how well random choices are foretold, and with ``--alone`` each linear quantized by itself
+(``chooser-alone.csv``). Goes on where it was broken off. About half a CPU hour.
 """
 
 from __future__ import annotations
@@ -42,18 +43,19 @@ from ideogram4_quant.quant.encodings import Blocks, Encoding, NativeInt8, stored
 from ideogram4_quant.quant.int4_encoding import ConvrotInt4
 from ideogram4_quant.quant.packed_encoding import PackedInt8
 from ideogram4_quant.quant.recipes import QuantOptions
-from ideogram4_quant.quant.sensitivity import Sensitivity, default_gain
+from ideogram4_quant.quant.sensitivity import Gain, Sensitivity, default_gain
 from ideogram4_quant.quant.storage import STORAGES, storage_encoding
 from ideogram4_quant.sampling import grid_size
 
 MODELS = tuple(v for v in VARIANTS if not v.stress)
-BITS = {"native": (4.3, 4.6, 5.0, 5.5, 6.0, 7.0, 8.0), "gguf": (4.3, 5.0, 6.0, 7.0, 8.0)}
+BITS = {"native": (4.3, 4.4, 4.6, 5.0, 5.5, 6.0, 7.0, 8.0, 8.1), "gguf": (4.3, 5.0, 6.0, 7.0, 8.0)}
 SINGLE = {
     "native": ("W4A4", "W4A8 g32", "W4A8 g16", "W6A8 g16", "INT8"),
     "gguf": ("IQ4_XS", "Q4_K", "Q5_K", "Q6_K"),
 }
-BUILT_IN = ((4.6, "native"), (6.0, "native"))
+BUILT_IN = (4.4, 4.6, 6.0, 7.0)  # native
 RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 8, 17
+ALONE, ALONE_PROMPTS = ("W4A8 g16", "W4A4"), 4
 CALIBRATION_PROMPTS = 16
 REFERENCE = "W4A8 g16"
 FIELDS = ("model", "container", "chosen", "bits", "foretold", "dB", "low", "high", "prompts")
@@ -83,7 +85,7 @@ class Model:
         return storage_encoding(name, container, self.linears[key], self.int8.get(key))
 
     @cached_property
-    def gains(self) -> dict[Linear, float]:
+    def gains(self) -> dict[Linear, Gain]:
         """Measured on training captions, with the error of calibrated W4A8."""
         path = self.work / "chooser" / f"{self.variant.slug}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,11 +115,11 @@ class Model:
         for key, shape in self.linears.items():
             weight = self.state[key[0]][f"{key[1]}.weight"]
             stats, int8 = self.calibration.layer(*key), self.int8.get(key)
-            errors = candidate_errors(weight, STORAGES[container], container, stats, int8)
+            losses = candidate_errors(weight, STORAGES[container], container, stats, int8)
             gain = self.gains[key] if gains == "measured" else default_gain(*key, 4)
             found[key] = [
-                Rung(stored_bytes(self.encoding(container, key, name), shape), gain * error, name)
-                for name, error in errors.items()
+                Rung(stored_bytes(self.encoding(container, key, name), shape), gain.of(loss), name)
+                for name, loss in losses.items()
             ]
         return found
 
@@ -203,10 +205,9 @@ def choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
                 least, int(bits * model.values / 8)
             )  # a row's scale is much of a short row
             yield container, f"{bits:g} bits", allocate(rungs, budget)
-    for bits, container in BUILT_IN:
-        budget = int(bits * model.values / 8)
-        found = allocate(model.rungs(container, "built-in"), budget)
-        yield container, f"{bits:g} bits, built-in gains", found
+    for bits in BUILT_IN:
+        found = allocate(model.rungs("native", "built-in"), int(bits * model.values / 8))
+        yield "native", f"{bits:g} bits, built-in gains", found
     for container, names in SINGLE.items():
         for name in names:
             rungs = model.rungs(container)
@@ -222,6 +223,15 @@ def random_choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]
         lean = [chance.random() ** 2 for _ in range(len(STORAGES["native"]))]
         found = {key: chance.choices(own, lean[: len(own)])[0] for key, own in rungs.items()}
         yield "native", f"random {i}", found
+
+
+def alone(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
+    """One linear quantized, all others as they are."""
+    rungs = {k: {r.name: r for r in own} for k, own in model.rungs("native").items()}
+    whole = {key: own["BF16"] for key, own in rungs.items()}
+    for name in ALONE:
+        for key in rungs:
+            yield "native", f"{name}: {'.'.join(key)}", whole | {key: rungs[key][name]}
 
 
 def row(model: Model, container: str, asked: str, chosen: Mapping[Linear, Rung], prompts: int):
@@ -257,20 +267,35 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="M", default=[v.name for v in MODELS], help="only these"
     )
+    parser.add_argument("--alone", action="store_true", help="also each linear by itself")
     parser.add_argument("--plot", action="store_true", help="only draw what the files hold")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    pareto, by_chance = args.out / "chooser.csv", args.out / "chooser-random.csv"
+    pareto, by_chance, by_itself = (
+        args.out / f"chooser{what}.csv" for what in ("", "-random", "-alone")
+    )
     if not args.plot:
         studio = Studio()
         for variant in (v for v in MODELS if v.name in args.models):
             model = Model(variant, args.work, studio)
             fill(pareto, ((model, *each) for each in choices(model)), args.prompts)
             fill(by_chance, ((model, *each) for each in random_choices(model)), RANDOM_PROMPTS)
-    from chooser_plots import draw
+            if args.alone:
+                fill(by_itself, ((model, *each) for each in alone(model)), ALONE_PROMPTS)
+    from chooser_plots import draw, read, spread
 
-    draw(pareto, by_chance, args.out / "chooser-peers.csv", args.out / "images")
+    groups = {f"{m}, by chance": (by_chance, m, "random") for m in args.models}
+    groups |= {f"{m}, {n} alone": (by_itself, m, n) for m in args.models for n in ALONE}
+    for label, (path, model, start) in groups.items():
+        rows = [r for r in read(path) if r["model"] == model and r["chosen"].startswith(start)]
+        if len(rows) > 2:
+            rank, mean, deviation = spread(rows)
+            print(
+                f"{label}: {len(rows)} choices, rank correlation {rank:.3f}, foretold minus "
+                f"measured {mean:+.1f} dB, standard deviation {deviation:.1f}"
+            )
+    draw(pareto, by_chance, args.out / "pocket-levels.csv", args.out / "images")
 
 
 if __name__ == "__main__":

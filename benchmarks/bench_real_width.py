@@ -43,6 +43,7 @@ class Cost:
     columns: int
     rows: int  # of a weight, at a time
     watching: float  # times the product with as many outputs as inputs
+    held: float  # by a calibration, of one linear
     idle: float
     peak: float
     rounding: dict[str, tuple[float, float, float]]
@@ -87,7 +88,9 @@ def measure(columns: int, threads: int, levels: list[str]) -> Cost:
     rows = next(row_chunks((columns, columns), values=FED_BACK)).stop
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
     found = {name: rounding(encoding(name, columns), weight, moments) for name in levels}
-    return Cost(columns, rows, watching / product, idle, resident(), found)
+    sums = moments.square, moments.directions, moments.blocks
+    held = sum(each.nbytes for each in sums) / 1e9
+    return Cost(columns, rows, watching / product, held, idle, resident(), found)
 
 
 def encoding(name: str, columns: int) -> Encoding:
@@ -130,6 +133,7 @@ def whole_copy(costs: dict[int, Cost]) -> list[str]:
     lines = [
         f"a copy, modelled ({share:.1%} of its weights have these widths):",
         f"  calibrating takes {1 + watching:.2f} x the products of the pictures it samples",
+        f"  and holds {sum(costs[k].held for _, k in known):.1f} GB of sums",
     ]
     for name in next(iter(costs.values())).rounding:
         plain = led = roots = 0.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from pathlib import Path
 
 BLUE, ORANGE, GREY, GREEN = "#2b6cb0", "#dd6b20", "#777777", "#2f855a"
-_SIDE = "peers, side runs (12 captions or unknown)"
 PACK = {"native": (BLUE, "chosen, safetensors"), "gguf": (ORANGE, "chosen, GGUF")}
 
 
@@ -30,43 +30,43 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return 1 - 6 * off / (n * (n * n - 1))
 
 
-def draw(pareto: Path, by_chance: Path, peers: Path, folder: Path) -> None:
-    """Write both plots into ``folder``."""
+def draw(pareto: Path, by_chance: Path, levels: Path, folder: Path) -> None:
+    """Write both plots into ``folder``; ``levels``: the committed table, for the peers."""
     import matplotlib
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    _pareto(read(pareto), read(peers), folder / "chooser-pareto.png")
-    _foretold(read(pareto), read(by_chance), folder / "chooser-foretold.png")
+    peers = [row for row in read(levels) if not row["level"].startswith("ours")]
+    if rows := read(pareto):
+        _pareto(rows, peers, folder / "chooser-pareto.png")
+    if rows := read(by_chance):
+        _foretold(rows, read(pareto), folder / "chooser-foretold.png")
+
+
+def _models(rows: list[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(row["model"] for row in rows))
 
 
 def _pareto(rows: list[dict[str, str]], peers: list[dict[str, str]], path: Path) -> None:
     from matplotlib import pyplot
 
-    models = list(dict.fromkeys(row["model"] for row in rows))
+    models = _models(rows)
     figure, panels = pyplot.subplots(
         1, len(models), figsize=(6 * len(models), 6.4), sharex=True, sharey=True, squeeze=False
     )
     for panel, model in zip(panels[0], models, strict=True):
         own = [row for row in rows if row["model"] == model]
         for container, (colour, label) in PACK.items():
-            budgets = [
-                r for r in own
-                if r["container"] == container and r["chosen"].endswith("bits")
-            ]  # fmt: skip
-            budgets.sort(key=lambda r: float(r["bits"]))
-            x, y = ([float(r[key]) for r in budgets] for key in ("bits", "dB"))
-            bars = [
-                [float(r["dB"]) - float(r["low"]) for r in budgets],
-                [float(r["high"]) - float(r["dB"]) for r in budgets],
-            ]
-            panel.errorbar(x, y, bars, marker="o", ms=4, lw=1.6, color=colour, label=label)
-            single = [r for r in own if r["container"] == container and "bits" not in r["chosen"]]
-            _points(panel, single, "chosen", colour, "s", None)
-        there = [r for r in peers if r["model"] == model]
-        for mark, of_table, label in (("x", True, "peers, 64 captions"), ("+", False, _SIDE)):
-            some = [r for r in there if r["source"].startswith("pocket-table") == of_table]
-            _points(panel, some, "system", GREY, mark, label)
+            there = [r for r in own if r["container"] == container]
+            budgets = [r for r in there if r["chosen"].endswith("bits")]
+            _curve(panel, budgets, colour, label, "-")
+            built_in = [r for r in there if "built-in" in r["chosen"]]
+            if built_in:
+                _curve(panel, built_in, colour, f"{label}, by the built-in gains", ":")
+            single = [r for r in there if "bits" not in r["chosen"]]
+            _points(panel, single, ("chosen", "dB"), colour, "s", None)
+        some = [r for r in peers if r["model"] == model]
+        _points(panel, some, ("level", "sqnr"), GREY, "x", "others, 64 or 32 captions")
         panel.set_title(model)
         panel.set_xlim(3.8, 9.8)  # names stand right of their points
         panel.set_xlabel("bits a weight of the linears in the blocks")
@@ -79,11 +79,23 @@ def _pareto(rows: list[dict[str, str]], peers: list[dict[str, str]], path: Path)
     figure.savefig(path, dpi=110)
 
 
-def _points(panel, rows, name: str, colour: str, mark: str, label: str | None) -> None:
+def _curve(panel, rows: list[dict[str, str]], colour: str, label: str, line: str) -> None:
+    """Mixes by size, with their intervals."""
+    rows = sorted(rows, key=lambda row: float(row["bits"]))
+    x, y, low, high = ([float(r[key]) for r in rows] for key in ("bits", "dB", "low", "high"))
+    bars = [
+        [b - a for a, b in zip(low, y, strict=True)],
+        [b - a for a, b in zip(y, high, strict=True)],
+    ]
+    panel.errorbar(x, y, bars, marker="o", ms=4, lw=1.6, ls=line, color=colour, label=label)
+
+
+def _points(panel, rows, keys: tuple[str, str], colour: str, mark: str, label: str | None) -> None:
     """Single systems, each with its name, which moves down where another one stands."""
+    name, measured = keys
     taken = getattr(panel, "names_at", [])
-    for at, row in enumerate(sorted(rows, key=lambda row: -float(row["dB"]))):
-        x, y = float(row["bits"]), float(row["dB"])
+    for at, row in enumerate(sorted(rows, key=lambda row: -float(row[measured]))):
+        x, y = float(row["bits"]), float(row[measured])
         panel.plot(x, y, mark, ms=5, color=colour, label=label if at == 0 else None, alpha=0.85)
         place = y
         while any(abs(place - v) < _LINE and abs(x - u) < _WIDE for u, v in taken):
@@ -99,21 +111,27 @@ def _points(panel, rows, name: str, colour: str, mark: str, label: str | None) -
 _LINE, _WIDE = 1.1, 1.7  # dB and bits that a name takes
 
 
-def _foretold(rows: list[dict[str, str]], by_chance: list[dict[str, str]], path: Path) -> None:
+def spread(rows: list[dict[str, str]]) -> tuple[float, float, float]:
+    """(rank correlation, mean of foretold minus measured dB, its standard deviation)."""
+    foretold, found = ([float(row[key]) for row in rows] for key in ("foretold", "dB"))
+    off = [a - b for a, b in zip(foretold, found, strict=True)]
+    return rank_correlation(foretold, found), statistics.mean(off), statistics.stdev(off)
+
+
+def _foretold(by_chance: list[dict[str, str]], chosen: list[dict[str, str]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(5.6, 5.2))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    groups = [("by chance, clean", by_chance, GREY)]
-    for model, colour in zip(models, (BLUE, ORANGE, GREEN), strict=False):
-        chosen = [r for r in rows if r["model"] == model and "built-in" not in r["chosen"]]
-        groups.append((f"chosen and single levels, {model}", chosen, colour))
-    for label, found, colour in groups:
-        x, y = ([float(r[key]) for r in found] for key in ("foretold", "dB"))
-        if len(x) > 2:
-            label = f"{label}: rank correlation {rank_correlation(x, y):.3f}"
-        panel.plot(x, y, "o", ms=4, color=colour, label=label, alpha=0.85)
-    ends = [float(r[key]) for _, found, _ in groups for r in found for key in ("foretold", "dB")]
+    for model, colour in zip(_models(by_chance), (BLUE, ORANGE, GREEN), strict=False):
+        for rows, mark, of in ((by_chance, "o", "by chance"), (chosen, "+", "")):
+            found = [r for r in rows if r["model"] == model and "built-in" not in r["chosen"]]
+            x, y = ([float(r[key]) for r in found] for key in ("foretold", "dB"))
+            label = None
+            if of:
+                label = f"{model}, {of}: rank correlation {rank_correlation(x, y):.3f}"
+            panel.plot(x, y, mark, ms=4.5, color=colour, label=label, alpha=0.85)
+    panel.plot([], [], "+", color=GREY, label="chosen for a size, and single levels")
+    ends = [float(r[k]) for r in (*by_chance, *chosen) for k in ("foretold", "dB")]
     panel.plot([min(ends), max(ends)], [min(ends), max(ends)], lw=0.8, color="#bbbbbb")
     panel.set_xlabel("foretold (dB)")
     panel.set_ylabel("measured latent SQNR (dB)")

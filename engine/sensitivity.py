@@ -5,7 +5,9 @@ carried back through all steps, with guidance and through both copies: what it b
 output of a linear says how an error there moves the picture. Multiplied with the error that a
 quantized file's weight makes of the very inputs, and summed over tokens and steps, as the errors of
 one weight are alike everywhere, that is the part that arrives; rows of a weight are rounded apart,
-so theirs add as energies. One walk back measures every linear of both copies, where trying them one
+so theirs add as energies. Rounded inputs err otherwise at every token and step, so that far less of
+that arrives, and the more the coarser their steps are; their errors are summed beside the others',
+in columns. One walk back measures every linear of both copies, where trying them one
 by one would take a picture each.
 
 Memory: the two copies, the inputs of the transformer blocks of one pass, and one block's record:
@@ -25,9 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import OpError
 from ..ops.fused import dense
+from ..ops.rotation import rotate
 from ..ops.wide import wide_sum
 from ..quant.measure import dense_rows
-from ..quant.sensitivity import Sensitivity, Sums
+from ..quant.sensitivity import Part, Sensitivity, Sums
+from ..quant.treatments import rotation_group
 from ..sampling import StepPlan, grid_size
 from .calibrate import Prompt, watched
 from .generate import GenerateRequest, Models, initial_noise, sample
@@ -36,6 +40,8 @@ from .transformer import Prepared, prepare, recorded_velocity
 Progress = Callable[[int, int], None]
 
 _LEAST = 1e-250  # energy of which a logarithm is taken
+_SMALLEST = 1e-30
+_INPUTS = (127, 7)  # largest codes of inputs rounded to 8 and to 4 bits
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class _Walk:
         size = before.pop().double().norm().item()
         generator = torch.Generator().manual_seed(probes.seed + index)
         torch.randn(noise.shape, generator=generator)  # the picture's own noise is no chance to it
-        arrived = dict.fromkeys(self.taps, 0.0)
+        arrived = {key: [0.0] * len(tap.arrived) for key, tap in self.taps.items()}
         with self._tapped():
             for _ in range(probes.directions):
                 direction = torch.randn(noise.shape, generator=generator).to(device) / size
@@ -121,11 +127,12 @@ class _Walk:
                 for step, latents in zip(reversed(self.steps), reversed(before), strict=True):
                     direction = self._step_back(step, latents.to(device), direction, conditional)
                 for key, tap in self.taps.items():
-                    arrived[key] += tap.arrived / probes.directions
-        return {
-            key: Sums(1, math.log(max(arrived[key], _LEAST)), tap.error, tap.signal)
-            for key, tap in self.taps.items()
+                    arrived[key] = [a + b for a, b in zip(arrived[key], tap.arrived, strict=True)]
+        logs = {
+            key: [math.log(max(energy / probes.directions, _LEAST)) for energy in energies]
+            for key, energies in arrived.items()
         }
+        return {key: tap.sums(logs[key]) for key, tap in self.taps.items()}
 
     def _step_back(
         self, step: StepPlan, x: Tensor, direction: Tensor, conditional: Prepared
@@ -182,13 +189,21 @@ class _Tap:
 
     def begin(self) -> None:
         """Forget what was summed."""
-        self._rows = torch.zeros(self._module.weight.shape[0], dtype=torch.float64)
-        self.error = self.signal = 0.0
+        n, k = self._module.weight.shape
+        self._sums = [torch.zeros(size, dtype=torch.float64) for size in (n, *(k for _ in _INPUTS))]
+        self._errors = [0.0] * len(self._sums)
+        self._signal = 0.0
 
     @property
-    def arrived(self) -> float:
-        """Energy in the final latents, along the direction of one walk back."""
-        return self._rows.square().sum().item()
+    def arrived(self) -> list[float]:
+        """Energy in the final latents, along the direction of one walk back: of the weight's error,
+        then of inputs rounded to 8 and to 4 bits."""
+        return [each.square().sum().item() for each in self._sums]
+
+    def sums(self, logs: Sequence[float]) -> Sums:
+        """Of one picture, ``logs`` of what arrived."""
+        parts = (Part(*each) for each in zip(logs, self._errors, strict=True))
+        return Sums(1, self._signal, *parts)
 
     def attach(self):
         """Follow the module's outputs until the handle is removed."""
@@ -205,9 +220,21 @@ class _Tap:
         off = dense_rows(self._quantized, every).to(true.device) - true
         x, gradient = (each.reshape(-1, each.shape[-1]).float() for each in (x, gradient))
         error = x @ off.t()
-        self._rows += wide_sum(gradient * error, 0).cpu()
-        self.error += wide_sum(error.square()).item()
-        self.signal += wide_sum((x @ true.t()).square()).item()
+        self._add(0, gradient * error, error.square())
+        self._signal += wide_sum((x @ true.t()).square()).item()
+        group = rotation_group(x.shape[1])
+        back, x, true = (
+            t if group is None else rotate(t, group) for t in (gradient @ true, x, true)
+        )
+        energies = true.square().sum(0)
+        for place, limit in enumerate(_INPUTS, 1):
+            step = x.abs().amax(1, keepdim=True).clamp_min(_SMALLEST) / limit
+            error = (x / step).round_().mul_(step).sub_(x)
+            self._add(place, back * error, energies * error.square())
+
+    def _add(self, place: int, arriving: Tensor, energy: Tensor) -> None:
+        self._sums[place] += wide_sum(arriving, 0).cpu()
+        self._errors[place] += wide_sum(energy).item()
 
 
 def _anchor(like: Tensor) -> Tensor:

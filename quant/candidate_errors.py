@@ -17,7 +17,8 @@ from .int4_encoding import ConvrotInt4
 from .layer_stats import LayerStats
 from .measure import dense_rows
 from .packed_encoding import PackedInt8
-from .storage import INPUT_LIMITS, storage_encoding
+from .sensitivity import Loss
+from .storage import INPUT_LIMITS, INT4, storage_encoding
 from .treatments import Treatment
 
 ROWS = 128
@@ -39,13 +40,13 @@ def candidate_errors(
     *,
     feedback: bool = True,
     tried: int = ROWS,
-) -> dict[str, float]:
+) -> dict[str, Loss]:
     """Storage -> relative error energy of a linear's outputs, for those that fit its rows.
 
     ``weight`` [N, K], quantized or not; ``stats``: its calibration, without which all inputs
     count alike; ``int8``: what that chose for INT8. Codes of ``tried`` rows are rounded as the
-    file's will be, with ``feedback`` or without. What inputs rounded to 8 or 4 bits cost is added
-    where a storage is multiplied so: as calibrated for 8, and by the step's square for 4.
+    file's will be, with ``feedback`` or without. What inputs rounded to 8 or 4 bits cost stands
+    beside it where a storage is multiplied so: as calibrated for 8, and by the step's square for 4.
     """
     shape: Shape = tuple(weight.shape)
     rows = _some_rows(weight, tried)
@@ -54,7 +55,7 @@ def candidate_errors(
     encodings = {n: storage_encoding(n, container, shape, int8) for n in names}
     encodings = {n: e for n, e in encodings.items() if e is not None}
     led = _led(encodings, inputs, feedback)
-    found = {name: energy.lost(rows, encoding) for name, encoding in led.items()}
+    found = {name: Loss(energy.lost(rows, encoding)) for name, encoding in led.items()}
     cost: dict[Treatment, float] = {}
     for name in found.keys() & INPUT_LIMITS.keys():
         grid = NativeInt8(encodings[name].rotation, getattr(encodings[name], "smooth", None))
@@ -62,7 +63,10 @@ def candidate_errors(
         treatment = Treatment(alpha, grid.rotation is not None)
         if treatment not in cost:
             cost[treatment] = _inputs_cost(rows, grid, stats, treatment.name, energy)
-        found[name] += cost[treatment] * (127 / INPUT_LIMITS[name]) ** 2
+        steps = (127 / INPUT_LIMITS[name]) ** 2
+        found[name] = found[name]._replace(
+            **{"int4" if name == INT4 else "int8": cost[treatment] * steps}
+        )
     return {name: found[name] for name in encodings}
 
 

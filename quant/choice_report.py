@@ -126,7 +126,7 @@ def gains_table(sensitivity: Sensitivity) -> str:
     kinds: dict[tuple[str, str], dict[str, float]] = {}
     for key, sums in sensitivity.linears.items():
         copy, _, module = key.partition(".")
-        kinds.setdefault((copy, module.rpartition(".")[2]), {})[module] = sums.gain
+        kinds.setdefault((copy, module.rpartition(".")[2]), {})[module] = sums.gain.weight
     rows = []
     for (copy, kind), gains in kinds.items():
         largest = max(gains, key=gains.get)

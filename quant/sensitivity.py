@@ -2,8 +2,10 @@
 
 The gain of a linear is the relative error energy of the final latents for a relative error energy
 of one in its outputs, to first order; errors of different linears add as if independent
-(docs/error-sources.md). ``engine.sensitivity`` measures gains; without a measurement those of the
-pocket model stand in, by kind of linear and copy.
+(docs/error-sources.md). A rounded weight errs alike at every token and step, inputs rounded to 8
+bits do not, and those rounded to 4 are between: each has a gain of its own.
+``engine.sensitivity`` measures gains; without a measurement those of the pocket model stand in, by
+kind of linear and copy.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpoint.copy_names import CONDITIONAL
 from ..files.new_file import check_output, replaced
@@ -24,24 +27,47 @@ from .choose import Linear
 from .errors import CalibrationError
 
 FORMAT = "ideogram4-quant sensitivity"
-VERSION = 1
+VERSION = 2
 _MAX_BYTES = 32 << 20
 _MAX_LINEARS = 10_000
 _MOST_LOG = 600.0  # a double's exponent
 
+
+class Loss(NamedTuple):
+    """Relative error energy of a linear's outputs: by its rounded weight, by inputs rounded to 8
+    bits, by inputs rounded to 4."""
+
+    weight: float
+    int8: float = 0.0
+    int4: float = 0.0
+
+
+class Gain(NamedTuple):
+    """What of a :class:`Loss` arrives in the final latents, for 1 of each."""
+
+    weight: float
+    int8: float
+    int4: float
+
+    def of(self, loss: Loss) -> float:
+        """Relative error energy of the final latents."""
+        return sum(gain * lost for gain, lost in zip(self, loss, strict=True))
+
+
 DEFAULT_LAYERS = 4
 """Transformer blocks of the model that :data:`DEFAULT_GAINS` were measured on."""
 
-# The conditional copy's, of the pocket model, each linear quantized alone to calibrated W4A8: the
-# relative error energy of the final latents over that of its outputs, geometric means over blocks
-# (16 held-out captions, default preset). First match wins; linears outside the blocks count as w1.
-DEFAULT_GAINS: tuple[tuple[str, float], ...] = (
-    ("*.feed_forward.w2", 2.5),
-    ("*.feed_forward.w3", 0.025),
-    ("*.attention.o", 0.2),
-    ("*.attention.qkv", 0.0045),
-    ("*.adaln_modulation", 0.04),
-    ("*", 0.12),
+# The conditional copy's, of the pocket model. Of weights: each linear quantized alone to calibrated
+# W4A8, the relative error energy of the final latents over that of its outputs, geometric means
+# over blocks (16 held-out captions, default preset). Of inputs: as much less as ``sensitivity``
+# finds. First match wins; linears outside the blocks count as w1.
+DEFAULT_GAINS: tuple[tuple[str, Gain], ...] = (
+    ("*.feed_forward.w2", Gain(2.5, 0.19, 0.74)),
+    ("*.feed_forward.w3", Gain(0.025, 0.0019, 0.0043)),
+    ("*.attention.o", Gain(0.2, 0.0076, 0.02)),
+    ("*.attention.qkv", Gain(0.0045, 0.0026, 0.0073)),
+    ("*.adaln_modulation", Gain(0.04, 0.0096, 0.024)),
+    ("*", Gain(0.12, 0.0091, 0.019)),
 )
 """Gains by kind of linear in the conditional copy, for a model that was not measured."""
 
@@ -51,32 +77,55 @@ both as ``g`` and ``g - 1``, and both copies are hurt alike (docs/pairs.md). The
 share is 0.03 to 0.12: the scale that its copies are exported with, which no other model has."""
 
 
-@dataclass(frozen=True)
-class Sums:
-    """What was summed of one linear: the natural logarithm of the energy that ``arrived`` in a
-    picture's final latents, relative to theirs; ``error`` and ``signal`` energy of its outputs."""
+class Part(NamedTuple):
+    """Of one kind of error of a linear: natural logarithms of the energy that ``log_arrived`` in
+    pictures' final latents, relative to theirs, and the ``error`` energy of its outputs: sums."""
 
-    pictures: int = 0
     log_arrived: float = 0.0
     error: float = 0.0
+
+
+_NONE = Part()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What was summed of one linear over ``pictures``: ``signal``, the energy of its outputs, and a
+    part for each kind of error of a :class:`Loss`."""
+
+    pictures: int = 0
     signal: float = 0.0
+    weight: Part = _NONE
+    int8: Part = _NONE
+    int4: Part = _NONE
 
     def plus(self, other: Sums) -> Sums:
         """Both together."""
-        return Sums(
-            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
+        return Sums.of([a + b for a, b in zip(self.flat(), other.flat(), strict=True)])
+
+    def flat(self) -> list[float]:
+        """As numbers, in their order."""
+        return [self.pictures, self.signal, *self.weight, *self.int8, *self.int4]
+
+    @classmethod
+    def of(cls, flat: Sequence[float]) -> Sums:
+        """Of what :meth:`flat` gives."""
+        pictures, signal, *rest = flat
+        return cls(pictures, signal, *map(Part, rest[::2], rest[1::2]))
 
     @property
-    def gain(self) -> float:
+    def gain(self) -> Gain:
         """Relative error energy that arrives, for one of 1 in the outputs; 0 for no error.
 
         Of the typical picture: a mean of logarithms, as a mean of decibels is. A few pictures are
         near to becoming others, and would be most of a mean of energies.
         """
-        if not self.error:
+        return Gain(*map(self._gain, (self.weight, self.int8, self.int4)))
+
+    def _gain(self, part: Part) -> float:
+        if not part.error:
             return 0.0
-        return math.exp(self.log_arrived / self.pictures) * self.signal / self.error
+        return math.exp(part.log_arrived / self.pictures) * self.signal / part.error
 
 
 @dataclass(frozen=True)
@@ -93,7 +142,7 @@ class Sensitivity:
     done: tuple[str, ...] = ()
     path: Path | None = None
 
-    def gain(self, copy: str, module: str) -> float | None:
+    def gain(self, copy: str, module: str) -> Gain | None:
         """The gain of a linear; None if it was not measured."""
         sums = self.linears.get(f"{copy}.{module}")
         return None if sums is None else sums.gain
@@ -107,7 +156,7 @@ class Sensitivity:
             "models": dict(self.models),
             "settings": dict(self.settings),
             "done": list(self.done),
-            "linears": {key: list(vars(sums).values()) for key, sums in self.linears.items()},
+            "linears": {key: sums.flat() for key, sums in self.linears.items()},
         }
         with replaced(target) as file:
             file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -121,17 +170,18 @@ class Sensitivity:
         return cls(linears, record["models"], record["settings"], tuple(record["done"]), path)
 
 
-def default_gain(copy: str, module: str, layers: int) -> float:
+def default_gain(copy: str, module: str, layers: int) -> Gain:
     """The pocket model's gain for this kind of linear, the unconditional copy's by its part in
     guidance; a block's share falls with their number."""
     found = next(gain for pattern, gain in DEFAULT_GAINS if fnmatchcase(module, pattern))
     share = 1.0 if copy == CONDITIONAL else UNCONDITIONAL_SHARE
-    return found * share * DEFAULT_LAYERS / max(layers, 1)
+    share *= DEFAULT_LAYERS / max(layers, 1)
+    return Gain(*(gain * share for gain in found))
 
 
 def gains_of(
     sensitivity: Sensitivity | None, linears: list[Linear], digests: Mapping[str, str]
-) -> dict[Linear, float]:
+) -> dict[Linear, Gain]:
     """The gain of each of ``linears``: measured, or the pocket model's without a measurement.
 
     ``digests``: copy -> SHA-256 of the files to quantize. Raises CalibrationError for a measurement
@@ -198,16 +248,17 @@ def _record(path: Path) -> dict[str, object]:
 def _sums(path: Path, key: str, entry: object) -> Sums:
     usable = (
         isinstance(entry, list)
-        and len(entry) == len(vars(Sums()))
+        and len(entry) == len(Sums().flat())
         and type(entry[0]) is int
         and all(type(value) in (int, float) and abs(value) < math.inf for value in entry)
         and entry[0] > 0
-        and abs(entry[1]) < _MOST_LOG * entry[0]
-        and min(entry[2:]) >= 0
+        and max(map(abs, entry[2::2])) < _MOST_LOG * entry[0]
+        and min(entry[1::2]) >= 0
     )
     if not usable:
         raise CalibrationError(
             "sums are not usable", file=path, tensor=key[:120], found=repr(entry)[:80],
-            needed="pictures, log_arrived, error, signal: finite, none negative but the second",
+            needed="pictures, signal, a logarithm and an error of weight, int8 and int4: finite, "
+            "none but logarithms negative",
         )  # fmt: skip
-    return Sums(*entry)
+    return Sums.of(entry)

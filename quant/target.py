@@ -30,7 +30,7 @@ from .provenance import combined_hash, hash_files
 from .quantize import metadata_of, plan_quantization, quantize_checkpoint
 from .recipes import MIXED, QuantOptions
 from .report import QuantReport
-from .sensitivity import Sensitivity, gains_of
+from .sensitivity import Loss, Sensitivity, gains_of
 from .source import BaseLike, check_levels, files_of
 from .storage import STORAGES
 from .target_files import CopyFile, Part, container_of_outputs, open_files
@@ -96,11 +96,11 @@ def choose_storage(
     others = other_bytes(container, options, shapes, targets)
     check_target(target.nbytes, target.said, container, offered, others)
     check_needed(target, offered, others, timed)
-    errors = _measured(container, options, files, targets, int8, digests, device, progress)
+    losses = _measured(container, options, files, targets, int8, digests, device, progress)
     rungs = {
         key: [
-            Rung(offered[key][name], gains[key] * error, name)
-            for name, error in errors[key].items()
+            Rung(offered[key][name], gains[key].of(loss), name)
+            for name, loss in losses[key].items()
             if name in offered[key]
         ]
         for key in targets
@@ -215,12 +215,12 @@ def _measured(
     digests: Mapping[str, str],
     device: torch.device,
     progress: Progress,
-) -> dict[Linear, dict[str, float]]:
+) -> dict[Linear, dict[str, Loss]]:
     """What each storage of each linear costs, reading one weight at a time."""
     calibration = options.calibration
     feedback = rounding_of(options) == "feedback"
     total, done = sum(shape[0] * shape[1] for shape in targets.values()), 0
-    found: dict[Linear, dict[str, float]] = {}
+    found: dict[Linear, dict[str, Loss]] = {}
     for file in files:
         names = {f"{module}.weight" for copy, module in targets if copy == file.copy}
         stream = file.checkpoint.stream(file.copy, dtype=torch.float32, only=names)

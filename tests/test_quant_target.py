@@ -15,7 +15,7 @@ from ideogram4_quant.quant import QuantOptions, quantize_checkpoint
 from ideogram4_quant.quant.allocation import Rung, allocate, allocate_within
 from ideogram4_quant.quant.candidate_errors import candidate_errors
 from ideogram4_quant.quant.output_names import named_after
-from ideogram4_quant.quant.sensitivity import default_gain
+from ideogram4_quant.quant.sensitivity import Gain, Loss, default_gain
 from ideogram4_quant.quant.storage import STORAGES
 from ideogram4_quant.quant.target_times import JOB, modelled_level, times
 from ideogram4_quant.tests import quant_model as model
@@ -77,7 +77,8 @@ def test_errors_of_both_copies_meet_as_seven_to_six():
     """docs/pairs.md: at the copies' own scale guidance alone makes the difference."""
     for kind in ("feed_forward.w2", "attention.qkv", "adaln_modulation"):
         first, second = (default_gain(copy, f"layers.3.{kind}", 34) for copy in COPIES)
-        assert second / first == pytest.approx(36 / 49)
+        for one, other in zip(first, second, strict=True):
+            assert other / one == pytest.approx(36 / 49)
 
 
 def test_four_bits_of_inputs_cost_what_their_step_does():
@@ -85,8 +86,17 @@ def test_four_bits_of_inputs_cost_what_their_step_does():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     found = candidate_errors(weight, ("W4A4", "INT8"), "native", None, None)
     inputs = (4.5 / 7) ** 2 / 12
-    assert inputs < found["W4A4"] < inputs + 0.03  # its weights' error is about 0.02
-    assert found["INT8"] < 2e-4
+    assert found["W4A4"].int4 == pytest.approx(inputs)
+    assert found["W4A4"].int8 == 0
+    assert 0.01 < found["W4A4"].weight < 0.03  # 15 levels of a Gaussian
+    assert found["INT8"].int8 == pytest.approx((4.5 / 127) ** 2 / 12)
+    assert found["INT8"].int4 == 0
+    assert found["INT8"].weight < 1e-4
+
+
+def test_what_weights_and_inputs_lose_arrives_by_gains_of_their_own():
+    loss = Loss(0.1, int8=0.01, int4=0.001)
+    assert Gain(2.0, 3.0, 5.0).of(loss) == pytest.approx(0.2 + 0.03 + 0.005)
 
 
 def test_the_copies_of_one_choice_are_found_though_their_linears_differ(tmp_path):
