@@ -101,7 +101,7 @@ def test_q8_0_is_torchs_to_the_bit(encoder, without, kind, dtype):
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
 def test_q8_0_ends_at_any_block(encoder, without, count):
-    """Blocks are taken 16 at a time; the last are fewer, and nothing is written behind them."""
+    """Blocks are taken 16 at a time; the last of a tensor may be fewer."""
     rows = weights("outliers", 1, 32 * count).bfloat16()
     expected = without(lambda: quantize(rows.float(), "Q8_0"))
     made, lost = encoder.q8_0(rows)
