@@ -90,7 +90,9 @@ def test_flash_is_taken_to_reach_no_more_than_was_measured_elsewhere():
     assert shares == pytest.approx({"RTX 4090": 0.778, "RTX 5090": 0.827}, rel=1e-2)
     assert min(shares.values()) >= known.ASSUMED.attention
     # what carries it over to the 3090: operations of a multiprocessor in a cycle
-    per_cycle = [c.bf16 / c.multiprocessors / c.clock for c in map(known.card, [*shares, "RTX 3090"])]
+    per_cycle = [
+        c.bf16 / c.multiprocessors / c.clock for c in map(known.card, [*shares, "RTX 3090"])
+    ]
     assert per_cycle == pytest.approx([512] * 3, rel=0.01)
 
 
