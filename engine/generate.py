@@ -13,7 +13,9 @@ from diffusers import Ideogram4Transformer2DModel
 from PIL import Image
 from torch import Tensor
 
+from ..checkpoint.copies import COPIES
 from ..errors import OpError
+from ..ops.finite import check_latents
 from ..sampling import (
     StepPlan,
     combine,
@@ -159,7 +161,8 @@ def generate(
     ``progress(steps done, steps)`` and ``callback(step, latents)`` are called after every step.
     ``features`` [L, llm_features_dim] stand in for the encoder, ``noise`` [1, N, C] for the seed;
     ``init_image`` is resized to the request's size. OpError for settings that do not fit, a warning
-    where there is nothing to guide away from. `sampling.check_size` says which sizes were trained.
+    where there is nothing to guide away from; OpError, too, for a picture that came out as no
+    numbers, with the weight that did it. `sampling.check_size` says which sizes were trained.
     """
     steps = request.plan(one_branch=models.one_branch)
     check_branches(request, models.one_branch, models.unconditional is not None)
@@ -196,6 +199,8 @@ def generate(
                 callback(step, latents)
             if progress is not None:
                 progress(step.index + 1, len(steps))
+        copies = (models.conditional, models.unconditional)
+        check_latents(latents, dict(zip(COPIES, copies, strict=True)))
 
     with _timed(seconds, "decode", weight.device):
         image = models.vae.decode(latents, rows, columns)[0]

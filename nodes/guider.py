@@ -19,7 +19,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
+from ..checkpoint.copies import CONDITIONAL, COPIES, UNCONDITIONAL
+from ..ops.finite import check_latents
 from ..sampling import StepPlan, step_at
 from . import one_copy, residency
 from .guidance import Guidance
@@ -92,17 +93,26 @@ class DualCopyGuider(comfy.samplers.CFGGuider):
         self.passes = Passes()
         if self.unconditional is None:
             self.kept = residency.BOTH  # all that there is; the host streams what does not fit
-            return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            found = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            return self._checked(found)
         self._negative = comfy.sampler_helpers.convert_cond(IMAGE_ONLY)
         self._unconditional_options = self._own_options(sigmas)
         self._settle_residency(noise)
         try:
-            return super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            found = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            return self._checked(found)
         finally:
             # the host cleans additional models up after a good run only, and this clone never
             if self.one_copy or self.unconditional.model.current_patcher is not None:
                 self.unconditional.cleanup()
             self._last_velocity = self._turn = None
+
+    def _checked(self, latents: Tensor) -> Tensor:
+        """The latents, which are numbers: OpError names the weight that made them none."""
+        copies = dict(zip(COPIES, (self.model_patcher, self.unconditional), strict=True))
+        models = {c: p and p.model.diffusion_model for c, p in copies.items()}
+        check_latents(latents, models)
+        return latents
 
     def inner_sample(
         self, noise, latent_image, device, sampler, sigmas, denoise_mask, *args, **kwargs

@@ -21,6 +21,7 @@ from ideogram4_quant.diagnostics.doctor.comfyui import find_host, model_folders
 from ideogram4_quant.diagnostics.doctor.machine import Device
 from ideogram4_quant.diagnostics.doctor.main_memory import SYSTEM
 from ideogram4_quant.ops.dispatch import BackendReport
+from ideogram4_quant.quant import quantize_checkpoint
 from ideogram4_quant.tests.tiny_writer import write_tiny_writer
 
 GB = 10**9
@@ -82,6 +83,28 @@ def test_encoders_that_write_are_told_from_others(comfyui, capsys, tmp_path):
     text = capsys.readouterr().out
     assert "with the head of any_name.safetensors, not of pictures" in text
     assert "with the head of model.safetensors, of pictures too" in text
+
+
+def test_copies_of_two_levels_are_a_pair(comfyui, tiny, capsys):
+    """Nothing else is there, so that is what auto takes: it has no size of its own to look up."""
+    models = comfyui / "models"
+    pair = {"INT8 W8A8 rotated": tiny.conditional_file, "Q4_K": tiny.unconditional_file}
+    for level, source in pair.items():
+        suffix = "gguf" if level == "Q4_K" else "safetensors"
+        out = models / "diffusion_models" / f"{source.stem}_{level.split()[0]}.{suffix}"
+        quantize_checkpoint(source, level, out)
+    (models / "text_encoders" / "encoder").symlink_to(tiny.encoder_dir, target_is_directory=True)
+    (models / "vae" / "vae.safetensors").symlink_to(tiny.vae_file)
+    code, found = as_json(capsys)
+    assert (code, found["auto"]) == (0, "INT8 W8A8 rotated + Q4_K")
+    cli.main(["doctor"])
+    assert "INT8 W8A8 rotated + Q4_K" in capsys.readouterr().out
+    next((models / "diffusion_models").glob("*.gguf")).unlink()
+    code, found = as_json(capsys)
+    assert (code, found["missing"]) == (
+        1,
+        ["no unconditional copy beside the conditional one (INT8 W8A8 rotated): no guidance"],
+    )
 
 
 def test_empty_comfyui_lacks_everything(comfyui, capsys):

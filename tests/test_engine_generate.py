@@ -17,6 +17,7 @@ from ideogram4_quant.engine.generate import GenerateRequest, Models, generate, i
 from ideogram4_quant.engine.loading import load_pair, open_pair
 from ideogram4_quant.engine.vae import load_vae
 from ideogram4_quant.errors import CheckpointError, OpError, PairMismatchError
+from ideogram4_quant.quant import quantize_checkpoint
 from ideogram4_quant.tests.tiny_model import CONFIG, canonical_state, random_transformer
 
 PROMPT = '{"high_level_description":"a word"}'
@@ -201,3 +202,25 @@ def test_pairs_of_two_sizes(tiny, tmp_path):
     assert open_checkpoint(file).copies == ("unconditional",)
     with pytest.raises(PairMismatchError, match="num_layers 4 against 2"):
         open_pair(tiny.conditional_file, file)
+
+
+def test_a_picture_of_no_numbers_is_an_error_that_names_the_weight(tiny, models, tmp_path):
+    """A file whose headers are whole opens; one NaN would make a black picture."""
+    broken = tmp_path / "uncond.gguf"
+    quantize_checkpoint(tiny.unconditional_file, "Q4_0", broken)
+    data = bytearray(broken.read_bytes())
+    data[-4096:] = b"\xff" * 4096  # scales in float16, or floats: NaN
+    broken.write_bytes(data)
+    pair = open_pair(tiny.conditional_file, broken)
+    found = load_pair(pair, models.encoder, models.vae, device="cpu")
+    with pytest.raises(OpError, match="unconditional copy holds NaN") as raised:
+        generate(SMALL, found)
+    state = dict(pair[1].stream("unconditional", dtype=torch.float32))
+    dense = getattr(state[raised.value.tensor], "dequantize", lambda: state[raised.value.tensor])()
+    assert not dense.isfinite().all()
+
+
+def test_a_picture_of_no_numbers_from_weights_that_are_numbers(models):
+    width = models.conditional.config.llm_features_dim
+    with pytest.raises(OpError, match="ran into NaN or infinity"):
+        generate(SMALL, models, features=torch.full((5, width), torch.inf))

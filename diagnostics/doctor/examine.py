@@ -72,7 +72,10 @@ def examine(host: Host, *, sha256: bool = False) -> dict:
         "auto": chosen and chosen.label,
         "auto_pair": auto,
         "recommended": recommend(levels, order, expected, bool(encoders), bool(vaes)),
-        "missing": [*_missing(pairs, encoders, vaes, folders), *broken.values()],
+        "missing": [
+            *_missing([*pairs.values(), chosen], encoders, vaes, folders),
+            *broken.values(),
+        ],
         "notes": [
             *notes,
             *version_notes(versions()),
@@ -135,8 +138,9 @@ def _level(level: str, pair: Pair | None, device: Device, encoder: int, memory: 
     itemsize = 2 if device.bfloat16 else 4
     first, second = (copy_bytes(level),) * 2 if pair is None else pair.weight_bytes()
     fits = None if device.memory is None else residency((first, second), device.memory)
-    copies, held = (copy_bytes(level, itemsize),) * 2, 0
-    if pair is not None:
+    if pair is None:
+        copies, held = (copy_bytes(level, itemsize),) * 2, 0
+    else:
         copies, held = _in_memory(pair, itemsize)
     memory_of = main_memory(copies, encoder, fits, device.type, held)
     return {
@@ -192,14 +196,14 @@ def _auto(models: Catalogue, device: Device) -> Pair | None:
         return None
 
 
-def _missing(pairs: dict[str, Pair | None], encoders: list, vaes: list, folders: dict) -> list[str]:
+def _missing(pairs: list[Pair | None], encoders: list, vaes: list, folders: dict) -> list[str]:
     """What to download, for people."""
-    found = [pair for pair in pairs.values() if pair is not None]
+    found = [pair for pair in pairs if pair is not None]
     lines = []
     if not found:
         lines.append(f"no Ideogram 4 model: put both copies into {folders['diffusion_models'][-1]}")
     elif not any(pair.complete for pair in found):
-        levels = ", ".join(pair.level for pair in found)
+        levels = ", ".join(dict.fromkeys(pair.level for pair in found))
         lines.append(f"no unconditional copy beside the conditional one ({levels}): no guidance")
     elif all(pair.conditional.header.linears_only for pair in found):
         lines.append(
