@@ -7,6 +7,7 @@ import torch
 
 from ideogram4_quant.ops.grouped import unpack_int4
 from ideogram4_quant.ops.layouts import awq_tensor, w4a4_tensor
+from ideogram4_quant.ops.layouts.kept import keeps_change
 from ideogram4_quant.ops.layouts.weight import Weight
 from ideogram4_quant.quant.int4_encoding import ConvrotInt4
 from ideogram4_quant.tests import fixtures_storage as storage
@@ -111,3 +112,28 @@ def test_int4_costs_what_a_file_of_ours_costs(k):
     assert int(unpack_int4(baked._qdata).abs().max()) <= 7
     best = relative(encoding.decode(encoding.encode(wanted)), wanted)
     assert relative(baked.dequantize(), wanted) < 1.02 * best
+
+
+class Elsewhere:
+    """A weight on another device than its change: of no use before it is brought over."""
+
+    def __init__(self, weight):
+        self.inside, self._layout_cls = weight, weight._layout_cls
+        self._params, self.shape = weight._params, weight.shape
+
+    def narrow(self, *rows):
+        return Elsewhere(self.inside.narrow(*rows))
+
+    def to(self, device):
+        assert device == torch.device("cpu")
+        return self.inside
+
+
+@pytest.mark.parametrize("kind", COARSE)
+def test_a_weight_that_lies_elsewhere_than_its_change(kind):
+    """As ComfyUI patches one: values on the device, the weight where it was loaded."""
+    weight = as_loaded(make(kind, randn(N, K) * 0.02))
+    before = weight.dequantize()
+    nothing = keeps_change(Elsewhere(weight), before + low_rank(before, 0.3), weight)
+    everything = keeps_change(Elsewhere(weight), before, weight)
+    assert (nothing, everything) == (False, True)

@@ -7,7 +7,6 @@ and adds twice the error energy. So it is for changes that nearest loses.
 
 from __future__ import annotations
 
-import torch
 from comfy_kitchen.tensor.base import QuantizedTensor, get_layout_class
 from torch import Tensor
 
@@ -21,23 +20,24 @@ def keeps_change(stored: QuantizedTensor, wanted: Tensor, found: QuantizedTensor
     """Whether ``sum (found - stored) * (wanted - stored) >= KEPT * |wanted - stored|^2``.
 
     ``wanted`` float [N, K] is what ``stored`` was decoded to, in that dtype, and changed; ``found``
-    is its encoding. Neither is transposed.
+    is its encoding. Neither is transposed. ``stored`` may lie elsewhere: a host takes a weight that
+    it patches to the device before the model is there.
     """
     shape = tuple(wanted.shape)
     cut = get_layout_class(stored._layout_cls).can_slice_rows(stored._params)
     kept, energy = 0.0, 0.0
     for rows in row_chunks(shape, wanted.device) if cut else (slice(0, shape[0]),):
-        before = _decoded(stored, rows, wanted.dtype)
+        before = _decoded(stored, rows, wanted)
         change = wanted[rows].float() - before
-        kept += ((_decoded(found, rows, wanted.dtype) - before) * change).sum().item()
+        kept += ((_decoded(found, rows, wanted) - before) * change).sum().item()
         energy += change.square().sum().item()
     return kept >= KEPT * energy
 
 
-def _decoded(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """float32 [rows, K], rounded to ``dtype``."""
+def _decoded(weight: QuantizedTensor, rows: slice, like: Tensor) -> Tensor:
+    """float32 [rows, K] on the device of ``like``, rounded to its dtype."""
     whole = rows == slice(0, weight.shape[0])
     part = weight if whole else weight.narrow(0, rows.start, rows.stop - rows.start)
-    part = part.to(dtype=dtype)
+    part = part.to(like.device).to(dtype=like.dtype)
     # rows that cut through a rotated group come dense
     return (part.dequantize() if isinstance(part, QuantizedTensor) else part).float()
