@@ -46,7 +46,7 @@ def gguf_compute(level: str, compute: str, *, details: bool = False) -> str:
 def without_guidance(*, details: bool) -> str:
     """What leaving the unconditional copy out costs, and what it saves."""
     if not details:
-        return "half the memory and passes, but the caption is followed less closely"
+        return "half the memory and half the passes; the caption is followed less closely"
     time = figures()["choices"]["conditional alone"]["time"]
     return (
         f"half the memory and half the passes ({time} x the time on the pocket model, on a CPU); "

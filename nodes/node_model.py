@@ -119,8 +119,8 @@ class LoadIdeogram4(io.ComfyNode):
         chosen = {k: inputs[k] for k in ("level", *_FILE_INPUTS) if k in inputs}
         lora = inputs.get("unconditional_lora", NONE)
         try:
-            alone = not connected[1]
-            pair, bases = choose_files(**chosen, one_copy=lora != NONE, alone=alone)
+            one = {"one_copy": lora != NONE, "alone": _alone(connected)}
+            pair, bases = choose_files(**chosen, **one)
             files = [c.path for c in (pair.conditional, pair.unconditional) if c]
             beside = None if lora == NONE else host_stamp(LORA_FOLDERS, lora)
             return repr((connected, [stamp(path) for path in (*files, *bases)], beside))
@@ -147,7 +147,7 @@ class LoadIdeogram4(io.ComfyNode):
     ) -> io.NodeOutput:
         one_copy = unconditional_lora != NONE
         wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
-        alone = not wanted[1] and not one_copy
+        alone = _alone(wanted) and not one_copy
         pair, bases = choose_files(
             level,
             conditional_file,
@@ -196,6 +196,12 @@ class LoadIdeogram4(io.ComfyNode):
                 note_when_sampling(model, note)
         told = report.text(*about, details=details, alone=alone)
         return io.NodeOutput(*models, told, ui=ui.PreviewText(told))
+
+
+def _alone(connected: tuple[bool, ...]) -> bool:
+    """Whether the conditional copy is read and the other is not; a report alone is of both."""
+    conditional, unconditional = connected
+    return conditional and not unconditional
 
 
 def _connected(graph: Mapping | None, node_id: str | None) -> tuple[bool, ...]:

@@ -43,7 +43,7 @@ def caption_column(node: Node) -> Column:
     return Column("Say what to paint", [node], 400, GREEN)
 
 
-def sampler(name: str = "sampler", title: str | None = None, height: int = 860, **widgets) -> Node:
+def sampler(name: str = "sampler", title: str | None = None, height: int = 890, **widgets) -> Node:
     """The sampler; its height leaves room for the preview while it runs."""
     return Node(name, "Ideogram4QuantSampler", title, widgets, height=height)
 
