@@ -113,7 +113,7 @@ static inline int32_t largest_bits(M a, M b) {
  * NaN come last. */
 static inline int q8_0(const void *weights, int bf16, int64_t n, uint8_t *blocks, Lost *lost) {
     Sums sums = {0};
-    const M sign_bit = ~(M){0} << 31, half_code = (M)all(0.5f - 0x1p-25f);
+    const M sign_bit = (M)all(-0.0f), half_code = (M)all(0.5f - 0x1p-25f);
     for (int64_t first = 0; first < n; first += LANES) {
         int64_t count_here = n - first < LANES ? n - first : LANES;
         int32_t sizes[LANES] = {0};
