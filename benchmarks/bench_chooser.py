@@ -283,7 +283,7 @@ def main() -> None:
             fill(by_chance, ((model, *each) for each in random_choices(model)), RANDOM_PROMPTS)
             if args.alone:
                 fill(by_itself, ((model, *each) for each in alone(model)), ALONE_PROMPTS)
-    from chooser_plots import draw, read, spread
+    from chooser_plots import behind, draw, read, spread
 
     groups = {f"{m}, by chance": (by_chance, m, "random") for m in args.models}
     groups |= {f"{m}, {n} alone": (by_itself, m, n) for m in args.models for n in ALONE}
@@ -295,6 +295,7 @@ def main() -> None:
                 f"{label}: {len(rows)} choices, rank correlation {rank:.3f}, foretold minus "
                 f"measured {mean:+.1f} dB, standard deviation {deviation:.1f}"
             )
+    print("\n".join(behind(read(pareto)) or ["no mix is farther than a level of its size"]))
     draw(pareto, by_chance, args.out / "pocket-levels.csv", args.out / "images")
 
 
