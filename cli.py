@@ -115,6 +115,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, (where, text) in DELEGATED.items():
         if where != module:
             subparsers.add_parser(name, help=text)
+    for command in subparsers.choices.values():
+        command.formatter_class = HelpFormatter
     return parser
 
 
@@ -170,7 +172,6 @@ def _add_generate(subparsers: argparse._SubParsersAction) -> None:
         description="One picture with diffusers' Ideogram 4 transformer on files of any origin. "
         "Files that are not named are those that doctor finds in ComfyUI's folders.",
         epilog=_GENERATE,
-        formatter_class=HelpFormatter,
     )
     files = parser.add_argument_group("files")
     files.add_argument(

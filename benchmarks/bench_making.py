@@ -4,7 +4,8 @@
 
 Writes a synthetic copy in bf16 (K 4608, 12288 and 53248; random weights) and makes each level of
 it with ``quantize_checkpoint``, each time in a process of its own, this checkout and the other in
-turn: wall and CPU seconds, the peak of memory, and whether the tensors' bytes agree. The other is a
+turn: wall and CPU seconds, the peak of memory, and whether the tensors' bytes agree. "Calibrated"
+is by importance and error feedback along directions, which older checkouts know too. The other is a
 worktree in a folder named ideogram4_quant (git worktree add DIR/ideogram4_quant COMMIT). With
 ``--check-lengths`` also at a half and at a quarter of the layers: time should follow. The last
 table is the encoder alone beside ggml_quantize_chunk in one thread: it needs ggml-python (pip
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -35,8 +37,11 @@ from ideogram4_quant.checkpoint.tensor_files import open_tensor_files
 from ideogram4_quant.checkpoint.writers import TensorSpec, write_safetensors
 from ideogram4_quant.ops.blocks import FORMATS
 from ideogram4_quant.ops.chunks import for_each, row_chunks
+from ideogram4_quant.quant.calibration_file import write_calibration
+from ideogram4_quant.quant.calibration_run import Run
 from ideogram4_quant.quant.compiled import prepare
 from ideogram4_quant.quant.encodings import Blocks
+from ideogram4_quant.quant.layer_stats import LayerStats
 
 try:
     import ggml
@@ -44,13 +49,18 @@ except ImportError:
     ggml = None
 
 HERE = Path(__file__).resolve().parents[1]
-LEVELS = ("INT8 W8A8 rotated", "Q8_0", "Q6_K", "Q4_K")
+CALIBRATED = ", calibrated"
+LEVELS = ("INT8 W8A8 rotated", "Q8_0", "Q6_K", "Q4_K", f"Q4_K{CALIBRATED}")
 _RUN = """
 import sys, torch
 torch.set_num_threads(int(sys.argv[4]))
+from ideogram4_quant.quant.calibration import Calibration
 from ideogram4_quant.quant.quantize import quantize_checkpoint
-quantize_checkpoint(*sys.argv[1:4], copy="conditional", overwrite=True)
+from ideogram4_quant.quant.recipes import QuantOptions
+options = QuantOptions(calibration=Calibration.load(sys.argv[5])) if sys.argv[5:] else None
+quantize_checkpoint(*sys.argv[1:4], copy="conditional", overwrite=True, options=options)
 """
+_TOKENS = 64  # of a calibration that is only to be followed, not to be good
 
 
 def write_model(path: Path, layers: int) -> None:
@@ -70,10 +80,37 @@ def write_model(path: Path, layers: int) -> None:
     write_safetensors(path, specs, data=data(), overwrite=True)
 
 
+def write_calibrated(path: Path, source: Path) -> None:
+    """Statistics of random inputs for every linear of ``source``, in the older files' version."""
+    layers, stats = {}, {}
+    for name, raw in open_tensor_files(source).tensors.items():
+        if name.startswith("layers.") and len(raw.shape) == 2:
+            k = raw.shape[1]
+            if k not in stats:
+                loud = torch.randn(k, generator=torch.Generator().manual_seed(k)).exp_()
+                x = torch.randn(_TOKENS, k, generator=torch.Generator().manual_seed(1)) * loud
+                stats[k] = LayerStats.of(x, x[:1])
+            layers[f"conditional.{name.removesuffix('.weight')}"] = replace(
+                stats[k].spread_over(torch.tensor([1]), 3), shape=tuple(raw.shape)
+            )
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    run = Run({"conditional": digest}, "0" * 64, 1, (0,), 3, 256, 256)
+    write_calibration(path, layers, (0.2, 0.5, 0.8), (run,), (), overwrite=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"version":"3"', b'"version":"2"', 1))
+
+
 def make(checkout: Path, source: Path, level: str, out: Path, threads: int) -> tuple[float, ...]:
     """(wall s, CPU s, peak MB) of one file made in a new process."""
     where = {**os.environ, "PYTHONPATH": str(checkout.parent)}
-    command = [sys.executable, "-c", _RUN, str(source), level, str(out), str(threads)]
+    name = level.removesuffix(CALIBRATED)
+    command = [sys.executable, "-c", _RUN, str(source), name, str(out), str(threads)]
+    if name != level:
+        calibration = source.with_suffix(".calibration.safetensors")
+        if not calibration.is_file():
+            write_calibrated(calibration, source)
+        command.append(str(calibration))
     started = time.perf_counter()
     process = subprocess.Popen(command, env=where, cwd=checkout)
     _, state, used = os.wait4(process.pid, 0)
@@ -96,7 +133,7 @@ def compare(options: argparse.Namespace, layers: int) -> None:
     source = options.folder / f"source-{layers}.safetensors"
     write_model(source, layers)
     for level in options.levels:
-        suffix = "gguf" if level in FORMATS else "safetensors"
+        suffix = "gguf" if level.removesuffix(CALIBRATED) in FORMATS else "safetensors"
         checkouts = {"here": HERE} | ({"other": options.other} if options.other else {})
         runs: dict[str, list[tuple[float, ...]]] = {name: [] for name in checkouts}
         for _ in range(options.repeats):
@@ -116,7 +153,8 @@ def compare(options: argparse.Namespace, layers: int) -> None:
                 f"{other[0] / wall:9.1f}x{other[1] / cpu:8.1f}x   {'same' if same else 'differ'}"
             )
         print(shown, flush=True)
-    source.unlink()
+    for made in options.folder.glob(f"{source.stem}.*"):
+        made.unlink()
 
 
 def beside_ggml(threads: int, repeats: int) -> None:

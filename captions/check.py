@@ -14,6 +14,7 @@ from .schema import (
     PHOTO_STYLE,
     REQUIRED,
     TOP,
+    kind_of,
     ordered,
     style_order,
 )
@@ -33,6 +34,7 @@ STRIPPED = (
 )
 # What chat programs put around JSON
 _FENCE = re.compile(r"```\w*\s*([\[{].*[\]}])\s*```", re.DOTALL)
+_QUOTED = 80  # characters of a wrong value that an error shows
 _KEY = re.compile(r'"?\b(?:' + "|".join(TOP[1:]) + r')\b"?\s*:')
 
 
@@ -139,9 +141,10 @@ def _check_element(name: str, element: object, verdict: Verdict) -> None:
     if not isinstance(element, dict):
         verdict.errors.append(f"{name} must be an object.")
         return
-    kind = element.get("type")
-    if kind not in ELEMENT:
-        verdict.errors.append(f'{name}: type must be "obj" or "text", not {json.dumps(kind)}.')
+    kind = kind_of(element)
+    if kind is None:
+        said = json.dumps(element.get("type"))[:_QUOTED]
+        verdict.errors.append(f'{name}: type must be "obj" or "text", not {said}.')
         return
     _check_keys(name, element, ELEMENT[kind], REQUIRED[kind], verdict)
     _check_strings(name, element, ("text", "desc"), verdict)

@@ -14,7 +14,7 @@ from typing import Any
 
 from .check import check_caption
 from .compose import Typed, as_text, compose, composition_of, missing_texts, quoted
-from .schema import ELEMENT, REQUIRED, ordered
+from .schema import REQUIRED, kind_of, ordered
 
 NOTHING = "What the encoder wrote is no caption; this one is made of the sentence alone"
 CUT = "What the encoder wrote ended early; it was closed there"
@@ -143,11 +143,11 @@ def _merged(found: dict, plain: dict, typed: Typed, notes: list[str]) -> dict | 
 
 def _element(value: Any) -> dict | None:
     """An element with its needed keys alone, or None for one that says nothing."""
-    if not isinstance(value, dict) or value.get("type") not in ELEMENT:
+    kind = kind_of(value) if isinstance(value, dict) else None
+    if kind is None:
         return None
-    needed = REQUIRED[value["type"]][1:]
-    words = {key: _words(value.get(key)) for key in needed}
-    return {"type": value["type"], **words} if all(words.values()) else None
+    words = {key: _words(value.get(key)) for key in REQUIRED[kind][1:]}
+    return {"type": kind, **words} if all(words.values()) else None
 
 
 def _words(value: Any) -> str:

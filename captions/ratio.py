@@ -16,7 +16,8 @@ RATIOS = (
     *("4:5", "3:4", "2:3", "10:16", "9:16", "1:2", "1:3"),
 )
 # name -> the side of a square of this area, in pixels
-SIZES = {"1K": 1024, "1.5K": 1536, "2K": 2048, "pocket": 96}
+POCKET = "pocket"
+SIZES = {"1K": 1024, "1.5K": 1536, "2K": 2048, POCKET: 96}
 _PIXELS = 128  # the pocket model's longest side
 _RATIO = re.compile(r"\s*(\d{1,5})\s*[:x/]\s*(\d{1,5})\s*")
 
@@ -55,6 +56,6 @@ def picture_size(ratio: tuple[int, int], size: str) -> tuple[int, int]:
         raise OpError("no such size", found=repr(size), needed=" or ".join(SIZES))
     wide, high = ratio
     scale = SIZES[size] / math.sqrt(wide * high)
-    longest = _PIXELS if size == "pocket" else _LONGEST
+    longest = _PIXELS if size == POCKET else _LONGEST
     scale = min(scale, longest / max(wide, high))
     return tuple(max(1, round(side * scale / _TOKEN_PIXELS)) * _TOKEN_PIXELS for side in ratio)

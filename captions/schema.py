@@ -34,6 +34,12 @@ def style_order(style: dict) -> tuple[str, ...]:
     return ART_STYLE if "art_style" in style else PHOTO_STYLE
 
 
+def kind_of(element: dict) -> str | None:
+    """The element's type, one of ``ELEMENT``; None for anything else, which may be of any kind."""
+    kind = element.get("type")
+    return kind if isinstance(kind, str) and kind in ELEMENT else None
+
+
 def ordered(caption: dict) -> dict:
     """The caption with known keys in the trained order, unknown ones behind them."""
     out = _in_order(caption, TOP)
@@ -45,7 +51,7 @@ def ordered(caption: dict) -> dict:
         composition = _in_order(composition, COMPOSITION)
         if isinstance(composition.get("elements"), list):
             composition["elements"] = [
-                _in_order(e, ELEMENT.get(e.get("type"), ())) if isinstance(e, dict) else e
+                _in_order(e, ELEMENT.get(kind_of(e), ())) if isinstance(e, dict) else e
                 for e in composition["elements"]
             ]
         out["compositional_deconstruction"] = composition

@@ -159,11 +159,10 @@ def row_seconds(
 
 def attention_seconds(card: Card, tokens: int, how: How = FUSED) -> float:
     """Two products of tokens x tokens x hidden, and q, k and v to int8 before them where asked."""
-    work = 4 * tokens**2 * HIDDEN
-    share = how.efficiency.attention
+    work, efficiency = 4 * tokens**2 * HIDDEN, how.efficiency
     if how.attention == "flash":
-        return work / (card.bf16 * share * card.attention)
-    return work / (card.int8 * share * card.attention_int8) + row_seconds(
+        return work / (card.bf16 * efficiency.attention * card.attention)
+    return work / (card.int8 * efficiency.attention_int8 * card.attention_int8) + row_seconds(
         card, tokens, 3 * HIDDEN, (2 + 1, 20), how
     )
 

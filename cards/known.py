@@ -15,18 +15,33 @@ class Efficiency:
     """Share of each bound that a real kernel is taken to reach: assumed, the same for all cards.
 
     ``gemm`` 0.70: of the tensor cores' peak at the boost clock, which a card under this load does
-    not hold; ``attention`` 0.60 at a head size of 256; ``bandwidth`` 0.80 of the memory;
-    ``bus`` 0.80 of PCIe, from pinned memory; ``convolution`` 0.40, the VAE's.
+    not hold; ``attention`` 0.75, torch's flash kernel at a head size of 256, see
+    ``FLASH_MEASURED``; ``attention_int8`` 0.60, comfy-kitchen's, of which there is no published
+    figure; ``bandwidth`` 0.80 of the memory; ``bus`` 0.80 of PCIe, from pinned memory;
+    ``convolution`` 0.40, the VAE's.
     """
 
     gemm: float = 0.70
-    attention: float = 0.60
+    attention: float = 0.75
+    attention_int8: float = 0.60
     bandwidth: float = 0.80
     bus: float = 0.80
     convolution: float = 0.40
 
 
 ASSUMED = Efficiency()
+
+FLASH_MEASURED = {"RTX 4090": 1068.8e-6, "RTX 5090": 792.8e-6}
+"""Seconds of torch 2.13's scaled_dot_product_attention that others measured: 16 heads of 256, 4096
+tokens, causal, float16 (cloudrift-ai/emmy, pull request 423). It is the kernel that runs here; the
+3090's and 4060's multiprocessors have the same rates for each clock as the 4090's."""
+
+
+def flash_share(card: Card) -> float:
+    """Of the card's peak in ``FLASH_MEASURED``: half of the products, as the mask leaves."""
+    heads, tokens, size = 16, 4096, 256
+    work = 4 * tokens**2 * size * heads / 2
+    return work / FLASH_MEASURED[card.name] / card.bf16
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class Card:
 
     ``int8`` with int32 sums, ``bf16`` with fp32 sums; ``bus`` of PCIe in one direction; ``arch`` 86
     is sm_86. ``attention`` is the share of ``Efficiency.attention`` that torch's flash kernel
-    reaches there, ``attention_int8`` the same of comfy-kitchen's INT8 kernel.
+    reaches there, ``attention_int8`` the same of comfy-kitchen's INT8 kernel and its own share.
     """
 
     name: str
@@ -83,7 +98,7 @@ CARDS: tuple[Card, ...] = (
         "H200", 90, 132, 1.830e9, 1979e12, 989.4e12, 4800e9, 141_000_000_000, _PCIE5_X16,
         "NVIDIA H200 data sheet (SXM), dense; flash 2 at 35 % of the peak: FlashAttention-3, "
         "arXiv 2407.08608",
-        attention=0.35 / 0.60,
+        attention=0.35 / ASSUMED.attention,
         attention_int8=0.5,  # assumed: its kernels are Ampere's, not those that feed Hopper's units
     ),
 )  # fmt: skip

@@ -107,14 +107,19 @@ def picture_seconds(card: Card, level: str, job: Job = QUALITY, how: How = FUSED
     encoder = sizes.encoder_bytes(job.encoder)
     resident = {BOTH: number * one, ALTERNATING: one, STREAMED: 0}[held]
     displaced = max(0, encoder + resident + WORKING_MEMORY - memory)
-    moved = (encoder if displaced else 0) + min(displaced, resident)
+    back = card.transfer_seconds(min(displaced, resident), how.efficiency)
+    if job.looks_ahead:  # it comes back block by block in the first step; one is waited for
+        step = sum(block_seconds(card, level, tokens, how).total for tokens in job.copies)
+        one_block = card.transfer_seconds(sizes.block_bytes(level), how.efficiency)
+        back = max(min(back, one_block), back - LAYERS * step)
+    moved = _VAE_BYTES + (encoder if displaced else 0)
     return Picture(
         blocks,
         held,
         encoder=_encoder_seconds(card, job, how),
         stem=_stem_seconds(card, job, how),
         guidance=_guidance_seconds(card, job, how),
-        moves=waits + card.transfer_seconds(moved + _VAE_BYTES, how.efficiency),
+        moves=waits + back + card.transfer_seconds(moved, how.efficiency),
         vae=_decoder_seconds(card, job, how),
         png=PNG_SECONDS * job.width * job.height / 1024**2,
         disk=(number * one + encoder + _VAE_BYTES) / DISK,

@@ -10,6 +10,7 @@ as one, for q, k, v stored apart).
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -153,9 +154,16 @@ class Int8(Stored):
     def level(cls, parts: Parts) -> str:
         if len(parts.weight.shape) != 2:
             raise parts.corrupt("an int8 weight is a matrix", list(parts.weight.shape), "[N, K]")
-        keys = ("convrot", "convrot_groupsize")
-        folded = ("fold",) if parts.quantization().get("format") == FOLDED_INT8 else ()
-        parts.check_format("int8_tensorwise", SMOOTH_INT8, FOLDED_INT8, keys=(*keys, *folded))
+        keys, known = (
+            ["convrot", "convrot_groupsize"],
+            ["int8_tensorwise", SMOOTH_INT8, FOLDED_INT8],
+        )
+        if parts.quantization().get("format") == FOLDED_INT8:
+            keys.append("fold")
+        if "scale" in parts.roles and math.prod(parts.roles["scale"].shape) == 1:
+            known.append("int8_blockwise")  # of one block
+            keys.append("group_size")
+        parts.check_format(*known, keys=keys)
         if "scale" not in parts.roles:
             raise parts.corrupt("int8 without a scale", "no scale", "weight_scale or ws")
         parts.check_scale()

@@ -59,7 +59,7 @@ def tell_copy(tensor_files: TensorFiles, names: Collection[str], copy: str | Non
         logger.warning(
             "%s: taken as the %s copy as asked, though %s", tensor_files.path, copy, verdict.reason
         )
-    return Verdict(copy, "the caller says so")
+    return Verdict(copy, "as asked")
 
 
 def check_copy_name(copy: str) -> None:

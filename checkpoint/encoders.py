@@ -20,7 +20,7 @@ from .encoder_config import check_architecture, config_beside, encoder_config
 from .encoder_names import NAMINGS, parse_encoder_keys
 from .entries import Entry, Progress, check_shapes, main_level, stream_entries
 from .mapped import FileMapping
-from .origins import what_else
+from .origins import what_it_is
 from .statements import check_heeded
 from .tensor_files import TensorFiles, open_tensor_files
 
@@ -109,7 +109,7 @@ def open_encoder(path: str | os.PathLike[str]) -> EncoderCheckpoint:
     tensor_files = open_tensor_files(path)
     naming, built = parse_encoder_keys(tensor_files)
     if naming is None:
-        found = what_else(tensor_files.tensors) or f"{len(tensor_files.tensors)} other tensors"
+        found = what_it_is(tensor_files.tensors) or f"{len(tensor_files.tensors)} other tensors"
         raise _no_encoder(path, found, " or ".join(row.anchor for row in NAMINGS))
     check_architecture(tensor_files)
     built.check()

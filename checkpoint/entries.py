@@ -19,11 +19,12 @@ from .codecs import Blocks, Int8, Stored, Unquantized
 from .float8 import Fp8, Int8Blocks
 from .folding import StoredFolding
 from .mapped import FileMapping, origin
+from .microscaled import MXFP8, NVFP4
 from .nf4 import Nf4
 from .parts import DENSE_PRODUCT, Parts
 from .saved import SavedBlocks, SavedFolded
 from .sdnq import Sdnq
-from .stock import AWQ, MXFP8, NVFP4, W4A4, W4A8
+from .stock import AWQ, W4A4, W4A8
 from .stored_rows import StoredRows
 from .svdquant import SvdQuant
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -98,7 +98,10 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class RawTensor:
-    """One tensor of a file, as its header describes it; ``shape`` in torch's order."""
+    """One tensor of a file, as its header describes it; ``shape`` in torch's order.
+
+    ``held``: its bytes, if they were read with the header.
+    """
 
     file: SourceFile
     key: str
@@ -106,6 +109,7 @@ class RawTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    held: bytes | None = field(default=None, repr=False, compare=False)
 
     def read(self) -> Tensor:
         """The stored values; blocks of GGUF as uint8 [..., bytes of a row].
@@ -126,5 +130,8 @@ class RawTensor:
             data = self.file.read(self.offset, self.nbytes)
             return data.reshape(*self.shape[:-1], row_bytes)
         dtype = TORCH_DTYPES[self.dtype]
-        data = self.file.read(self.offset, self.nbytes, dtype.itemsize)
+        if self.held is not None:
+            data = torch.tensor(list(self.held), dtype=torch.uint8)
+        else:
+            data = self.file.read(self.offset, self.nbytes, dtype.itemsize)
         return data.view(dtype).reshape(self.shape)

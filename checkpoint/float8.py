@@ -18,7 +18,10 @@ class Fp8(Stored):
     """``W = data * scale``: data e4m3 or e5m2, scale fp32 [], [N], or [a, b] of blocks."""
 
     ROLES = ("scale",)
-    FORMATS = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", ROW_FP8)
+    FORMATS = (
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise"),
+        ROW_FP8,
+    )
     data: Tensor
     scale: Tensor
 
@@ -30,7 +33,8 @@ class Fp8(Stored):
     def level(cls, parts: Parts) -> str:
         blocks = parts.scale_blocks()
         told = parts.setting("group_size", None)
-        fits = blocks is not None and told in (*blocks, list(blocks))
+        # convert_to_quant says it of weights, too, whose sizes it does not divide: scales a row
+        fits = blocks is None or told in (*blocks, list(blocks))
         parts.check_format(*cls.FORMATS, keys=("group_size",) if fits else ())
         if not parts.weight.shape:
             raise parts.corrupt("a weight without dimensions", "[]", "[N] or [N, K]")

@@ -149,7 +149,7 @@ class FileMapping:
         """The same stored tensor in the mapped file."""
         if raw.file.path not in self._files:
             self._files[raw.file.path] = MappedFile.over(raw.file)
-        return replace(raw, file=self._files[raw.file.path])
+        return replace(raw, file=self._files[raw.file.path], held=None)
 
 
 def origin(tensor: Tensor) -> Origin | None:

@@ -119,7 +119,7 @@ def _one_branch(path: Path, found: Mapping[str, Part], said: bool | None) -> One
         return None
     metadata = tensor_files.metadata
     told = (
-        OneBranch("the caller says so", preset=tell_preset(path, metadata))
+        OneBranch("as asked", preset=tell_preset(path, metadata))
         if said
         else tell_one_branch(path, metadata)
     )

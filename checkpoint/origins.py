@@ -71,6 +71,8 @@ _OTHER_MODELS = tuple(
     )
 )
 
+_OURS = re.compile(r"(?:^|\.)adaln_proj\.|(?:^|\.)layers\.\d+\.adaln_modulation\.")
+
 # Modules that no other model has together; norms and embeddings are absent from some files.
 _SIGNATURE = (
     "layers.0.feed_forward.w1.weight",
@@ -107,6 +109,13 @@ def what_else(keys: Iterable[str]) -> str | None:
         if any(pattern.search(key) for key in keys):
             return what
     return None
+
+
+def what_it_is(keys: Iterable[str]) -> str | None:
+    """The same where another kind of file is wanted: also Ideogram 4's own transformer."""
+    keys = [key[:_LONG_ENOUGH] for key in itertools.islice(keys, _MANY_ENOUGH)]
+    ours = any(_OURS.search(key) for key in keys)
+    return what_else(keys) or ("an Ideogram 4 transformer" if ours else None)
 
 
 def origin_of(tensor_files: TensorFiles, keys: Mapping[Key, RawTensor], *, stated: bool) -> Origin:

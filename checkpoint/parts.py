@@ -178,7 +178,7 @@ class Parts:
         if raw is None or len(raw.shape) != 2 or len(weight.shape) != 2 or 0 in raw.shape:
             return None
         (a, b), (n, k) = raw.shape, weight.shape
-        if n % a or k % b or 1 in (a, b):
+        if n % a or k % b or (a, b) in ((1, 1), (n, 1), (1, n), (1, k)):
             return None
         return n // a, k // b
 

@@ -11,8 +11,9 @@ import itertools
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CHECK_DOWNLOAD, DOWNLOAD_AGAIN, CorruptFileError, TruncatedFileError, printable
 from ..gguf_loader.reader import MAX_NAME
@@ -28,6 +29,7 @@ _MAX_WITH_PICTURE = 6 << 20
 _MAX_VALUES = 1 << 18  # names and texts; lists and objects
 MAX_TENSORS = 1 << 14
 _MAX_DIMS = 32
+_SHORT_TEXT = 256  # bytes; those of 16384 tensors take 4 MiB
 _BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -54,49 +56,56 @@ _BITS = {
 }
 
 
-def read_safetensors_header(
-    path: Path,
-) -> tuple[SourceFile, dict[str, RawTensor], dict[str, str]]:
-    """(the file, its tensors in the order of their data, its metadata).
+Header = tuple[SourceFile, dict[str, RawTensor], dict[str, str]]
+"""The file, its tensors in the order of their data, its metadata."""
+
+
+def read_safetensors_header(path: Path) -> Header:
+    """The header of the file at ``path``.
 
     Raises TruncatedFileError (the file ends before its data: a broken download) and
     CorruptFileError (no safetensors header, or one that contradicts itself).
     """
     with open(path, "rb") as stream:
-        file = SourceFile.of(path, stream)
-        head = stream.read(8)
-        if len(head) < 8:
-            raise _truncated(file, "the length of the header", 8)
-        if head.startswith(b"GGUF"):
-            raise CorruptFileError(
-                "this is no safetensors file",
-                file=path,
-                found="a GGUF file",
-                needed="safetensors",
-                hint="Pick the safetensors file.",
-            )
-        (length,) = struct.unpack("<Q", head)
-        first = stream.read(1)
-        stream.seek(8)
-        if _MAX_WITH_PICTURE < length <= _FORMAT_LIMIT and first == b"{":
-            raise CorruptFileError(
-                "the header is longer than any model needs",
-                file=path,
-                found=f"{length:,} bytes",
-                needed=f"at most {_MAX_WITH_PICTURE:,}",
-                hint="Remove pictures and notes from its metadata, or use another file.",
-            )
-        if not 2 <= length <= _MAX_WITH_PICTURE or first not in (b"{", b""):
-            raise CorruptFileError(
-                "this is no safetensors file",
-                file=path,
-                found=f"a header of {length} bytes that starts with {first!r}",
-                needed=f"JSON of 2 to {_MAX_WITH_PICTURE} bytes",
-                hint=DOWNLOAD_AGAIN,
-            )
-        if 8 + length > file.size:
-            raise _truncated(file, "the header", 8 + length)
-        text = stream.read(length)
+        return safetensors_header_of(path, stream)
+
+
+def safetensors_header_of(path: Path, stream: BinaryIO) -> Header:
+    """The same of a file that is open at its start; short texts among its tensors are read too."""
+    file = SourceFile.of(path, stream)
+    head = stream.read(8)
+    if len(head) < 8:
+        raise _truncated(file, "the length of the header", 8)
+    if head.startswith(b"GGUF"):
+        raise CorruptFileError(
+            "this is no safetensors file",
+            file=path,
+            found="a GGUF file",
+            needed="safetensors",
+            hint="Pick the safetensors file.",
+        )
+    (length,) = struct.unpack("<Q", head)
+    first = stream.read(1)
+    stream.seek(8)
+    if _MAX_WITH_PICTURE < length <= _FORMAT_LIMIT and first == b"{":
+        raise CorruptFileError(
+            "the header is longer than any model needs",
+            file=path,
+            found=f"{length:,} bytes",
+            needed=f"at most {_MAX_WITH_PICTURE:,}",
+            hint="Remove pictures and notes from its metadata, or use another file.",
+        )
+    if not 2 <= length <= _MAX_WITH_PICTURE or first not in (b"{", b""):
+        raise CorruptFileError(
+            "this is no safetensors file",
+            file=path,
+            found=f"a header of {length} bytes that starts with {first!r}",
+            needed=f"JSON of 2 to {_MAX_WITH_PICTURE} bytes",
+            hint=DOWNLOAD_AGAIN,
+        )
+    if 8 + length > file.size:
+        raise _truncated(file, "the header", 8 + length)
+    text = stream.read(length)
     entries = parse_json(text, path, "the header")
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     if len(entries) > MAX_TENSORS:
@@ -106,7 +115,19 @@ def read_safetensors_header(
     tensors = [_tensor(file, name, entry, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_extents(file, tensors)
-    return file, {tensor.key: tensor for tensor in tensors}, metadata
+    return file, {tensor.key: _with_text(tensor, stream) for tensor in tensors}, metadata
+
+
+def _with_text(tensor: RawTensor, stream: BinaryIO) -> RawTensor:
+    """``tensor`` with its bytes, if it is a description of another (``comfy_quant``).
+
+    There is one a linear, and each would open the file again.
+    """
+    if tensor.dtype != "U8" or len(tensor.shape) != 1 or tensor.nbytes > _SHORT_TEXT:
+        return tensor
+    stream.seek(tensor.offset)
+    held = stream.read(tensor.nbytes)
+    return replace(tensor, held=held) if len(held) == tensor.nbytes else tensor
 
 
 def parse_json(text: bytes, path: Path, what: str) -> dict[str, Any]:

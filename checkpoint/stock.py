@@ -1,6 +1,6 @@
 """Weights in the host's 4-, 6- and 8-bit containers: one class a format of ``comfy_quant``.
 
-``asym_w4a8_int8`` (W4A8, W6A8), ``convrot_w4a4``, ``nvfp4``, ``mxfp8``, ``awq_w4a16``: the names of
+``asym_w4a8_int8`` (W4A8, W6A8), ``convrot_w4a4``, ``awq_w4a16`` (and ``microscaled``): the names of
 tensors and of what the description says are those that ComfyUI 0.33 and comfy-kitchen 0.2.40 write.
 """
 
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from ..errors import OpError
-from ..ops.layouts import awq_tensor, mxfp8_tensor, nvfp4_tensor, w4a4_tensor, w4a8_tensor
-from ..ops.layouts.microscaled import mxfp8_shapes, nvfp4_shapes
+from ..ops.layouts import awq_tensor, w4a4_tensor, w4a8_tensor
 from ..ops.layouts.packed_tensors import check_form, check_rotation
 from .codecs import Stored
 from .files import TORCH_DTYPES
 from .parts import Parts, same_vector
 
-Shapes = tuple[tuple[int, int], tuple[int, int]]
-"""Of codes and of their block scales."""
+_BYTES = ("I8", "U8")
+"""Packed codes are stored as either; ComfyUI takes one for the other, too."""
 
 
 class StockStored(Stored):
     """Base: claimed by the format's name; ``WEIGHT`` is the dtype that the codes are stored in."""
 
     FORMAT: ClassVar[str]
+    ALSO: ClassVar[tuple[str, ...]] = ()  # other names of the format
     LEVEL: ClassVar[str]
     WEIGHT: ClassVar[str]
     NEEDED: ClassVar[tuple[str, ...]]  # of ROLES, those that every such weight has
@@ -42,12 +42,13 @@ class StockStored(Stored):
 
     @classmethod
     def claims(cls, parts: Parts) -> bool:
-        return parts.quantization().get("format") == cls.FORMAT
+        return parts.quantization().get("format") in (cls.FORMAT, *cls.ALSO)
 
     @classmethod
     def level(cls, parts: Parts) -> str:
         weight = parts.weight
-        if weight.dtype != cls.WEIGHT or len(weight.shape) != 2:
+        taken = _BYTES if cls.WEIGHT in _BYTES else (cls.WEIGHT,)
+        if weight.dtype not in taken or len(weight.shape) != 2:
             found = f"{weight.dtype} {list(weight.shape)}"
             raise parts.corrupt(
                 f"codes of {cls.FORMAT} are a matrix", found, f"{cls.WEIGHT} [N, n]"
@@ -55,11 +56,14 @@ class StockStored(Stored):
         for role in cls.NEEDED:
             if role not in parts.roles:
                 raise parts.corrupt(f"{cls.FORMAT} without its {role}", "none", f"weight_{role}")
-        parts.check_format(cls.FORMAT, keys=cls.SETTINGS)
+        parts.check_format(cls.FORMAT, *cls.ALSO, keys=(*cls.SETTINGS, "orig_shape"))
         try:
             cls.check_beside(parts)
         except OpError as error:
             raise parts.corrupt(error.message, error.found, error.needed) from error
+        told, shape = parts.setting("orig_shape", None), list(cls.shape(parts))
+        if told not in (None, shape):
+            raise parts.corrupt("comfy_quant says another orig_shape", str(told)[:40], shape)
         return cls.LEVEL
 
     @classmethod
@@ -81,14 +85,9 @@ class StockStored(Stored):
             raise parts.corrupt(f"{raw.key} has another dtype", raw.dtype, needed)
 
     @classmethod
-    def check_scales(cls, parts: Parts, dtype: str, stored: Shapes) -> None:
-        """The same unless the weight and its block scales, of ``dtype``, have these shapes."""
-        cls.check_dtype(parts, "scale", dtype)
-        pairs = zip((parts.weight, parts.roles["scale"]), stored, strict=True)
-        for (raw, needed), what in zip(pairs, ("codes", "block scales"), strict=True):
-            if tuple(raw.shape) != needed:
-                message = f"{raw.key}: {what} of another size"
-                raise parts.corrupt(message, list(raw.shape), list(needed))
+    def read_codes(cls, parts: Parts) -> Tensor:
+        """The weight's bytes as ``WEIGHT``."""
+        return parts.weight.read().view(TORCH_DTYPES[cls.WEIGHT])
 
     @staticmethod
     def as_dtype(parts: Parts, role: str, name: str) -> Tensor:
@@ -123,12 +122,12 @@ class W4A8(StockStored):
     @classmethod
     def check_beside(cls, parts: Parts) -> None:
         rows, columns = cls.shape(parts)
-        bits, group = cls.bits(parts), _integer(parts, "group_size", 16)
-        if _integer(parts, "bits", bits) != bits:
+        bits, group = cls.bits(parts), integer(parts, "group_size", 16)
+        if integer(parts, "bits", bits) != bits:
             found = parts.setting("bits", bits)
             raise parts.corrupt("comfy_quant says another number of bits", found, f"{bits}")
         plain = not {"codebook", "zeros"} & parts.roles.keys()
-        check_form(columns, bits, group, _integer(parts, "convrot_groupsize", 256), plain=plain)
+        check_form(columns, bits, group, integer(parts, "convrot_groupsize", 256), plain=plain)
         cls.check_dtype(parts, "s_rel", "F32", "F8_E4M3")
         sizes = {"s_channel": rows, "codebook": 16, "zeros": rows * columns // group}
         for role in sizes.keys() & parts.roles.keys():
@@ -138,7 +137,7 @@ class W4A8(StockStored):
     def bits(cls, parts: Parts) -> int:
         """4 or 6, by the bytes of a row and the number of its groups."""
         stored, (rows, columns) = parts.roles["s_rel"].shape, parts.weight.shape
-        group = _integer(parts, "group_size", 16)
+        group = integer(parts, "group_size", 16)
         width = stored[1] * group if len(stored) == 2 and stored[0] == rows else 0
         for bits in (4, 6):
             if width and columns * 8 == width * bits:
@@ -156,19 +155,19 @@ class W4A8(StockStored):
         s_rel = parts.roles["s_rel"]
         read = s_rel.read() if s_rel.dtype == "F32" else cls.as_dtype(parts, "s_rel", "F8_E4M3")
         rows, columns = cls.shape(parts)
-        group = _integer(parts, "group_size", 16)
+        group = integer(parts, "group_size", 16)
         zeros = None
         if "zeros" in parts.roles:
             zeros = parts.vector("zeros", (rows * columns // group,)).view(-1, rows)
         coded = "codebook" in parts.roles
         return cls(
-            parts.weight.read(),
+            cls.read_codes(parts),
             read,
             parts.vector("s_channel", (rows,)),
             parts.vector("codebook", (16,)) if coded else None,
             zeros,
             group,
-            _integer(parts, "convrot_groupsize", 256),
+            integer(parts, "convrot_groupsize", 256),
         )
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
@@ -225,13 +224,13 @@ class W4A4(StockStored):
         if wish not in ("int4", "int8"):
             raise parts.unsupported(f"linear_dtype {wish!r}")
         parts.check_vector("scale", (rows,))
-        check_rotation(_integer(parts, "convrot_groupsize", 256), columns)
+        check_rotation(integer(parts, "convrot_groupsize", 256), columns)
 
     @classmethod
     def read(cls, parts: Parts) -> W4A4:
         rows, wish = parts.weight.shape[0], parts.setting("linear_dtype", "int4")
         scale = parts.vector("scale", (rows,))
-        return cls(parts.weight.read(), scale, _integer(parts, "convrot_groupsize", 256), wish)
+        return cls(cls.read_codes(parts), scale, integer(parts, "convrot_groupsize", 256), wish)
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         return w4a4_tensor(
@@ -250,78 +249,6 @@ class W4A4(StockStored):
         codes = torch.cat([item.codes for item in items])
         scale = torch.cat([item.scale for item in items])
         return cls(codes, scale, first.rotation, first.linear_dtype)
-
-
-@dataclass(frozen=True)
-class NVFP4(StockStored):
-    """``W = e2m1 * block scale * scale_2``, block scales in cuBLAS's tiles."""
-
-    FORMAT = "nvfp4"
-    LEVEL = "NVFP4"
-    WEIGHT = "U8"
-    ROLES = NEEDED = ("scale", "scale_2")
-
-    data: Tensor
-    block_scale: Tensor
-    scale: Tensor
-
-    @classmethod
-    def check_beside(cls, parts: Parts) -> None:
-        cls.check_scales(parts, "F8_E4M3", nvfp4_shapes(*cls.shape(parts)))
-        parts.check_vector("scale_2", (1,))
-
-    @classmethod
-    def read(cls, parts: Parts) -> NVFP4:
-        blocks = cls.as_dtype(parts, "scale", "F8_E4M3")
-        return cls(parts.weight.read(), blocks, parts.vector("scale_2", (1,)))
-
-    def tensor(self, dtype: torch.dtype) -> Tensor:
-        shape = (self.data.shape[0], self.data.shape[1] * 2)
-        return nvfp4_tensor(self.data, self.block_scale, self.scale, shape, dtype=dtype)
-
-    @classmethod
-    def stack(cls, items: Sequence[NVFP4]) -> NVFP4 | None:
-        """Where tiles end with the pieces and all have one scale."""
-        first = items[0]
-        alike = all(torch.equal(item.scale, first.scale) for item in items)
-        if not alike or any(len(item.data) % 128 for item in items):
-            return None
-        blocks = torch.cat([item.block_scale.view(torch.uint8) for item in items])
-        data = torch.cat([item.data for item in items])
-        return cls(data, blocks.view(first.block_scale.dtype), first.scale)
-
-
-@dataclass(frozen=True)
-class MXFP8(StockStored):
-    """``W = e4m3 * 2^e``, exponents a block of 32 in cuBLAS's tiles."""
-
-    FORMAT = "mxfp8"
-    LEVEL = "MXFP8"
-    WEIGHT = "F8_E4M3"
-    ROLES = NEEDED = ("scale",)
-    PER_BYTE = 1
-
-    data: Tensor
-    scale: Tensor
-
-    @classmethod
-    def check_beside(cls, parts: Parts) -> None:
-        cls.check_scales(parts, "F8_E8M0", mxfp8_shapes(*cls.shape(parts)))
-
-    @classmethod
-    def read(cls, parts: Parts) -> MXFP8:
-        return cls(parts.weight.read(), cls.as_dtype(parts, "scale", "F8_E8M0"))
-
-    def tensor(self, dtype: torch.dtype) -> Tensor:
-        return mxfp8_tensor(self.data, self.scale, tuple(self.data.shape), dtype=dtype)
-
-    @classmethod
-    def stack(cls, items: Sequence[MXFP8]) -> MXFP8 | None:
-        if any(len(item.data) % 128 for item in items):
-            return None
-        scale = torch.cat([item.scale.view(torch.uint8) for item in items])
-        data = torch.cat([item.data.view(torch.uint8) for item in items])
-        return cls(data.view(items[0].data.dtype), scale.view(items[0].scale.dtype))
 
 
 @dataclass(frozen=True)
@@ -346,7 +273,7 @@ class AWQ(StockStored):
         if not groups or columns % groups:
             needed = f"[a divisor of {columns}, {rows}]"
             raise parts.corrupt("scales of no groups", list(stored), needed)
-        if _integer(parts, "group_size", columns // groups) * groups != columns:
+        if integer(parts, "group_size", columns // groups) * groups != columns:
             found = f"{parts.setting('group_size', None)}, {groups} scales a row"
             raise parts.corrupt("comfy_quant says another group_size", found, columns // groups)
         for role in cls.NEEDED:
@@ -358,7 +285,7 @@ class AWQ(StockStored):
     @classmethod
     def read(cls, parts: Parts) -> AWQ:
         scale, zeros = (parts.matrix(role) for role in cls.NEEDED)
-        return cls(parts.weight.read(), scale, zeros)
+        return cls(cls.read_codes(parts), scale, zeros)
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         return awq_tensor(self.codes, self.scale, self.zeros, dtype=dtype)
@@ -371,7 +298,7 @@ class AWQ(StockStored):
         return cls(torch.cat(codes), torch.cat(scale, dim=1), torch.cat(zeros, dim=1))
 
 
-def _integer(parts: Parts, name: str, default: int) -> int:
+def integer(parts: Parts, name: str, default: int) -> int:
     """A whole number of the description, positive. Raises CorruptFileError for anything else."""
     value = parts.setting(name, default)
     if type(value) is not int or not 0 < value < 1 << 16:

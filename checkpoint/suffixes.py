@@ -41,6 +41,7 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
     "weight_fold_rows": ("weight", "fold_rows"),
     # ComfyUI's NVFP4, W4A8 and W6A8; comfy-kitchen's AWQ
     "weight_scale_2": ("weight", "scale_2"),
+    "weight_scalar": ("weight", "scalar"),  # of hybrid MXFP8
     "weight_s_rel": ("weight", "s_rel"),
     "weight_s_channel": ("weight", "s_channel"),
     "weight_codebook": ("weight", "codebook"),
@@ -77,7 +78,7 @@ SUFFIXES: dict[str, tuple[str, str | None]] = {
 _FOREIGN = tuple(
     (re.compile(rf"(?:{pattern})"), what)
     for pattern, what in (
-        (r"weight_global_scale", "NVFP4's (compressed-tensors)"),
+        (r"(?:weight|input)_global_scale", "NVFP4's (compressed-tensors)"),
         (r"SCB|weight_format", "LLM.int8's (bitsandbytes)"),
         (
             r"weight\._data|weight\._scale|weight\._shift|weight\.(?:scale|qtype)",

@@ -8,14 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from ..errors import DOWNLOAD_AGAIN, CheckpointError, CorruptFileError, TruncatedFileError
-from ..gguf_loader import GGUFHeader, read_header
+from ..gguf_loader import GGUFHeader, header_of
 from .files import RawTensor, SourceFile
-from .safetensors_header import MAX_HEADER, MAX_TENSORS, parse_json, read_safetensors_header
+from .safetensors_header import MAX_HEADER, MAX_TENSORS, parse_json, safetensors_header_of
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.safetensors")
@@ -123,20 +123,21 @@ def _read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def _open_file(path: Path) -> TensorFiles:
-    with open(path, "rb") as file:
-        start = file.read(32)
-    for magic, what, hint in _NOT_A_MODEL:
-        # byte 8 opens the JSON of a safetensors file, whose length may begin with any bytes
-        if start.startswith(magic) and start[8:9] != b"{":
-            raise CorruptFileError(f"this is {what}, not a model", file=path, hint=hint)
-    if start.startswith(b"GGUF"):
-        return _open_gguf(path)
-    file, tensors, metadata = read_safetensors_header(path)
+    with open(path, "rb") as stream:
+        start = stream.read(32)
+        stream.seek(0)
+        for magic, what, hint in _NOT_A_MODEL:
+            # byte 8 opens the JSON of a safetensors file, whose length may begin with any bytes
+            if start.startswith(magic) and start[8:9] != b"{":
+                raise CorruptFileError(f"this is {what}, not a model", file=path, hint=hint)
+        if start.startswith(b"GGUF"):
+            return _gguf_of(path, stream)
+        file, tensors, metadata = safetensors_header_of(path, stream)
     return TensorFiles(path, "safetensors", (file,), tensors, dict(metadata))
 
 
-def _open_gguf(path: Path) -> TensorFiles:
-    header = read_header(path)
+def _gguf_of(path: Path, stream: BinaryIO) -> TensorFiles:
+    header = header_of(path, stream)
     parts = header.metadata.get("split.count", 1)
     if parts != 1:
         raise CheckpointError(

@@ -7,11 +7,14 @@ Files with diffusers' names do not say their order: FLUX.2's pipeline has (c, pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import CheckpointError, NotIdeogram4Error
+from .origins import what_it_is
 
+NO_VAE = "this is not a FLUX.2 VAE"
+_WHICH = "Ideogram 4 uses flux2-vae.safetensors."
 STATISTICS = "bn.running_mean"
 LATENT_CHANNELS = 32
 PATCH = 2
@@ -30,19 +33,25 @@ def is_pocket_vae(shapes: Shapes) -> bool:
     return tuple(shapes.get(_DIFFUSERS_BLOCK, ()))[:1] == (_POCKET_WIDTH,)
 
 
+def no_vae(names: Iterable[str], path: Path) -> NotIdeogram4Error:
+    """The error for a file of another kind, or of another VAE."""
+    names = list(names)
+    kind = what_it_is(names) or f"{len(names)} other tensors"
+    return NotIdeogram4Error(
+        NO_VAE, file=path, found=kind, needed=f"a VAE with {STATISTICS}", hint=_WHICH
+    )
+
+
 def check_vae(shapes: Shapes, path: Path) -> None:
     """Nothing for a VAE that can be loaded; NotIdeogram4Error where it is none of FLUX.2, and
     CheckpointError where its names do not tell the order of its statistics."""
     needed = (LATENT_CHANNELS * PATCH**2,)
     found = shapes.get(STATISTICS)
-    if found is None or tuple(found) != needed:
+    if found is None:
+        raise no_vae(shapes, path)
+    if tuple(found) != needed:
         raise NotIdeogram4Error(
-            "this is not a FLUX.2 VAE",
-            file=path,
-            tensor=STATISTICS,
-            found="absent" if found is None else tuple(found),
-            needed=needed,
-            hint="Ideogram 4 uses flux2-vae.safetensors.",
+            NO_VAE, file=path, tensor=STATISTICS, found=tuple(found), needed=needed, hint=_WHICH
         )
     if first_block(0, 0) not in shapes and not is_pocket_vae(shapes):
         raise CheckpointError(

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoint.tensor_files import open_tensor_files, read_json
+from ..checkpoint.vae_files import no_vae
 from ..errors import CheckpointError, CorruptFileError
 from .latents import PATCH, pack, to_token_order, unpack
 from .linear import default_device, default_dtype
@@ -96,12 +97,7 @@ def load_vae(
     if foreign:
         state = _to_diffusers(state)
     if "bn.running_mean" not in state or "decoder.conv_in.weight" not in state:
-        raise CheckpointError(
-            "not a FLUX.2 VAE",
-            file=weights,
-            needed="decoder.conv_in.weight and bn.running_mean",
-            hint="Ideogram 4 takes the FLUX.2 VAE, flux2-vae.safetensors.",
-        )
+        raise no_vae(state, weights)
     model = _build(state, config or _config_from_shapes(state, weights), weights, device, dtype)
     mean = state["bn.running_mean"].to(device, torch.float32)
     var = state["bn.running_var"].to(device, torch.float32)

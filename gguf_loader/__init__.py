@@ -1,7 +1,7 @@
 """GGUF files: bounded header parsing and writing. Block formats live in ``ops.blocks``."""
 
 from .metadata import ArrayRef
-from .reader import GGUFHeader, GGUFTensor, read_header
+from .reader import GGUFHeader, GGUFTensor, header_of, read_header
 from .types import TENSOR_TYPES, TYPE_NUMBERS, TensorType, ValueType
 from .writer import GGUFSpec, GGUFWriteError, Typed, write_gguf
 
@@ -16,6 +16,7 @@ __all__ = [
     "TensorType",
     "Typed",
     "ValueType",
+    "header_of",
     "read_header",
     "write_gguf",
 ]

@@ -19,7 +19,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import DOWNLOAD_AGAIN, CheckpointError, CorruptFileError, TruncatedFileError
 from .cursor import Cursor
@@ -103,14 +103,19 @@ def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """
     path = Path(path)
     with open(path, "rb") as file:
-        state = os.fstat(file.fileno())
-        cursor = Cursor(file, path, state.st_size)
-        version = _read_version(cursor)
-        n_tensors = _read_count(cursor, "tensors", 24)
-        n_metadata = _read_count(cursor, "metadata keys", 13)
-        metadata = read_metadata(cursor, n_metadata)
-        alignment = _alignment(metadata, path)
-        infos = _read_infos(cursor, n_tensors)
+        return header_of(path, file)
+
+
+def header_of(path: Path, file: BinaryIO) -> GGUFHeader:
+    """The same of a file that is open at its start."""
+    state = os.fstat(file.fileno())
+    cursor = Cursor(file, path, state.st_size)
+    version = _read_version(cursor)
+    n_tensors = _read_count(cursor, "tensors", 24)
+    n_metadata = _read_count(cursor, "metadata keys", 13)
+    metadata = read_metadata(cursor, n_metadata)
+    alignment = _alignment(metadata, path)
+    infos = _read_infos(cursor, n_tensors)
     data_offset = cursor.pos + -cursor.pos % alignment
     tensors = {
         name: _checked(name, dims, kind, offset, data_offset, alignment, path)

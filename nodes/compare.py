@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import OpError
+
+if TYPE_CHECKING:
+    from ..engine.compare.results import Comparison
 
 
 def compare_levels(
@@ -22,7 +26,7 @@ def compare_levels(
     *,
     differences: bool = False,
 ) -> tuple[Tensor, str]:
-    """(contact sheet, table): the first level is the reference of the others.
+    """(contact sheet, words and table): the first level is the reference of the others.
 
     ``batches`` are IMAGE [B, H, W, 3] in [0, 1], one a level, the same prompts and seeds in the
     same order; or ``folders`` name -> folder, the same file names in all. ``captions``: one for all
@@ -39,7 +43,11 @@ def compare_levels(
             needed="either pictures connected, or folders named; two levels at least",
         )
     if len(batches or folders) < 2:
-        raise OpError("one level alone", needed="two at least: the first is the reference")
+        raise OpError(
+            "one level alone",
+            needed="two at least: the first is the reference",
+            hint="Connect the pictures of another level, or name its folder.",
+        )
     notes: list[str] = []
     if batches:
         systems, cases = _from_batches(batches, names, captions)
@@ -57,7 +65,29 @@ def compare_levels(
     sheets = [comparison_sheet(comparison, picture)]
     if differences:
         sheets.append(comparison_sheet(comparison, picture, differences=True))
-    return torch.cat([_to_image(sheet) for sheet in sheets]), markdown(comparison)
+    told = "\n\n".join([*_strays(comparison), markdown(comparison)])
+    return torch.cat([_to_image(sheet) for sheet in sheets]), told
+
+
+def _strays(comparison: Comparison) -> list[str]:
+    """How far each level is from the first, in words: the root mean square of the difference."""
+    from ..engine.compare.metrics import PSNR_CAP
+
+    lines = []
+    for system in comparison.systems:
+        cell = comparison.cell(system, "psnr")
+        if system.name == comparison.reference or cell is None:
+            continue
+        decibels = cell.interval.mean
+        if decibels >= PSNR_CAP:
+            lines.append(f"{system.name}: the same pixels as {comparison.reference}.")
+            continue
+        part = 100 * 10 ** (-decibels / 20)
+        lines.append(
+            f"{system.name} strays from {comparison.reference} by {part:.2g} % of full brightness "
+            f"(PSNR {decibels:.1f} dB)."
+        )
+    return lines
 
 
 def _from_batches(batches: Sequence[Tensor], names: Sequence[str], captions: Sequence[str]):

@@ -22,25 +22,31 @@ def figures() -> dict:
     return json.loads(Path(__file__).with_name("costs.json").read_text(encoding="utf-8"))
 
 
-def gguf_compute(level: str, compute: str) -> str:
-    """What it means that a GGUF level is computed as ``w8a8`` or ``dense``, against the other."""
+def gguf_compute(level: str, compute: str, *, details: bool = False) -> str:
+    """What it means that a GGUF level is computed as ``w8a8`` or ``dense``; details: against the
+    other, and what was timed."""
     other = _OTHER[compute]
     if level not in figures()["linear"]:
         return f"computed as {_NAMES[compute]}: what that costs {level} has not been measured"
     measured = figures()["choices"]
+    near = measured[f"{level} {compute}"]["sqnr"]
+    line = f"computed as {_NAMES[compute]}: {in_words(near)} to BF16 on the pocket model "
+    if not details:
+        return f"{line}({near} dB of latent SQNR)"
     times = [figures()["linear"][level], measured[f"{level} w8a8"]["time"]]  # of W8A8 to 16-bit
     linear, pocket = times if compute == "w8a8" else [round(1 / time, 2) for time in times]
-    near = measured[f"{level} {compute}"]["sqnr"]
+    other_near = measured[f"{level} {other}"]["sqnr"]
     return (
-        f"computed as {_NAMES[compute]}: {in_words(near)} to BF16 on the pocket model ({near} dB "
-        f"of latent SQNR; as {_NAMES[other]} {measured[f'{level} {other}']['sqnr']} dB); time on a "
-        f"CPU {linear} x that of {_NAMES[other]} for a linear of the real size, {pocket} x for the "
+        f"{line}({near} dB of latent SQNR; as {_NAMES[other]} {other_near} dB); time on a CPU "
+        f"{linear} x that of {_NAMES[other]} for a linear of the real size, {pocket} x for the "
         "pocket model, which is too small for int8; unmeasured on a GPU"
     )
 
 
-def without_guidance() -> str:
+def without_guidance(*, details: bool) -> str:
     """What leaving the unconditional copy out costs, and what it saves."""
+    if not details:
+        return "half the memory and passes, but the caption is followed less closely"
     time = figures()["choices"]["conditional alone"]["time"]
     return (
         f"half the memory and half the passes ({time} x the time on the pocket model, on a CPU); "

@@ -40,6 +40,7 @@ def choose_files(
     branches: str = AUTO,
     unconditional_level: str = SAME,
     one_copy: bool = False,
+    alone: bool = False,
 ) -> tuple[Pair, tuple[Path, ...]]:
     """The files to load and those of the base; CheckpointError and its kinds say what is wrong.
 
@@ -49,7 +50,8 @@ def choose_files(
     trust_files: a picked file is the copy it was picked for, whatever its name says.
     branches: one of `BRANCHES`: files are of one branch, or a pair's copies, whatever they say.
     unconditional_level: of that copy, where it is not that of the conditional one; a file picked by
-    name goes before it. one_copy: the conditional copy alone, which runs both passes.
+    name goes before it. one_copy: the conditional copy alone, which runs both passes. alone:
+    nothing asks for the unconditional copy, so that only the conditional one has to fit.
     """
     check_level(unconditional_level, SAME)
     if one_copy and unconditional_level != SAME:
@@ -65,6 +67,9 @@ def choose_files(
             found=f"unconditional_level {unconditional_level}",
             hint=f"Set unconditional_level to {SAME!r}, or branches to 'auto' or 'two'.",
         )
+    if alone and not one_copy:
+        unconditional_file, unconditional_level = BY_LEVEL, SAME
+    single = one_copy or alone
     listing = known_listing(FOLDERS)
     absent = missing_picks(level, listing, conditional_file, unconditional_file)
     if conditional_file in absent:
@@ -93,11 +98,11 @@ def choose_files(
 
     if conditional_file == BY_LEVEL:
         here = machine()
-        how = {"with_base": bool(bases), "one_copy": one_copy, "unconditional": beside}
+        how = {"with_base": bool(bases), "one_copy": single, "unconditional": beside}
         pair = resolve(level, catalogue, _order(here), here.memory, **how)
     else:
         first = picked(conditional_file, CONDITIONAL)
-        second = None if one_copy else _beside(first, beside, catalogue)
+        second = None if single else _beside(first, beside, catalogue)
         pair = Pair(first.header.level, first, second)
     if one_copy and pair.one_branch is not None:
         raise PairMismatchError(

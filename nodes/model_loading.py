@@ -73,7 +73,7 @@ def load_model(
     if not management.is_device_cpu(offload):
         model.to(offload)
     model.load_model_weights(state, "", assign=patcher.is_dynamic())
-    check_before_use((model.diffusion_model, *model.diffusion_model.layers), mapping)
+    check_before_use(_parts(model.diffusion_model), mapping)
     # what the host's save nodes would lose: they write tensors, and metadata of their own
     said = {"copy": source.copy, "config": header.config.to_dict(), **words_of(header, source)}
     if header.attention_wish is not None:
@@ -128,6 +128,13 @@ def _measure(
         rope=heads if source.fused else None,
         inputs=inputs,
     )
+
+
+def _parts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What runs within a pass: the transformer's blocks and the modules beside them. Not the model
+    itself: torch.compile would make a graph of its own of what it hooks around it."""
+    beside = [module for name, module in model.named_children() if name != "layers"]
+    return [*beside, *model.layers]
 
 
 def _keep_attention_configs(model: torch.nn.Module, header: Checkpoint) -> None:

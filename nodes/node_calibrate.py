@@ -165,8 +165,9 @@ class Calibrate(io.ComfyNode):
         if earlier is not None:
             found = earlier.merge(found)
         found.save(target)
-        report = f"{target.name}: {len(found.layers)} linears, {len(found.provenance)} runs\n\n"
-        report += fragility_table(found, count=SHOWN)
+        painted = sum(run.prompts * len(run.seeds) for run in found.provenance)
+        report = f"{target.name}: {len(found.layers)} linears, from {painted} pictures\n\n"
+        report += fragility_table(found, count=SHOWN, short=True)
         return io.NodeOutput(found, str(target), report, ui=ui.PreviewText(report))
 
 

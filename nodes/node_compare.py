@@ -83,7 +83,8 @@ class CompareLevels(io.ComfyNode):
                 io.String.Output(
                     id="table",
                     display_name="table",
-                    tooltip="Means with 95 % intervals, in Markdown, and what is missing.",
+                    tooltip="How far each level strays, means with 95 % intervals, in Markdown, "
+                    "and what is missing.",
                 ),
             ],
             is_output_node=True,

@@ -119,7 +119,8 @@ class LoadIdeogram4(io.ComfyNode):
         chosen = {k: inputs[k] for k in ("level", *_FILE_INPUTS) if k in inputs}
         lora = inputs.get("unconditional_lora", NONE)
         try:
-            pair, bases = choose_files(**chosen, one_copy=lora != NONE)
+            alone = not connected[1]
+            pair, bases = choose_files(**chosen, one_copy=lora != NONE, alone=alone)
             files = [c.path for c in (pair.conditional, pair.unconditional) if c]
             beside = None if lora == NONE else host_stamp(LORA_FOLDERS, lora)
             return repr((connected, [stamp(path) for path in (*files, *bases)], beside))
@@ -145,6 +146,8 @@ class LoadIdeogram4(io.ComfyNode):
         details: bool = False,
     ) -> io.NodeOutput:
         one_copy = unconditional_lora != NONE
+        wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
+        alone = not wanted[1] and not one_copy
         pair, bases = choose_files(
             level,
             conditional_file,
@@ -154,13 +157,13 @@ class LoadIdeogram4(io.ComfyNode):
             branches,
             unconditional_level,
             one_copy,
+            alone,
         )
         options = LinearOptions(
             backend,
             GGUF_COMPUTE[gguf_compute],
             INT8_COMPUTE[int8_compute],
         )
-        wanted = _connected(cls.hidden.prompt, cls.hidden.unique_id)
         if not one_copy:
             check_complete(pair, wanted[1], host_listing(FOLDERS).folder)
         here = machine()  # before loading, so that it tells what is free now
@@ -191,7 +194,7 @@ class LoadIdeogram4(io.ComfyNode):
         for model in models:
             if model is not None:
                 note_when_sampling(model, note)
-        told = report.text(*about, details=details)
+        told = report.text(*about, details=details, alone=alone)
         return io.NodeOutput(*models, told, ui=ui.PreviewText(told))
 
 

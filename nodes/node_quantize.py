@@ -67,7 +67,8 @@ class Quantize(io.ComfyNode):
                     "filename",
                     default="",
                     tooltip="Name of the new file in models/diffusion_models; empty: my-tune-Q4_K "
-                    "for my-tune.",
+                    "for my-tune. With pair the other file is called the same with its copy behind "
+                    "it.",
                 ),
                 io.Boolean.Input(
                     "overwrite",

@@ -75,6 +75,11 @@ class Sampler(io.ComfyNode):
                     display_name="image",
                     tooltip="The picture. Needs vae; without it take latent to VAE Decode.",
                 ),
+                io.Int.Output(
+                    id="seed_out",
+                    display_name="seed",
+                    tooltip="The seed, for another sampler that shall start from the same noise.",
+                ),
             ],
             has_intermediate_output=True,
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -139,7 +144,9 @@ class Sampler(io.ComfyNode):
         text = report(guider, curve, seed, clock, memory, size, notes, details=details)
         out = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
         picture = ExecutionBlocker(_NO_VAE) if vae is None else vae.decode(samples)
-        return io.NodeOutput({**out, "samples": samples}, text, picture, ui=ui.PreviewText(text))
+        return io.NodeOutput(
+            {**out, "samples": samples}, text, picture, seed, ui=ui.PreviewText(text)
+        )
 
 
 def _sample(

@@ -8,7 +8,7 @@ from comfy_execution.graph import ExecutionBlocker
 from ..captions.compose import as_text
 from ..captions.instruction import turns
 from ..captions.making import Made, Ratio, make_caption
-from ..captions.ratio import AUTO, RATIOS, SIZES, picture_size
+from ..captions.ratio import AUTO, POCKET, RATIOS, SIZES, picture_size
 from ..captions.styles import NONE, STYLES
 from ..captions.tokens import MAX_TOKENS
 from ..errors import OpError
@@ -21,6 +21,12 @@ _POSITIVE = 0  # the output's place
 _NO_ENCODER = (
     "Connect Load Qwen3-VL encoder (quantized) to clip of Caption (Ideogram 4), or take its output "
     "caption to a CLIP Text Encode."
+)
+
+
+_POCKET = (
+    "The test model in the pack paints one word of 3 to 6 capitals, from JSON like that of its "
+    "workflow, and no sentences: for those take the real model and another size"
 )
 
 
@@ -74,6 +80,8 @@ class Caption(io.ComfyNode):
         else:
             encoded = clip.encode_from_tokens_scheduled(clip.tokenize(made.caption))
         said = [f"{width} x {height} px", *_notes(made, expand, image is not None, clip)]
+        if size == POCKET and not typed.lstrip().startswith("{"):
+            said.append(_POCKET)
         # one paragraph for each: Nodes 2.0 joins lines
         shown = "\n\n".join([". ".join(s.rstrip(".") for s in said) + ".", made.caption])
         return io.NodeOutput(encoded, made.caption, width, height, ui=ui.PreviewText(shown))

@@ -16,7 +16,7 @@ import logging
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import comfy.model_patcher
@@ -27,9 +27,9 @@ from comfy_execution.utils import get_executing_context
 logger = logging.getLogger(__name__)
 
 NOTE = "ideogram4_quant"
-"""The key in the PNG: a model's summary; a list of them where a graph samples with several.
+"""The key in the PNG: a model's summary; a list of them where several lead to the picture.
 
-A branch that a switch leaves out now counts too, if it was sampled before.
+A branch that a switch on the way leaves out now counts too, if it was sampled before.
 """
 
 LOADER = "Ideogram4QuantLoad"
@@ -68,17 +68,48 @@ class _PngInfo(dict):
             while len(_sampled) > _MOST_WAYS:
                 _sampled.popitem(last=False)
 
+    def __iter__(self) -> Iterator[str]:
+        """The keys; without the note for a node to which no sampler leads."""
+        return (key for key in super().__iter__() if key != NOTE or self._note())
+
+    def __getitem__(self, key: str) -> object:
+        """As any dict; of the note what concerns the node that runs."""
+        return self._note() if key == NOTE and NOTE in self else super().__getitem__(key)
+
+    def _note(self) -> dict | list[dict] | None:
+        """Of the samplers that lead to the node that runs; of all where none is known."""
+        context = get_executing_context()
+        if context is None or context.node_id not in self.graph:
+            return self._of(self._notes)
+        return self._of(_ahead(self.graph, context.node_id))
+
     def _write(self) -> None:
+        if found := self._of(self._notes):
+            self[NOTE] = found
+
+    def _of(self, names: Iterable[str]) -> dict | list[dict] | None:
+        """The notes of these samplers, each once; one alone is not in a list."""
+        wanted = set(names)
         there: list[dict] = []
         for name in dict.fromkeys((*self.graph, *self._notes)):  # one order, whoever ran first
-            there += [note for note in self._notes.get(name, ()) if note not in there]
-        if there:
-            self[NOTE] = there[0] if len(there) == 1 else there
+            if name in wanted:
+                there += [note for note in self._notes.get(name, ()) if note not in there]
+        return there[0] if len(there) == 1 else there or None
 
 
 # way of a sampler -> the notes that it sampled with last
 _sampled: OrderedDict[tuple[str, str], tuple[dict, ...]] = OrderedDict()
 _of_prompt: weakref.WeakValueDictionary[str, _PngInfo] = weakref.WeakValueDictionary()
+
+
+def _ahead(graph: Mapping[str, tuple], name: str) -> list[str]:
+    """A node, then all that lead to it, nearest first."""
+    ahead = [name]
+    for each in ahead:  # which grows meanwhile
+        for _, value in sorted(graph[each][1].items()):
+            if is_link(value) and value[0] in graph and value[0] not in ahead:
+                ahead.append(value[0])
+    return ahead
 
 
 def _way(graph: Mapping[str, tuple], name: str) -> tuple[str, str]:
@@ -87,17 +118,16 @@ def _way(graph: Mapping[str, tuple], name: str) -> tuple[str, str]:
     Without the nodes' ids, as the host's cache knows a node: that gives the picture of one workflow
     to another one that has the same nodes under other ids.
     """
-    ahead, number, found = [name], {name: 0}, []
-    for each in ahead:  # which grows meanwhile
+    number = {each: i for i, each in enumerate(_ahead(graph, name))}
+    found = []
+    for each in number:
         kind, inputs = graph[each]
-        said = {}
-        for key, value in sorted(inputs.items()):
-            said[key] = value
-            if is_link(value) and value[0] in graph:
-                if value[0] not in number:
-                    number[value[0]] = len(ahead)
-                    ahead.append(value[0])
-                said[key] = {"node": number[value[0]], "output": value[1]}
+        said = {
+            key: {"node": number[value[0]], "output": value[1]}
+            if is_link(value) and value[0] in graph
+            else value
+            for key, value in sorted(inputs.items())
+        }
         found.append([kind, said])
     text = json.dumps(found, default=repr)
     return str(graph[name][0]), hashlib.sha256(text.encode()).hexdigest()

@@ -20,6 +20,7 @@ from ..quant.recipes import QuantOptions, Recipe
 from ..quant.target import Request, quantize_to_target
 from ..quant.target_files import Part
 from ..quant.target_goal import Target, target_gb
+from .headers import open_header
 
 NONE = "none"
 AS_IN_FILE = "as in the file"
@@ -104,15 +105,17 @@ def parts_of(
     if pair != NONE:
         other = dict(zip(COPIES, reversed(COPIES), strict=True)).get(copy)
         taken.append((listing.path(pair), other))
-    parts, suffix = [], suffix_of(recipe)
+    parts, suffix, own = [], suffix_of(recipe), filename.strip()
     for file, which in taken:
         said = which if copy == BOTH else None
-        name = output_name(file, recipe, said)
-        if size is not None:
+        if own and (said is not None or file != path):
+            name = f"{own}-{which or open_header(file).copies[0]}"
+        elif own:
+            name = own
+        elif size is not None:
             name = named_after(file, size.name, suffix, said)
-        if filename.strip():
-            own = filename.strip() if copy != BOTH else f"{filename.strip()}-{which}"
-            name = own if file == path else name
+        else:
+            name = output_name(file, recipe, said)
         parts.append(Part(file, Path(listing.folder) / new_name(name, suffix), which))
     return parts
 

@@ -28,6 +28,7 @@ from .report_levels import PLAIN_LEVEL, by_level, copies, protected_lines
 
 HOST_ATTENTION = "host"
 ONE_BRANCH = "one branch: needs no guidance and no unconditional copy; half the memory and passes"
+NOT_CONNECTED = "unconditional: not connected, so neither read nor counted"
 _INT8_LEVELS = ("INT8 W8A8", "INT8 W8A8 rotated", "W6A8", "W4A8", "INT4 W4A4", "mixed")
 _RESIDENCY = {
     BOTH: "everything stays there",
@@ -105,10 +106,12 @@ def text(
     stands_in: str | None = None,
     *,
     details: bool = False,
+    alone: bool = False,
 ) -> str:
     """The same for people, one fact a line: first what it is and whether it fits.
 
-    details: also where each fact comes from, and every time that was measured.
+    details: also where each fact comes from, and every time that was measured. alone: nothing asks
+    for the unconditional copy.
     """
     lines = [_first_line(pair, asked, machine, stands_in)]
     for copy, candidate in copies(pair):
@@ -117,6 +120,8 @@ def text(
         lines.append(f"unconditional: {stands_in}")
     elif pair.one_branch is not None:
         lines.append(f"{ONE_BRANCH}: {pair.one_branch.reason}")
+    elif alone:
+        lines.append(NOT_CONNECTED)
     elif pair.unconditional is None:
         lines.append(
             "unconditional: no file of this level, so this is half a model: without guidance "
@@ -128,8 +133,9 @@ def text(
     lines.append(f"backend: {by_level(pair, lambda level: _backend(level, options, machine))}")
     for level in pair.levels:
         if level in PACKED:
+            how = _computed(level, options, machine)
             of = f"{level} " if len(pair.levels) > 1 else ""
-            lines.append(f"  {of}{costs.gguf_compute(level, _computed(level, options, machine))}")
+            lines.append(f"  {of}{costs.gguf_compute(level, how, details=details)}")
     if details and any(_may_run_int8(level, options) for level in pair.levels):
         lines += [f"  {m}" for m in _shown(machine.measured, LINEAR, GGUF)]
         lines += [f"  {b.name}: {b.reason}" for b in machine.backends if not b.available]

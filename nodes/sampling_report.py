@@ -94,8 +94,8 @@ def report(
     how the blocks ran.
     """
     steps = len(curve) - 1
-    lines = [f"{size}, {steps} steps in {clock.text()}", f"seed: {seed}", *notes]
-    lines += _guided_lines(guider, curve)
+    lines = [f"{size}, {steps} step{'s' * (steps != 1)} in {clock.text()}", f"seed: {seed}", *notes]
+    lines += _guided_lines(guider, curve, details)
     lines.append(f"peak memory: {memory.text()}")
     if details:
         lines += _fused_lines(guider)
@@ -103,7 +103,7 @@ def report(
     return "\n".join(lines)
 
 
-def _guided_lines(guider: DualCopyGuider, curve: Tensor) -> list[str]:
+def _guided_lines(guider: DualCopyGuider, curve: Tensor, details: bool) -> list[str]:
     """Guidance used, passes made and left out, where the copies were."""
     passes = guider.passes.lines()
     if guider.one_branch is not None or (guider.said and guider.unconditional is None):
@@ -112,7 +112,7 @@ def _guided_lines(guider: DualCopyGuider, curve: Tensor) -> list[str]:
     if guider.unconditional is None:
         asked = all(value == 1.0 for value in values)
         why = "guidance is 1 at every step" if asked else "no unconditional copy is connected"
-        return [f"without guidance, as {why}: {without_guidance()}", *passes]
+        return [f"without guidance, as {why}: {without_guidance(details=details)}", *passes]
     used = [f"guidance: {format_guidance(values)}"]
     how = one_copy.stands_in(guider.unconditional)
     stands = [] if how is None else [f"unconditional: {how}"]

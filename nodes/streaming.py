@@ -10,7 +10,6 @@ casts) to the host.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -18,7 +17,7 @@ import comfy.model_management as management
 import comfy.model_patcher
 import psutil
 import torch
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from ..checkpoint.mapped import origin
@@ -39,6 +38,7 @@ WITH_STREAMS = ("cuda", "xpu")
 def add_streaming(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """Have the weights of this patcher's blocks fetched ahead wherever they do not stay."""
     injected.follow(patcher, KEY, _hook, same_results=True)
+    patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _let_go_after_an_error)
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, _end)
 
 
@@ -86,25 +86,23 @@ class Ahead:
             self._stream.enter(index)
 
     def after(self, block: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        """A forward hook that is called after an error too."""
+        """A forward hook."""
         if torch.compiler.is_compiling():
             return
         index = self._index[id(block)]
         if self._stream is not None:
             self._stream.leave(index)
-        if output is None:
-            self._failed(sys.exc_info()[1])
-        elif self._queue is not None and index == len(self.blocks) - 1:
+        if self._queue is not None and index == len(self.blocks) - 1:
             queue, self._queue = self._queue, None
             prefetch.prefetch_queue_pop(queue, args[0].device, None)
 
-    def _failed(self, error: BaseException | None) -> None:
-        """A block raised: what was fetched for the next is let go, before anyone tries again."""
+    def failed(self, error: BaseException) -> None:
+        """A pass raised: what was fetched for the next block goes, before anyone tries again."""
         if self._queue is not None:
             prefetch.cleanup_prefetch_queues()
         held = self._stream is not None
         self.close()
-        if held and error is not None and management.is_oom(error):
+        if held and management.is_oom(error):
             self.off = True
             logger.warning(
                 "out of device memory: in the rest of this run weights that do not fit come one by "
@@ -180,6 +178,18 @@ def read(source: Tensor, out: Tensor) -> None:
         place.file.read_into(place.offset, out)
 
 
+def _let_go_after_an_error(executor: WrapperExecutor, *args: object, **kwargs: object) -> object:
+    """Around each pass and not hooks that are called after errors: torch.compile watches numbers
+    of those, and a model whose hooks are put in again would be compiled again."""
+    try:
+        return executor(*args, **kwargs)
+    except BaseException as error:
+        ahead = vars(executor.class_obj).get(KEY)
+        if ahead is not None:
+            ahead.failed(error)
+        raise
+
+
 def _end(patcher: comfy.model_patcher.ModelPatcher) -> None:
     """After a run: the slots and the pinned copies are others' again."""
     ahead = vars(patcher.model).get(KEY)
@@ -199,4 +209,4 @@ def _hook(
     yield ahead.close
     for block in blocks:
         yield block.register_forward_pre_hook(ahead.before, with_kwargs=True).remove
-        yield block.register_forward_hook(ahead.after, with_kwargs=True, always_call=True).remove
+        yield block.register_forward_hook(ahead.after, with_kwargs=True).remove

@@ -14,6 +14,8 @@ no int8 product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,30 @@ def unpack_int4(packed: Tensor) -> Tensor:
     data = packed.contiguous().view(torch.int8)
     low = torch.bitwise_right_shift(torch.bitwise_left_shift(data, 4), 4)  # sign extends
     return torch.stack([low, data >> 4], dim=2).reshape(len(data), 2 * data.shape[1])
+
+
+INT4_LIMIT = 7
+"""Largest magnitude of such a code; -8 is left out, as comfy-kitchen leaves it out."""
+
+
+def nearest_int4(values: Tensor, scale: Tensor) -> Tensor:
+    """Codes in fp32 of rotated ``values`` [N, K] with a ``scale`` fp32 [N] a row."""
+    return (values / scale[:, None]).round_().clamp_(-INT4_LIMIT, INT4_LIMIT)
+
+
+def int4_scales(values: Tensor, shares: Sequence[float]) -> Tensor:
+    """fp32 [N]: of each row, the scale whose nearest codes lose least of it.
+
+    Of ``shares`` of the scale under which no weight is clipped.
+    """
+    widest = (values.abs().amax(1) / INT4_LIMIT).clamp_min(SCALE_FLOOR)
+    best, least = widest, torch.full_like(widest, torch.inf)
+    for share in shares:
+        scale = widest * share
+        lost = (nearest_int4(values, scale).mul_(scale[:, None]) - values).square_().sum(1)
+        better = lost < least
+        least, best = torch.where(better, lost, least), torch.where(better, scale, best)
+    return best
 
 
 def int8_grid(packed: Tensor, s_rel: Tensor | None, codebook: Tensor | None, group: int) -> Tensor:

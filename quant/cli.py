@@ -10,7 +10,6 @@ import json
 import sys
 
 from ..checkpoint.copy_names import COPIES
-from ..command_help import HelpFormatter
 from .command_parts import calibration_of, check_files, progress_bar
 from .quantize_command import BOTH, how_to_go_on, quantize
 from .recipes import CONTAINERS, RECIPES, ROUNDINGS, TREATMENTS
@@ -40,7 +39,6 @@ def _add_quantize(subparsers: argparse._SubParsersAction) -> None:
         description="Write a copy of Ideogram 4 at another level, layer by layer. The new file is "
         "named after SRC and lies beside it, unless --out says otherwise.",
         epilog=_QUANTIZE,
-        formatter_class=HelpFormatter,
     )
     parser.add_argument("source", metavar="SRC", help="a model file or folder, of any origin")
     parser.add_argument(

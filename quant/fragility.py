@@ -14,7 +14,7 @@ from ..files.new_file import check_output, replaced
 from .calibration import Calibration
 from .errors import CalibrationError
 from .layer_stats import LayerStats
-from .tables import human_db, text_table
+from .tables import human_db, off_by, text_table
 from .treatments import Treatment
 
 if TYPE_CHECKING:
@@ -37,14 +37,21 @@ def check_candidate(calibration: Calibration, candidate: str) -> None:
         )
 
 
-def fragility_table(calibration: Calibration, candidate: str = DEFAULT, count: int = 20) -> str:
+def fragility_table(
+    calibration: Calibration, candidate: str = DEFAULT, count: int = 20, *, short: bool = False
+) -> str:
     """The ``count`` linears that ``candidate`` hurts most, with what hurts each of them least.
 
     SQNR of the linear's output in dB over all steps, its worst step, the largest peak-to-median
-    ratio of a token, and the kurtosis of the input.
+    ratio of a token, and the kurtosis of the input. short: of those the first alone, and by how
+    much the output is off.
     """
     check_candidate(calibration, candidate)
     ranking = calibration.ranking(candidate)
+    if short:
+        shown = [(key, off_by(calibration.layers[key].sqnr_db(candidate))) for key, _ in ranking]
+        table = text_table(("linear", "output"), shown[:count], left=2)
+        return f"{_title(min(count, len(ranking)), ranking, candidate)}:\n\n{table}"
     rows = []
     for key, _ in ranking[:count]:
         stats = calibration.layers[key]
@@ -62,10 +69,12 @@ def fragility_table(calibration: Calibration, candidate: str = DEFAULT, count: i
             )
         )
     head = ("linear", "best int8", f"{candidate} dB", "best dB", "worst step", "peak", "kurtosis")
-    title = (
-        f"most fragile {len(rows)} of {len(ranking)} linears, by the output error of {candidate}"
-    )
+    title = _title(len(rows), ranking, candidate)
     return f"{title}:\n\n{text_table(head, rows, left=2)}"
+
+
+def _title(count: int, ranking: Sequence, candidate: str) -> str:
+    return f"most fragile {count} of {len(ranking)} linears, by the output error of {candidate}"
 
 
 def best_int8(stats: LayerStats) -> str | None:

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from ..ops.feedback import Feedback
 from ..ops.gptq import ExactFeedback
-from ..ops.grouped import SCALE_FLOOR, pack_codes, unpack_int4
+from ..ops.grouped import INT4_LIMIT, int4_scales, nearest_int4, pack_codes, unpack_int4
 from ..ops.rotation import rotate
 from .encodings import Encoding, Shape, follow
 from .input_moments import InputMoments
-
-LIMIT = 7
-"""Largest magnitude of a code; the container's -8 is left out, as comfy-kitchen leaves it out."""
 
 MULTIPLE = 64
 """What a row's length is a multiple of: comfy-kitchen's kernel reads so many codes at a time."""
@@ -60,29 +57,15 @@ class ConvrotInt4(Encoding):
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         values = rotate(rows, self.rotation)
-        scale = _scales(values)
-        codes = _nearest(values, scale).to(torch.int8)
+        scale = int4_scales(values, _SHARES)
+        codes = nearest_int4(values, scale).to(torch.int8)
         if self.feedback is not None:
-            found, better = self.feedback.round(values, scale[:, None], None, (-LIMIT, LIMIT))
+            found, better = self.feedback.round(
+                values, scale[:, None], None, (-INT4_LIMIT, INT4_LIMIT)
+            )
             codes = torch.where(better[:, None], found, codes)
         return {"weight": pack_codes(codes & 15, 4), "weight_scale": scale}
 
     def decode(self, parts: dict[str, Tensor]) -> Tensor:
         codes = unpack_int4(parts["weight"]).float()
         return rotate(codes * parts["weight_scale"][:, None], self.rotation)
-
-
-def _nearest(values: Tensor, scale: Tensor) -> Tensor:
-    return (values / scale[:, None]).round_().clamp_(-LIMIT, LIMIT)
-
-
-def _scales(values: Tensor) -> Tensor:
-    """fp32 [N]: of each row, the scale whose nearest codes lose least of it."""
-    widest = (values.abs().amax(1) / LIMIT).clamp_min(SCALE_FLOOR)
-    best, least = widest, torch.full_like(widest, torch.inf)
-    for share in _SHARES:
-        scale = widest * share
-        lost = (_nearest(values, scale).mul_(scale[:, None]) - values).square_().sum(1)
-        better = lost < least
-        least, best = torch.where(better, lost, least), torch.where(better, scale, best)
-    return best

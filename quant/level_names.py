@@ -39,7 +39,7 @@ def resolve(text: str, levels: Collection[str]) -> tuple[str | None, str | None]
     if mix is not None and (level := f"Q{mix[1]}_K") in levels:
         return level, (
             f"{text}: llama.cpp's mixes are not made: every linear of the blocks is {level}; for "
-            "larger types where they help most, give a size (target_gb)"
+            "larger types where they help most, ask for a size instead"
         )
     level = _ALIASES.get(wanted)
     if level not in levels:

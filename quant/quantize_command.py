@@ -29,6 +29,8 @@ def quantize(args: argparse.Namespace) -> int:
     read = (args.source, args.pair, args.calibration, args.sensitivity, *(args.base or ()))
     check_files(*read)
     target = target_of(args)
+    if target is None:
+        args.level = recipe_of(args.level).level  # what it was taken for is said here, once
     runs = _runs(args, target)
     types, budget = tuple(map(_type_rule, args.types)), _budget(args.protect_budget)
     if not args.dry_run:
@@ -62,7 +64,7 @@ def quantize(args: argparse.Namespace) -> int:
 
         parts = [Part(source, out, copy) for source, copy, out in runs]
         return quantize_to_size(args, target, parts, options)
-    level = recipe_of(args.level).level
+    level = args.level
     pair = args.pair if args.container == _TRANSFORMER_LAB else None
     for source, copy, out in runs:
         choice = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .measure import ErrorMeter
-from .tables import human_bytes, human_db, text_table
+from .tables import human_bytes, human_db, off_by, text_table
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class QuantReport:
         totals = (
             f"{self.path}: {self.level}, {human_bytes(self.size)} "
             f"({self.size / max(self.source_size, 1):.2f} of the source), "
-            f"weights {human_db(self.meter.sqnr_db)} dB{foretold(self.meter)}"
+            f"weights {off_by(self.meter.sqnr_db)}{foretold(self.meter)}"
         )
         parts = [totals, totals_table(self.tensors)]
         worst = self.worst(count)
@@ -106,8 +106,8 @@ def finite_or_none(value: float | None) -> float | None:
 
 
 def foretold(meter: ErrorMeter) -> str:
-    """``, outputs 40.12 dB`` where a calibration foretells it."""
-    return "" if meter.output_db is None else f", outputs {human_db(meter.output_db)} dB"
+    """``, outputs off by 1 % (40.12 dB)`` where a calibration foretells it."""
+    return "" if meter.output_db is None else f", outputs {off_by(meter.output_db)}"
 
 
 def worst_first(tensors: Sequence[TensorResult]) -> list[TensorResult]:

@@ -39,6 +39,13 @@ def human_db(value: float) -> str:
     return "exact" if value == math.inf else f"{value:.2f}"
 
 
+def off_by(db: float) -> str:
+    """An SQNR as the part by which values are off, root mean square: ``off by 10 % (20.00 dB)``."""
+    if db == math.inf:
+        return "exact"
+    return f"off by {100 * 10 ** (-db / 20):.2g} % ({human_db(db)} dB)"
+
+
 # from that many dB of SQNR on, the error has that share of the signal's power or less
 _NEARNESS = ((40.0, "very near"), (30.0, "near"), (20.0, "differences show side by side"))
 _FAR = "the loss shows"

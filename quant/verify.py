@@ -20,7 +20,7 @@ from .input_moments import InputMoments
 from .measure import ErrorMeter, channel_absmax, dense_rows
 from .report import TensorResult, finite_or_none, foretold, worst_first, worst_table
 from .source import BaseLike
-from .tables import human_db
+from .tables import off_by
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Verification:
         linears = sum(t.linear for t in self.tensors)
         lines = [
             f"{self.path} against {self.against} ({' + '.join(self.copies)}): "
-            f"weights of {linears} linears {human_db(self.meter.sqnr_db)} dB{foretold(self.meter)}"
+            f"weights of {linears} linears {off_by(self.meter.sqnr_db)}{foretold(self.meter)}"
         ]
         if self.folded:
             lines.append(

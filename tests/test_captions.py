@@ -223,3 +223,17 @@ def test_picture_of_which_nothing_was_written():
         make_caption("", write=lambda *_: "no", picture=True)
     assert parsed("", write=lambda *_: WRITTEN, picture=True)
     assert read_json(WRITTEN)[1]
+
+
+@pytest.mark.parametrize("kind", [["obj"], {"obj": "text"}, None, 1, True, "picture"])
+def test_a_type_of_any_other_kind_is_an_error_in_words_and_left_out_of_what_is_mended(kind):
+    wrong = {"type": kind, "desc": "a green door"}
+    text = json.dumps(
+        {**OWN, "compositional_deconstruction": {"background": "x", "elements": [wrong]}}
+    )
+    assert 'element 1: type must be "obj" or "text", not ' in check_caption(text).text()
+    with pytest.raises(OpError, match="type must be"):
+        make_caption(text)
+    mended = mend(text, read_typed("a door"))
+    assert check_caption(mended.caption).errors == []
+    assert elements(json.loads(mended.caption)) == [{"type": "obj", "desc": "a door"}]

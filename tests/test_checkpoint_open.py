@@ -166,7 +166,7 @@ def test_override(tmp_path: Path, state, caplog):
     path = files.save(tmp_path / "ideogram4_uncond.safetensors", state)
     ck = open_checkpoint(path, copy="conditional")
     assert ck.copies == ("conditional",)
-    assert ck.copy_reason == "the caller says so"
+    assert ck.copy_reason == "as asked"
     assert "ideogram4_uncond.safetensors says so" in caplog.text
     with pytest.raises(CheckpointError, match="no such copy"):
         open_checkpoint(path, copy="both")

@@ -20,6 +20,7 @@ from ideogram4_quant.tests.tensors import randn
 
 torch.set_num_threads(1)
 LEVELS = [level for level in storage.STOCK if level != "W6A8" or packed.SIX_BITS]
+PACKED = [level for level in LEVELS if level in ("W4A8", "W6A8", "INT4 W4A4")]
 NAME = "layers.3.feed_forward.w2"
 PREFIX = "model.diffusion_model."
 
@@ -134,10 +135,26 @@ def test_small_floats_stored_as_bytes(level, name, tmp_path):
     assert torch.equal(found.read(torch.float32).dequantize(), values)
 
 
+@pytest.mark.parametrize("level", [*PACKED, "NVFP4", "AWQ W4A16"])
+def test_codes_stored_as_the_other_kind_of_byte(level, tmp_path):
+    """``weight.to(storage_t)`` in ComfyUI's loader wraps around: the same bits."""
+    pack = storage.pack_awq if level.startswith("AWQ") else partial(storage.pack_stock, level=level)
+    parts, values = pack(randn(128, 768))
+    codes = parts["weight"]
+    other = torch.uint8 if codes.dtype == torch.int8 else torch.int8
+    parts["weight"] = codes.view(other)
+    assert torch.equal(parts["weight"].to(codes.dtype), codes)
+    weight = entry(tmp_path / "m.safetensors", beside(parts)).read(torch.float32)
+    assert weight._qdata.dtype == codes.dtype
+    torch.testing.assert_close(weight.dequantize(), values, rtol=0, atol=1e-6)
+
+
+E4M3 = torch.float8_e4m3fn
 BROKEN = [
     ("W4A8", lambda p: p.pop("weight_s_rel"), "asym_w4a8_int8 without its s_rel"),
     ("W4A8", lambda p: p.update(weight_s_rel=p["weight_s_rel"][:, :-1].clone()), "do not fit"),
-    ("W4A8", lambda p: p.update(weight=p["weight"].view(torch.uint8)), "codes of asym_w4a8_int8"),
+    ("W4A8", lambda p: p.update(weight=p["weight"].view(E4M3)), "codes of asym_w4a8_int8"),
+    ("MXFP8", lambda p: p.update(weight=p["weight"].view(torch.int8)), "codes of mxfp8"),
     ("W4A8", lambda p: p.update(weight_codebook=torch.zeros(15)), "codebook"),
     ("W4A8", lambda p: p.update(weight_s_channel=torch.full((64,), torch.nan)), "NaN"),
     ("W4A8", lambda p: p.update(weight_scale_2=torch.ones(())), "weight_scale_2 beside"),

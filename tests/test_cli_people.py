@@ -41,6 +41,14 @@ def test_every_help_has_an_example_and_a_text_for_every_option(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_examples_are_shown_as_they_are_written(command, monkeypatch):
+    """A line that is wrapped within a file's name cannot be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = parser_of(command)
+    assert parser.epilog in parser.format_help()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_commands_that_parse(command, monkeypatch):
     """Each example is read by the parser it stands in, files that are not there included."""
     epilog = parser_of(command).epilog.replace("\\\n", " ")

@@ -32,6 +32,15 @@ def rows(table: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
+def test_first_it_says_in_words_how_far_each_level_strays():
+    """From 128 to 153 of 255 everywhere, 9.8 % and 20 log10(255 / 25) dB; and not at all."""
+    grey = torch.full((2, 32, 48, 3), 0.5)
+    _, table = compare.compare_levels([grey, grey + 0.1, grey], ["full", "INT8", "BF16"], {})
+    first, second, *_ = table.split("\n\n")
+    assert first == "INT8 strays from full by 9.8 % of full brightness (PSNR 20.2 dB)."
+    assert second == "BF16: the same pixels as full."
+
+
 def test_batches_are_measured_against_the_first():
     sheet, table = compare.compare_levels([batch(0), batch(0.01), batch(0.1)], ["full", "INT8"], {})
     assert sheet.ndim == 4

@@ -71,6 +71,15 @@ def test_sentence_is_shown_as_a_caption(server):
     assert "1248 x 832 px" in shown
 
 
+def test_a_sentence_for_the_test_model_is_told_that_it_paints_none(server):
+    shown, no_sentence = (
+        texts(server.run(captioned(text, **POCKET)), "caption")[0]
+        for text in (SENTENCE, graphs.CAPTION)
+    )
+    assert "paints one word of 3 to 6 capitals" in shown
+    assert "capitals" not in no_sentence
+
+
 def test_json_and_dictionaries_pass(server):
     for text in (graphs.CAPTION, f" {graphs.CAPTION}\n"):
         (caption,) = texts(server.run(captioned(text, encoder=None)), "read")

@@ -10,7 +10,10 @@ import pytest
 from ideogram4_quant.tests.host.level_files import write_level
 
 pytestmark = pytest.mark.host
-LEVELS = ("BF16", "FP8", "INT8 W8A8 rotated", "Q4_K", "NF4")
+LEVELS = (
+    *("BF16", "FP8", "INT8 W8A8 rotated", "Q4_K", "NF4"),
+    *("W4A8", "W6A8", "INT4 W4A4", "NVFP4", "MXFP8", "AWQ W4A16", "SDNQ 4-bit", "SDNQ 8-bit"),
+)
 KINDS = [f"{level}, {kind}" for level in LEVELS for kind in ("fused", "unfused")]
 
 

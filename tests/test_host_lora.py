@@ -15,6 +15,7 @@ from ideogram4_quant.tests.host.level_files import ALL_LEVELS, write_level
 
 pytestmark = pytest.mark.host
 LEVELS = ALL_LEVELS[1:]
+BY_CHANCE = ("FP8", "MXFP8", "SDNQ 8-bit", "INT8 W8A8", "INT8 W8A8 rotated")
 SHAPES = {"layers.0.attention.qkv": (768, 256), "layers.1.feed_forward.w2": (256, 768)}
 SHAPES |= {"layers.2.attention.o": (256, 256), "layers.3.adaln_modulation": (1024, 256)}
 RANK = 4
@@ -91,7 +92,12 @@ def test_side_path_adds_no_error_to_that_of_the_level(errors, level, case):
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_patches_of_the_stock_node_cost_one_more_quantization_of_the_patched(errors, level):
-    assert errors[level]["patched"] < 1.15 * errors[level]["none"]
+    # The level's error with this update, and once more that of the four patched linears: to
+    # nearest, or by chance, which is twice the energy. A seventh: two errors of one sample are not
+    # quite independent.
+    found, times = errors[level], 2 if level in BY_CHANCE else 1
+    bound = (found["one"] ** 2 + times * found["patched alone"] ** 2) ** 0.5
+    assert found["patched"] < 1.14 * bound
 
 
 @pytest.mark.parametrize("level", ["BF16", *LEVELS])

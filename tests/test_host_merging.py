@@ -54,4 +54,5 @@ def test_a_saved_encoder_is_read_as_what_it_was(found, what):
 
 
 def test_a_model_saved_with_its_encoder_and_vae_is_read_as_what_it_was(found):
-    assert found["saved"]["model"] == 0
+    # last bits: sums on a CPU depend on where weights lie, and the file read again is mapped
+    assert found["saved"]["model"] < 1e-6

@@ -18,6 +18,7 @@ from ideogram4_quant.ops.linear import linear
 from ideogram4_quant.quant import Calibration, LayerStats, QuantOptions, quantize_checkpoint
 from ideogram4_quant.tests import quant_model as model
 from ideogram4_quant.tests.host.locate import find_host
+from ideogram4_quant.tests.host.server import environment
 from ideogram4_quant.tests.tensors import relative
 
 HOST = find_host()
@@ -122,7 +123,7 @@ def files(tmp_path_factory):
     done = subprocess.run(
         [HOST.python, "-c", head + textwrap.dedent(SCRIPT)],
         cwd=HOST.root,
-        env={**os.environ, "PYTHONPATH": KITCHEN or ""},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -155,9 +155,15 @@ def test_both_copies_are_written_in_one_run_and_keep_their_names(server, folder,
         quantize_checkpoint(folder / source, "Q4_K", wanted)
         assert (folder / name).read_bytes() == wanted.read_bytes()
         assert name in run.outputs["report"]["text"][0]
+    named = folder / "other-unconditional.gguf"
+    named.touch()
     again = server.run(graph(source=first, pair=second, filename="other"))
-    assert "my-tune-v2-uncond-Q4_K.gguf: exists already" in message(again)
+    assert f"{named.name}: exists already" in message(again)
     assert not (folder / "other.gguf").exists()  # asked before the first one is written
+    named.unlink()
+    run = server.run(graph(source=first, pair=second, filename="other"))
+    assert run.status == "success", run.error
+    assert named.read_bytes() == (folder / "my-tune-v2-uncond-Q4_K.gguf").read_bytes()
 
 
 TUNE = {graphs.CONDITIONAL: "", graphs.UNCONDITIONAL: "-uncond"}

@@ -5,6 +5,7 @@ The server is one of its own, with a custom node that counts which model files a
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -250,6 +251,38 @@ def test_a_cached_note_gives_way_to_that_of_another_level(own):
     graphs_of = [graphs.with_sampler(f"turn{i}", seed=23, level=v) for i, v in enumerate(levels)]
     notes = [queue(own, graph)[0][2]["saved"] for graph in graphs_of]
     assert [note["level"] for note in notes] == levels
+
+
+def renamed(graph: dict, prefix: str) -> dict:
+    """The same nodes under other ids."""
+    ids = {name: f"{prefix} {name}" for name in graph}
+    out = copy.deepcopy({ids[name]: node for name, node in graph.items()})
+    for node in out.values():
+        for link in (v for v in node["inputs"].values() if isinstance(v, list)):
+            link[0] = ids[link[0]]
+    return out
+
+
+def test_a_picture_says_what_led_to_it_and_not_what_else_the_graph_samples(own):
+    """Two samplers and a plain picture in one graph; then one is saved anew, all else cached."""
+    both: dict = {}
+    for level in ("Q4_K", "Q8_0"):
+        both |= renamed(graphs.with_sampler(f"of {level}", seed=27, level=level), level)
+    both["image"] = graphs.node("LoadImage", image=EXAMPLE)
+    both["plain"] = graphs.node("SaveImage", images=("image", 0), filename_prefix="beside")
+    for prefix in ("first", "again"):
+        both["Q8_0 saved"]["inputs"]["filename_prefix"] = prefix
+        (_, _, notes), *_ = queue(own, both)
+        assert notes.pop("plain", None) is None
+        assert levels_in(notes["Q8_0 saved"]) == {"Q8_0"}
+        assert all(levels_in(note) == {name[:4]} for name, note in notes.items())
+
+
+def test_a_copy_that_nothing_reads_is_not_in_the_note(own):
+    graph = graphs.with_sampler("alone", seed=28, models=(("model", 0), None), level="Q4_K")
+    (texts, _, notes), *_ = queue(own, graph)
+    assert set(notes["saved"]["files"]) == {"conditional"}
+    assert "both copies" not in str(texts)
 
 
 def test_a_picture_of_another_model_has_no_note(own):

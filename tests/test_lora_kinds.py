@@ -133,6 +133,31 @@ def test_the_config_beside_pefts_file_states_its_strength(tmp_path, config, tens
     torch.testing.assert_close(after, torch.full((256, 256), scale * per_entry))
 
 
+@pytest.mark.parametrize("blocks", [1, 16])
+def test_rotations_that_pefts_config_bounds(tmp_path, blocks):
+    """COFT: a block's Q is no longer than eps over the root of the number of blocks."""
+    random = torch.Generator().manual_seed(2)
+    upper = 0.05 * torch.randn(blocks, 120, generator=random)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({f"{peft_name(OUT)}.oft_R.weight": upper}, file)
+    config = {"peft_type": "OFT", "coft": True, "eps": 0.5}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weight = torch.randn(256, 256, generator=random)
+    found = parsed(read_lora(file), strength=read_strength(file))
+    after = applied({f"{OUT}.weight": weight}, (found, 1.0))[f"{OUT}.weight"]
+    rotations = []
+    for entries in upper.double():
+        q = torch.zeros(16, 16, dtype=torch.double)
+        q[tuple(torch.triu_indices(16, 16, 1))] = entries
+        q = q - q.T
+        q = q * min(1, 0.5 / blocks**0.5 / q.norm())
+        one, two, three, four = (torch.matrix_power(q, i) for i in range(1, 5))
+        rotations.append(torch.eye(16, dtype=torch.double) + 2 * (one + two + three) + four)
+    assert max(r.sub(torch.eye(16)).norm() for r in rotations) < 1.1  # the bound bites
+    wanted = weight.double() @ torch.block_diag(*(rotations * (16 // blocks))).T
+    torch.testing.assert_close(after.double(), wanted, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

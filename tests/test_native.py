@@ -99,6 +99,20 @@ def test_q8_0_is_torchs_to_the_bit(encoder, without, kind, dtype):
         check_lost(lost, w.float(), stored)
 
 
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 33])
+def test_q8_0_ends_at_any_block(encoder, without, count):
+    """Blocks are taken 16 at a time; the last of a tensor may be fewer."""
+    rows = weights("outliers", 1, 32 * count).bfloat16()
+    expected = without(lambda: quantize(rows.float(), "Q8_0"))
+    made, lost = encoder.q8_0(rows)
+    assert torch.equal(made, expected)
+    stored = FORMATS["Q8_0"].dequantize(expected, rows.shape, torch.float32)
+    error = (stored - rows.float()).double()
+    assert lost.noise == pytest.approx(error.square().sum().item(), rel=1e-12)
+    assert lost.signal == pytest.approx(rows.double().square().sum().item(), rel=1e-12)
+    assert lost.largest == error.abs().max().item()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rotation", [None, 256])
 @pytest.mark.parametrize("kind", KINDS)

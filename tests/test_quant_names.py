@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from ideogram4_quant.cli import main
@@ -11,6 +13,8 @@ from ideogram4_quant.quant.errors import QuantOptionError
 from ideogram4_quant.quant.output_names import output_name
 from ideogram4_quant.quant.presets import PRESETS, preset_of
 from ideogram4_quant.quant.recipes import QuantOptions, recipe_of
+from ideogram4_quant.quant.tables import off_by
+from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import quant_model as model
 
 
@@ -102,3 +106,16 @@ def test_a_nodes_error_speaks_of_its_inputs(tmp_path):
     assert for_the_node("Give it (--calibration CAL).", ("calibration",)) == (
         "Give it (the node's input calibration)."
     )
+
+
+@pytest.mark.parametrize("level", ["INT8", "Q4_K_M"])
+def test_what_a_level_is_taken_for_is_said_once(level, tmp_path, caplog, capsys):
+    source = files.save(tmp_path / "tune.safetensors", files.model())
+    assert main(["quantize", str(source), "--level", level, "--copy", "conditional"]) == 0
+    assert sum(record.getMessage().startswith(f"{level}: ") for record in caplog.records) == 1
+
+
+def test_decibels_carry_a_word():
+    assert off_by(20.0) == "off by 10 % (20.00 dB)"
+    assert off_by(40.0) == "off by 1 % (40.00 dB)"
+    assert off_by(math.inf) == "exact"

@@ -92,11 +92,14 @@ def test_a_shared_workflow_runs_on_any_machine(file):
         assert [name for name in named if name != BY_LEVEL and "pocket/" not in name] == offered
 
 
-def test_gguf_files_stand_first_in_the_note():
-    (file,) = [file for file in FILES if file.stem.endswith("text to image")]
+@every_file
+def test_every_workflow_has_a_note_in_which_gguf_files_stand_first(file):
     (note,) = of_type(load(file), "MarkdownNote")
     text = note["widgets_values"][0]
-    assert 0 < text.index("gguf") < text.index(".safetensors")
+    if "models/diffusion_models" in text and "gguf" in text:
+        assert 0 < text.index("gguf") < text.index(".safetensors")
+    guided = of_type(load(file), "Ideogram4QuantLoad") and "8 steps" not in file.stem
+    assert ("gguf" in text) == bool(guided and "try it" not in file.stem)
 
 
 @every_file
@@ -112,16 +115,22 @@ def test_nothing_overlaps_and_every_node_lies_in_one_group(file):
     assert all(group["title"].strip() for group in workflow["groups"])
 
 
-def test_the_first_workflow_fits_a_laptop_s_window_with_its_text():
-    """Fitted into 1600 by 900 px, of which the page's bars take 120 and 170. The page leaves out
-    text of 14 px that would be drawn below 8."""
-    (file,) = [file for file in FILES if "try it now" in file.stem]
-    boxes = [group_box(group) for group in load(file)["groups"]]
+WINDOW = 1600, 900
+HIDDEN = 8 / 14  # the page leaves out the nodes' text, of 14 px, where it would be drawn below 8
+
+
+@every_file
+def test_every_workflow_fits_a_laptop_s_window_with_its_text(file):
+    """Whole in the view that is saved, between the page's bars; and where it was opened as a
+    template, which the page fits into three quarters of the window."""
+    workflow = load(file)
+    boxes = [group_box(group) for group in workflow["groups"]]
     left, top = (min(box[i] for box in boxes) for i in (0, 1))
     right, bottom = (max(box[i] for box in boxes) for i in (2, 3))
-    scale = min((1600 - 120) / (right - left), (900 - 170) / (bottom - top))
-    assert scale * 14 > 8 * 1.2
-    assert load(file)["extra"]["ds"]["scale"] <= scale
+    width, height = right - left, bottom - top
+    whole = min((WINDOW[0] - 120) / width, (WINDOW[1] - 170) / height)
+    assert HIDDEN * 1.2 < workflow["extra"]["ds"]["scale"] <= whole
+    assert min(0.75 * WINDOW[0] / width, 0.75 * WINDOW[1] / height) > HIDDEN
 
 
 @every_file
@@ -169,6 +178,7 @@ def test_blueprint_promotes_what_one_changes():
     assert node["type"] == subgraph["id"]
     assert file.stem == node["title"] == subgraph["name"]
     promoted = [entry["label"] for entry in subgraph["inputs"]]
+    assert promoted == [entry["name"] for entry in subgraph["inputs"]]  # what each look shows
     assert promoted == ["caption", "aspect_ratio", "level", "preset", "seed"]
     assert [output["type"] for output in subgraph["outputs"]] == ["IMAGE"]
     kinds = {inner["type"] for inner in subgraph["nodes"]}

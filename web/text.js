@@ -6,7 +6,7 @@ import { ComfyWidgets } from "../../scripts/widgets.js";
 const HEIGHTS = new Map([
   ["Ideogram4QuantLoad", 130],
   ["Ideogram4QuantLoadLora", 90],
-  ["Ideogram4QuantCaption", 130],
+  ["Ideogram4QuantCaption", 110],
   ["Ideogram4QuantCheckCaption", 110],
   ["Ideogram4QuantSampler", 130],
   ["Ideogram4QuantCompare", 170],

@@ -130,15 +130,19 @@ def _rescaled(weight: Tensor, rescale: Tensor | None) -> Tensor:
     return weight if rescale is None else weight * rescale.reshape(-1, 1)
 
 
-def _oft_of_inputs(weight: Tensor, found: Tensors, _scale: float) -> Tensor:
+def _oft_of_inputs(weight: Tensor, found: Tensors, bound: float) -> Tensor:
     """PEFT's and OneTrainer's: ``W R^T``, R in blocks over the inputs, one block shared by all or
-    one each, ``R = I + 2Q + 2Q^2 + 2Q^3 + Q^4`` (their five terms of the Cayley map)."""
+    one each, ``R = I + 2Q + 2Q^2 + 2Q^3 + Q^4`` (their five terms of the Cayley map), with PEFT's
+    COFT of a Q no longer than ``bound``."""
     upper = found["oft_R"]
     size = block_size(upper.shape[1])
     row, column = torch.triu_indices(size, size, 1, device=upper.device)
     skew = upper.new_zeros(len(upper), size, size)
     skew[:, row, column] = upper
     skew = skew - skew.mT
+    if bound:
+        length = torch.linalg.matrix_norm(skew, keepdim=True).clamp_min(1e-30)
+        skew = skew * (bound / length).clamp_max(1.0)
     square = skew @ skew
     eye = torch.eye(size, dtype=skew.dtype, device=skew.device)
     rotation = eye + 2 * skew + 2 * square + 2 * square @ skew + square @ square

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, CorruptFileError, printable
 from ..copies import CONDITIONAL
+from ..origins import what_it_is
 from ..tensor_files import open_tensor_files
 from . import names as lora_names
 from . import updates as lora_updates
@@ -26,6 +27,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 Changes = Mapping[str, Sequence[WeightChange]]
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
+_NO_LORA = "this file holds no LoRA for Ideogram 4"
+_ENOUGH = 4000  # names that are looked at: more than any LoRA has
 _NONE: Shapes = MappingProxyType({})
 
 
@@ -218,9 +221,11 @@ def _add_bias(
 
 def _no_lora(names: Iterable[str], file: str | Path) -> CheckpointError:
     names = list(names)
+    if not any(map(lora_names.part_of, names[:_ENOUGH])) and (kind := what_it_is(names)):
+        return CheckpointError(_NO_LORA, file=file, found=kind, hint="Pick a file of a LoRA.")
     other = lora_names.other_model(names)
     return CheckpointError(
-        "this file holds no LoRA for Ideogram 4",
+        _NO_LORA,
         file=file,
         found=", ".join(names[:3]) or "no tensors",
         needed="lora_A and lora_B, or lora_down and lora_up, of layers.N...",

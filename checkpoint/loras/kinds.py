@@ -52,13 +52,15 @@ class Strength:
 
     A linear's scale is ``alpha / rank``; with ``rslora`` ``alpha / sqrt(rank)``. Without a
     statement alpha is the rank, so that the scale is 1. dora: the file says that it is a DoRA.
-    rank: PEFT's r, by which it divides alpha of a LoKr of whole matrices too.
+    rank: PEFT's r, by which it divides alpha of a LoKr of whole matrices too. bound: eps of PEFT's
+    COFT, which its rotations are kept within; 0 for none.
     """
 
     alpha: float | None = None
     rslora: bool = False
     dora: bool = False
     rank: float | None = None
+    bound: float = 0.0
     patterns: Mapping[str, float] = field(default_factory=dict)
 
     def scale(self, modules: Iterable[str], rank: int | None) -> float:
@@ -128,6 +130,7 @@ def _peft(text: Any, file: str) -> Strength:
         None if alpha is None else _number(alpha, "lora_alpha", file),
         bool(own.get("use_rslora")),
         bool(own.get("use_dora")),
+        bound=_number(own.get("eps", 6e-5), "eps", file) if own.get("coft") else 0.0,
         rank=None if own.get("r") is None else _number(own["r"], "r", file) or None,
         patterns={
             _checked(k, file): _number(v, f"alpha_pattern {k}", file) for k, v in patterns.items()

@@ -194,7 +194,7 @@ def _oft_of_inputs(found: Found, _rows: int, k: int) -> Weight:
     size = block_size(upper.shape[1]) if upper.ndim == 2 else 0
     if not size or k % size or len(upper) not in (1, k // size):
         raise found.wrong_shape("oft_R", f"[blocks, b (b - 1) / 2] with blocks of {k} inputs")
-    return "oft of inputs", {"oft_R": upper}, 1.0
+    return "oft of inputs", {"oft_R": upper}, found.strength.bound / len(upper) ** 0.5
 
 
 def _boft_of_inputs(found: Found, rows: int, k: int) -> Weight:

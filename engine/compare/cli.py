@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...command_help import HelpFormatter
 from ...version import __version__
 from ..arguments import check_there
 from ..sampling_arguments import PRESET_NAMES
@@ -50,7 +49,6 @@ def _add_compare(subparsers: argparse._SubParsersAction) -> None:
         description="Render the same prompts and seeds with several files, or take pictures that "
         "are already rendered, and compare all with a reference.",
         epilog=_EXAMPLES,
-        formatter_class=HelpFormatter,
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for report and sheets"

@@ -28,6 +28,7 @@ class AWQLayout(Layout, TensorCoreAWQW4A16Layout):
     """``W[n, k] = (code - 8) * scale[k // group, n] + zeros[k // group, n]``, codes of 4 bits."""
 
     NAME = "Ideogram4QuantAWQ"
+    COARSE = True
     COLUMN_FIELDS = ("scale", "zeros")
 
     @dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,11 +49,13 @@ class AWQLayout(Layout, TensorCoreAWQW4A16Layout):
         tensor: Tensor,
         group_size: int = 64,
         stochastic_rounding: int | None = 0,
+        scale_dtype: torch.dtype = torch.float32,
         **_: object,
     ) -> tuple[Tensor, Any]:
         """From each group's least to its greatest value in 15 steps.
 
-        ``stochastic_rounding`` is a seed (0 or None: to nearest).
+        ``stochastic_rounding`` is a seed (0 or None: to nearest); ``scale_dtype`` is that of scales
+        and zeros, which codes are chosen for as they are kept.
         """
         check_matrix(tensor, "AWQ")
         n, k = tensor.shape
@@ -60,8 +63,9 @@ class AWQLayout(Layout, TensorCoreAWQW4A16Layout):
             raise OpError("AWQ packs whole groups", found=k, needed=f"a multiple of {group_size}")
         values = tensor.float().view(n, k // group_size, group_size)
         least, greatest = values.aminmax(dim=2)
-        step = ((greatest - least) / 15).clamp_min(SCALE_FLOOR)
-        codes = (values - least[..., None]) / step[..., None]
+        step = ((greatest - least) / 15).to(scale_dtype)
+        zeros = (least + 8 * step.float()).to(scale_dtype)
+        codes = (values - zeros[..., None]) / step.float().clamp_min(SCALE_FLOOR)[..., None] + 8
         generator = generator_for(stochastic_rounding, tensor.device)
         codes = codes.round() if generator is None else (codes + uniform(codes, generator)).floor()
         codes = codes.clamp_(0, 15).to(torch.uint8).view(n, k)
@@ -70,7 +74,7 @@ class AWQLayout(Layout, TensorCoreAWQW4A16Layout):
             orig_dtype=tensor.dtype,
             orig_shape=(n, k),
             scale=step.t().contiguous(),
-            zeros=(least + 8 * step).t().contiguous(),
+            zeros=zeros.t().contiguous(),
             group_size=group_size,
         )
         return packed, params
@@ -82,8 +86,9 @@ class AWQLayout(Layout, TensorCoreAWQW4A16Layout):
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
-        """Keep the group when a patched weight is quantized again."""
-        return {"group_size": qtensor._params.group_size}
+        """Keep the group and the scales' dtype when a patched weight is quantized again."""
+        params = qtensor._params
+        return {"group_size": params.group_size, "scale_dtype": params.scale.dtype}
 
     @classmethod
     def description(cls, params: Any) -> dict[str, Any]:

@@ -80,6 +80,8 @@ class Layout(QuantizedLayout):
     NAME: str
     ROW_FIELDS: tuple[str, ...] = ()
     COLUMN_FIELDS: tuple[str, ...] = ()  # whose columns are the weight's rows
+    COARSE = False  # so few codes that rounding by chance is a loss to see (``kept``)
+    KEEPS_CHANGES = False  # encoding a changed weight sees to that by itself, without a seed
 
     @classmethod
     def linear(

@@ -164,6 +164,7 @@ class FoldedGGUFLayout(FoldedLayout):
     """GGUF blocks of a folded weight."""
 
     NAME = "Ideogram4QuantFoldedGGUF"
+    KEEPS_CHANGES = True
     BASE = GGUFLayout
     FORMAT = "ideogram4_quant_folded_gguf"
     ROW_FIELDS = (*GGUFLayout.ROW_FIELDS, "fold_rows")

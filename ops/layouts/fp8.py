@@ -86,7 +86,7 @@ class FP8Layout(Layout):
         for rows in row_chunks(shape, device):
             values = tensor[rows].float() / _of_rows(scale, rows, shape)
             if generator is not None:
-                values = values + (uniform(values, generator) - 0.5) * _spacing(values, dtype)
+                values = values + (uniform(values, generator) - 0.5) * spacing(values, dtype)
             values = values if dtype.is_floating_point else values.round()
             # A NaN stays one through the clamp and the cast.
             qdata[rows] = values.clamp(-largest, largest).to(dtype)
@@ -186,7 +186,7 @@ def _of_rows(scale: Tensor, rows: slice, shape: tuple[int, int]) -> Tensor:
     return scale[places].repeat_interleave(blocks[1], dim=1)
 
 
-def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The distance between neighbouring numbers of ``dtype`` around each value."""
     if not dtype.is_floating_point:
         return torch.ones_like(values)

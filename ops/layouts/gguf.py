@@ -26,6 +26,7 @@ class GGUFLayout(InputHooks, Layout):
     """``W = dequantize(qdata, qtype)``: uint8 ``[N, row_bytes]`` of one block format."""
 
     NAME = "Ideogram4QuantGGUF"
+    KEEPS_CHANGES = True
 
     @dataclass(frozen=True, eq=False, kw_only=True)
     class Params(BaseParams):

@@ -7,6 +7,7 @@ are quantized to the same format and comfy-kitchen's product runs. Elsewhere val
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,15 @@ from .base import (
     check_dtype,
     check_matrix,
     check_same_device,
+    generator_for,
+    uniform,
 )
+from .fp8 import spacing
 from .weight import Weight
 
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, E2M1_MAX)  # by code; a bit above them is the sign
 _TILE_ROWS = 128  # cuBLAS keeps block scales in tiles of 128 rows x 4 columns
 
 
@@ -45,12 +50,33 @@ class MicroscaledLayout(Layout):
     STOCK: type
 
     @classmethod
-    def quantize(cls, tensor: Tensor, **_: object) -> tuple[Tensor, Any]:
-        """comfy-kitchen's quantizer, from fp32, with new scales."""
+    def quantize(
+        cls, tensor: Tensor, stochastic_rounding: int | None = 0, **_: object
+    ) -> tuple[Tensor, Any]:
+        """comfy-kitchen's quantizer, from fp32, with new scales.
+
+        ``stochastic_rounding`` is a seed (0 or None: to nearest); the scales are the same.
+        """
         check_matrix(tensor, cls.NAME)
         values = tensor.float()
         qdata, params = super().quantize(values, **cls.scales_for(values))
+        generator = generator_for(stochastic_rounding, tensor.device)
+        if generator is not None and tensor.numel():
+            ones = cls.dequantize(cls.ones(qdata), params)  # the factor of each code, padded
+            padding = (0, ones.shape[1] - values.shape[1], 0, ones.shape[0] - values.shape[0])
+            relative = F.pad(values, padding) / ones
+            qdata = cls.by_chance(torch.where(ones > 0, relative, 0.0), generator)
         return qdata, dataclasses.replace(params, orig_dtype=tensor.dtype)
+
+    @classmethod
+    @abstractmethod
+    def ones(cls, qdata: Tensor) -> Tensor:
+        """Storage like ``qdata`` whose codes all stand for 1."""
+
+    @classmethod
+    @abstractmethod
+    def by_chance(cls, values: Tensor, generator: torch.Generator) -> Tensor:
+        """Codes of ``values`` fp32 [N, K]: of the two neighbours, each as likely as it is near."""
 
     @classmethod
     def scales_for(cls, values: Tensor) -> dict[str, Tensor]:
@@ -96,6 +122,7 @@ class NVFP4Layout(MicroscaledLayout, TensorCoreNVFP4Layout):
     """``W = e2m1 * block_scale * scale``: blocks of 16, uint8 ``[N, K / 2]``, padded to 16."""
 
     NAME = "Ideogram4QuantNVFP4"
+    COARSE = True
     STOCK = TensorCoreNVFP4Layout
 
     @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,6 +135,20 @@ class NVFP4Layout(MicroscaledLayout, TensorCoreNVFP4Layout):
         @property
         def label(self) -> str:
             return "NVFP4"
+
+    @classmethod
+    def ones(cls, qdata: Tensor) -> Tensor:
+        return torch.full_like(qdata, 0x22)
+
+    @classmethod
+    def by_chance(cls, values: Tensor, generator: torch.Generator) -> Tensor:
+        table = torch.tensor(_E2M1, device=values.device)
+        size = values.abs().clamp(max=_E2M1[-1])
+        above = torch.bucketize(size, table).clamp_(min=1)
+        low, high = table[above - 1], table[above]
+        up = uniform(size, generator) * (high - low) < size - low
+        codes = (above - 1 + up).to(torch.uint8) | (values < 0).to(torch.uint8) << 3
+        return codes[:, 0::2] << 4 | codes[:, 1::2]  # the even column is the high nibble
 
     @classmethod
     def scales_for(cls, values: Tensor) -> dict[str, Tensor]:
@@ -140,6 +181,15 @@ class MXFP8Layout(MicroscaledLayout, TensorCoreMXFP8Layout):
         @property
         def label(self) -> str:
             return "MXFP8"
+
+    @classmethod
+    def ones(cls, qdata: Tensor) -> Tensor:
+        return torch.ones_like(qdata, dtype=torch.float32).to(E4M3)
+
+    @classmethod
+    def by_chance(cls, values: Tensor, generator: torch.Generator) -> Tensor:
+        values = values + (uniform(values, generator) - 0.5) * spacing(values, E4M3)
+        return values.clamp_(-E4M3_MAX, E4M3_MAX).to(E4M3)
 
     @classmethod
     def description(cls, params: Any) -> dict[str, Any]:

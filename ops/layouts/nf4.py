@@ -34,6 +34,7 @@ class NF4Layout(Layout):
     """
 
     NAME = "Ideogram4QuantNF4"
+    COARSE = True
     ROW_FIELDS = ("absmax",)
 
     @dataclass(frozen=True, eq=False, kw_only=True)

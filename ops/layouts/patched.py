@@ -16,9 +16,10 @@ from ..blocks.coded import CodedFormat
 from ..chunks import FED_BACK, row_chunks
 from ..decoding import dequantize
 from ..feedback import MOST_SHARED, Feedback
+from .kept import KEPT
 
-_KEPT, _MUCH = 0.95, 0.5
-"""Shares of a change that encoding anew has to keep: to be good enough, for its grid to be."""
+_MUCH = 0.5
+"""Share of a change that encoding anew has to keep for its grid to be good enough."""
 
 _DIRECTIONS = 64  # at most, and one for so many columns:
 _COLUMNS_EACH = 16
@@ -48,7 +49,7 @@ def change_blocks(weight: Tensor, stored: Tensor, qtype: str) -> Tensor:
         kept += (found * change).sum(dtype=torch.float).item()
         energy += change.square().sum(dtype=torch.float).item()
         sketch += change.t() @ (change @ probe)
-    if not isinstance(form, CodedFormat) or kept >= _KEPT * energy:
+    if not isinstance(form, CodedFormat) or kept >= KEPT * energy:
         return out
     return _along_directions(
         weight, stored, out if kept >= _MUCH * energy else stored, qtype, sketch

@@ -16,12 +16,14 @@ from comfy_kitchen.tensor.base import QuantizedTensor, get_layout_class
 from torch import Tensor
 
 from ...errors import OpError
+from .kept import keeps_change
 
 aten = torch.ops.aten
 _CASTS = (aten.to.dtype, aten.to.dtype_layout)
 _MOVES = (aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.to.other)
 MAPPED = "ideogram4_quant_origin"
 """Attribute of memory that is a view of a file: where in which, see ``checkpoint.mapped``."""
+_SEED = 1  # of changes in place that are rounded by chance: the same every time
 _WHOLE = "Change the whole weight, or its `.dequantize()`, and quantize that."
 
 
@@ -70,6 +72,19 @@ class Weight(QuantizedTensor):
     def __tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride):
         other = QuantizedTensor.__tensor_unflatten__(inner_tensors, ctx, outer_size, outer_stride)
         return Weight(other._qdata, other._layout_cls, other._params)
+
+    def requantize_from_float(self, tensor: Tensor, **kwargs: Any) -> QuantizedTensor:
+        """``tensor`` [*shape] in this layout; a host's patched weight, with its seed.
+
+        Where codes are coarse: to nearest if that keeps the change, else by chance, as asked.
+        """
+        layout = get_layout_class(self._layout_cls)
+        seed = kwargs.get("stochastic_rounding")
+        if seed and layout.COARSE and not self._params.transposed:
+            nearest = super().requantize_from_float(tensor, **{**kwargs, "stochastic_rounding": 0})
+            if keeps_change(self, tensor, nearest):
+                return nearest
+        return super().requantize_from_float(tensor, **kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Rows, columns or single values; torch would set those of a copy."""
@@ -197,7 +212,12 @@ def _encoded(qt: QuantizedTensor, values: Tensor, what: str) -> tuple[Tensor, An
         raise OpError("the changed weight holds NaN or infinity", found=what, needed="numbers")
     layout, params = get_layout_class(qt._layout_cls), qt._params
     matrix = values.t().contiguous() if params.transposed else values
-    qdata, fresh = layout.quantize(matrix, **layout.requantize_kwargs(qt))
+    options = layout.requantize_kwargs(qt)
+    qdata, fresh = layout.quantize(matrix, **options)
+    if not layout.KEEPS_CHANGES:
+        stored = qt.t() if params.transposed else qt
+        if not keeps_change(stored, matrix, Weight(qdata, qt._layout_cls, fresh)):
+            qdata, fresh = layout.quantize(matrix, **options, stochastic_rounding=_SEED)
     partial = qt._qdata.nbytes < qt._qdata.untyped_storage().nbytes()
     for name in params._tensor_fields():
         own = (*layout.ROW_FIELDS, *layout.COLUMN_FIELDS)

@@ -69,8 +69,9 @@ static inline V load(const void *weights, int bf16, int64_t at) {
 }
 
 static inline int any(M flags) {
-    int found = 0;
-    for (int l = 0; l < LANES; l++) found |= flags[l];
+    uint64_t words[LANES / 2], found = 0;
+    memcpy(words, &flags, sizeof words);
+    for (int l = 0; l < LANES / 2; l++) found |= words[l];
     return found != 0;
 }
 
@@ -80,32 +81,77 @@ static inline float largest_of(V x) {
     return most;
 }
 
-/* n blocks of 32 weights, bfloat16 or float32 -> blocks [n, 34]. */
-EXPORT int i4q_q8_0(const void *weights, int bf16, int64_t n, uint8_t *blocks, Lost *lost) {
+typedef int8_t B __attribute__((vector_size(LANES)));
+
+static inline void store_codes(int8_t *to, M codes) {
+    B bytes = __builtin_convertvector(codes, B);
+    memcpy(to, &bytes, sizeof bytes);
+}
+
+typedef int32_t M8 __attribute__((vector_size(32)));
+typedef int32_t M4 __attribute__((vector_size(16)));
+
+/* By halves: a loop over the lanes is not vectorized. */
+static inline int32_t largest_bits(M a, M b) {
+    M both = (a & (a > b)) | (b & ~(a > b));
+    M8 x, y;
+    memcpy(&x, &both, sizeof x);
+    memcpy(&y, (char *)&both + sizeof x, sizeof y);
+    x = (x & (x > y)) | (y & ~(x > y));
+    M4 u, v;
+    memcpy(&u, &x, sizeof u);
+    memcpy(&v, (char *)&x + sizeof u, sizeof v);
+    u = (u & (u > v)) | (v & ~(u > v));
+    int32_t left = u[0] > u[1] ? u[0] : u[1], right = u[2] > u[3] ? u[2] : u[3];
+    return left > right ? left : right;
+}
+
+/* n blocks of 32 weights, bfloat16 or float32 -> blocks [n, 34].
+ *
+ * The scales of LANES blocks are made side by side: a division and a float16 for each by itself
+ * would take longer than the codes. Magnitudes are compared as whole numbers, where infinities and
+ * NaN come last. */
+static inline int q8_0(const void *weights, int bf16, int64_t n, uint8_t *blocks, Lost *lost) {
     Sums sums = {0};
-    const V infinite = all(INFINITY), below_half = all(0.5f - 0x1p-25f);
-    for (int64_t b = 0; b < n; b++) {
-        V x[2] = {load(weights, bf16, 32 * b), load(weights, bf16, 32 * b + LANES)};
-        V first = magnitude(x[0]), second = magnitude(x[1]);
-        M strange = ~((first < infinite) & (second < infinite));
-        float most = largest_of(pick(first > second, first, second));
-        if (any(strange)) return NOT_FINITE;
-        float scale = most / 127.0f, inverse = 1 / scale;
-        if (scale == 0 || inverse == INFINITY) inverse = 0;
-        uint16_t half = to_half(scale);
-        if ((half & 0x7c00u) == 0x7c00u) return TOO_LARGE;
-        uint8_t *block = blocks + 34 * b;
-        memcpy(block, &half, 2);
-        for (int part = 0; part < 2; part++) {
-            V code = x[part] * all(inverse), zero = all(0);
-            V sign = pick(code > zero, below_half, pick(code < zero, -below_half, zero));
-            M whole_code = __builtin_convertvector(code + sign, M);
-            for (int l = 0; l < LANES; l++) ((int8_t *)block)[2 + LANES * part + l] = (int8_t)whole_code[l];
-            count(&sums, x[part], __builtin_convertvector(whole_code, V) * all(of_half(half)));
+    const M sign_bit = ~(M){0} << 31, half_code = (M)all(0.5f - 0x1p-25f);
+    for (int64_t first = 0; first < n; first += LANES) {
+        int64_t count_here = n - first < LANES ? n - first : LANES;
+        int32_t sizes[LANES] = {0};
+        for (int64_t b = 0; b < count_here; b++) {
+            int64_t at = 32 * (first + b);
+            sizes[b] = largest_bits((M)load(weights, bf16, at) & ~sign_bit,
+                                    (M)load(weights, bf16, at + LANES) & ~sign_bit);
+        }
+        V most;
+        memcpy(&most, sizes, sizeof most);
+        if (any(~(most < all(INFINITY)))) return NOT_FINITE;
+        V scales = most / all(127.0f), inverses = all(1) / scales;
+        inverses = pick((scales > all(0)) & (inverses < all(INFINITY)), inverses, all(0));
+        float scale[LANES], inverse[LANES];
+        memcpy(scale, &scales, sizeof scale);
+        memcpy(inverse, &inverses, sizeof inverse);
+        for (int64_t b = 0; b < count_here; b++) {
+            int64_t at = 32 * (first + b);
+            uint16_t half = to_half(scale[b]);
+            if ((half & 0x7c00u) == 0x7c00u) return TOO_LARGE;
+            uint8_t *block = blocks + 34 * (first + b);
+            memcpy(block, &half, 2);
+            V stored_scale = all(of_half(half));
+            for (int part = 0; part < 2; part++) {
+                V x = load(weights, bf16, at + LANES * part), code = x * all(inverse[b]);
+                code += (V)(((M)code & sign_bit) | half_code);
+                M whole_code = __builtin_convertvector(code, M);
+                store_codes((int8_t *)block + 2 + LANES * part, whole_code);
+                count(&sums, x, __builtin_convertvector(whole_code, V) * stored_scale);
+            }
         }
     }
     total(&sums, lost);
     return FINE;
+}
+
+EXPORT int i4q_q8_0(const void *weights, int bf16, int64_t n, uint8_t *blocks, Lost *lost) {
+    return bf16 ? q8_0(weights, 1, n, blocks, lost) : q8_0(weights, 0, n, blocks, lost);
 }
 
 /* ConvRot's matrix of order 16 (H4 x H4, +-1): row r, column c. */

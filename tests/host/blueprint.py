@@ -31,7 +31,10 @@ PROMOTED = (
 )
 _ID = "1de06a40-0000-4000-8000-0000000000b1"
 _BUILD = (Path(__file__).parent / "build_blueprint.js").read_text(encoding="utf-8")
-_DESCRIPTION = "A caption to a picture with Ideogram 4 at any level; files by level."
+_DESCRIPTION = (
+    "Ideogram 4 in one node: a sentence in, a picture out. Level auto takes the best of your files "
+    "that fits this device."
+)
 
 
 def inside() -> Workflow:

@@ -7,8 +7,8 @@
     const target = subgraph.nodes.find(n => n.type === type);
     const slot = target.inputs.find(input => input.widget?.name === name);
     if (!slot) throw new Error(`${type} has no widget ${name}`);
-    const input = subgraph.addInput(name, String(slot.type));
-    input.label = label ?? name;
+    const input = subgraph.addInput(label ?? name, String(slot.type)); // Nodes 2.0 shows the name
+    input.label = input.name;
     input.connect(slot, target);
   }
   for (const other of [...app.graph.nodes]) if (other !== node) app.graph.remove(other);

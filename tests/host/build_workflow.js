@@ -1,5 +1,5 @@
 async (columns, links) => {
-  const GAP = 80, TITLE = 30, PADDING = 20, HEADER = 50;
+  const GAP = 80, BELOW = 64, TITLE = 30, PADDING = 20, HEADER = 50;
   const shape = () => app.graph.nodes.map(node => node.size.join()).join();
   const settle = async () => { // nodes grow as they render
     for (let before = null; before !== shape();) {
@@ -31,12 +31,12 @@ async (columns, links) => {
       for (const { name } of column.nodes) {
         const node = named[name];
         node.pos = [x + PADDING, y];
-        y += node.size[1] + GAP;
+        y += node.size[1] + BELOW;
       }
       const group = new LiteGraph.LGraphGroup(column.title);
       group.color = column.color;
       group.pos = [x, 0];
-      group.size = [column.width + 2 * PADDING, y - GAP + PADDING];
+      group.size = [column.width + 2 * PADDING, y - BELOW + PADDING];
       app.graph.add(group);
       x += column.width + 2 * PADDING + GAP / 2;
     }

@@ -16,6 +16,7 @@ PACKERS = {
     "FP8": storage.pack_fp8,
     "NF4": storage.pack_nf4,
     "AWQ W4A16": storage.pack_awq,
+    "SVDQuant W4A4": storage.pack_svdquant,
     **{level: partial(storage.pack_stock, level=level) for level in storage.STOCK},
     **{level: partial(sdnq_files.pack, dtype=dtype) for level, dtype in sdnq_files.LEVELS.items()},
 }

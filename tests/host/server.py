@@ -57,9 +57,17 @@ def make_base(base: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The child's environment: one thread, and nothing of this package's own path."""
+    """The child's environment: one thread, and nothing of this package's own path.
+
+    ``COMFY_KITCHEN_PATH``, a folder with another comfy-kitchen, stands before the host's own.
+    """
     child = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return child | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    kitchen = os.environ.get("COMFY_KITCHEN_PATH")
+    return (
+        child
+        | ({"PYTHONPATH": kitchen} if kitchen else {})
+        | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": ""}
+    )
 
 
 def reason_it_cannot_start(host: Host, base: Path) -> str | None:

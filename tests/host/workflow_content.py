@@ -103,6 +103,31 @@ or INT8:
 
 {_AND}
 """
+IMAGE_NOTE = f"""Pick a picture of up to 2048 px a side (a larger one through *Scale Image to
+Total Pixels*; sides are cut to multiples of 16), and write in **Caption** what it shall become.
+*denoise* in the sampler is how much of it is made anew.
+
+**The model, a GGUF**, into **models/diffusion_models**:
+
+{_GGUF}
+
+or INT8:
+
+{_INT8_LIST}
+
+{_AND}
+"""
+COMPARE_NOTE = f"""The same caption and seed, painted from the files of two levels. Put both into
+**models/diffusion_models**, press **R**, and pick other levels in the loaders if you like; name
+them so in *names* of the last node.
+
+{_GGUF}
+
+{_AND}
+
+Levels without a file here are marked in the list. In *Side by side* the second picture carries its
+distance from the first.
+"""
 QUANTIZE_NOTE = f"""Makes INT8 or GGUF files of your own fine-tune, or of the FP8 release:
 
 {download_list(FP8)}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from .workflow_content import ENCODER, INT8, VAE
-from .workflow_specs import GREEN, PURPLE, Column, Link, Node
+from .workflow_specs import GREEN, PURPLE, Column, Link, Node, note
 
 _COPIES = ("conditional", "unconditional")
 
 
-def loader(name: str = "model", title: str | None = None, *, models=INT8, **widgets) -> Node:
+def loader(
+    name: str = "model", title: str | None = None, *, models=INT8, height: int = 300, **widgets
+) -> Node:
     """The model's loader. models: files that it names, for which the page offers downloads."""
     picked = {f"{copy}_file": m["name"] for copy, m in zip(_COPIES, models, strict=False)}
-    return Node(name, "Ideogram4QuantLoad", title, widgets | picked, models=list(models))
+    return Node(
+        name, "Ideogram4QuantLoad", title, widgets | picked, models=list(models), height=height
+    )
 
 
 ENCODER_NODE = Node(
@@ -22,31 +26,36 @@ VAE_NODE = Node("vae", "VAELoader", widgets={"vae_name": VAE["name"]}, models=[V
 
 def models_column(*nodes: Node) -> Column:
     """The loaders of the encoder and the VAE below what is given."""
-    return Column("Models", [*nodes, ENCODER_NODE, VAE_NODE], 420)
+    return Column("Models", [*nodes, ENCODER_NODE, VAE_NODE], 440)
 
 
-def caption(text: str, height: int = 560, **widgets) -> Node:
+def downloads(text: str) -> Node:
+    """The note of the files that a workflow wants; as high as its text where that is more."""
+    return note(text, "Downloads", 280)
+
+
+def caption(text: str, height: int = 600, **widgets) -> Node:
     """The one text box."""
     return Node("caption", "Ideogram4QuantCaption", None, {"text": text, **widgets}, height=height)
 
 
 def caption_column(node: Node) -> Column:
-    return Column("Say what to paint", [node], 420, GREEN)
+    return Column("Say what to paint", [node], 400, GREEN)
 
 
-def sampler(name: str = "sampler", title: str | None = None, height: int = 960, **widgets) -> Node:
+def sampler(name: str = "sampler", title: str | None = None, height: int = 860, **widgets) -> Node:
     """The sampler; its height leaves room for the preview while it runs."""
     return Node(name, "Ideogram4QuantSampler", title, widgets, height=height)
 
 
 def sampler_column(node: Node) -> Column:
-    return Column("Run", [node], 360, PURPLE)
+    return Column("Run", [node], 340, PURPLE)
 
 
 PICTURE = Column(
     "Picture",
     [Node("saved", "SaveImage", widgets={"filename_prefix": "Ideogram4"}, height=560)],
-    520,
+    460,
     PURPLE,
 )
 SAVED: Link = ("sampler", "image", "saved", "images")

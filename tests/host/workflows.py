@@ -8,8 +8,10 @@ from ideogram4_quant.pocket.data import HELD_OUT
 from ideogram4_quant.pocket.paths import dit_path, encoder_dir, vae_dir
 
 from .workflow_content import (
+    COMPARE_NOTE,
     ENCODER,
     FP8,
+    IMAGE_NOTE,
     LORA_NOTE,
     ONE_BRANCH_NOTE,
     ONE_COPY_NOTE,
@@ -26,6 +28,7 @@ from .workflow_parts import (
     SAVED,
     caption,
     caption_column,
+    downloads,
     loader,
     models_column,
     sampler,
@@ -46,7 +49,7 @@ def _pocket() -> Workflow:
     }
     encoder, vae = encoder_dir().name, vae_dir().name
     nodes = [
-        loader(models=[], **files),
+        loader(models=[], height=380, **files),
         replace(
             ENCODER_NODE, widgets={"encoder": f"pocket/{encoder}/model.safetensors"}, models=[]
         ),
@@ -58,10 +61,13 @@ def _pocket() -> Workflow:
     ]
     prompt = HELD_OUT[0]
     text = caption(prompt.caption, aspect_ratio="2:1", size="pocket")
-    # as low as it is wide: fitted into a small window, the nodes' text is still drawn
-    words = replace(caption_column(text), nodes=[note(POCKET_NOTE, "Try it", 220), text])
-    run = sampler(seed=prompt.seed, height=880)
-    columns = [Column("Models", nodes, 420), words, sampler_column(run), PICTURE]
+    words = replace(caption_column(text), nodes=[note(POCKET_NOTE, "Try it", 190), text])
+    columns = [
+        Column("Models", nodes, 400),
+        words,
+        sampler_column(sampler(seed=prompt.seed)),
+        PICTURE,
+    ]
     links = [CAPTION_LINK, *_of_our_vae(sampling()), SAVED]
     return numbered("Ideogram 4 try it now (no download)", 1, columns, links)
 
@@ -70,10 +76,10 @@ def _of_our_vae(links: list) -> list:
     return [(a, "vae" if b == "VAE" else b, c, d) for a, b, c, d in links]
 
 
-def _painting(title: str, number: int, text: str, height: int, **settings) -> Workflow:
-    """Text to image, or a variant of it in the loader and the sampler."""
+def _painting(title: str, number: int, text: str, **settings) -> Workflow:
+    """Text to image, or a variant of it in the sampler."""
     columns = [
-        models_column(note(text, "Downloads", height), loader()),
+        models_column(downloads(text), loader()),
         caption_column(caption(SENTENCE)),
         sampler_column(sampler(**settings)),
         PICTURE,
@@ -81,10 +87,10 @@ def _painting(title: str, number: int, text: str, height: int, **settings) -> Wo
     return numbered(title, number, columns, [CAPTION_LINK, *sampling(), SAVED])
 
 
-def _with_one(title: str, number: int, text: str, height: int, model: Node, **settings) -> Workflow:
+def _with_one(title: str, number: int, text: str, model: Node, **settings) -> Workflow:
     """One copy or one branch: nothing on the sampler's input unconditional."""
     columns = [
-        models_column(note(text, "Downloads", height), model),
+        models_column(downloads(text), model),
         caption_column(caption(SENTENCE)),
         sampler_column(sampler(**settings)),
         PICTURE,
@@ -93,10 +99,12 @@ def _with_one(title: str, number: int, text: str, height: int, model: Node, **se
 
 
 def _lora() -> Workflow:
+    text = caption(SENTENCE)
     columns = [
-        models_column(note(LORA_NOTE, "Downloads", 300), loader()),
-        Column("LoRA", [Node("lora", "Ideogram4QuantLoadLora", height=330)]),
-        caption_column(caption(SENTENCE)),
+        models_column(downloads(LORA_NOTE), loader()),
+        Column(
+            "LoRA, and what to paint", [Node("lora", "Ideogram4QuantLoadLora"), text], 400, GREEN
+        ),
         sampler_column(sampler()),
         PICTURE,
     ]
@@ -112,13 +120,13 @@ def _lora() -> Workflow:
 
 def _image_to_image() -> Workflow:
     start = [
-        Node("image", "LoadImage", "Picture to start from", {"image": EXAMPLE}, height=420),
+        Node("image", "LoadImage", "Picture to start from", {"image": EXAMPLE}, height=300),
         Node("encoded", "VAEEncode"),
+        caption(SENTENCE, 440),
     ]
     columns = [
-        models_column(loader()),
-        Column("Picture to start from (sides in multiples of 16)", start, 420),
-        caption_column(caption(SENTENCE)),
+        models_column(downloads(IMAGE_NOTE), loader()),
+        Column("Start and goal", start, 400, GREEN),
         sampler_column(sampler(denoise=0.7)),
         PICTURE,
     ]
@@ -139,27 +147,28 @@ def _compare() -> Workflow:
         loader(f"model{i}", f"{what}: {level}", models=[], level=level)
         for i, (what, level) in enumerate(zip(("Reference", "To compare"), _COMPARED, strict=True))
     ]
-    text = caption(SENTENCE, 640)
     runs = [
-        Column(f"Run {level}", [sampler(f"sampler{i}", f"Sample {level}")], 340, PURPLE)
+        Column(f"Run {level}", [sampler(f"sampler{i}", f"Sample {level}")], 300, PURPLE)
         for i, level in enumerate(_COMPARED)
     ]
     sheet = Node(
-        "compare", "Ideogram4QuantCompare", None, {"names": "\n".join(_COMPARED)}, height=960
+        "compare", "Ideogram4QuantCompare", None, {"names": "\n".join(_COMPARED)}, height=840
     )
-    seed = Node("seed", "PrimitiveInt", "Seed of both")
-    links = [CAPTION_LINK, ("caption", "caption", "compare", "captions")]
+    links = [
+        CAPTION_LINK,
+        ("caption", "caption", "compare", "captions"),
+        ("sampler0", "seed", "sampler1", "seed"),
+    ]
     for i in range(len(_COMPARED)):
         links += [
             *sampling(f"sampler{i}", f"model{i}", f"model{i}"),
-            ("seed", "INT", f"sampler{i}", "seed"),
             (f"sampler{i}", "image", "compare", f"pictures.level{i}"),
         ]
     columns = [
-        models_column(*models),
-        Column("Say what to paint", [text, seed], 420, GREEN),
+        replace(models_column(*models), width=370),
+        Column("Say what to paint", [downloads(COMPARE_NOTE), caption(SENTENCE)], 370, GREEN),
         *runs,
-        Column("Side by side", [sheet], 560, PURPLE),
+        Column("Side by side", [sheet], 380, PURPLE),
     ]
     return numbered("Ideogram 4 compare two levels", 6, columns, links)
 
@@ -176,7 +185,7 @@ def _quantize() -> Workflow:
         height=620,
     )
     columns = [
-        Column("Your files", [note(QUANTIZE_NOTE, "Quantize your own", 420)], 420),
+        Column("Your files", [note(QUANTIZE_NOTE, "Quantize your own", 300)], 420),
         Column("Quantize both copies", [node], 520, GREEN),
     ]
     return numbered("Ideogram 4 quantize your own", 7, columns, [])
@@ -191,12 +200,11 @@ PLACEHOLDERS = [
 
 WORKFLOWS = (
     _pocket(),
-    _painting("Ideogram 4 text to image", 2, TEXT_TO_IMAGE_NOTE, 430),
+    _painting("Ideogram 4 text to image", 2, TEXT_TO_IMAGE_NOTE),
     _with_one(
         "Ideogram 4 in 8 steps (one branch)",
         3,
         ONE_BRANCH_NOTE,
-        360,
         loader(models=[], branches="one"),
         preset="instant",
     ),
@@ -205,10 +213,9 @@ WORKFLOWS = (
     _compare(),
     _quantize(),
     _with_one(
-        "Ideogram 4 in half the memory (one copy)",
+        "Ideogram 4 in half the memory",
         8,
         ONE_COPY_NOTE,
-        360,
         loader(models=loader().models[:1]),
         unconditional_from="conditional copy",
     ),

@@ -21,8 +21,11 @@ def main() -> None:
     with torch.inference_mode():
         inputs = make_inputs()
         merged = merge_with_host(pack, json.loads(Path(files).read_text())["BF16"], loras, inputs)
+        whole = json.loads(Path(files).read_text())["BF16"]
         for level, path in json.loads(Path(files).read_text()).items():
             found[level] = measure(pack, path, loras, inputs, merged)
+            alone = with_errors(pack, whole, path, loras, inputs)
+            found[level]["patched alone"] = inside.relative(alone, merged["one"])
     inside.report(found)
 
 
@@ -129,6 +132,24 @@ def merge_with_host(pack: str, path: str, loras: str, inputs) -> dict:
         "half": run(stock(plain, loras, "fused.safetensors", 0.5), inputs),
         "two": run(stock(once, loras, "second.safetensors", -0.7), inputs),
     }
+
+
+def with_errors(pack: str, whole: str, path: str, loras: str, inputs):
+    """The merged full model with the errors of a level's file in the patched weights, no others."""
+    import safetensors
+
+    model, level = load(pack, whole), load(pack, path)
+    merged = stock(model, loras, "fused.safetensors", 1.0)
+    true, coded = (patcher.model.diffusion_model for patcher in (model, level))
+    with safetensors.safe_open(Path(loras) / "fused.safetensors", "pt") as file:
+        names = sorted({name.split(".lora_")[0] for name in file.keys()})  # noqa: SIM118
+    errors = {}
+    for name in (name.removeprefix("diffusion_model.") for name in names):
+        weights = (each.get_submodule(name).weight.float() for each in (coded, true))
+        decoded, exact = (getattr(w, "dequantize", lambda w=w: w)() for w in weights)
+        errors[f"diffusion_model.{name}.weight"] = ("diff", (decoded - exact,))
+    merged.add_patches(errors, 1.0)
+    return run(merged, inputs)
 
 
 def measure(pack: str, path: str, loras: str, inputs, merged: dict) -> dict:
