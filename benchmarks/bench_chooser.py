@@ -36,7 +36,7 @@ from ideogram4_quant.pocket.table.calibrating import calibration_of
 from ideogram4_quant.pocket.table.models import COPIES, VARIANTS, Variant, in_memory, state_of
 from ideogram4_quant.pocket.table.painting import PRESET, Studio
 from ideogram4_quant.pocket.table.systems import is_block_linear, unpacked
-from ideogram4_quant.quant.allocation import Rung, allocate
+from ideogram4_quant.quant.allocation import Rung, allocate, without
 from ideogram4_quant.quant.candidate_errors import candidate_errors
 from ideogram4_quant.quant.choose import int8_choices
 from ideogram4_quant.quant.encodings import Blocks, Encoding, NativeInt8, stored_bytes
@@ -44,7 +44,7 @@ from ideogram4_quant.quant.int4_encoding import ConvrotInt4
 from ideogram4_quant.quant.packed_encoding import PackedInt8
 from ideogram4_quant.quant.recipes import QuantOptions
 from ideogram4_quant.quant.sensitivity import Gain, Sensitivity, default_gain
-from ideogram4_quant.quant.storage import STORAGES, storage_encoding
+from ideogram4_quant.quant.storage import INT4, STORAGES, storage_encoding
 from ideogram4_quant.sampling import grid_size
 
 MODELS = tuple(v for v in VARIANTS if not v.stress)
@@ -55,7 +55,7 @@ SINGLE = {
 }
 BUILT_IN = (4.4, 4.6, 6.0, 7.0)  # native
 RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 8, 17
-ALONE, ALONE_PROMPTS = ("W4A8 g16", "W4A4"), 4
+ALONE, ALONE_PROMPTS = ("W4A8 g16", "W4A4"), 2
 CALIBRATION_PROMPTS = 16
 REFERENCE = "W4A8 g16"
 FIELDS = ("model", "container", "chosen", "bits", "foretold", "dB", "low", "high", "prompts")
@@ -206,7 +206,8 @@ def choices(model: Model) -> Iterator[tuple[str, str, dict[Linear, Rung]]]:
             )  # a row's scale is much of a short row
             yield container, f"{bits:g} bits", allocate(rungs, budget)
     for bits in BUILT_IN:
-        found = allocate(model.rungs("native", "built-in"), int(bits * model.values / 8))
+        budget = int(bits * model.values / 8)
+        found = allocate(without(model.rungs("native", "built-in"), INT4, budget), budget)
         yield "native", f"{bits:g} bits, built-in gains", found
     for container, names in SINGLE.items():
         for name in names:
@@ -283,7 +284,7 @@ def main() -> None:
             fill(by_chance, ((model, *each) for each in random_choices(model)), RANDOM_PROMPTS)
             if args.alone:
                 fill(by_itself, ((model, *each) for each in alone(model)), ALONE_PROMPTS)
-    from chooser_plots import draw, read, spread
+    from chooser_plots import behind, draw, read, spread
 
     groups = {f"{m}, by chance": (by_chance, m, "random") for m in args.models}
     groups |= {f"{m}, {n} alone": (by_itself, m, n) for m in args.models for n in ALONE}
@@ -295,6 +296,7 @@ def main() -> None:
                 f"{label}: {len(rows)} choices, rank correlation {rank:.3f}, foretold minus "
                 f"measured {mean:+.1f} dB, standard deviation {deviation:.1f}"
             )
+    print("\n".join(behind(read(pareto)) or ["no mix is farther than a level of its size"]))
     draw(pareto, by_chance, args.out / "pocket-levels.csv", args.out / "images")
 
 

@@ -30,6 +30,20 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     return 1 - 6 * off / (n * (n * n - 1))
 
 
+def behind(rows: list[dict[str, str]]) -> list[str]:
+    """Mixes that are farther than a single level of their model and container and no more bits."""
+    single = [row for row in rows if "bits" not in row["chosen"]]
+    return [
+        f"{mix['model']}, {mix['chosen']}: {mix['dB']} dB, {level['chosen']} has {level['dB']}"
+        for mix in rows
+        if "bits" in mix["chosen"]
+        for level in single
+        if all(level[key] == mix[key] for key in ("model", "container"))
+        and float(level["bits"]) <= float(mix["bits"])
+        and float(level["dB"]) > float(mix["dB"])
+    ]
+
+
 def draw(pareto: Path, by_chance: Path, levels: Path, folder: Path) -> None:
     """Write both plots into ``folder``; ``levels``: the committed table, for the peers."""
     import matplotlib

@@ -59,10 +59,11 @@ class ExactFeedback:
         self.rest = square.float().cpu()
         order = _loudest_first(square, run)
         self.order: list[int] = order.tolist()
-        root = _upper_root(c[order][:, order])
-        self._energy = root.diagonal().square()
+        root = _upper_root(c[order].index_select(1, order))
+        own = root.diagonal().clone()
+        self._energy = own.square()
         # feedback[k, i] = M_ik / M_kk for i < k: rows are columns of the weight
-        self._feedback = (root / root.diagonal()).t().tril(-1).contiguous()
+        self._feedback = root.div_(own).triu_(1).t().contiguous()
 
     def round(
         self,
@@ -191,10 +192,10 @@ def _upper_root(c: Tensor) -> Tensor:
     """
     mean, ridge = c.diagonal().mean(), _RIDGE
     flipped = c.flip(0, 1)
+    square = flipped.diagonal().clone()
     while ridge <= _MOST_RIDGE:
-        raised = flipped.clone()
-        raised.diagonal().add_(ridge * mean)
-        lower, info = torch.linalg.cholesky_ex(raised)
+        flipped.diagonal().copy_(square + ridge * mean)
+        lower, info = torch.linalg.cholesky_ex(flipped)
         if int(info) == 0:
             return lower.flip(0, 1)
         ridge *= _MORE_RIDGE

@@ -45,6 +45,17 @@ def allocate(rungs: Mapping[Linear, Sequence[Rung]], budget: int) -> dict[Linear
     return {key: ladders[key][place] for key, place in at.items()}
 
 
+def without(
+    rungs: Mapping[Linear, Sequence[Rung]], name: str, budget: int
+) -> Mapping[Linear, Sequence[Rung]]:
+    """The same without the rungs of ``name``, if ``budget`` bytes hold what is left; else all."""
+    left = {key: [rung for rung in own if rung.name != name] for key, own in rungs.items()}
+    if not all(left.values()):
+        return rungs
+    least = sum(min(rung.nbytes for rung in own) for own in left.values())
+    return left if least <= budget else rungs
+
+
 def allocate_within(
     rungs: Mapping[Linear, Sequence[Rung]],
     budget: int,

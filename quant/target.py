@@ -17,7 +17,7 @@ from ..cards.known import card as card_of
 from ..checkpoint import open_checkpoint
 from ..files.new_file import check_output
 from ..files.partial import check_unfinished
-from .allocation import Rung, allocate, allocate_within
+from .allocation import Rung, allocate, allocate_within, without
 from .candidate_errors import candidate_errors
 from .choice_report import Chosen
 from .choose import Choice, Linear, int8_choices
@@ -32,7 +32,7 @@ from .recipes import MIXED, QuantOptions
 from .report import QuantReport
 from .sensitivity import Loss, Sensitivity, gains_of
 from .source import BaseLike, check_levels, files_of
-from .storage import STORAGES
+from .storage import INT4, STORAGES
 from .target_files import CopyFile, Part, container_of_outputs, open_files
 from .target_goal import Target
 from .target_sizes import check_needed, check_target, level_of, other_bytes, sizes
@@ -105,6 +105,8 @@ def choose_storage(
         ]
         for key in targets
     }
+    if request.sensitivity is None:
+        rungs = without(rungs, INT4, target.nbytes - others)  # see docs/chooser.md
     chosen = _allocated(rungs, target, target.nbytes - others, timed)
     found = Chosen(
         container=container,

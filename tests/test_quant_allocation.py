@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ideogram4_quant.checkpoint import open_checkpoint
 from ideogram4_quant.cli import main
 from ideogram4_quant.quant import Calibration, QuantOptions
-from ideogram4_quant.quant.allocation import Rung, allocate
+from ideogram4_quant.quant.allocation import Rung, allocate, without
 from ideogram4_quant.quant.candidate_errors import candidate_errors
 from ideogram4_quant.quant.errors import CalibrationError, QuantOptionError
 from ideogram4_quant.quant.layer_stats import LayerStats
@@ -73,6 +73,14 @@ def test_the_choice_is_near_the_best_of_all(seed):
 def test_a_larger_storage_that_loses_more_is_never_chosen():
     rungs = {("c", "x"): [Rung(10, 1.0, "a"), Rung(20, 2.0, "b"), Rung(30, 1.0, "c")]}
     assert allocate(rungs, 100)["c", "x"].name == "a"
+
+
+def test_a_storage_is_left_out_only_where_the_rest_fits():
+    rungs = {("c", n): [Rung(10, 2.0, "W4A4"), Rung(12, 1.0, "a")] for n in "xy"}
+    assert {r.name for own in without(rungs, "W4A4", 24).values() for r in own} == {"a"}
+    assert without(rungs, "W4A4", 23) == rungs
+    rungs["c", "z"] = rungs["c", "x"][:1]
+    assert without(rungs, "W4A4", 100) == rungs
 
 
 # ---- errors of candidates
@@ -137,6 +145,17 @@ def test_a_pair_fills_its_size_with_a_file_a_copy(tmp_path, sources, capsys, suf
         assert set(found.shapes(copy)) == set(model.shapes())
         bits.append(path.stat().st_size)
     assert bits[0] > bits[1]  # what the picture feels more gets more
+
+
+@pytest.mark.parametrize(("gb", "taken"), [(0.0048, False), (0.0046, True)])
+def test_four_bit_inputs_are_taken_unmeasured_only_where_nothing_else_is_so_small(
+    tmp_path, sources, capsys, gb, taken
+):
+    out = tmp_path / "m.safetensors"
+    words = ["quantize", sources[0], "--pair", sources[1], "--out", out, "--target-gb", gb]
+    code, text, errors = run(capsys, *words, "--dry-run")
+    assert code == 0, errors
+    assert ("W4A4" in text) == taken
 
 
 def test_a_finished_copy_stays_when_the_run_goes_on(tmp_path, sources, capsys):
