@@ -152,7 +152,7 @@ def _compare() -> Workflow:
         for i, level in enumerate(_COMPARED)
     ]
     sheet = Node(
-        "compare", "Ideogram4QuantCompare", None, {"names": "\n".join(_COMPARED)}, height=840
+        "compare", "Ideogram4QuantCompare", None, {"names": "\n".join(_COMPARED)}, height=930
     )
     links = [
         CAPTION_LINK,
