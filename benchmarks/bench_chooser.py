@@ -8,7 +8,7 @@ measured, on training captions; pictures of held-out captions, one seed each, de
 ``chooser.csv``, ``chooser-random.csv``, ``images/chooser-pareto.png`` and
 ``images/chooser-foretold.png``; other programs' points are those of ``pocket-levels.csv`` there.
 Prints how well random choices are foretold, and with ``--alone`` each linear quantized by itself
-(``chooser-alone.csv``). Goes on where it was broken off. About half a CPU hour.
+(``chooser-alone.csv``). Goes on where it was broken off. About an hour of a core.
 """
 
 from __future__ import annotations
