@@ -55,7 +55,7 @@ SINGLE = {
 }
 BUILT_IN = (4.4, 4.6, 6.0, 7.0)  # native
 RANDOM, RANDOM_PROMPTS, RANDOM_SEED = 24, 8, 17
-ALONE, ALONE_PROMPTS = ("W4A8 g16", "W4A4"), 2
+ALONE, ALONE_PROMPTS = ("W4A8 g16", "W4A4"), 4
 CALIBRATION_PROMPTS = 16
 REFERENCE = "W4A8 g16"
 FIELDS = ("model", "container", "chosen", "bits", "foretold", "dB", "low", "high", "prompts")
