@@ -116,10 +116,31 @@ def test_dora_scales_that_are_promised_have_to_be_there(tmp_path):
         ({"peft_type": "LORA", "r": 2, "lora_alpha": 8}, ("lora_A.weight", "lora_B.weight"), 4.0),
         ({"peft_type": "LOKR", "r": 8, "alpha": 4}, ("lokr_w1", "lokr_w2"), 0.5),
         ({"peft_type": "LOKR", "r": None}, ("lokr_w1", "lokr_w2"), 1.0),
+        (
+            {"peft_type": "LOKR", "r": 8, "alpha": 4, "rank_pattern": {"attention.o": 2}},
+            ("lokr_w1", "lokr_w2"),
+            2.0,
+        ),
+        (
+            {
+                "peft_type": "LOKR",
+                "r": 8,
+                "alpha": 4,
+                "rank_pattern": {"ntion.o": 2, "attention.o": 32},
+                "alpha_pattern": {"layers.2.attention.o": 8},
+            },
+            ("lokr_w1", "lokr_w2"),
+            0.25,
+        ),
+        (
+            {"peft_type": "LOKR", "r": 8, "alpha": 4, "rank_pattern": {"o": 0}},
+            ("lokr_w1", "lokr_w2"),
+            1.0,
+        ),
     ],
 )
 def test_the_config_beside_pefts_file_states_its_strength(tmp_path, config, tensors, scale):
-    """PEFT divides a LoKr's alpha by its r even where the matrices are whole."""
+    """PEFT divides a LoKr's alpha by its r or the module's, though matrices are whole."""
     shapes = {"lora_A.weight": (2, 256), "lora_B.weight": (256, 2)}
     shapes |= {"lokr_w1": (2, 2), "lokr_w2": (128, 128)}
     state = {f"{peft_name(OUT)}.{tail}": torch.ones(shapes[tail]) for tail in tensors}

@@ -119,6 +119,17 @@ def test_other_tensors_are_counted_not_dropped_silently():
         ("oft_diag", "an OFT of another form"),
         ("a1.weight", "a GLoRA"),
         ("lora_embedding_A", "a LoRA of an embedding"),
+        ("lora_E", "an AdaLoRA"),
+        ("vera_lambda_b", "a VeRA"),
+        ("randlora_A", "a RandLoRA"),
+        ("ia3_l", "an IA3"),
+        ("hra_u", "an HRA"),
+        ("miss_block", "a MiSS"),
+        ("shira_weight", "a SHiRA"),
+        ("fourierft_spectrum", "a FourierFT"),
+        ("c3a_kernel", "a C3A"),
+        ("road_theta", "a RoAd"),
+        ("p_layer.weight", "a T-LoRA"),
     ],
 )
 def test_kinds_that_are_not_supported_are_named(tmp_path, tail, kind):
@@ -181,7 +192,6 @@ def test_strengths_that_cannot_be_understood_are_refused(metadata, words):
 @pytest.mark.parametrize(
     "tail",
     [
-        "lora_E",  # AdaLoRA
         "lora_latent_mapping.default.weight",  # LoRA-XS
         "lora_A.comfy_quant",
         "lora_A.weight_scale",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import CheckpointError, CorruptFileError
-from .passed_over import refuse_statements
+from .passed_over import MERGED, refuse_statements
 
 _STOCK = "Load it with the stock Load LoRA node, which patches the weights."
 # the tail of a tensor's name -> what the file is
@@ -20,29 +20,50 @@ _KINDS = {
     r"glora_\w+|[ab][12]\.weight": "a GLoRA",
     r"oft_[^\WbR]\w*(\.\w+)?": "an OFT of another form",
 }
-_TAILS = [(re.compile(rf"(^|\.)(?:{tail})$"), kind) for tail, kind in _KINDS.items()]
+# those that ComfyUI's own node passes over, too
+_UNKNOWN_TO_HOST = {
+    r"lora_E(\.\w+)?": "an AdaLoRA",
+    r"vera_lambda_[bd](\.\w+)?": "a VeRA",
+    r"randlora_\w+(\.\w+)?": "a RandLoRA",
+    r"ia3_l(\.\w+)?|on_input": "an IA3",
+    r"hra_u(\.\w+)?": "an HRA",
+    r"(?:miss|bone)_block(\.\w+)?": "a MiSS (Bone)",
+    r"shira_weight(\.\w+)?": "a SHiRA",
+    r"(?:fourierft|waveft)_spectrum(\.\w+)?": "a FourierFT",
+    r"c3a_kernel(\.\w+)?": "a C3A",
+    r"road_(?:alpha|theta)(\.\w+)?": "a RoAd",
+    r"vblora_\w+(\.\w+)?": "a VB-LoRA",
+    r"ln_tuning_layers\.\w+": "a tuning of norms by PEFT",
+    r"[pq]_layer\.weight|lambda_layer": "a T-LoRA",
+}
+_TAILS = [
+    (re.compile(rf"(^|\.)(?:{tail})$"), kind, hint)
+    for kinds, hint in ((_KINDS, _STOCK), (_UNKNOWN_TO_HOST, MERGED))
+    for tail, kind in kinds.items()
+]
 _TAIL = 96  # characters: more than any of these tails has
 ADAPTER, _KOHYA = "lora_adapter_metadata", "ss_network_alpha"
 
 
-def kind_of(name: str) -> str | None:
-    """What a file with a tensor of this name is, if it is of a kind that is not supported."""
+def _kind_of(name: str) -> tuple[str, str] | None:
+    """What a file with a tensor of this name is, and what to do, if its kind is not supported."""
     # a stranger's thousands of long names would take a second
     end = name if len(name) <= _TAIL else name[-_TAIL:].partition(".")[2]
-    return next((kind for tail, kind in _TAILS if tail.search(end)), None)
+    return next(((kind, hint) for tail, kind, hint in _TAILS if tail.search(end)), None)
 
 
 def refuse_other_kinds(names: Iterable[str], file: str) -> None:
     """CheckpointError that names the kind, for files of a kind that is not supported."""
     for name in names:
-        kind = kind_of(name)
-        if kind is not None:
+        found = _kind_of(name)
+        if found is not None:
+            kind, hint = found
             raise CheckpointError(
                 f"this is {kind}, which is not supported",
                 file=file,
                 tensor=name,
                 needed="LoRA, DoRA, LoKr, LoHa, OFT, BOFT or diffs of linears",
-                hint=_STOCK,
+                hint=hint,
             )
 
 
@@ -53,7 +74,8 @@ class Strength:
     A linear's scale is ``alpha / rank``; with ``rslora`` ``alpha / sqrt(rank)``. Without a
     statement alpha is the rank, so that the scale is 1. dora: the file says that it is a DoRA.
     rank: PEFT's r, by which it divides alpha of a LoKr of whole matrices too. bound: eps of PEFT's
-    COFT, which its rotations are kept within; 0 for none.
+    COFT, which its rotations are kept within; 0 for none. patterns, ranks: alpha and r of the
+    modules whose names match.
     """
 
     alpha: float | None = None
@@ -62,19 +84,26 @@ class Strength:
     rank: float | None = None
     bound: float = 0.0
     patterns: Mapping[str, float] = field(default_factory=dict)
+    ranks: Mapping[str, float] = field(default_factory=dict)
 
     def scale(self, modules: Iterable[str], rank: int | None) -> float:
         """The scale of one linear; modules: the spellings of its name. rank None: of no halves."""
-        alpha = self.alpha
-        for pattern, value in self.patterns.items():
-            # as PEFT matches: the whole name, or its end after a dot
-            if any(re.search(rf"(?:^|\.)(?:{pattern})$", module) for module in modules):
-                alpha = value
-                break
-        rank = self.rank if rank is None else rank
-        if alpha is None or rank is None:
+        modules = tuple(modules)
+        alpha = _matching(self.patterns, modules, self.alpha)
+        rank = _matching(self.ranks, modules, self.rank) if rank is None else rank
+        if alpha is None or not rank:
             return 1.0
         return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _matching(
+    patterns: Mapping[str, float], modules: Iterable[str], otherwise: float | None
+) -> float | None:
+    """The value of the first pattern that PEFT matches: the whole name, or its end after a dot."""
+    for pattern, value in patterns.items():
+        if any(re.search(rf"(?:^|\.)(?:{pattern})$", module) for module in modules):
+            return value
+    return otherwise
 
 
 AS_STORED = Strength()
@@ -123,26 +152,30 @@ def _peft(text: Any, file: str) -> Strength:
             needed="5 and true",
         )
     alpha = own.get("lora_alpha", own.get("alpha"))
-    patterns = own.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise CorruptFileError("its alpha_pattern is no object", file=file, tensor=ADAPTER)
+    lokr = str(own.get("peft_type")).upper().endswith("LOKR")  # halves of others show their rank
     return Strength(
         None if alpha is None else _number(alpha, "lora_alpha", file),
         bool(own.get("use_rslora")),
         bool(own.get("use_dora")),
         bound=_number(own.get("eps", 6e-5), "eps", file) if own.get("coft") else 0.0,
         rank=None if own.get("r") is None else _number(own["r"], "r", file) or None,
-        patterns={
-            _checked(k, file): _number(v, f"alpha_pattern {k}", file) for k, v in patterns.items()
-        },
+        patterns=_patterns(own, "alpha_pattern", file),
+        ranks=_patterns(own, "rank_pattern", file) if lokr else {},
     )
 
 
-def _checked(pattern: str, file: str) -> str:
+def _patterns(config: Mapping[str, Any], key: str, file: str) -> dict[str, float]:
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CorruptFileError(f"its {key} is no object", file=file, tensor=ADAPTER)
+    return {_checked(k, key, file): _number(v, f"{key} {k}", file) for k, v in patterns.items()}
+
+
+def _checked(pattern: str, key: str, file: str) -> str:
     """A pattern is a module's name or its end; other regular expressions could take for ever."""
     if not re.fullmatch(r"[\w.^$]{1,300}", pattern):
         raise CheckpointError(
-            "a pattern of its alpha_pattern is not supported",
+            f"a pattern of its {key} is not supported",
             file=file,
             found=pattern,
             needed="names of modules",

@@ -19,7 +19,7 @@ _PARTS = 12  # components of a name that are compared; those of this model have 
 # Starts of PEFT that take something out of the model's weights
 _OTHER_START = re.compile(r"pissa.*|olora|corda|loftq|lora_ga", re.IGNORECASE)
 _KINDS = ("LORA", "LOHA", "LOKR", "OFT", "BOFT")  # of PEFT, that are read here
-_MERGED = "Merge it into the model with its trainer's program and quantize that."
+MERGED = "Merge it into the model with its trainer's program and quantize that."
 
 
 def refuse_passed_over(
@@ -40,7 +40,7 @@ def refuse_passed_over(
                 file=file,
                 tensor=name,
                 found=f"{name.rpartition(module)[2].lstrip('.')} at {module}",
-                hint=f"Without it the LoRA would not act as it was trained. {_MERGED}",
+                hint=f"Without it the LoRA would not act as it was trained. {MERGED}",
             )
     for name, tensor in state.items():
         if name not in left_out and not tensor.is_floating_point() and tensor.ndim > 1:
@@ -90,5 +90,5 @@ def refuse_statements(config: Mapping[str, Any], file: str) -> None:
             needed="a LoRA of PEFT's usual kind",
             hint="PEFT converts one when it saves: path_initial_model_for_weight_conversion."
             if isinstance(start, str) and "init_lora" in found
-            else _MERGED,
+            else MERGED,
         )
