@@ -41,8 +41,8 @@ class Typed:
 def read_typed(text: str) -> Typed:
     """Takes a sentence and a JSON caption apart, in whichever order they stand.
 
-    OpError where there is nothing, or what begins as JSON or names a caption's key is none: its keys
-    would be painted as quoted words. Braces in a sentence are text.
+    OpError where there is nothing, or what begins as JSON or names a caption's key is none, as its
+    keys would be painted as quoted words. Braces in a sentence are text.
     """
     stripped = unfenced(text)
     if not stripped:
