@@ -59,7 +59,12 @@ def is_plain(text: str) -> bool:
 
 def is_stripped(text: str) -> bool:
     """Whether a caption is JSON that lost its braces: none left, but a key of the top level."""
-    return is_plain(text) and "{" not in text and _KEY.search(text) is not None
+    return is_plain(text) and "{" not in text and names_key(text)
+
+
+def names_key(text: str) -> bool:
+    """Whether a key of a caption stands in a text, as JSON writes it: no sentence has one."""
+    return _KEY.search(text) is not None
 
 
 def unfenced(text: str) -> str:

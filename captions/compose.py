@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from ..errors import OpError
-from .check import is_stripped, unfenced
+from .check import is_stripped, names_key, unfenced
 from .schema import COMPOSITION, TOP, ordered
 
 EMPTY = "Type a sentence that says what to paint; words in quotes are written in the picture."
@@ -22,6 +22,8 @@ _OPENS_AFTER = re.compile(r"[\s(\[{:;,—–-]")
 _CLOSES_BEFORE = re.compile(r"[\s)\]}.,;:!?…—–'-]")
 _LONGEST_QUOTE = 400  # characters; more is a forgotten quotation mark
 _BRACES = 100  # that are tried as the beginning of JSON
+_LIST = re.compile(r"\[\s*\{\s*[\"'“}]")  # what begins as a list of objects
+_FENCE_MARK = re.compile(r"```\w*")
 _STRAIGHT = "\"'"
 _DECODER = json.JSONDecoder()
 _LEFT = "the scene that the description names, filling the whole frame"
@@ -39,24 +41,36 @@ class Typed:
 def read_typed(text: str) -> Typed:
     """Takes a sentence and a JSON caption apart, in whichever order they stand.
 
-    OpError where there is nothing, or what begins as JSON is none. Braces in a sentence are text.
+    OpError where there is nothing, or what begins as JSON or names a caption's key is none, as its
+    keys would be painted as quoted words. Braces in a sentence are text.
     """
     stripped = unfenced(text)
     if not stripped:
         raise OpError("the caption is empty", hint=EMPTY)
+    if _LIST.match(stripped):
+        raise OpError(
+            "this JSON is a list, and a caption is one object",
+            hint="Type the caption alone, from its first { to its last }; a list of elements "
+            'belongs into it, as {"compositional_deconstruction": {"elements": [...]}}.',
+        )
+    first: Exception | None = None
     for match in islice(re.finditer(r"\{", stripped), _BRACES):
         try:
             found, end = _DECODER.raw_decode(stripped, match.start())
         except (ValueError, RecursionError) as error:
             if match.start() == 0:
                 raise _no_json(error) from error
+            first = first or error
             continue
         if not any(key in TOP or key in COMPOSITION for key in found):
             if match.start() == 0:
                 raise _no_caption(found)
             continue
-        sentence = f"{stripped[: match.start()].strip()} {stripped[end:].strip()}".strip()
-        return Typed(sentence, found)
+        around = (stripped[: match.start()], stripped[end:])
+        beside = (_FENCE_MARK.sub("", words).strip() for words in around)
+        return Typed(" ".join(filter(None, beside)), found)
+    if first is not None and names_key(stripped):
+        raise _no_json(first) from first
     if is_stripped(stripped):
         raise OpError(
             "the JSON caption has lost its braces",
@@ -67,7 +81,7 @@ def read_typed(text: str) -> Typed:
 
 def _no_json(error: Exception) -> OpError:
     return OpError(
-        f"the caption begins as JSON and is none: {error}",
+        f"the caption has JSON that cannot be read: {error}",
         hint="Mend the JSON at that place, or type a sentence instead.",
     )
 

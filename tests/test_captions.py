@@ -81,6 +81,16 @@ def test_code_fence_is_taken_off():
     assert any("fence" in note for note in made.notes)
 
 
+def test_code_fence_with_words_around_it_is_no_words():
+    caption = parsed(f"Here it is:\n```json\n{json.dumps(OWN)}\n```\nEnjoy!")
+    assert caption["high_level_description"] == "Here it is: Enjoy! A door"
+
+
+def test_brackets_in_a_sentence_are_text():
+    for sentence in ("[Logo] a fox", '["A", "B"] on two doors', "[a {red} fox]"):
+        assert read_typed(sentence).sentence == sentence
+
+
 def test_json_beside_a_sentence_is_added_to():
     for text in (f'A fox, "HI" {json.dumps(OWN)}', f'{json.dumps(OWN)}\nA fox, "HI"'):
         caption = parsed(text, style="anime")
@@ -101,7 +111,12 @@ def test_styles_follow_the_schema(style: str):
     [
         ("", "the caption is empty. Type a sentence"),
         ("  \n", "the caption is empty. Type a sentence"),
-        ('{"high_level_description": "a', "begins as JSON and is none"),
+        ('{"high_level_description": "a', "has JSON that cannot be read"),
+        ('A fox. {"high_level_description": "a", ', "has JSON that cannot be read"),
+        ('Prompt: {"compositional_deconstruction":{"elements":[1,]}}', "cannot be read"),
+        ('[{"type": "text", "text": "HI"}]', "this JSON is a list"),
+        ('[ {"high_level_description": "a"}]', "this JSON is a list"),
+        ('[{"type": "text", "text": "HI"},', "this JSON is a list"),
         ('{"prompt": "a fox"}', "this JSON is no caption (found the keys ['prompt']"),
         ('{"compositional_deconstruction": 3}', "must be an object"),
         ('a fox {"compositional_deconstruction": 3}', "must be an object"),
