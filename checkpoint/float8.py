@@ -12,6 +12,9 @@ from ..ops.layouts import fp8_tensor
 from .codecs import ROW_FP8, Stored
 from .parts import Parts
 
+_E8M0 = ("F8_E8M0", "U8")
+"""Of scales that are powers of two, which plain FP8 has not."""
+
 
 @dataclass(frozen=True)
 class Fp8(Stored):
@@ -31,6 +34,9 @@ class Fp8(Stored):
 
     @classmethod
     def level(cls, parts: Parts) -> str:
+        scale = parts.roles.get("scale")
+        if scale is not None and scale.dtype in _E8M0 and not parts.quantization():
+            raise parts.undescribed("mxfp8", f"{scale.key} {scale.dtype}")
         blocks = parts.scale_blocks()
         told = parts.setting("group_size", None)
         # convert_to_quant says it of weights, too, whose sizes it does not divide: scales a row

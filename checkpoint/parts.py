@@ -28,6 +28,15 @@ _ROTATION = ("convrot", "convrot_groupsize")
 NOT_SUPPORTED = "this storage format is not supported"
 WRITTEN_BY = "as ComfyUI 0.33 and comfy-kitchen 0.2.40 write it"
 """Of what the descriptions in ``comfy_quant`` are known."""
+# Role -> the format that has such a tensor beside its codes; the first tells
+_MARKS = {
+    "s_rel": "asym_w4a8_int8",
+    "s_channel": "asym_w4a8_int8",
+    "scale_2": "nvfp4",
+    "scalar": "hybrid_mxfp8",
+    "proj_down": "svdquant_w4a4",
+    "zeros": "awq_w4a16",
+}
 USE_INSTEAD = "Use a file in FP8 (fp8_scaled), INT8 (int8_convrot), GGUF or BF16."
 
 
@@ -111,7 +120,20 @@ class Parts:
             stated = self.quantization().get("format")
             if stated is not None:
                 raise self.variant(f"{stated} with {what}")
+            known = next((_MARKS[role] for role in _MARKS if role in self.roles), None)
+            if known is not None and not self.others:
+                raise self.undescribed(known, what)
             raise self.unsupported(what, instead_of(what))
+
+    def undescribed(self, known: str, mark: str) -> CheckpointError:
+        """The error for a weight of the format ``known``, by its ``mark``, that nothing describes:
+        other tools' NVFP4 has its block scales in another order."""
+        return self.unsupported(
+            f"{known} without its description: {mark}",
+            "The tool that saved it dropped the description: use the file as it was published, or "
+            "one in FP8, INT8, GGUF or BF16.",
+            needed="comfy_quant beside the weight, or metadata _quantization_metadata",
+        )
 
     def setting(self, name: str, default: Any) -> Any:
         """What the description says of ``name``, at its top or under ``params``."""

@@ -106,7 +106,10 @@ def _open(
     elif not request.guided:
         copies = "conditional"
     word = {"one": True, "two": False}.get(args.branches)
-    return open_pair(args.model, uncond, base=args.base, copies=copies, one_branch=word), stand_in
+    pair = open_pair(args.model, uncond, base=args.base, copies=copies, one_branch=word)
+    if stand_in is not None and pair[0].one_branch is not None:
+        check_branches(request, True, True)
+    return pair, stand_in
 
 
 def _said(checkpoint: Checkpoint) -> str:

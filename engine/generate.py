@@ -208,15 +208,21 @@ def generate(
 
 
 def check_branches(request: GenerateRequest, one_branch: bool, second_copy: bool) -> None:
-    """OpError for a second copy that nothing will run; a warning for a preset without its model."""
+    """OpError for a second copy, or a stand-in for it, that nothing will run; a warning for a
+    preset without its model."""
     chosen = preset(request.preset)
     if second_copy and (one_branch or not request.guided):
         raise OpError(
-            "the model is of one branch"
+            "the model is of one branch, which needs no guidance"
             if one_branch
             else f"the preset {chosen.name} runs without guidance",
-            found="an unconditional copy too, which would take memory for nothing",
-            hint="Leave --uncond out, or pick the preset default, turbo or quality.",
+            found="an unconditional copy, or what stands in for it, which would only cost memory",
+            hint="Leave --uncond and --uncond-lora out; "
+            + (
+                "if the model is one of two copies, say so: generate --branches two, or its name."
+                if one_branch
+                else "or pick the preset default, turbo or quality."
+            ),
         )
     if not request.guided and not one_branch:
         _log.warning(

@@ -202,6 +202,28 @@ def test_what_does_not_fit_is_said_by_the_headers(level, change, match, tmp_path
     )
 
 
+UNDESCRIBED = {
+    "W4A8": "asym_w4a8_int8",
+    "NVFP4": "nvfp4",
+    "MXFP8": "mxfp8",
+    "AWQ W4A16": "awq_w4a16",
+    "SVDQuant W4A4": "svdquant_w4a4",
+}
+
+
+@pytest.mark.parametrize("level", UNDESCRIBED)
+def test_a_weight_whose_description_was_lost_is_named(level, tmp_path):
+    """So save tools that know no such format, in which nothing else goes wrong."""
+    others = {"AWQ W4A16": storage.pack_awq, "SVDQuant W4A4": storage.pack_svdquant}
+    pack = others.get(level) or partial(storage.pack_stock, level=level)
+    parts, _ = pack(randn(64, 768))
+    del parts["comfy_quant"]
+    with pytest.raises(CheckpointError, match=f"{UNDESCRIBED[level]} without its descr") as raised:
+        entry(tmp_path / "m.safetensors", beside(parts)).check()
+    assert "needed comfy_quant" in str(raised.value)
+    assert not isinstance(raised.value, CorruptFileError)  # a download would be the same again
+
+
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize(("level", "bits"), [("W4A8", 4), ("W6A8", 6)])
 def test_bits_that_the_codes_bear_out(level, bits, nested, tmp_path):

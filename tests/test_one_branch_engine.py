@@ -86,7 +86,9 @@ def test_second_copy_with_a_preset_without_guidance_is_refused(instant):
     models = models_of(instant, vae=NoPicture())
     two = Models(models.conditional, models.conditional, None, NoPicture())
     request = GenerateRequest("", 64, 32, preset="instant")
-    with pytest.raises(OpError, match=r"runs without guidance.*Leave --uncond out"):
+    with pytest.raises(
+        OpError, match=r"runs without guidance.*Leave --uncond and --uncond-lora out"
+    ):
         generate(request, two, features=features_of(models))
 
 
@@ -108,9 +110,29 @@ def test_command_needs_no_second_file(instant, tmp_path, capsys, caplog):
     assert "guidance" not in caplog.text
     more = ["--preset", "instant", "--overwrite", "--uncond", str(dit_path("uncond"))]
     assert cli.main(command(instant, out, *more)) == 1
-    assert "Leave --uncond out" in capsys.readouterr().err
+    assert "Leave --uncond and --uncond-lora out" in capsys.readouterr().err
     schedule = ["--mu", "0.5", "--last-sigma", "5.52e-4", "--overwrite"]
     assert cli.main(command(instant, out, "--preset", "instant", *schedule)) == 0
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "default"]])
+@pytest.mark.parametrize(
+    "stand_in",
+    [["--uncond", "self"], ["--uncond-lora", str(dit_path("uncond"))]],
+    ids=["self", "lora"],
+)
+def test_stand_in_for_a_second_copy_is_refused_before_a_weight_loads(
+    instant, tmp_path, capsys, monkeypatch, preset, stand_in
+):
+    """The hint was to pick the preset default, which does not help."""
+    monkeypatch.setattr("ideogram4_quant.engine.commands.load_pair", None)
+    monkeypatch.setattr("ideogram4_quant.engine.commands.load_encoder", None)
+    assert cli.main(command(instant, tmp_path / "a.png", *preset, *stand_in)) == 1
+    said = capsys.readouterr().err
+    assert "the model is of one branch, which needs no guidance" in said
+    assert "Leave --uncond and --uncond-lora out" in said
+    assert "--branches two" in said
+    assert "pick the preset" not in said
 
 
 def test_word_on_the_command_line_goes_before_the_name(instant, tmp_path, capsys):
@@ -151,6 +173,30 @@ def test_compare_takes_levels_of_one_branch(instant, tmp_path, capsys):
     words[words.index(f"q8={q8}")] = f"q8={q8},{dit_path('uncond')}"
     assert cli.main(words) == 1
     assert "the preset instant runs without guidance" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("second", "more", "words"),
+    [
+        (",self", [], "one branch, which needs no guidance"),
+        (f",{dit_path('uncond')}", [], "no other copy: it needs no guidance"),
+        ("", ["--guidance", "3"], "holds it in itself"),
+    ],
+)
+def test_compare_refuses_a_system_before_it_renders_another(
+    instant, tmp_path, capsys, monkeypatch, second, more, words
+):
+    """It was said after all pictures of the systems before it."""
+    monkeypatch.setattr("ideogram4_quant.engine.compare.workers.render_unit", None)
+    (tmp_path / "p.txt").write_text(CAPTION + "\n")
+    command = [
+        "compare", "--out", str(tmp_path / "out"), "--system",
+        f"two={dit_path('cond')},{dit_path('uncond')}", "--system", f"one={instant}{second}",
+        "--encoder", str(encoder_dir()), "--vae", str(vae_dir()), "--prompts",
+        str(tmp_path / "p.txt"), "--width", "64", "--height", "32",
+    ]  # fmt: skip
+    assert cli.main([*command, *more]) == 1
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("word", "steps"), [("instant", 8), ("fast", 20), ("turbotime", 4)])

@@ -176,6 +176,7 @@ def _compare_files(args: argparse.Namespace, scorers: dict, notes: Sequence[str]
     )  # fmt: skip
     store = Store(args.cache or args.out / "cache")
     plan = Plan(systems, cases, settings, store)
+    plan.check_files()
     with tqdm(total=len(plan.missing(shard)), unit="picture", desc="rendering") as bar:
         made = render(plan, jobs=args.jobs, shard=shard, ray=args.ray, progress=bar.update)
     left = len(plan.missing())

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...checkpoint import open_checkpoint
+from ...checkpoint import Checkpoint, open_checkpoint
 from ...ops.linear import LinearOptions
 from ...sampling import preset
 from ..encoder import load_encoder
-from ..generate import GenerateRequest, Models, generate
+from ..generate import GenerateRequest, Models, check_branches, generate
 from ..linear import default_device
 from ..loading import load_pair, open_pair, pair_label
 from ..vae import load_vae
@@ -115,6 +115,18 @@ class Plan:
                 self._keys[system.name, case.key] = picture_key(identity, shared, case)
         prints.keep()
 
+    def check_files(self) -> None:
+        """What a system's files will be refused for, said of all before the first is rendered.
+
+        Reads headers. Raises CheckpointError and OpError as loading and painting do.
+        """
+        for system in self.systems:
+            first, second = _open(system, self.settings)
+            one_branch = first.one_branch is not None
+            self.settings.request(self.cases[0]).plan(one_branch=one_branch)
+            if second is not None or system.stand_in is not None:
+                check_branches(self.settings.request(self.cases[0]), one_branch, True)
+
     def key(self, system: System, case: Case) -> str:
         """The store's key of one picture."""
         return self._keys[system.name, case.key]
@@ -183,12 +195,17 @@ def _encoded(cases: Sequence[Case], settings: Settings, place: dict) -> dict[str
     return {prompt: encoder.encode([prompt])[0].cpu() for prompt in prompts}
 
 
-def _load(system: System, settings: Settings, place: dict) -> Models:
-    """Both copies of a system (one, where one file holds only the conditional) and the VAE."""
+def _open(system: System, settings: Settings) -> tuple[Checkpoint, Checkpoint | None]:
+    """Both copies of a system; one, where its passes take no more."""
     guided = settings.guidance is not None or preset(settings.preset).guided
     both = system.guided and guided and system.stand_in is None
     copies = "both" if both else "conditional"
-    pair = open_pair(system.conditional, system.unconditional, base=system.base, copies=copies)
+    return open_pair(system.conditional, system.unconditional, base=system.base, copies=copies)
+
+
+def _load(system: System, settings: Settings, place: dict) -> Models:
+    """The copies of a system and the VAE."""
+    pair = _open(system, settings)
     vae = load_vae(settings.vae, **place)
     options = LinearOptions(**system.options)
     return load_pair(pair, None, vae, options=options, stand_in=system.stand_in, **place)
