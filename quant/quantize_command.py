@@ -35,7 +35,8 @@ def quantize(args: argparse.Namespace) -> int:
     types, budget = tuple(map(_type_rule, args.types)), _budget(args.protect_budget)
     if not args.dry_run:
         for _, _, out in runs:
-            check_output(out, overwrite=args.overwrite or (target is not None and args.resume))
+            several = target is not None or len(runs) > 1  # checks itself what is finished
+            check_output(out, overwrite=args.overwrite or (several and args.resume))
 
     from .block_types import check_policy
     from .quantize import plan_quantization, quantize_checkpoint
@@ -59,14 +60,21 @@ def quantize(args: argparse.Namespace) -> int:
         from .compiled import prepare
 
         prepare()
-    if target is not None:
-        from .target_files import Part
+    from .several import check_several
+    from .target_files import Part
 
-        parts = [Part(source, out, copy) for source, copy, out in runs]
+    parts = [Part(source, out, copy) for source, copy, out in runs]
+    if target is not None:
         return quantize_to_size(args, target, parts, options)
-    level = args.level
+    level, finished = args.level, set()
+    if len(parts) > 1:
+        again = args.resume and not args.overwrite
+        finished = check_several(parts, level, options, args.base, resume=again)
     pair = args.pair if args.container == _TRANSFORMER_LAB else None
     for source, copy, out in runs:
+        if Path(out) in finished:
+            print(f"{out}: finished before, and kept")
+            continue
         choice = {
             "copy": copy,
             "base": args.base,
