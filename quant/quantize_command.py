@@ -143,13 +143,15 @@ def _output(
 
 def how_to_go_on(args: argparse.Namespace) -> str:
     """After Ctrl-C: how to go on."""
-    left = [str(partial_path(Path(out))) for _, _, out in _runs(args, target_of(args))]
-    left = [path for path in left if Path(path).exists()]
-    if not left:
+    outs = [Path(out) for _, _, out in _runs(args, target_of(args))]
+    left = [str(path) for path in map(partial_path, outs) if path.exists()]
+    whole = [str(out) for out in outs if len(outs) > 1 and out.exists()]
+    if not left and (not whole or args.overwrite):
         return "nothing was written; the same command begins anew"
     words = [word for word in args.words if word not in ("--resume", "--overwrite")]
     again = shlex.join(["ideogram4-quant", *words, "--resume"])
-    return f"{', '.join(left)} holds what is done: --resume goes on with it\n{again}"
+    holds = f"{', '.join(left or whole)} holds what is done"
+    return f"{holds}: --resume goes on with it\n{again}"
 
 
 def _type_rule(text: str) -> TypeRule:

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from ideogram4_quant.cli import main
-from ideogram4_quant.quant import stream
+from ideogram4_quant.quant import quantize, stream
 from ideogram4_quant.tests import quant_model as model
 
 
@@ -58,22 +58,30 @@ def test_both_copies_of_a_file_with_one_are_refused_before_it_is_written(pair, r
     assert not list(pair[0].parent.glob("*.gguf*"))
 
 
-def test_what_ctrl_c_says_goes_on_with_the_second_file(pair, run, monkeypatch):
+@pytest.mark.parametrize("at", ["layers.1.attention.qkv.weight", None])
+def test_what_ctrl_c_says_goes_on_with_the_second_file(pair, run, monkeypatch, at):
+    """In the middle of it, and while its source is read for the hash."""
     words = [pair[0], "--pair", pair[1]]
     assert run(*words)[0] == 0
     outs = [path.parent / "m-Q8_0.gguf" for path in pair]
     wanted = [out.read_bytes() for out in outs]
     for out in outs:
         out.unlink()
-    encode = stream.encode_tensor
+    encode, hash_files = stream.encode_tensor, quantize.hash_files
 
     def interrupted(plan, *args, **kwargs):
-        if plan.copy == "unconditional" and plan.name == "layers.1.attention.qkv.weight":
+        if plan.copy == "unconditional" and plan.name == at:
             raise KeyboardInterrupt
         return encode(plan, *args, **kwargs)
 
+    def unread(paths, *args):
+        if at is None and pair[1] in paths:
+            raise KeyboardInterrupt
+        return hash_files(paths, *args)
+
     with monkeypatch.context() as patched:
         patched.setattr(stream, "encode_tensor", interrupted)
+        patched.setattr(quantize, "hash_files", unread)
         code, _, errors = run(*words)
     assert code == 130
     told = shlex.split(errors.splitlines()[-1])
