@@ -17,6 +17,7 @@ from ..quant.output_names import named_after, output_name, suffix_of
 from ..quant.presets import AS_PICKED
 from ..quant.quantize import quantize_checkpoint
 from ..quant.recipes import QuantOptions, Recipe
+from ..quant.several import check_several
 from ..quant.target import Request, quantize_to_target
 from ..quant.target_files import Part
 from ..quant.target_goal import Target, target_gb
@@ -44,12 +45,19 @@ def size_of(gigabytes: float, preset: str) -> Target | None:
 def at_level(
     level: str, parts: Sequence[Part], options: QuantOptions, choice: Mapping[str, object]
 ) -> list[str]:
-    """Write every part at ``level``: their reports."""
-    if not choice["overwrite"]:
-        for part in parts:
-            check_output(part.out)
+    """Write every part at ``level``: their reports. Of two, one that a cancelled run has finished
+    stays."""
+    finished: set[Path] = set()
+    if len(parts) > 1:
+        again = {"resume": choice["resume"], "progress": _Bars()}
+        finished = check_several(parts, level, options, choice["base"], **again)
+    elif not choice["overwrite"]:
+        check_output(parts[0].out)
     reports = []
     for part in parts:
+        if Path(part.out) in finished:
+            reports.append(f"{part.out}: finished before, and kept")
+            continue
         report = quantize_checkpoint(
             part.source,
             level,
@@ -70,14 +78,7 @@ def at_size(
     """Choose for all parts together and write them: the choice, and their reports."""
     native = Path(parts[0].out).suffix != ".gguf"
     request = Request(tuple(parts), size, options=replace(options, native=native), **choice)
-    bars: dict[str, Callable[[int, int], None]] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            bars[what] = _progress()
-        bars[what](done, total)
-
-    chosen, reports = quantize_to_target(request, progress)
+    chosen, reports = quantize_to_target(request, _Bars())
     return [chosen.table(), *(report.table() for report in reports)]
 
 
@@ -118,6 +119,18 @@ def parts_of(
             name = output_name(file, recipe, said)
         parts.append(Part(file, Path(listing.folder) / new_name(name, suffix), which))
     return parts
+
+
+class _Bars:
+    """A callback that draws a bar for each thing that is done."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Callable[[int, int], None]] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._bars:
+            self._bars[what] = _progress()
+        self._bars[what](done, total)
 
 
 def _progress() -> Callable[[int, int], None]:

@@ -35,7 +35,8 @@ def quantize(args: argparse.Namespace) -> int:
     types, budget = tuple(map(_type_rule, args.types)), _budget(args.protect_budget)
     if not args.dry_run:
         for _, _, out in runs:
-            check_output(out, overwrite=args.overwrite or (target is not None and args.resume))
+            several = target is not None or len(runs) > 1  # checks itself what is finished
+            check_output(out, overwrite=args.overwrite or (several and args.resume))
 
     from .block_types import check_policy
     from .quantize import plan_quantization, quantize_checkpoint
@@ -59,14 +60,21 @@ def quantize(args: argparse.Namespace) -> int:
         from .compiled import prepare
 
         prepare()
-    if target is not None:
-        from .target_files import Part
+    from .several import check_several
+    from .target_files import Part
 
-        parts = [Part(source, out, copy) for source, copy, out in runs]
+    parts = [Part(source, out, copy) for source, copy, out in runs]
+    if target is not None:
         return quantize_to_size(args, target, parts, options)
-    level = args.level
+    level, finished = args.level, set()
+    if len(parts) > 1:
+        again = args.resume and not args.overwrite
+        finished = check_several(parts, level, options, args.base, resume=again)
     pair = args.pair if args.container == _TRANSFORMER_LAB else None
     for source, copy, out in runs:
+        if Path(out) in finished:
+            print(f"{out}: finished before, and kept")
+            continue
         choice = {
             "copy": copy,
             "base": args.base,
@@ -135,13 +143,15 @@ def _output(
 
 def how_to_go_on(args: argparse.Namespace) -> str:
     """After Ctrl-C: how to go on."""
-    left = [str(partial_path(Path(out))) for _, _, out in _runs(args, target_of(args))]
-    left = [path for path in left if Path(path).exists()]
-    if not left:
+    outs = [Path(out) for _, _, out in _runs(args, target_of(args))]
+    left = [str(path) for path in map(partial_path, outs) if path.exists()]
+    whole = [str(out) for out in outs if len(outs) > 1 and out.exists()]
+    if not left and (not whole or args.overwrite):
         return "nothing was written; the same command begins anew"
     words = [word for word in args.words if word not in ("--resume", "--overwrite")]
     again = shlex.join(["ideogram4-quant", *words, "--resume"])
-    return f"{', '.join(left)} holds what is done: --resume goes on with it\n{again}"
+    holds = f"{', '.join(left or whole)} holds what is done"
+    return f"{holds}: --resume goes on with it\n{again}"
 
 
 def _type_rule(text: str) -> TypeRule:

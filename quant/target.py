@@ -7,14 +7,12 @@ fewer bytes. One file a copy.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..cards.known import card as card_of
-from ..checkpoint import open_checkpoint
 from ..files.new_file import check_output
 from ..files.partial import check_unfinished
 from .allocation import Rung, allocate, allocate_within, without
@@ -24,10 +22,11 @@ from .choose import Choice, Linear, int8_choices
 from .encode import encoding_device
 from .encodings import Shape
 from .errors import NonFiniteWeightError, QuantOptionError
+from .finished import check_finished
 from .measure import channel_absmax
 from .plan import rounding_of, targets_of
 from .provenance import combined_hash, hash_files
-from .quantize import metadata_of, plan_quantization, quantize_checkpoint
+from .quantize import quantize_checkpoint
 from .recipes import MIXED, QuantOptions
 from .report import QuantReport
 from .sensitivity import Loss, Sensitivity, gains_of
@@ -42,8 +41,6 @@ Progress = Callable[[str, int, int], None]
 """``progress(what, done, total)``: weights under MEASURING, then bytes of a copy under its name."""
 
 MEASURING = "measuring"
-
-_LONGEST = 400  # characters of two records that an error shows side by side
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def quantize_to_target(
     reports = []
     for file in files:
         if request.resume and not request.overwrite and file.out.exists():
-            _check_finished(file, level_of(chosen.container), options, progress)
+            check_finished(file, level_of(chosen.container), options, progress)
             continue
         report = quantize_checkpoint(
             file.checkpoint,
@@ -148,43 +145,6 @@ def quantize_to_target(
         )
         reports.append(report)
     return chosen, tuple(reports)
-
-
-def _check_finished(file: CopyFile, level: str, options: QuantOptions, progress: Progress) -> None:
-    """Raise QuantOptionError unless the output is what this choice writes of this source."""
-    plan = plan_quantization(
-        file.checkpoint, level, file.out, copy=file.copy, options=options, overwrite=True
-    )
-    wanted = metadata_of(plan, lambda done, total: progress(file.copy, done, total))
-    found = open_checkpoint(file.out, copy=file.copy).tensor_files[0].metadata
-    key = next((key for key, value in wanted.items() if found.get(key) != value), None)
-    if key is None:
-        return
-    there, needed = found.get(key), wanted[key]
-    key = key.removeprefix("ideogram4.")
-    if key == "quantization":
-        key, there, needed = _first_difference(there, json.loads(needed))
-    raise QuantOptionError(
-        f"is there already, and not of this choice: its {key} is another",
-        file=file.out,
-        found=there,
-        needed=needed,
-        hint="Replace it (--overwrite), or choose another name.",
-    )
-
-
-def _first_difference(text: object, wanted: Mapping[str, object]) -> tuple[str, object, object]:
-    """(key, found, wanted) of two records of a quantization that differ; no long lists."""
-    try:
-        found = json.loads(text)
-    except (TypeError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        return "record", None, None
-    keys = sorted({*wanted, *found}, key=lambda key: (key != "prediction", key))
-    key = next((key for key in keys if found.get(key) != wanted.get(key)), "record")
-    both = found.get(key), wanted.get(key)
-    return (key, None, None) if len(str(both)) > _LONGEST else (key, *both)
 
 
 def _allocated(

@@ -77,8 +77,8 @@ def open_files(
     """Each part's copy, conditional first.
 
     Raises QuantOptionError for a file that holds both and says not which, and for an output that is
-    a source; PairMismatchError for two that are not the copies of one model; what
-    ``open_checkpoint`` raises.
+    a source, for two of one name or of the same copy; PairMismatchError for two that are not the
+    copies of one model; what ``open_checkpoint`` raises.
     """
     files = []
     for part in parts:
@@ -94,8 +94,25 @@ def open_files(
     files.sort(key=lambda file: file.copy != CONDITIONAL)
     if len(files) > 1 and files[0].checkpoint.paths != files[1].checkpoint.paths:
         check_pair(*(file.checkpoint for file in files))
+    _check_apart(files)
     read = {Path(os.path.realpath(path)) for file in files for path in files_of(file.checkpoint)}
     for file in files:
         if Path(os.path.realpath(file.out)) in read:
             raise QuantOptionError("the output is the source itself", file=file.out)
     return tuple(files)
+
+
+def _check_apart(files: Sequence[CopyFile]) -> None:
+    """QuantOptionError for two that are one copy, or that would be written under one name."""
+    if len({file.copy for file in files}) < len(files):
+        raise QuantOptionError(
+            f"both files are the {files[0].copy} copy",
+            file=files[1].checkpoint.paths[0],
+            needed="the file of the other copy",
+        )
+    if len({os.path.normcase(os.path.realpath(file.out)) for file in files}) < len(files):
+        raise QuantOptionError(
+            "both files would be written under one name",
+            file=files[1].out,
+            hint="Give a name of its own to the new file (--out), or to one of the sources.",
+        )
