@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint
+from ..files.new_file import check_output
 from ..quant.calibration import Calibration
 from ..quant.captions import calibration_captions
 from ..quant.fragility import fragility_table
@@ -35,6 +36,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
     earlier = [Calibration.load(path) for path in args.merge]
     options = _options(args)
     pair = open_pair(args.model, args.uncond, base=args.base, copies=args.copies)
+    read = [path for each in pair if each for file in (each, *each.bases) for path in file.paths]
+    check_output(args.out, overwrite=args.overwrite, made_of=read)
     texts, size = prompts_and_size(args, pair[0])
     preset = preset_for(args.preset, pair[0])
     request = GenerateRequest("", *size, preset=preset, steps=args.steps, guidance=args.guidance)

@@ -8,7 +8,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
@@ -58,11 +58,17 @@ def _as_write_errors(target: Path) -> Iterator[None]:
         raise WriteError(f"cannot be written: {reason}", file=target, hint=hint) from error
 
 
-def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def check_output(
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    made_of: Iterable[str | os.PathLike[str] | None] = (),
+) -> Path:
     """The real path that will be written, links followed; creates nothing.
 
     Raises OutputExistsError if there is a file and ``overwrite`` is false, WriteError if the path
-    is a folder or its folder does not exist. Long work asks this before it starts.
+    is a folder, its folder does not exist, or it is one of the files ``made_of`` that the work
+    reads. Long work asks this before it starts.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -77,6 +83,13 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
             file=target,
             hint="Choose another name, or ask for overwriting (--overwrite).",
         )
+    for source in made_of if target.exists() else ():
+        if source is not None and os.path.exists(source) and os.path.samefile(source, target):
+            raise WriteError(
+                "the output is one of the files that it is made of",
+                file=target,
+                hint="It would be lost: choose another name.",
+            )
     return target
 
 

@@ -95,6 +95,8 @@ def make_delta(
     """
     target = check_output(out, overwrite=overwrite)
     pair = _open(conditional, unconditional, base)
+    read = [path for each in pair for file in (each, *each.bases) for path in file.paths]
+    check_output(out, overwrite=overwrite, made_of=read)
     names = _linears(pair[0], pair[1], options.linears)
     if options.calibration is not None:
         options.calibration.check_shapes(UNCONDITIONAL, pair[1].shapes(UNCONDITIONAL))

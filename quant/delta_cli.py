@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..files.new_file import check_output
 from .command_parts import calibration_of, check_files, progress_bar
 
 _DTYPES, _LINEARS = ("bf16", "fp16", "fp32"), ("all", "blocks")
@@ -61,6 +62,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
 
 def _delta(args: argparse.Namespace) -> int:
     check_files(args.conditional, args.unconditional, args.calibration, *(args.base or ()))
+    check_output(args.out, overwrite=args.overwrite, made_of=(args.calibration,))
     from .delta import DeltaOptions, make_delta
     from .encode import encoding_device
 

@@ -36,7 +36,8 @@ def quantize(args: argparse.Namespace) -> int:
     if not args.dry_run:
         for _, _, out in runs:
             several = target is not None or len(runs) > 1  # checks itself what is finished
-            check_output(out, overwrite=args.overwrite or (several and args.resume))
+            replace = args.overwrite or (several and args.resume)
+            check_output(out, overwrite=replace, made_of=read)
 
     from .block_types import check_policy
     from .quantize import plan_quantization, quantize_checkpoint

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from ideogram4_quant.cli import main
 from ideogram4_quant.errors import CorruptFileError, PairMismatchError
-from ideogram4_quant.files.new_file import OutputExistsError
+from ideogram4_quant.files.new_file import OutputExistsError, WriteError
+from ideogram4_quant.pocket.paths import encoder_dir
 from ideogram4_quant.quant.calibration import Calibration
 from ideogram4_quant.quant.delta import STEM_RANK, DeltaOptions, make_delta
 from ideogram4_quant.quant.errors import (
@@ -235,6 +236,44 @@ def test_what_cannot_be_made_is_refused_and_leaves_nothing(copies, tmp_path):
     with pytest.raises(OutputExistsError):
         make_delta(cond, uncond, out, DeltaOptions(2))
     assert out.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("through", ["its name", "a link", "a hard link"])
+def test_a_copy_is_never_overwritten_by_the_lora_made_of_it(copies, tmp_path, through):
+    """With --overwrite the model's file was replaced by the LoRA, and then it failed."""
+    paths = [tmp_path / "cond.safetensors", tmp_path / "uncond.safetensors"]
+    for path, source in zip(paths, copies[:2], strict=True):
+        path.write_bytes(source.read_bytes())
+    for path in paths:
+        out, before = path, path.read_bytes()
+        if through != "its name":
+            out = tmp_path / f"to-{path.name}"
+            out.symlink_to(path) if through == "a link" else out.hardlink_to(path)
+        with pytest.raises(WriteError, match="one of the files that it is made of"):
+            make_delta(*paths, out, DeltaOptions(2), overwrite=True)
+        assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["delta", "quantize", "quantize, base", "calibrate"])
+def test_no_command_overwrites_what_it_reads(copies, tmp_path, capsys, command):
+    cond, uncond = (tmp_path / name for name in ("conditional.safetensors", "other.safetensors"))
+    cond.write_bytes(copies[0].read_bytes())
+    uncond.write_bytes(copies[1].read_bytes())
+    calibration = tmp_path / "cal.safetensors"
+    calibrated(copies[3]).save(calibration)
+    level = ["--level", "INT8 W8A8"]
+    words, out = {
+        "delta": (["delta", cond, uncond, "--rank", "2"], calibration),
+        "quantize": (["quantize", cond, *level], calibration),
+        "quantize, base": (["quantize", cond, "--base", uncond, *level], uncond),
+        "calibrate": (["calibrate", cond, "--uncond", uncond, "--encoder", encoder_dir()], cond),
+    }[command]
+    before = out.read_bytes()
+    with_calibration = ["--calibration", calibration] if out == calibration else []
+    words = [*words, *with_calibration, "--out", out, "--overwrite"]
+    assert main([str(word) for word in words]) == 1
+    assert "one of the files that it is made of" in capsys.readouterr().err
+    assert out.read_bytes() == before
 
 
 def test_the_command_prints_a_table_of_ranks(copies, tmp_path, capsys):
