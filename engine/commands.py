@@ -22,7 +22,7 @@ from ..files.new_file import replaced
 from ..ops import attention, dispatch
 from ..ops.linear import LinearOptions
 from ..ops.tuning.autotune import Measure
-from ..sampling import check_size, on_grid
+from ..sampling import check_size, on_grid, trained_sides
 from .arguments import NONE
 from .encoder import load_encoder
 from .files_here import fill_in
@@ -52,12 +52,13 @@ def run_generate(args: argparse.Namespace) -> int:
     """
     request = _request(args)
     request.plan()
-    for warning in check_size(request.width, request.height):
-        _log.warning("%s: expect a worse picture", warning)
     alone = args.copies == "conditional" or args.uncond_lora is not None or not request.guided
     fill_in(args, words=(NONE, SELF), one_copy=alone)
     init_image = None if args.init_image is None else read_picture(args.init_image)
     pair, stand_in = _open(args, request)
+    sides = trained_sides(pair[0].config.llm_features_dim)
+    for warning in check_size(request.width, request.height, sides):
+        _log.warning("%s: expect a worse picture", warning)
     request = replace(request, preset=preset_for(args.preset, pair[0]))
     plan = request.plan(one_branch=pair[0].one_branch is not None)
     device = default_device(args.device)
