@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 _GENERATE = """examples:
   ideogram4-quant generate --prompt-file caption.json --out picture.png
-  ideogram4-quant generate --level Q4_K --prompt "A red fox" --preset turbo --out fox.png
+  ideogram4-quant generate --level Q4_K --prompt "A red fox" --enhance --preset turbo --out fox.png
   ideogram4-quant generate --model cond.gguf --uncond uncond.gguf --encoder qwen3vl.gguf \\
       --vae flux2-vae.safetensors --prompt-file caption.json --out picture.png"""
 

@@ -30,6 +30,7 @@ class Made:
     caption: str
     ratio: Ratio
     notes: tuple[str, ...] = ()
+    written: bool = False  # by a language model
 
 
 def make_caption(
@@ -69,7 +70,7 @@ def make_caption(
         raise OpError("what the encoder wrote of the picture is no caption", hint=_SEEN_NOTHING)
     for note in mended.notes:
         logger.warning("caption: %s", note)
-    return Made(mended.caption, shape, (*notes, *mended.notes))
+    return Made(mended.caption, shape, (*notes, *mended.notes), written=True)
 
 
 def _passed(text: str, style: str, write: Write | None) -> list[str]:

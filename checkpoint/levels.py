@@ -193,7 +193,7 @@ def _nothing_found(level: str, catalogue: Catalogue, copy: str | None = None) ->
     there = sorted({c.header.level for c in catalogue.candidates}, key=_rank)
     wanted = "Ideogram 4 file" if level == AUTO else f"{level} file of Ideogram 4"
     files = files_of(None if level == AUTO else level)
-    advice = f"{files} into {catalogue.listing.folder} and press R."
+    advice = f"{files} into {catalogue.listing.folder} and press R in ComfyUI."
     pick = level != AUTO and there
     hint = f"Pick one of: {', '.join(there)}. Or put {advice}" if pick else f"Put {advice}"
     return CheckpointError(

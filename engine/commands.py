@@ -13,6 +13,8 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+from ..captions.check import check_caption, is_plain
+from ..captions.compose import read_typed
 from ..captions.making import make_caption
 from ..captions.tokens import MAX_TOKENS
 from ..checkpoint import Checkpoint
@@ -22,7 +24,7 @@ from ..files.new_file import replaced
 from ..ops import attention, dispatch
 from ..ops.linear import LinearOptions
 from ..ops.tuning.autotune import Measure
-from ..sampling import check_size, on_grid
+from ..sampling import check_size, on_grid, trained_sides
 from .arguments import NONE
 from .encoder import load_encoder
 from .files_here import fill_in
@@ -34,6 +36,11 @@ from .pictures import read_picture
 from .vae import load_vae
 
 _log = logging.getLogger(__name__)
+PLAIN_PROMPT = (
+    "the prompt is plain text, and the model was trained on JSON captions: words in the picture "
+    "will rarely be legible. Give a caption (--prompt-file caption.json), or let the encoder write "
+    "one of the sentence (--enhance)"
+)
 
 
 def run_demo(args: argparse.Namespace) -> int:
@@ -52,12 +59,14 @@ def run_generate(args: argparse.Namespace) -> int:
     """
     request = _request(args)
     request.plan()
-    for warning in check_size(request.width, request.height):
-        _log.warning("%s: expect a worse picture", warning)
+    _check_prompt(request.prompt, enhance=args.enhance)
     alone = args.copies == "conditional" or args.uncond_lora is not None or not request.guided
     fill_in(args, words=(NONE, SELF), one_copy=alone)
     init_image = None if args.init_image is None else read_picture(args.init_image)
     pair, stand_in = _open(args, request)
+    sides = trained_sides(pair[0].config.llm_features_dim)
+    for warning in check_size(request.width, request.height, sides):
+        _log.warning("%s: expect a worse picture", warning)
     request = replace(request, preset=preset_for(args.preset, pair[0]))
     plan = request.plan(one_branch=pair[0].one_branch is not None)
     device = default_device(args.device)
@@ -94,6 +103,18 @@ def run_generate(args: argparse.Namespace) -> int:
         f"{seconds:.1f} s" + _said(pair[0])
     )
     return 0
+
+
+def _check_prompt(prompt: str, *, enhance: bool) -> None:
+    """OpError for an empty prompt and for JSON with a fault; a warning for what is no caption."""
+    read_typed(prompt)
+    if enhance:
+        return
+    if is_plain(prompt):
+        _log.warning("%s", PLAIN_PROMPT)
+        return
+    for finding in check_caption(prompt).errors:
+        _log.warning("the prompt: %s", finding)
 
 
 def _open(

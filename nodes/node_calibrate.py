@@ -17,6 +17,7 @@ from ..sampling import check_size, on_grid
 from .calibrating import calibrate, encode
 from .latents import empty_latent
 from .missing_copy import check_given
+from .pairing import sides_of
 from .sampling_inputs import (
     make_guidance,
     model_inputs,
@@ -143,7 +144,8 @@ class Calibrate(io.ComfyNode):
                 "of your own.",
             )
         (width, height), rounded = on_grid(width, height)
-        for note in (*([rounded] if rounded else ()), *check_size(width, height)):
+        notes = check_size(width, height, sides_of(conditional))
+        for note in (*([rounded] if rounded else ()), *notes):
             logger.warning(note)
         target = _target(filename_prefix)
         curve, _ = schedule(preset, width, height, steps, 1.0)

@@ -20,6 +20,7 @@ from .connections import is_read
 from .guider import DualCopyGuider
 from .latents import TOKEN_PIXELS, check_latent, empty_latent
 from .missing_copy import check_given
+from .pairing import sides_of
 from .sampling_inputs import (
     BY_HAND,
     PRESET_MU,
@@ -131,7 +132,7 @@ class Sampler(io.ComfyNode):
         )
         check_latent(samples)
         height, width = (side * TOKEN_PIXELS for side in samples.shape[-2:])
-        notes += check_size(width, height)
+        notes += check_size(width, height, sides_of(conditional))
         for note in notes:
             logger.warning(note)
         curve = sigmas

@@ -12,6 +12,7 @@ from ..captions.ratio import AUTO, POCKET, RATIOS, SIZES, picture_size
 from ..captions.styles import NONE, STYLES
 from ..captions.tokens import MAX_TOKENS
 from ..errors import OpError
+from ..sampling import is_pocket
 from . import caption_writing
 from .connections import is_read
 from .schema import CATEGORY
@@ -80,7 +81,8 @@ class Caption(io.ComfyNode):
         else:
             encoded = clip.encode_from_tokens_scheduled(clip.tokenize(made.caption))
         said = [f"{width} x {height} px", *_notes(made, expand, image is not None, clip)]
-        if size == POCKET and not typed.lstrip().startswith("{"):
+        tiny = size == POCKET or (clip is not None and is_pocket(encoded[0][0].shape[-1]))
+        if tiny and not typed.lstrip().startswith("{"):
             said.append(_POCKET)
         # one paragraph for each: Nodes 2.0 joins lines
         shown = "\n\n".join([". ".join(s.rstrip(".") for s in said) + ".", made.caption])
@@ -114,7 +116,7 @@ def _notes(made: Made, expand: bool, picture: bool, clip) -> list[str]:
     notes = list(made.notes)
     if picture and not expand:
         notes.append("The picture is not looked at: expand is off")
-    if expand:
+    if made.written:
         notes.append(f"Written with {caption_writing.memory(clip)}")
     return notes
 

@@ -7,6 +7,7 @@ import comfy.model_patcher
 
 from ..checkpoint.copies import CONDITIONAL, UNCONDITIONAL
 from ..errors import NotIdeogram4Error, OpError, PairMismatchError
+from ..sampling import trained_sides
 from .encoder_loading import MAX_TOKENS
 from .model_source import source_of
 from .one_copy import stands_in
@@ -74,6 +75,11 @@ def check_conditioning(model: comfy.model_patcher.ModelPatcher, positive: list) 
                 needed=f"at most {MAX_TOKENS}",
                 hint="Shorten the descriptions, or describe fewer elements.",
             )
+
+
+def sides_of(model: comfy.model_patcher.ModelPatcher) -> tuple[int, int]:
+    """(smallest, largest) side in px that the model was trained on."""
+    return trained_sides(_dimensions(model)["llm_features_dim"])
 
 
 def _dimensions(patcher: comfy.model_patcher.ModelPatcher) -> dict:

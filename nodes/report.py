@@ -145,8 +145,8 @@ def text(
         lines += [f"fused blocks: {fused}", _memory_line(pair, machine)]
     if machine.dtype == "float32":
         lines.append(
-            f"compute: float32, because {machine.device} has no bfloat16 and float16 overflows in "
-            "this model: slow"
+            f"compute: float32, because ComfyUI uses no bfloat16 on {machine.device} and float16 "
+            "overflows in this model: slow"
         )
     return "\n".join([*lines, *pair.notes])
 

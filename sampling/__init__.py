@@ -2,7 +2,15 @@
 
 from .noise import NOISES, noise_seeds
 from .presets import PRESETS, Preset, guidance_schedule, preset
-from .schedule import LAST_SIGMA, check_size, grid_size, sigmas, start_latents
+from .schedule import (
+    LAST_SIGMA,
+    check_size,
+    grid_size,
+    is_pocket,
+    sigmas,
+    start_latents,
+    trained_sides,
+)
 from .sizes import RATIOS, on_grid, size_of
 from .steps import StepPlan, combine, euler_step, plan, step_at
 
@@ -18,6 +26,7 @@ __all__ = [
     "euler_step",
     "grid_size",
     "guidance_schedule",
+    "is_pocket",
     "noise_seeds",
     "on_grid",
     "plan",
@@ -26,4 +35,5 @@ __all__ = [
     "size_of",
     "start_latents",
     "step_at",
+    "trained_sides",
 ]

@@ -16,13 +16,25 @@ LAST_SIGMA = 1.0 / (1.0 + math.exp(-0.5 * LOGSNR_MIN))
 
 TOKEN_PIXELS = 16  # one token is 16 x 16 px: the VAE's factor 8, then 2 x 2 patches
 TRAINED_SIDES = (256, 2048)
+_POCKET_SIDES = (64, 128)
+_POCKET_FEATURES = 13 * 64  # of a token: the test model's that comes with the pack
 TRAINED_ASPECT = 6.0
 
 
-def check_size(width: int, height: int) -> list[str]:
+def is_pocket(features: int) -> bool:
+    """Whether so many features a token of text are the test model's."""
+    return features == _POCKET_FEATURES
+
+
+def trained_sides(features: int) -> tuple[int, int]:
+    """(smallest, largest) side in px of the model that reads so many features a token of text."""
+    return _POCKET_SIDES if is_pocket(features) else TRAINED_SIDES
+
+
+def check_size(width: int, height: int, sides: tuple[int, int] = TRAINED_SIDES) -> list[str]:
     """What to warn about; OpError where a side is no positive multiple of 16.
 
-    The model was trained on sides of 256 to 2048 px and aspects up to 6:1; beyond that it runs.
+    The model was trained on ``sides``, 256 to 2048 px, and aspects up to 6:1; beyond that it runs.
     """
     for side, value in (("width", width), ("height", height)):
         if value < TOKEN_PIXELS or value % TOKEN_PIXELS:
@@ -33,7 +45,7 @@ def check_size(width: int, height: int) -> list[str]:
                 needed=f"{down} or {down + TOKEN_PIXELS}",
             )
     warnings = []
-    smallest, largest = TRAINED_SIDES
+    smallest, largest = sides
     if not (smallest <= min(width, height) and max(width, height) <= largest):
         warnings.append(f"{width}x{height} is outside the trained sides, {smallest} to {largest}")
     if max(width, height) > TRAINED_ASPECT * min(width, height):

@@ -107,6 +107,34 @@ def test_generate_from_a_picture_and_a_prompt_file(arguments, tmp_path):
     assert second.exists()
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "the caption is empty"),
+        ('{"high_level_description": "x", ', "JSON that cannot be read"),
+        ('[{"type": "text", "text": "HI"}]', "this JSON is a list"),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused_before_a_weight_loads(arguments, capsys, prompt, said):
+    arguments[arguments.index("--prompt") + 1] = prompt
+    for more in ([], ["--enhance"]):
+        assert cli.main([*arguments, *more]) == 1
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("HELLO", "the prompt is plain text"),
+        ('{"high_level_description": "x"}', "compositional_deconstruction"),
+    ],
+)
+def test_a_prompt_that_is_no_caption_warns(arguments, caplog, prompt, said):
+    arguments[arguments.index("--prompt") + 1] = prompt
+    assert cli.main([*arguments, "--steps", "1"]) == 0
+    assert said in caplog.text
+
+
 def test_untrained_sizes_warn(arguments, caplog):
     assert cli.main([*arguments, "--steps", "1"]) == 0
     assert "64x32 is outside the trained sides" in caplog.text

@@ -78,6 +78,14 @@ def test_a_sentence_for_the_test_model_is_told_that_it_paints_none(server):
     )
     assert "paints one word of 3 to 6 capitals" in shown
     assert "capitals" not in no_sentence
+    (shown,) = texts(server.run(captioned(SENTENCE, size="1K")), "caption")  # by its encoder
+    assert "paints one word of 3 to 6 capitals" in shown
+
+
+def test_json_that_passes_was_written_with_nothing(server):
+    (shown,) = texts(server.run(captioned(graphs.CAPTION, expand=True)), "caption")
+    assert "expand left out" in shown
+    assert "Written" not in shown
 
 
 def test_json_and_dictionaries_pass(server):

@@ -246,7 +246,7 @@ def test_missing_level_says_what_there_is_and_what_to_put_where():
     assert str(caught.value).endswith(
         "Put ideogram4_int8_convrot.safetensors and "
         "ideogram4_unconditional_int8_convrot.safetensors (from huggingface.co/Comfy-Org/"
-        "Ideogram-4) into /Models/diffusion_models and press R."
+        "Ideogram-4) into /Models/diffusion_models and press R in ComfyUI."
     )
 
 

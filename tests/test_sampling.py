@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ideogram4_quant.checkpoint.config import ModelConfig
 from ideogram4_quant.errors import OpError
+from ideogram4_quant.pocket import data
+from ideogram4_quant.pocket.encoder import FEATURES
 from ideogram4_quant.sampling import (
     LAST_SIGMA,
     PRESETS,
@@ -22,6 +25,7 @@ from ideogram4_quant.sampling import (
     sigmas,
     start_latents,
     step_at,
+    trained_sides,
 )
 
 SIZES = [(512, 512), (1024, 1024), (2048, 2048), (128, 64), (1536, 640), (16, 16), (2048, 256)]
@@ -247,5 +251,14 @@ def test_untrained_sizes_only_warn():
     assert check_size(2048, 512) == []
     assert any("trained sides" in w for w in check_size(128, 64))
     assert any("trained sides" in w for w in check_size(2064, 1024))
+
+
+def test_trained_sides_of_the_test_model_are_its_own():
+    """Those of its pictures, by the width of its text features."""
+    sides = trained_sides(FEATURES)
+    assert sides == (data.HEIGHT, data.WIDTH)
+    assert check_size(data.WIDTH, data.HEIGHT, sides) == []
+    assert check_size(1024, 1024, sides)
+    assert trained_sides(ModelConfig().llm_features_dim) == (256, 2048)
     assert any("aspect" in w for w in check_size(2048, 256))
     assert grid_size(1536, 640) == (40, 96)

@@ -100,7 +100,9 @@ def _recommendation(found: dict) -> Iterator[str]:
 
 
 def _device(device: dict) -> Iterator[str]:
-    compute = "bfloat16" if device["bfloat16"] else "float32, as it has no bfloat16: slow"
+    compute = (
+        "bfloat16" if device["bfloat16"] else "float32, as ComfyUI uses no bfloat16 here: slow"
+    )
     yield f"device: {device['name']} ({device['type']}), {_size(device['memory'])}"
     yield f"  main memory: {_size(device['ram'])}"
     yield f"  computes in {compute}"
