@@ -40,10 +40,7 @@ ORIGINS: tuple[Origin, ...] = (
     Origin("SDNQ", "safetensors", frozenset({"comfy_quant", "scale"})),
     Origin("diffusers", "safetensors", frozenset({"split"})),
     Origin("bitsandbytes NF4", "safetensors", frozenset({"absmax"})),
-    Origin("ComfyUI W4A8", "safetensors", frozenset({"comfy_quant", "weight_s_rel"})),
-    Origin("ComfyUI NVFP4", "safetensors", frozenset({"comfy_quant", "weight_scale_2"})),
-    Origin("ComfyUI INT8", "safetensors", frozenset({"comfy_quant", "weight I8"})),
-    Origin("ComfyUI FP8", "safetensors", frozenset({"comfy_quant", "weight F8_E4M3"})),
+    Origin("ComfyUI", "safetensors", frozenset({"comfy_quant"})),  # of whichever level
     Origin("ComfyUI FP8, older names", "safetensors", frozenset({"scale_weight"})),
     Origin("ideogram-ai FP8", "safetensors", frozenset({"weight_scale", "weight F8_E4M3"})),
     Origin("safetensors", "safetensors"),

@@ -12,6 +12,7 @@ from ideogram4_quant.errors import CorruptFileError
 from ideogram4_quant.tests import fixtures_files as files
 from ideogram4_quant.tests import fixtures_storage as storage
 from ideogram4_quant.tests.checkpoint_weights import check_weights, quantized
+from ideogram4_quant.tests.host.level_files import PACKERS
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -160,12 +161,20 @@ def test_comfy_fp8(tmp_path: Path, where: str):
         stored[f"{prefix}scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
     ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored, metadata))
     names = {"older": "ComfyUI FP8, older names"}
-    assert (ck.origin, ck.level) == (names.get(where, "ComfyUI FP8"), "FP8")
+    assert (ck.origin, ck.level) == (names.get(where, "ComfyUI"), "FP8")
     assert ck.copies == ("unconditional",)
     assert "model_type" in ck.copy_reason
     assert ck.protected == ("adaln_proj",)
     assert ck.metadata["model_type"] == "ideogram4_uncond"
     check_weights(ck, "unconditional", truth)
+
+
+@pytest.mark.parametrize("level", ["MXFP8", "NVFP4", "AWQ W4A16"])
+def test_a_container_of_the_host_is_called_comfyuis_and_its_level_is_its_own(tmp_path, level):
+    stem = ["_proj.", "t_embedding", "final_layer"]
+    stored, _ = storage.packed(files.model(), lambda w: PACKERS[level](w), skip=stem)
+    ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored))
+    assert (ck.origin, ck.level) == ("ComfyUI", level)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -176,7 +185,7 @@ def test_comfy_int8_convrot(tmp_path: Path, nested: bool):
         files.model(), lambda w: storage.pack_comfy_int8(w, nested=nested), skip=stem
     )
     ck = open_checkpoint(files.save(tmp_path / "m.safetensors", stored))
-    assert (ck.origin, ck.level) == ("ComfyUI INT8", "INT8 W8A8 rotated")
+    assert (ck.origin, ck.level) == ("ComfyUI", "INT8 W8A8 rotated")
     assert len(ck.protected) == 7
     loaded = check_weights(ck, "conditional", truth, ulps=16)
     assert loaded["layers.0.feed_forward.w2.weight"]._params.rotation == 64
