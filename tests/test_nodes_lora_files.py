@@ -248,8 +248,25 @@ def test_pefts_config_beside_its_file(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(CheckpointError, match="DoRA"):
         parse_lora(read_lora(tmp_path / path), SHAPES, "f", read_strength(tmp_path / path))
+
+
+def test_pefts_file_without_its_config_is_warned_about(tmp_path, caplog):
+    """Renamed, as into a folder of LoRAs: the strength that was trained is nowhere."""
+    state = pair("input_proj", 4, prefix="base_model.model.")
     save_file(state, tmp_path / "other.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 1}))
     assert read_strength(tmp_path / "other.safetensors").alpha is None
+    assert "other.safetensors" in caplog.text
+    assert "alpha" in caplog.text
+    caplog.clear()
+    stated = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 1})}
+    save_file(state, tmp_path / "stated.safetensors", stated)
+    alphas = {"base_model.model.input_proj.alpha": torch.tensor(1.0)}
+    save_file({**state, **alphas}, tmp_path / "alphas.safetensors")
+    save_file(pair("input_proj", 4), tmp_path / "ours.safetensors")
+    for name in ("stated", "alphas", "ours"):
+        read_strength(tmp_path / f"{name}.safetensors")
+    assert caplog.text == ""
 
 
 def test_rank_0_and_fused_with_split_rows_are_told_in_words():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,8 +24,10 @@ from .kinds import ADAPTER, AS_STORED, Strength, refuse_other_kinds, strength_of
 from .low_rank import LowRank, in_rows, stack
 from .passed_over import refuse_passed_over
 
+logger = logging.getLogger(__name__)
 Shapes = Mapping[str, tuple[int, ...]]
 Changes = Mapping[str, Sequence[WeightChange]]
+_PEFT_PREFIX = "base_model.model."
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
 _NO_LORA = "this file holds no LoRA for Ideogram 4"
@@ -85,9 +88,11 @@ def read_lora(path: Path) -> dict[str, Tensor]:
 def read_strength(path: Path) -> Strength:
     """The strength that a LoRA file's metadata states, for linears without alpha tensors.
 
-    PEFT's own folders state it in ``adapter_config.json`` beside ``adapter_model.safetensors``.
+    PEFT's own folders state it in ``adapter_config.json`` beside ``adapter_model.safetensors``; a
+    warning where a file of PEFT's names has lost it.
     """
-    metadata = dict(open_tensor_files(path).metadata)
+    files = open_tensor_files(path)
+    metadata = dict(files.metadata)
     config = path.with_name(_PEFT_CONFIG)
     if path.name == _PEFT_FILE and ADAPTER not in metadata and config.is_file():
         if config.stat().st_size > _LARGEST_CONFIG:
@@ -98,7 +103,23 @@ def read_strength(path: Path) -> Strength:
                 needed=f"at most {_LARGEST_CONFIG}",
             )
         metadata[ADAPTER] = config.read_text(encoding="utf-8", errors="replace")
+    elif ADAPTER not in metadata and _is_pefts_alone(files.tensors):
+        logger.warning(
+            "%s: PEFT writes a LoRA's alpha into %s, which is read beside %s alone: it is taken at "
+            "full strength. If its alpha is not its rank, set strength to alpha / rank",
+            path.name,
+            _PEFT_CONFIG,
+            _PEFT_FILE,
+        )
     return strength_of(metadata, path.name)
+
+
+def _is_pefts_alone(names: Iterable[str]) -> bool:
+    """Whether tensors have PEFT's names, and none says a strength."""
+    names = list(names)
+    return any(name.startswith(_PEFT_PREFIX) for name in names) and not any(
+        name.endswith(".alpha") for name in names
+    )
 
 
 def parse_lora(
