@@ -12,6 +12,7 @@ import comfy.utils
 from ..checkpoint.copies import COPIES
 from ..checkpoint.listing import Listing, new_name
 from ..files.new_file import check_output
+from ..files.partial import partial_path
 from ..quant.errors import QuantOptionError
 from ..quant.output_names import named_after, output_name, suffix_of
 from ..quant.presets import AS_PICKED
@@ -48,11 +49,13 @@ def at_level(
     """Write every part at ``level``: their reports. Of two, one that a cancelled run has finished
     stays."""
     finished: set[Path] = set()
+    cancelled = choice["resume"] and any(partial_path(Path(p.out)).exists() for p in parts)
+    if not choice["overwrite"] and not cancelled:
+        for part in parts:
+            check_output(part.out)
     if len(parts) > 1:
-        again = {"resume": choice["resume"], "progress": _Bars()}
+        again = {"resume": cancelled, "progress": _Bars()}
         finished = check_several(parts, level, options, choice["base"], **again)
-    elif not choice["overwrite"]:
-        check_output(parts[0].out)
     reports = []
     for part in parts:
         if Path(part.out) in finished:
