@@ -56,6 +56,7 @@ def resolve(
     *,
     with_base: bool = False,
     one_copy: bool = False,
+    one_branch: bool = False,
     unconditional: str = SAME,
 ) -> Pair:
     """The files of `level`; for ``auto`` the first level of `order` that is there and fits.
@@ -67,8 +68,9 @@ def resolve(
     unless there is a base for them, over one branch where there are both copies of a level, and
     over a conditional copy alone, which has no guidance, unless there is nothing else; files that
     cannot be read are in the pair's notes, with the reason. one_copy: the conditional copy alone is
-    wanted, and is all that has to fit. unconditional: the level of that copy. CheckpointError says
-    what is missing, PairMismatchError that the files do not say which copies they are.
+    wanted, and is all that has to fit. one_branch: a model that needs no other is, so that an error
+    says to download one. unconditional: the level of that copy. CheckpointError says what is
+    missing, PairMismatchError that the files do not say which copies they are.
     """
     check_level(level, AUTO)
     check_level(unconditional, SAME)
@@ -77,12 +79,12 @@ def resolve(
     if level != AUTO:
         pair = find_pair(level, catalogue.candidates)
         if pair is None:
-            raise _nothing_found(level, catalogue)
+            raise _nothing_found(level, catalogue, one_branch=one_branch)
         return _wanted(_sure(pair, catalogue.candidates), one_copy)
     usable = [c for c in catalogue.candidates if with_base or not c.header.linears_only]
     pairs = [pair for pair in (find_pair(name, usable) for name in order) if pair is not None]
     if not pairs:
-        raise _nothing_found(level, catalogue)
+        raise _nothing_found(level, catalogue, one_branch=one_branch)
     if one_copy:
         pairs = [pair for pair in pairs if pair.one_branch is None] or pairs
     both = [pair for pair in pairs if pair.unconditional is not None]
@@ -189,10 +191,12 @@ def _sure(pair: Pair, candidates: Iterable[Candidate]) -> Pair:
     )
 
 
-def _nothing_found(level: str, catalogue: Catalogue, copy: str | None = None) -> CheckpointError:
+def _nothing_found(
+    level: str, catalogue: Catalogue, copy: str | None = None, *, one_branch: bool = False
+) -> CheckpointError:
     there = sorted({c.header.level for c in catalogue.candidates}, key=_rank)
     wanted = "Ideogram 4 file" if level == AUTO else f"{level} file of Ideogram 4"
-    files = files_of(None if level == AUTO else level)
+    files = files_of(None if level == AUTO else level, one_branch=one_branch)
     advice = f"{files} into {catalogue.listing.folder} and press R in ComfyUI."
     pick = level != AUTO and there
     hint = f"Pick one of: {', '.join(there)}. Or put {advice}" if pick else f"Put {advice}"

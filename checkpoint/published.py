@@ -73,6 +73,8 @@ PUBLISHED = (
     ),
     Published("flux2-vae.safetensors", "vae", 336_000_000, "Comfy-Org/flux2-dev"),
 )
+# pages with files of one branch, whose names are not settled either
+_ONE_BRANCH = ("fal/ideogram-v4-instant", "Hippotes/Ideogram4-Fal-ComfyUI")
 # pages with files of a level whose names are not settled
 _PAGES = {
     "Q4_0": ("leejet/ideogram-4-GGUF", "molbal/ideogram-4-gguf"),
@@ -86,8 +88,11 @@ def most_wanted(kind: str) -> str:
     return f"{found.name}, from {_SITE}/{found.repository}"
 
 
-def files_of(level: str | None) -> str:
-    """What to download for a level, for people; None: for any."""
+def files_of(level: str | None, *, one_branch: bool = False) -> str:
+    """What to download for a level, for people; None: for any. one_branch: a distilled model."""
+    if one_branch:
+        said = "" if level is None else f" at {level}"
+        return f"a distilled model{said}, such as Instant (from {_pages(_ONE_BRANCH)}),"
     if level is None:
         large, small = files_of("INT8 W8A8 rotated"), files_of("Q4_K")
         return f"{large} for a 24 GB card, or {small} for a smaller one,"

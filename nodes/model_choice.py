@@ -98,8 +98,8 @@ def choose_files(
 
     if conditional_file == BY_LEVEL:
         here = machine()
-        how = {"with_base": bool(bases), "one_copy": single, "unconditional": beside}
-        pair = resolve(level, catalogue, _order(here), here.memory, **how)
+        how = {"with_base": bool(bases), "one_copy": single, "one_branch": bool(word)}
+        pair = resolve(level, catalogue, _order(here), here.memory, unconditional=beside, **how)
     else:
         first = picked(conditional_file, CONDITIONAL)
         second = None if single else _beside(first, beside, catalogue)

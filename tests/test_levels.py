@@ -257,6 +257,14 @@ def test_auto_without_any_file_says_what_most_people_want():
         assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("level", [AUTO, "Q4_K"])
+def test_where_one_branch_is_wanted_no_file_of_two_is_advised(level):
+    with pytest.raises(CheckpointError) as caught:
+        resolve(level, catalogue(), LEVELS, 0, one_copy=True, one_branch=True)
+    assert "huggingface.co/fal/ideogram-v4-instant" in str(caught.value)
+    assert not any(name in str(caught.value) for name in ("int8_convrot", "q4_k.gguf"))
+
+
 def test_one_copy_is_chosen_by_what_one_copy_takes():
     size = 10 * 10**9
     files = {

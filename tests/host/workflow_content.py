@@ -75,7 +75,8 @@ into **models/diffusion_models**, with *instant* or *fast* in the name of the fi
 
 {_AND}
 """
-ONE_COPY_NOTE = f"""**The conditional copy is enough**: a GGUF, into **models/diffusion_models**:
+ONE_COPY_NOTE = f"""**The conditional copy is enough**, also of a file that holds
+both: a GGUF, into **models/diffusion_models**:
 
 {_GGUF}
 
