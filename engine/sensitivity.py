@@ -70,7 +70,8 @@ def measure_sensitivity(
 
     ``keep`` is given what there is after every picture; with it as ``earlier`` a later run goes on,
     to the same sums. ``request`` gives size, preset, steps and guidance. Raises OpError for a
-    weight of another shape, and if ``earlier`` was measured otherwise.
+    weight of another shape or without an error, which would pass for one that does no harm, and if
+    ``earlier`` was measured otherwise.
     """
     found = earlier or Sensitivity({}, dict(digests), dict(settings))
     if (dict(found.models), dict(found.settings)) != (dict(digests), dict(settings)):
@@ -183,6 +184,16 @@ class _Tap:
                 f"{key}: quantized weight of another shape",
                 found=list(quantized.shape),
                 needed=list(module.weight.shape),
+            )
+        every = slice(None)
+        true, stored = (dense_rows(each, every) for each in (module.weight.data, quantized))
+        if bool(true.any()) and torch.equal(stored.to(true), true):
+            raise OpError(
+                f"{key}: no error to follow, the weight is the model's own",
+                found="not quantized, or the model itself",
+                needed="a quantized weight of every linear",
+                hint="Give files that keep no linear of the blocks as it is: quantize --level W4A8 "
+                "without --protect.",
             )
         self._module, self._quantized = module, quantized
         self.begin()

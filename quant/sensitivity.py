@@ -254,11 +254,12 @@ def _sums(path: Path, key: str, entry: object) -> Sums:
         and entry[0] > 0
         and max(map(abs, entry[2::2])) < _MOST_LOG * entry[0]
         and min(entry[1::2]) >= 0
+        and (entry[3] > 0 or entry[1] == 0)  # an error that nobody made would count for nothing
     )
     if not usable:
         raise CalibrationError(
             "sums are not usable", file=path, tensor=key[:120], found=repr(entry)[:80],
             needed="pictures, signal, a logarithm and an error of weight, int8 and int4: finite, "
-            "none but logarithms negative",
+            "none but logarithms negative, and an error of the weight",
         )  # fmt: skip
     return Sums.of(entry)

@@ -18,8 +18,9 @@ from ideogram4_quant.engine.transformer import load_transformer, prepare
 from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops.rotation import rotate
 from ideogram4_quant.pocket import data, paths
+from ideogram4_quant.quant.errors import CalibrationError
 from ideogram4_quant.quant.provenance import combined_hash, hash_files
-from ideogram4_quant.quant.sensitivity import Sensitivity
+from ideogram4_quant.quant.sensitivity import Sensitivity, Sums
 
 FILES = paths.dit_path("cond"), paths.dit_path("uncond")
 REQUEST = GenerateRequest("", 128, 64, steps=2, guidance=3.0)
@@ -118,6 +119,23 @@ def test_what_arrives_of_rounded_inputs_is_what_the_picture_changes_by(models, p
     assert math.exp(part.log_arrived) == pytest.approx(arrived, rel=0.5)
     assert part.error == pytest.approx(sum(lost), rel=0.1)
     assert found.signal == pytest.approx(sum(energy), rel=0.1)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_a_linear_that_was_not_quantized_is_no_linear_that_does_no_harm(models, prompts, kept):
+    """Its gain would be 0, and a size would store it in the fewest bits."""
+    key = "conditional.layers.2.feed_forward.w2"
+    own = watched(models)[key].weight.data.to(kept)
+    with pytest.raises(OpError, match=f"{key}: no error to follow"):
+        measured(models, {key: own}, prompts[:1])
+
+
+def test_sums_without_an_error_are_refused(tmp_path):
+    path = tmp_path / "s.json"
+    linears = {"conditional.layers.0.feed_forward.w2": Sums(1, 5.0)}
+    Sensitivity(linears, DIGESTS).save(path)
+    with pytest.raises(CalibrationError, match="sums are not usable"):
+        Sensitivity.load(path)
 
 
 def test_a_run_that_was_broken_off_ends_in_the_same_sums(models, prompts, tmp_path):
