@@ -213,6 +213,22 @@ def test_an_older_file_is_not_overwritten_unasked(tmp_path, capsys):
     assert path.read_text() == "mine"
 
 
+def test_the_page_replaces_an_earlier_page_and_nothing_else_unasked(tmp_path, capsys):
+    """Any other file of that name, a model for instance, stays."""
+    mine = tmp_path / "model.safetensors"
+    mine.write_bytes(b"# Cards that I collect")
+    words = ["card", "--render", str(tmp_path), "--markdown", str(mine)]
+    assert cli.main(words) == 1
+    assert "not overwritten unasked" in capsys.readouterr().err
+    assert mine.read_bytes() == b"# Cards that I collect"
+    assert cli.main([*words, "--overwrite"]) == 0
+    page = mine.read_bytes()
+    assert b"## Modelled" in page
+    mine.write_bytes(page + b"an older line")
+    assert cli.main(words) == 0
+    assert mine.read_bytes() == page
+
+
 def test_markdown_without_render_is_refused_before_anything_is_measured(tmp_path, capsys):
     words = ["card", "--out", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md")]
     assert cli.main(words) == 1

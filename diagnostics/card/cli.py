@@ -53,7 +53,7 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--reduced", action="store_true", help="small sizes, to try the command (a CPU: always)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE.json if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     parser.set_defaults(func=run, interrupted=_kept)
 
 
@@ -67,7 +67,7 @@ def _kept(args: argparse.Namespace) -> str:
 def run(args: argparse.Namespace) -> int:
     """Measure or render; 1 where a part failed."""
     if args.render is not None:
-        return _render(args.render, args.markdown)
+        return _render(args.render, args.markdown, overwrite=args.overwrite)
     if args.markdown is not None:
         raise OpError(
             "--markdown is for the table of measured files",
@@ -101,8 +101,13 @@ def measure(
     return 1 if any(s["status"] in broken for s in document["stages"]) else 0
 
 
-def _render(files: list[Path], markdown: Path | None) -> int:
-    from .render import page
+def _render(files: list[Path], markdown: Path | None, *, overwrite: bool = False) -> int:
+    """Print the page, or write it in the place of an earlier one; of another file with
+    ``overwrite`` only."""
+    from .render import HEAD, page
+
+    if markdown is not None:
+        check_output(markdown, overwrite=overwrite or _begins_with(markdown, HEAD))
 
     paths = [p for f in files for p in (sorted(f.glob("*.json")) if f.is_dir() else [f])]
     text = page({path.name: documents.load(path) for path in paths})
@@ -112,3 +117,11 @@ def _render(files: list[Path], markdown: Path | None) -> int:
     with replaced(markdown) as part:
         part.write_text(text, encoding="utf-8")
     return 0
+
+
+def _begins_with(path: Path, text: str) -> bool:
+    start = text.encode()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
