@@ -34,6 +34,10 @@ _MOST_RIDGE = 1.0
 _LESS = 0.999
 
 
+class MomentsError(OpError):
+    """Second moments that no inputs have."""
+
+
 Refit = Callable[[int, Tensor], Tensor]
 """``refit(group, target [N, width]) -> step [N]``: the step of a group of columns for what is to be
 rounded, once earlier columns' errors are made up for. Of levels on a grid it is in units of it."""
@@ -45,7 +49,7 @@ class ExactFeedback:
     ``moments`` C: floating point [K, K], symmetric, the mean products of the inputs. ``run``: so
     many neighbouring columns follow each other, whatever their loudness: a group whose step is to
     be refitted; a divisor of 64 and of K. Raises OpError for another shape, values that are not
-    finite, and a diagonal that is not above zero.
+    finite, and a diagonal that is not above zero; MomentsError for moments that no inputs have.
     """
 
     def __init__(self, moments: Tensor, run: int = 1) -> None:
@@ -188,7 +192,7 @@ def _loudest_first(square: Tensor, run: int) -> Tensor:
 def _upper_root(c: Tensor) -> Tensor:
     """M upper triangular with ``M M^T = C``, C fp64 with as much added to its diagonal as it takes.
 
-    Raises OpError if even its mean does not make it positive.
+    Raises MomentsError if even its mean does not make it positive.
     """
     mean, ridge = c.diagonal().mean(), _RIDGE
     flipped = c.flip(0, 1)
@@ -199,7 +203,9 @@ def _upper_root(c: Tensor) -> Tensor:
         if int(info) == 0:
             return lower.flip(0, 1)
         ridge *= _MORE_RIDGE
-    raise OpError("the inputs' second moments are no such matrix", found="negative", needed=">= 0")
+    raise MomentsError(
+        "no inputs have such second moments", found="a negative energy", needed=">= 0"
+    )
 
 
 def _check(moments: Tensor) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..ops.gptq import MomentsError
 from .calibration_file import read_calibration, write_calibration
 from .calibration_run import Run
 from .errors import CalibrationError
@@ -155,6 +157,22 @@ class Calibration:
                 needed=model,
                 hint="Calibrate this model (ideogram4-quant calibrate).",
             )
+
+
+@contextmanager
+def blamed(calibration: Calibration | None, copy: str, module: str) -> Iterator[None]:
+    """MomentsError inside becomes a CalibrationError that names the file and the linear."""
+    try:
+        yield
+    except MomentsError as error:
+        raise CalibrationError(
+            error.message,
+            file=None if calibration is None else calibration.path,
+            tensor=f"{copy}.{module}",
+            found=error.found,
+            needed=error.needed,
+            hint="The file is damaged: calibrate again (ideogram4-quant calibrate).",
+        ) from error
 
 
 def _models(runs: Iterable[Run]) -> dict[str, set[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class QuantPlan:
         choices = {(p.copy, p.module): p.choice for p in self.tensors if p.choice is not None}
         chosen = choice_notes(self.container, choices)
         rounded = rounding_notes(self.options)
-        return rotation_notes(self.recipe, self.tensors) + rounded + chosen
+        unseen = _unseen_notes(self.options, self.tensors)
+        return rotation_notes(self.recipe, self.tensors) + rounded + unseen + chosen
 
     def stored_name(self, plan: TensorPlan, suffix: str) -> str:
         """Name in the file of one stored tensor."""
@@ -51,6 +53,22 @@ class QuantPlan:
             f"{human_bytes(self.nbytes)} from {paths} ({self.source.level})"
         )
         return "\n\n".join([head, totals_table(planned), *self.notes])
+
+
+def _unseen_notes(options: QuantOptions, tensors: Sequence[TensorPlan]) -> list[str]:
+    """What is quantized without the statistics that all others have."""
+    calibration = options.calibration
+    quantized = [plan for plan in tensors if plan.quantized]
+    if calibration is None:
+        return []
+    unseen = [plan for plan in quantized if calibration.layer(plan.copy, plan.module) is None]
+    if not unseen:
+        return []
+    return [
+        f"{calibration.path or 'the calibration'} knows nothing of {len(unseen)} of "
+        f"{len(quantized)} linears ({unseen[0].copy}.{unseen[0].module} is one): their inputs "
+        "count alike, and codes are rounded to nearest"
+    ]
 
 
 def tensor_result(plan: QuantPlan, tensor: TensorPlan, meter: ErrorMeter) -> TensorResult:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CorruptFileError
 from ..files.partial import Partial
+from .calibration import blamed
 from .encode import encode_tensor
 from .measure import ErrorMeter, channel_absmax
 from .plan import TensorPlan
@@ -62,13 +63,14 @@ class TensorStream:
                 calibration = self._plan.options.calibration
                 model = f"sha256 {self._uncertain[copy]}"
                 calibration.check_weight(copy, plan.module, absmax, model)
-            stored, meter = encode_tensor(
-                plan,
-                tensor,
-                file=file,
-                device=self._device,
-                advance=lambda share, nbytes=plan.nbytes: self._advance(nbytes * share),
-            )
+            with blamed(self._plan.options.calibration, copy, plan.module):
+                stored, meter = encode_tensor(
+                    plan,
+                    tensor,
+                    file=file,
+                    device=self._device,
+                    advance=lambda share, nbytes=plan.nbytes: self._advance(nbytes * share),
+                )
             self._meters[copy, name] = meter
             del tensor
             while stored:

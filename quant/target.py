@@ -16,6 +16,7 @@ from ..cards.known import card as card_of
 from ..files.new_file import check_output
 from ..files.partial import check_unfinished
 from .allocation import Rung, allocate, allocate_within, without
+from .calibration import blamed
 from .candidate_errors import candidate_errors
 from .choice_report import Chosen
 from .choose import Choice, Linear, int8_choices
@@ -200,10 +201,11 @@ def _measured(
                 )
             if calibration is not None and not calibration.is_of(file.copy, digests[file.copy]):
                 calibration.check_weight(*key, absmax, f"sha256 {digests[file.copy]}")
-            found[key] = candidate_errors(
-                weight.to(device), STORAGES[container], container, stats, int8.get(key),
-                feedback=feedback,
-            )  # fmt: skip
+            with blamed(calibration, *key):
+                found[key] = candidate_errors(
+                    weight.to(device), STORAGES[container], container, stats, int8.get(key),
+                    feedback=feedback,
+                )  # fmt: skip
             done += weight.numel()
             del weight
             progress(MEASURING, done, total)

@@ -270,6 +270,45 @@ def test_damaged_moments_are_refused_and_nothing_is_written(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("asked", [["--level", "W4A8"], ["--target-gb", "0.003"]])
+def test_moments_that_no_inputs_have_are_an_error_that_names_file_and_linear(
+    tmp_path, capsys, asked
+):
+    """Each pair of inputs ten times as loud together as their own loudness allows."""
+    source = model.write(tmp_path / "s.safetensors", model.weights())
+    weight = model.weights()[f"{W2}.weight"]
+    x = torch.randn(64, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    (file,) = hash_files([source])
+    known = LayerStats.of(x, weight).spread_over(torch.tensor([1]), 2)
+    blocks = -10 * torch.outer(*[known.square_sum.sqrt().float()] * 2)
+    blocks.diagonal().copy_(known.square_sum)
+    layers = {f"conditional.{W2}": replace(known, blocks=blocks[None])}
+    bad, out = tmp_path / "bad.safetensors", tmp_path / "q.safetensors"
+    runs = (run(models={"conditional": file.sha256}),)
+    Calibration(layers, (0.2, 0.5), runs).save(bad)
+    words = ["quantize", source, *asked, "--calibration", bad, "--out", out]
+    assert main([str(word) for word in words]) == 1
+    said = capsys.readouterr().err
+    assert f"bad.safetensors: tensor conditional.{W2}: no inputs have such" in said
+    assert "calibrate again" in said
+    assert not out.exists()
+
+
+def test_linears_that_a_calibration_does_not_know_are_named(tmp_path, source, caplog):
+    """All others are better for it, and nobody would look for the difference."""
+    (file,) = hash_files([source])
+    whole = calibrated(model.weights(), file.sha256)
+    part = replace(whole, layers={k: s for k, s in whole.layers.items() if not k.endswith(W2)})
+    assert len(part.layers) == len(whole.layers) - 1
+    for name, known in (("whole", whole), ("part", part)):
+        caplog.clear()
+        options = QuantOptions(calibration=known)
+        report = quantize_checkpoint(source, "Q8_0", tmp_path / f"{name}.gguf", options=options)
+        said = [note for note in report.notes if "knows nothing of 1 of" in note]
+        assert len(said) == (name == "part")
+        assert all(f"conditional.{W2} is one" in note and note in caplog.messages for note in said)
+
+
 def test_a_calibration_of_another_size_or_copy_is_refused(tmp_path, source):
     known = calibrated(model.weights(), "00")
     odd = {**known.layers, f"conditional.{W2}": stats()[0]}
