@@ -98,7 +98,7 @@ class Levels:
             codes = codes if self.grid is None else codes.clone()
         else:
             middles = (self.table[1:] + self.table[:-1]) / 2
-            codes = torch.bucketize(values, middles)
+            codes = torch.bucketize(values.contiguous(), middles)
             values.copy_(self.table[codes])
         if self.grid is not None:
             units = self.grid.index_select(0, groups)

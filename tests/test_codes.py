@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ideogram4_quant.ops.codes import IQ4, Codebook, round_codes_
+from ideogram4_quant.ops.codes import IQ4, Codebook, Levels, round_codes_
 from ideogram4_quant.tests.tensors import randn
 
 torch.set_num_threads(1)
@@ -63,3 +63,18 @@ def test_a_run_is_rounded_to_even_and_clamped():
 def test_other_tables_are_refused(values):
     with pytest.raises(ValueError, match="no ascending int8 values"):
         Codebook(values)
+
+
+def test_levels_of_turned_values_are_found_without_a_word_of_torch(recwarn):
+    """What rounds by a table is given panels that do not lie in memory as they are read: torch
+    copies them, and warns each user once."""
+    values = randn(64, 48, seed=3).t()
+    table = torch.tensor([-1.5, -0.25, 0.0, 0.5, 1.0])
+    wanted = (values[..., None] - table).abs().argmin(-1)
+    torch.set_warn_always(True)
+    try:
+        found = Levels((0, 4), table).round_(values, torch.zeros(48, dtype=torch.long))
+    finally:
+        torch.set_warn_always(False)
+    assert torch.equal(found, wanted)
+    assert not recwarn.list
