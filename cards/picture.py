@@ -16,7 +16,7 @@ from . import sizes
 from .block import FUSED, HIDDEN, LAYERS, How, Parts, block_seconds
 from .known import Card
 
-DESKTOP = 1_000_000_000
+DESKTOP = 1 << 30
 """Bytes of a card that its screens take: assumed, as the table of levels in the README does."""
 
 LATENT, TEXT_FEATURES, ADALN = 128, 53248, 512

@@ -197,8 +197,8 @@ def assumptions() -> Iterator[str]:
     yield (
         f"- {LAUNCH * 1e6:g} us of the host a launch, {GAP * 1e6:g} us between two kernels, "
         f"{STEP_HOST * 1e3:g} ms of the host a step, {PNG_SECONDS:g} s a megapixel of PNG, "
-        f"{DESKTOP / 1e9:g} GB of the card for its screens: assumed. Memory for activations: the "
-        f"pack's own {WORKING_MEMORY / 1e9:g} GB."
+        f"{DESKTOP / 2**30:g} GiB of the card for its screens: assumed. Memory for activations: "
+        f"the pack's own {WORKING_MEMORY / 1e9:g} GB."
     )
     read = picture_seconds(CARDS[0], LEVELS[0]).disk
     yield (

@@ -11,6 +11,7 @@ from ideogram4_quant import cli
 from ideogram4_quant.cards import block, known, picture, sizes, tables
 from ideogram4_quant.cards.block import How, Parts, block_seconds
 from ideogram4_quant.cards.picture import Job, picture_seconds
+from ideogram4_quant.checkpoint.pairs import residency
 from ideogram4_quant.diagnostics.card import document, render
 from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops.kernels.configs import GemmConfig
@@ -205,7 +206,7 @@ def test_what_moves_where_the_card_is_too_small():
     assert both.residency == "both"
     # FP8 encoder in, and of the copies what it displaced, back again; but for the first block
     # under the first step, which takes longer
-    room = CARD.memory - 1e9 - 1.9e9
+    room = CARD.memory - 2**30 - 1.9e9
     displaced = sizes.encoder_bytes("FP8") + 2 * sizes.copy_bytes(INT8) - room
     moved = sizes.encoder_bytes("FP8") + 170e6
     assert both.moves == pytest.approx((moved + sizes.block_bytes(INT8)) / 25.2e9)
@@ -214,16 +215,25 @@ def test_what_moves_where_the_card_is_too_small():
     assert displaced / 25.2e9 < both.blocks.total / 48
 
     small = known.card("RTX 3070")
-    turns = picture_seconds(small, "Q4_K")
+    turns = picture_seconds(small, "IQ4_XS")
     assert turns.residency == "alternating"
-    per_step = sizes.copy_bytes("Q4_K") / 25.2e9
+    per_step = sizes.copy_bytes("IQ4_XS") / 25.2e9
     assert turns.moves == pytest.approx(48 * per_step, rel=0.1)
 
     ahead, blind = (picture_seconds(small, INT8, Job(looks_ahead=looks)) for looks in (True, False))
     assert ahead.residency == "streamed"
     assert ahead.total < blind.total
-    streamed = 2 * LAYERS * sizes.block_bytes(INT8) - (small.memory - 1e9 - 1.9e9)
+    streamed = 2 * LAYERS * sizes.block_bytes(INT8) - (small.memory - 2**30 - 1.9e9)
     assert blind.moves - ahead.moves == pytest.approx(48 * streamed / 25.2e9, rel=0.15)
+
+
+@pytest.mark.parametrize("level", ["INT8 W8A8 rotated", "Q8_0", "Q4_K", "W4A8", "IQ4_XS"])
+def test_what_a_card_holds_is_what_the_readme_says_of_such_cards(level):
+    """As ``tests/test_doctor_sizes.py`` counts its table: 1 GiB of the card for the desktop."""
+    nbytes = sizes.copy_bytes(level)
+    for card in known.CARDS[:-1]:
+        wanted = residency((nbytes, nbytes), card.memory - 2**30)
+        assert picture_seconds(card, level).residency == wanted, card.name
 
 
 def test_streaming_takes_the_longer_of_both():
