@@ -44,6 +44,12 @@ def target_memory(text: str) -> Target:
 
     said = f"{float(match[1]):g}GB"
     nbytes = int(float(match[1]) * 1e9) - WORKING_MEMORY
+    if nbytes <= 0:
+        raise QuantOptionError(
+            "--fit",
+            found=text,
+            needed=f"more than the {WORKING_MEMORY / 1e9:g} GB that a pass takes",
+        )
     return Target(nbytes, f"a card of {text.strip()}", f"fit{said}")
 
 

@@ -260,6 +260,7 @@ def test_a_card_is_a_size_less_what_work_takes(tmp_path, sources, capsys):
         (["--target-gb", 0.001], ["below the smallest", "needed at least 0.00"]),
         (["--fit", "2GB", "--target-gb", 1], []),
         (["--fit", "all"], ["as 24GB"]),
+        (["--fit", "1GB"], ["found 1GB", "more than the 1.9 GB"]),
         (["--target-gb", -1], ["above 0"]),
         (["--target-gb", "nan"], ["above 0"]),
         (["--target-gb", 1], ["everything fits unquantized", "source as it is"]),
