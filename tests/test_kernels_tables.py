@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from ideogram4_quant.diagnostics.machine_code import cli, offline, sass
+from ideogram4_quant.errors import OpError
 from ideogram4_quant.ops.kernels import configs
 
 PROGRAM = """
@@ -26,6 +27,16 @@ PROGRAM = """
         /*00b0*/                   BRA `(.L_x_2);
         /*00c0*/                   NOP;
 """
+
+
+def test_a_name_that_no_kernel_has_is_no_proof_that_all_pass():
+    """A gate over no kernels would hold."""
+    pytest.importorskip("triton")
+    assert {arch for _, arch in cli._work([86, 120], "int8_gemm")} == {86, 120}
+    assert len(cli._work([86], "swiglu")) > 1  # a configuration of quantize_rows
+    assert cli._work([], "int8_gemm") == []  # every architecture was skipped, and that is said
+    with pytest.raises(OpError, match=r"no such kernel.*--only nothing.*int8_gemm"):
+        cli._work([86], "nothing")
 
 
 def test_parse_reads_opcodes_predicates_and_labels():

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import BackendUnavailableError
+from ...errors import BackendUnavailableError, OpError
 from ...files.new_file import replaced
 from ...ops.kernels.configs import ARCHITECTURES, unsupported_by
 
@@ -42,7 +42,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
         default=list(ARCHITECTURES),
         help="compute capabilities to compile for (default: all)",
     )
-    parser.add_argument("--only", metavar="TEXT", help="only kernels whose name contains TEXT")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only kernels whose name or configuration contains TEXT"
+    )
     parser.add_argument("--dump", type=Path, metavar="DIR", help="write cubins and disassembly")
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="processes that compile (default: one a core)"
@@ -124,7 +126,15 @@ def _work(archs: Sequence[int], only: str | None) -> list[tuple[Variant, int]]:
     from . import shipped
 
     found = [(variant, arch) for arch in archs for variant in shipped.variants(arch)]
-    return [pair for pair in found if only is None or only in pair[0].function]
+    chosen = [pair for pair in found if only is None or only in _named(pair[0])]
+    if found and not chosen:  # nothing compiled would pass every gate
+        names = sorted({variant.function.removesuffix("_kernel") for variant, _ in found})
+        raise OpError("no such kernel", found=f"--only {only}", needed=", ".join(names))
+    return chosen
+
+
+def _named(variant: Variant) -> str:
+    return f"{variant.function} {variant.label}"
 
 
 def _dumped(work: Sequence[tuple[Variant, int]], args: argparse.Namespace) -> Iterator[Report]:
