@@ -7,6 +7,7 @@ fewer bytes. One file a copy.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +27,7 @@ from .errors import NonFiniteWeightError, QuantOptionError
 from .finished import check_finished
 from .measure import channel_absmax
 from .plan import rounding_of, targets_of
-from .provenance import combined_hash, hash_files
+from .provenance import combined_hash, hash_files, licence_of
 from .quantize import quantize_checkpoint
 from .recipes import MIXED, QuantOptions
 from .report import QuantReport
@@ -92,6 +93,7 @@ def choose_storage(
         offered = {k: {n: own[n] for n in timed.more[k]} for k, own in offered.items()}
         check_seconds(target, timed)
     others = other_bytes(container, options, shapes, targets)
+    others += sum(len(json.dumps(licence_of(f.source.metadata, options))) for f in files)
     check_target(target.nbytes, target.said, container, offered, others)
     check_needed(target, offered, others, timed)
     losses = _measured(container, options, files, targets, int8, digests, device, progress)

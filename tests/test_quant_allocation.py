@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,18 @@ def test_whatever_encodes_has_the_compiled_encoder(tmp_path, sources, capsys, mo
     code, _, errors = run(capsys, "quantize", sources[0], "--out", tmp_path / "m.gguf", *words)
     assert code == 0, errors
     assert len(calls) == built
+
+
+def test_a_long_licence_is_counted(tmp_path, sources, capsys):
+    """What is asked for is the size of the whole file, whatever its source's metadata hold."""
+    out = tmp_path / "m.safetensors"
+    words = ["quantize", sources[0], "--out", out, "--licence", "\u00a7" * 30_000]
+    code, _, errors = run(capsys, *words, "--target-gb", 0.001)
+    assert code == 1
+    least = int(re.search(r"\(([\d,]+) bytes\)", errors)[1].replace(",", ""))
+    code, _, errors = run(capsys, *words, "--target-gb", least / 1e9)
+    assert code == 0, errors
+    assert out.stat().st_size <= least
 
 
 def test_a_card_is_a_size_less_what_work_takes(tmp_path, sources, capsys):
