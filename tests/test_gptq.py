@@ -166,7 +166,7 @@ def test_runs_that_do_not_fill_the_columns():
         (torch.full((4, 4), torch.nan), "finite"),
         (torch.diag(torch.tensor([1.0, 0.0])), "above zero"),
         (-torch.ones(3, 3) + 2 * torch.diag(torch.ones(3)) * 1e-3, "above zero"),
-        (torch.tensor([[1.0, -9.0], [-9.0, 1.0]]), "no such matrix"),
+        (torch.tensor([[1.0, -9.0], [-9.0, 1.0]]), "negative energy"),
     ],
 )
 def test_what_is_no_matrix_of_moments_is_refused(moments, match):

@@ -16,7 +16,7 @@ _STOCK = "Load it with the stock Load LoRA node, which patches the weights."
 # the tail of a tensor's name -> what the file is
 _KINDS = {
     r"lora_mid\.weight|hada_t[12](\.\w+)?|lokr_t2(\.\w+)?": "a LoCon with a factor of convolutions",
-    r"lora_embedding_[AB](\.\w+)*": "a LoRA of an embedding",
+    r"lora_embedding_[AB](\.\w+){0,2}": "a LoRA of an embedding",
     r"glora_\w+|[ab][12]\.weight": "a GLoRA",
     r"oft_[^\WbR]\w*(\.\w+)?": "an OFT of another form",
 }
@@ -41,7 +41,7 @@ _TAILS = [
     for kinds, hint in ((_KINDS, _STOCK), (_UNKNOWN_TO_HOST, MERGED))
     for tail, kind in kinds.items()
 ]
-_TAIL = 96  # characters: more than any of these tails has
+_TAIL, _WORDS = 96, 3  # characters: more than any of these tails has; words: as many as the longest
 ADAPTER, _KOHYA = "lora_adapter_metadata", "ss_network_alpha"
 
 
@@ -49,6 +49,7 @@ def _kind_of(name: str) -> tuple[str, str] | None:
     """What a file with a tensor of this name is, and what to do, if its kind is not supported."""
     # a stranger's thousands of long names would take a second
     end = name if len(name) <= _TAIL else name[-_TAIL:].partition(".")[2]
+    end = ".".join(end.rsplit(".", _WORDS)[-_WORDS:])
     return next(((kind, hint) for tail, kind, hint in _TAILS if tail.search(end)), None)
 
 
