@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfy_kitchen.tensor import TensorCoreConvRotW4A4Layout
 from safetensors.torch import load_file
 
 from ideogram4_quant.checkpoint import open_checkpoint
@@ -86,6 +87,16 @@ def test_stocks_int4_rounds_activations_to_four_bits(state):
     want = rounded @ packed[NAME].dequantize().T
     assert relative(linear(x, systems.unpacked(packed, "w4a4")[NAME]), want) < 1e-5
     assert relative(linear(x, packed[NAME]), want) > 0.1
+
+
+def test_the_int4_row_of_comfy_kitchen_has_comfy_kitchens_own_scales(state):
+    """This pack's layout tries nearer ones: they are not what others' files hold."""
+    weight = state[NAME].float()
+    scheme = next(s for s in systems.SCHEMES if s.name == "INT4 W4A4 (comfy-kitchen)")
+    made = scheme.store(weight, None)
+    codes, params = TensorCoreConvRotW4A4Layout.quantize(weight)
+    assert torch.equal(made._params.scale, params.scale)
+    assert torch.equal(made._qdata, codes)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from ...ops.layouts import (
     NVFP4Layout,
     W4A4Layout,
     W4A8Layout,
+    Weight,
     gguf_tensor,
     int8_tensor,
     w4a8_tensor,
@@ -142,6 +143,12 @@ def stored(layout: str, **options: object) -> Store:
     return lambda weight, _: QuantizedTensor.from_float(weight, layout, **options)
 
 
+def _kitchens_int4(weight: Tensor, _: object) -> QuantizedTensor:
+    """With comfy-kitchen's own scales, from absmax: `W4A4Layout` tries nearer ones."""
+    codes, params = super(W4A4Layout, W4A4Layout).quantize(weight)
+    return Weight(codes, W4A4Layout.NAME, params)
+
+
 _ROTATED = "INT8 W8A8 rotated"
 
 SCHEMES: tuple[Scheme, ...] = (
@@ -171,7 +178,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("ours: Q8_0, calibrated", _blocks_by("Q8_0"), moments=True, study=False),
     Scheme("ours: INT4 W4A4, calibrated", compute="w4a4", level="INT4 W4A4", study=False),
     Scheme("ours: INT4 W4A4, calibrated, as this pack computes it", level="INT4 W4A4", study=False),
-    Scheme("INT4 W4A4 (comfy-kitchen)", stored(W4A4Layout.NAME), "w4a4", study=False),
+    Scheme("INT4 W4A4 (comfy-kitchen)", _kitchens_int4, "w4a4", study=False),
     Scheme("W4A8 (comfy-kitchen)", stored(W4A8Layout.NAME), study=False),
     Scheme("W6A8 (comfy-kitchen)", stored(W4A8Layout.NAME, bits=6), study=False),
     Scheme("FP8 per row", stored(FP8Layout.NAME, per_row=True)),
