@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 
 import pytest
 import torch
@@ -125,8 +126,9 @@ def test_stand_in_for_a_second_copy_is_refused_before_a_weight_loads(
     instant, tmp_path, capsys, monkeypatch, preset, stand_in
 ):
     """The hint was to pick the preset default, which does not help."""
-    monkeypatch.setattr("ideogram4_quant.engine.commands.load_pair", None)
-    monkeypatch.setattr("ideogram4_quant.engine.commands.load_encoder", None)
+    commands = import_module("ideogram4_quant.engine.commands")
+    monkeypatch.setattr(commands, "load_pair", None)
+    monkeypatch.setattr(commands, "load_encoder", None)
     assert cli.main(command(instant, tmp_path / "a.png", *preset, *stand_in)) == 1
     said = capsys.readouterr().err
     assert "the model is of one branch, which needs no guidance" in said
@@ -187,7 +189,8 @@ def test_compare_refuses_a_system_before_it_renders_another(
     instant, tmp_path, capsys, monkeypatch, second, more, words
 ):
     """It was said after all pictures of the systems before it."""
-    monkeypatch.setattr("ideogram4_quant.engine.compare.workers.render_unit", None)
+    workers = import_module("ideogram4_quant.engine.compare.workers")
+    monkeypatch.setattr(workers, "render_unit", None)
     (tmp_path / "p.txt").write_text(CAPTION + "\n")
     command = [
         "compare", "--out", str(tmp_path / "out"), "--system",
