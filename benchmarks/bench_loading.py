@@ -22,6 +22,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 LOADERS = ("this pack", "ComfyUI's own")
+_INSIDE = "--inside"
 
 
 def anonymous() -> int:
@@ -72,7 +73,7 @@ def load_here(loader: str, file: Path) -> dict[str, float]:
 def load_apart(comfyui: Path, loader: str, file: Path, base: Path) -> dict[str, float]:
     """`load_here` in a process of ComfyUI's Python."""
     python = comfyui / ".venv" / "bin" / "python"
-    arguments = [str(comfyui), str(ROOT), str(base), "--inside", loader, "--file", str(file)]
+    arguments = [str(comfyui), str(ROOT), str(base), _INSIDE, loader, str(file)]
     command = [str(python if python.exists() else sys.executable), __file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -94,9 +95,9 @@ def write_int8(folder: Path, layers: int) -> Path:
 
 
 def main() -> None:
-    if "--inside" in sys.argv:  # ComfyUI, the pack and a folder, the loader and the file
-        loader, file = sys.argv[5], Path(sys.argv[7])
-        print(json.dumps(load_here(loader, file)))
+    if _INSIDE in sys.argv:  # behind what `inside.start` takes: ComfyUI, the pack and a folder
+        loader, file = sys.argv[sys.argv.index(_INSIDE) + 1 :]
+        print(json.dumps(load_here(loader, Path(file))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", type=Path, required=True)

@@ -154,10 +154,8 @@ class Int8(Stored):
     def level(cls, parts: Parts) -> str:
         if len(parts.weight.shape) != 2:
             raise parts.corrupt("an int8 weight is a matrix", list(parts.weight.shape), "[N, K]")
-        keys, known = (
-            ["convrot", "convrot_groupsize"],
-            ["int8_tensorwise", SMOOTH_INT8, FOLDED_INT8],
-        )
+        known = ["int8_tensorwise", SMOOTH_INT8, FOLDED_INT8]
+        keys = ["convrot", "convrot_groupsize"]
         if parts.quantization().get("format") == FOLDED_INT8:
             keys.append("fold")
         if "scale" in parts.roles and math.prod(parts.roles["scale"].shape) == 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ideogram4_quant.tests.host.browser import Browser, find_browser
 from ideogram4_quant.tests.host.locate import Host, find_host
 from ideogram4_quant.tests.host.server import (
     PACK_FOLDER,
@@ -19,6 +20,7 @@ from ideogram4_quant.tests.host.server import (
     make_base,
     reason_it_cannot_start,
 )
+from ideogram4_quant.tests.host.workflow_page import open_page
 
 # helpers whose assertions shall say what they compared
 pytest.register_assert_rewrite(
@@ -146,6 +148,28 @@ def server(host: Host, base: Path, models: Path) -> Iterator[Server]:
     running = Server(host, base)
     yield running
     running.close()
+
+
+@pytest.fixture
+def written_to(models: Path) -> Iterator[Path]:
+    """models/diffusion_models, which all modules' servers share; afterwards as before."""
+    folder = models / "diffusion_models"
+    before = set(folder.iterdir())
+    yield folder
+    for path in set(folder.iterdir()) - before:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def browser(server: Server) -> Iterator[Browser]:
+    """A browser with the server's page, its graph empty."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium found (set CHROMIUM)")
+    page = Browser(program)
+    open_page(page, server.url)
+    yield page
+    page.close()
 
 
 @pytest.fixture(scope="session")

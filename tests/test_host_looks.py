@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ideogram4_quant.tests.host.browser import Browser, find_browser
+from ideogram4_quant.tests.host.browser import Browser
 from ideogram4_quant.tests.host.locate import PACK
 from ideogram4_quant.tests.host.pocket_variant import pocket_variant
-from ideogram4_quant.tests.host.workflow_page import as_api, drop, look, open_page, setting
+from ideogram4_quant.tests.host.workflow_page import as_api, drop, look, setting
 from ideogram4_quant.tests.workflow_files import load
 
 pytestmark = pytest.mark.host
@@ -42,22 +41,11 @@ SAVE = """
 """
 
 
-@pytest.fixture(scope="module")
-def page(server) -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("no Chromium found (set CHROMIUM)")
-    browser = Browser(program)
-    open_page(browser, server.url)
-    yield browser
-    browser.close()
-
-
 @pytest.fixture
-def default_look(page) -> Browser:
-    look(page, nodes_2=False)
-    page.run(ADD)
-    return page
+def default_look(browser) -> Browser:
+    look(browser, nodes_2=False)
+    browser.run(ADD)
+    return browser
 
 
 def drawn(page: Browser) -> set[str]:
@@ -111,31 +99,37 @@ def test_the_page_s_setting_shows_all(default_look):
     assert "steps" not in drawn(page)
 
 
-def test_nodes_2_has_its_own_button_alone(page):
-    look(page, nodes_2=True)
-    page.run(ADD)
+def test_nodes_2_has_its_own_button_alone(browser):
+    look(browser, nodes_2=True)
+    browser.run(ADD)
     buttons = "[...document.querySelectorAll('button')].filter(b => /advanced/i.test(b.innerText))"
-    assert page.wait_for(f"{buttons}.length") == 1
-    assert page.wait_for("document.querySelectorAll('textarea').length") == 1  # the report
-    assert page.errors == []
+    assert browser.wait_for(f"{buttons}.length") == 1
+    assert browser.wait_for("document.querySelectorAll('textarea').length") == 1  # the report
+    assert browser.errors == []
 
 
 @LOOKS
-def test_the_blueprint_paints(page, server, nodes_2):
+def test_the_blueprint_paints(browser, server, nodes_2):
     """On the pocket model's files, from a caption to a saved picture."""
-    look(page, nodes_2=nodes_2)
+    look(browser, nodes_2=nodes_2)
     (file,) = (PACK / "subgraphs").glob("*.json")
     blueprint = load(file)
     (subgraph,) = blueprint["definitions"]["subgraphs"]
     subgraph["nodes"] = pocket_variant({"nodes": subgraph["nodes"]}, preset="turbo")["nodes"]
-    page.run("app.graph.clear()")
-    drop(page, file.name, blueprint)
+    browser.run("app.graph.clear()")
+    drop(browser, file.name, blueprint)
     widgets = "JSON.stringify(app.graph.nodes[0].widgets.map(w => w.name))"
-    assert json.loads(page.run(widgets)) == ["caption", "aspect_ratio", "level", "preset", "seed"]
-    page.run(SAVE)
-    run = server.run(as_api(page))
+    assert json.loads(browser.run(widgets)) == [
+        "caption",
+        "aspect_ratio",
+        "level",
+        "preset",
+        "seed",
+    ]
+    browser.run(SAVE)
+    run = server.run(as_api(browser))
     assert run.status == "success", run.error
     (image,) = [i for out in run.outputs.values() for i in out.get("images", [])]
     picture = Image.open(io.BytesIO(server.fetch(image)))
     assert np.asarray(picture).std() > 1
-    assert page.errors == []
+    assert browser.errors == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,7 @@ from safetensors.torch import save_file
 
 from ideogram4_quant.quant import quantize_checkpoint
 from ideogram4_quant.tests.host import graphs
-from ideogram4_quant.tests.host.browser import Browser, find_browser
 from ideogram4_quant.tests.host.runs import next_one_works, picture, text
-from ideogram4_quant.tests.host.workflow_page import open_page
 
 pytestmark = pytest.mark.host
 CONDITIONAL_ALONE = "Q5_K"
@@ -166,17 +163,6 @@ def test_files_of_ideogram_4_come_first(server, models):
         ours.unlink()
 
 
-@pytest.fixture(scope="module")
-def page(server) -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("no Chromium found (set CHROMIUM)")
-    browser = Browser(program)
-    open_page(browser, server.url)
-    yield browser
-    browser.close()
-
-
 LABELS = """
 (() => {
   app.graph.clear();
@@ -189,10 +175,10 @@ LABELS = """
 """
 
 
-def test_levels_without_a_file_are_marked_in_the_page(half, page):
-    labels = json.loads(page.run(LABELS))
+def test_levels_without_a_file_are_marked_in_the_page(half, browser):
+    labels = json.loads(browser.run(LABELS))
     there = {"auto", "BF16", "INT8 W8A8", "Q8_0", "Q4_K", CONDITIONAL_ALONE}
     for level, label in labels.items():
         assert label == (level if level in there else f"{level} (no file)")
     assert {"NF4", "Q2_K"} <= labels.keys()  # the values are the levels' names
-    assert page.errors == []
+    assert browser.errors == []

@@ -117,24 +117,14 @@ def levels_in(note: dict | list | None) -> set[str]:
     return {n["level"] for n in (note if isinstance(note, list) else [note])}
 
 
-@pytest.fixture
-def folder(models: Path) -> Iterator[Path]:
-    """models/diffusion_models, which other modules' servers share; afterwards as before."""
-    folder = models / "diffusion_models"
-    before = set(folder.iterdir())
-    yield folder
-    for path in set(folder.iterdir()) - before:
-        path.unlink()
-
-
 @every_file
-def test_a_shipped_workflow_queued_again_says_and_does_the_same(file, own, folder):
+def test_a_shipped_workflow_queued_again_says_and_does_the_same(file, own, written_to):
     workflow = load(file)
     own.post("/free", {"unload_models": True, "free_memory": True})  # of workflows before
-    before = set(folder.iterdir())
+    before = set(written_to.iterdir())
     first, _, opened = queue(own, small(workflow))
     assert opened
-    made = set(folder.iterdir()) - before
+    made = set(written_to.iterdir()) - before
     if made:
         own.get("/object_info")  # R: the lists look once into files that are new
     again, second, opened = queue(own, small(workflow))

@@ -73,22 +73,18 @@ def named_files() -> set[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def page(server: Server, models: Path) -> Iterator[Browser]:
-    program = find_browser()
-    if program is None:
-        pytest.skip("no Chromium found (set CHROMIUM)")
+def page(server: Server, models: Path, request: pytest.FixtureRequest) -> Iterator[Browser]:
     save_file(fused(update(1)), models / "loras" / LORA)
     noise = np.random.default_rng(0).integers(0, 255, (64, 128, 3), dtype=np.uint8)
     Image.fromarray(noise).save(server.base / "input" / EXAMPLE)
     placeholders = [models / folder / name for folder, name in named_files()]
     for path in placeholders:
         path.touch(exist_ok=False)
-    browser = Browser(program)
-    open_page(browser, server.url)
-    yield browser
-    browser.close()
-    for path in placeholders:
-        path.unlink()
+    try:
+        yield request.getfixturevalue("browser")  # opened now that the files are there
+    finally:
+        for path in placeholders:
+            path.unlink()
 
 
 def drop_on_empty(page: Browser, name: str, workflow: dict) -> None:
